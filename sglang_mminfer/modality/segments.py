@@ -63,6 +63,11 @@ class VisionGrid:
         """Tokens of one frame."""
         return self.rows * self.cols
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols): tokens of two grids can share a cell only where these are equal."""
+        return self.rows, self.cols
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -1,0 +1,78 @@
+"""The oracle: a boolean mask and a softmax in float64. Slow, memory-hungry, and obviously right."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .block_plan import PrefillPlan
+
+
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of one head under a boolean mask, in float64.
+
+    Args:
+        q: [Lq, D]; k, v: [Lk, D]; mask: bool [Lq, Lk], True where a key counts.
+        sm_scale: factor on q . k.
+
+    Returns:
+        o float64 [Lq, D] and lse float64 [Lq], base 2. A row that sees nothing gives 0 and -inf.
+    """
+    scores = (q.double() @ k.double().T) * sm_scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0)[:, None])
+    return weights @ v.double(), lse / math.log(2)
+
+
+def visited_mask(plan: PrefillPlan, head: int, rows: slice, kv_len: int) -> torch.Tensor:
+    """bool [rows, kv_len]: what `head` really visits in one request. Raises AssertionError on a double visit."""
+    visits = torch.zeros(rows.stop - rows.start, kv_len, dtype=torch.int32)
+    for block_plan in plan.passes:
+        for tile in block_plan.tiles():
+            if head not in tile.heads or not rows.start <= int(tile.q_rows[0]) < rows.stop:
+                continue
+            seen = torch.ones(len(tile.q_rows), len(tile.kv_pos), dtype=torch.bool)
+            seen[:, tile.num_unmasked :] = tile.visible.cpu()
+            row, key = seen.nonzero(as_tuple=True)
+            at = (tile.q_rows.cpu()[row] - rows.start, tile.kv_pos.cpu().long()[key])
+            visits.index_put_(at, torch.ones(len(row), dtype=torch.int32), accumulate=True)
+    assert int(visits.max()) <= 1 if visits.numel() else True, "a plan visits one (row, key) twice"
+    return visits.bool()
+
+
+def run(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: PrefillPlan,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Execute a plan in float64, tile by tile, gathering exactly the visited keys of each row.
+
+    Shapes as in `torch_gather.run`. Unlike every fast executor it holds all visits of a row at once, so it
+    joins no partial results.
+    """
+    group = q.shape[1] // k_cache.shape[1]
+    visits: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for block_plan in plan.passes:
+        for tile in block_plan.tiles():
+            for i, row in enumerate(tile.q_rows.tolist()):
+                slots = torch.cat(
+                    [tile.kv_slots[: tile.num_unmasked], tile.kv_slots[tile.num_unmasked :][tile.visible[i]]]
+                )
+                for head in tile.heads:
+                    visits.setdefault((row, head), []).append(slots)
+    out.zero_()
+    lse.fill_(-torch.inf)
+    for (row, head), slots_of in visits.items():
+        slots = torch.cat(slots_of)
+        k, v = k_cache[slots, head // group], v_cache[slots, head // group]
+        everything = torch.ones(1, len(slots), dtype=torch.bool, device=q.device)
+        o, s = masked_attention(q[row, head][None], k, v, everything, sm_scale)
+        out[row, head], lse[row, head] = o[0].to(out.dtype), s[0].to(lse.dtype)

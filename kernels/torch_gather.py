@@ -1,0 +1,138 @@
+"""The torch executor: gathers only the visited key tiles of each query tile. The CPU's engine; runs anywhere.
+
+Its cost follows density: a query tile costs one gather of its keys and one attention over them, done once for
+all heads that share the tile. On the CPU the attention itself is torch's fused flash kernel; elsewhere, or
+where that is missing, three torch operations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .block_plan import PrefillPlan, TileView
+
+LOG2_E = 1 / math.log(2)
+_FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def run(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: PrefillPlan,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Write the attention of `plan` into `out` and `lse`. Rows that no pass visits get 0 and -inf.
+
+    Args:
+        q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D]. out: [tokens, Hq, D], lse: float32
+        [tokens, Hq], base 2; both are written whole, whatever they held.
+        sm_scale: factor on q . k.
+    """
+    group = q.shape[1] // k_cache.shape[1]
+    out.zero_()
+    lse.fill_(-torch.inf)
+    for number, block_plan in enumerate(plan.passes):
+        layouts = {heads: _HeadLayout(heads, group, q.shape[1]) for heads in block_plan.head_groups}
+        for tile in block_plan.tiles():
+            if len(tile.kv_slots):
+                _run_tile(q, k_cache, v_cache, tile, layouts[tile.heads], sm_scale, out, lse, number > 0)
+
+
+class _HeadLayout:
+    """How the heads of a tile lie over the KV heads: `kv` rows of `per_kv` query heads each.
+
+    Where every KV head in use serves the same number of the tile's heads, they are computed together, so that
+    K and V are gathered once for a group; otherwise each query head brings its own copy of its KV head.
+    """
+
+    def __init__(self, heads: tuple[int, ...], group: int, num_heads: int) -> None:
+        kv_of = [head // group for head in heads]
+        distinct = sorted(set(kv_of))
+        per_kv = len(heads) // len(distinct)
+        if any(kv_of.count(kv) != per_kv for kv in distinct):
+            distinct, per_kv = kv_of, 1
+        self.per_kv = per_kv
+        self.q_heads = None if len(heads) == num_heads else torch.tensor(heads)
+        self.kv_heads = None if len(distinct) == num_heads // group and per_kv == group else torch.tensor(distinct)
+
+    def take_q(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """-> [kv, per_kv, m, D]"""
+        tile = q[rows] if self.q_heads is None else q[rows[:, None], self.q_heads]
+        return tile.unflatten(1, (-1, self.per_kv)).permute(1, 2, 0, 3)
+
+    def take_kv(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """-> [kv, n, D]"""
+        if self.kv_heads is None:
+            return cache.index_select(0, slots).transpose(0, 1)
+        return cache[slots[:, None], self.kv_heads].transpose(0, 1)
+
+
+def _run_tile(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tile: TileView,
+    heads: _HeadLayout,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    merge: bool,
+) -> None:
+    q_tile = heads.take_q(q, tile.q_rows)
+    full, masked = tile.kv_slots[: tile.num_unmasked], tile.kv_slots[tile.num_unmasked :]
+    parts = []
+    if len(full):
+        parts.append(_attend(q_tile, heads.take_kv(k_cache, full), heads.take_kv(v_cache, full), None, sm_scale))
+    if len(masked):
+        k, v = heads.take_kv(k_cache, masked), heads.take_kv(v_cache, masked)
+        o, s = _attend(q_tile, k, v, tile.additive_mask, sm_scale)
+        if (empty := tile.empty_rows) is not None:
+            o, s = o.masked_fill(empty[:, None], 0), s.masked_fill(empty, -torch.inf)
+        parts.append((o, s))
+    o, s = parts[0] if len(parts) == 1 else merge_state(*parts[0], *parts[1])
+    o = o.permute(2, 0, 1, 3).flatten(1, 2)  # [m, heads, D]
+    s = s.permute(2, 0, 1).flatten(1, 2)  # [m, heads]
+    at = tile.q_rows if heads.q_heads is None else (tile.q_rows[:, None], heads.q_heads)
+    if merge:
+        o, s = merge_state(out[at], lse[at], o, s)
+    out[at] = o.to(out.dtype)
+    lse[at] = s
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [kv, per_kv, m, D], k and v [kv, n, D], mask additive [m, n] -> o like q, lse float32 [kv, per_kv, m]."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if _FUSED is not None and q.device.type == "cpu":
+        if mask is None:  # a group's heads become further rows: one pass over K and V serves them all
+            packed = q.flatten(1, 2)[None]
+            o, s = _FUSED(packed, k[None], v[None], 0.0, False, attn_mask=None, scale=sm_scale)
+            return o[0].view(q.shape), s[0].view(q.shape[:3]).float() * LOG2_E
+        shape = (q.shape[0], q.shape[1], *k.shape[1:])
+        k, v = k[:, None].expand(shape), v[:, None].expand(shape)
+        o, s = _FUSED(q, k, v, 0.0, False, attn_mask=mask.to(q.dtype), scale=sm_scale)
+        return o, s.float() * LOG2_E
+    scores = torch.matmul(q.float() * (sm_scale * LOG2_E), k[:, None].float().transpose(-1, -2))
+    if mask is not None:
+        scores = scores + mask
+    top = scores.amax(dim=-1, keepdim=True).clamp_min(-1e30)  # finite, so that an empty row gives no NaN
+    weights = torch.exp2(scores - top)
+    total = weights.sum(dim=-1, keepdim=True)
+    o = torch.matmul(weights.to(v.dtype), v[:, None]).float() / total
+    return o, (top + total.log2()).squeeze(-1)
+
+
+def merge_state(
+    o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join two partial attentions over disjoint keys. o [..., D], lse [...] base 2; as FlashInfer's merge_state."""
+    lse = torch.logaddexp2(lse_a, lse_b)
+    finite = lse.masked_fill(lse.isneginf(), 0)
+    weight_a, weight_b = torch.exp2(lse_a - finite)[..., None], torch.exp2(lse_b - finite)[..., None]
+    return o_a * weight_a + o_b * weight_b, lse

@@ -1,0 +1,253 @@
+"""The sparse prefill wrapper: FlashInfer's plan/run contract, with a modality map and a pattern for each head.
+
+Works without SGLang. Shapes, names and the base-2 LSE are those of FlashInfer's
+BatchPrefillWithPagedKVCacheWrapper, so that its `merge_state` composes with what `run` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.plan import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
+from sglang_mminfer.patterns.spec import HeadPattern
+
+Executor = Callable[..., None]
+EXECUTORS: dict[str, Executor] = {"torch": torch_gather.run, "reference": reference.run}
+
+
+class SparsePrefillWithPagedKVCacheWrapper:
+    """Prefill attention of a ragged batch over a paged KV cache, each query head with its own sparse pattern.
+
+    Args:
+        float_workspace_buffer: as in FlashInfer; kept for the contract, no executor needs it yet.
+        kv_layout: "NHD": pages of [page_size, Hkv, D]; or "HND": pages of [Hkv, page_size, D].
+        backend: "auto", "torch" (any device) or "reference" (float64, the oracle).
+        block_q, block_k: rows of a query tile and keys of a key tile.
+
+    Raises:
+        ValueError: a layout or backend that does not exist.
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor | None = None,
+        kv_layout: str = "NHD",
+        backend: str = "auto",
+        *,
+        block_q: int = BLOCK_Q,
+        block_k: int = BLOCK_K,
+    ) -> None:
+        _expect(kv_layout in ("NHD", "HND"), "kv_layout", '"NHD" or "HND"', repr(kv_layout))
+        known = ("auto", *EXECUTORS)
+        _expect(backend in known, "backend", "one of " + ", ".join(known), repr(backend))
+        for name, value in (("block_q", block_q), ("block_k", block_k)):
+            _expect(isinstance(value, int) and value >= 1, name, "an integer >= 1", repr(value))
+        self.backend = "torch" if backend == "auto" else backend
+        self._run = EXECUTORS[self.backend]
+        self._kv_layout, self._block_q, self._block_k = kv_layout, block_q, block_k
+        self._planner: BatchPlanner | None = None
+        self._last_plan: PrefillPlan | None = None
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        *,
+        modality_maps: Sequence[ModalityMap],
+        head_patterns: Sequence[HeadPattern] | HeadPattern,
+        sm_scale: float | None = None,
+        q_data_type: torch.dtype | str = torch.float16,
+        kv_data_type: torch.dtype | str | None = None,
+        dense_below: int = 0,
+    ) -> None:
+        """Lay out one batch. The rows of request i are the last of its keys (bottom-right causal).
+
+        Args:
+            qo_indptr: int32 [batch + 1], rows of q by request.
+            paged_kv_indptr: int32 [batch + 1], paged_kv_indices: int32 [pages in use],
+            paged_kv_last_page_len: int32 [batch]: the page table in CSR form.
+            num_qo_heads, num_kv_heads, head_dim_qk, page_size: shapes of q and of the cache.
+            modality_maps: one for each request, at least as long as its keys.
+            head_patterns: one for each query head; a single one, or a list of one, is for all heads.
+            sm_scale: factor on q . k. Default: 1 / sqrt(head_dim_qk).
+            q_data_type, kv_data_type: checked against the tensors given to `run`; kv defaults to q's.
+            dense_below: rows at absolute positions below this see every key.
+
+        Raises:
+            ValueError: naming the argument, what came and what was expected.
+        """
+        qo = _int_vector("qo_indptr", qo_indptr)
+        kv = _int_vector("paged_kv_indptr", paged_kv_indptr)
+        last = _int_vector("paged_kv_last_page_len", paged_kv_last_page_len)
+        batch = len(qo) - 1
+        _expect(batch >= 0 and qo[0] == 0, "qo_indptr", "batch + 1 values from 0 on", str(qo[:8]))
+        _expect(qo == sorted(qo), "qo_indptr", "values that do not decrease", str(qo[:8]))
+        _expect(len(kv) == batch + 1, "paged_kv_indptr", f"{batch + 1} values", str(len(kv)))
+        _expect(kv[0] == 0 and kv == sorted(kv), "paged_kv_indptr", "values from 0 on that do not decrease", str(kv[:8]))
+        _expect(
+            len(paged_kv_indices) >= kv[-1], "paged_kv_indices", f"at least {kv[-1]} values", str(len(paged_kv_indices))
+        )
+        _expect(len(last) == batch, "paged_kv_last_page_len", f"{batch} values", str(len(last)))
+        _expect(page_size >= 1, "page_size", "an integer >= 1", repr(page_size))
+        _expect(num_kv_heads >= 1, "num_kv_heads", "an integer >= 1", repr(num_kv_heads))
+        _expect(
+            num_qo_heads >= 1 and num_qo_heads % num_kv_heads == 0,
+            "num_qo_heads",
+            f"a multiple of num_kv_heads={num_kv_heads}",
+            repr(num_qo_heads),
+        )
+        _expect(dense_below >= 0, "dense_below", "an integer >= 0", repr(dense_below))
+        _expect(len(modality_maps) == batch, "modality_maps", f"{batch} maps, one for each request", str(len(modality_maps)))
+        patterns = list(head_patterns) if isinstance(head_patterns, Sequence) else [head_patterns]
+        if len(patterns) == 1:
+            patterns = patterns * num_qo_heads
+        _expect(len(patterns) == num_qo_heads, "head_patterns", f"{num_qo_heads} patterns (or one for all)", str(len(patterns)))
+
+        requests = []
+        lane = torch.arange(page_size, device=paged_kv_indices.device)
+        for i in range(batch):
+            pages = paged_kv_indices[kv[i] : kv[i + 1]].long()
+            rows = qo[i + 1] - qo[i]
+            if len(pages):
+                _expect(1 <= last[i] <= page_size, f"paged_kv_last_page_len[{i}]", f"1 to {page_size}", str(last[i]))
+            kv_len = (len(pages) - 1) * page_size + last[i] if len(pages) else 0
+            _expect(rows <= kv_len, f"qo_indptr[{i + 1}]", f"at most {kv_len} rows (the request's keys)", str(rows))
+            length = modality_maps[i].length
+            _expect(length >= kv_len, f"modality_maps[{i}]", f"a length of at least {kv_len} (the request's keys)", str(length))
+            slots = (pages[:, None] * page_size + lane).flatten()[:kv_len]
+            if rows:
+                requests.append(RequestChunk(modality_maps[i], kv_len - rows, kv_len, qo[i], slots))
+        self._requests = {r.row_start: r for r in requests}
+        self._row_starts = qo
+        self._patterns = patterns
+        self._shape = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
+        self._sm_scale = head_dim_qk**-0.5 if sm_scale is None else sm_scale
+        self._dtypes = (_dtype("q_data_type", q_data_type), _dtype("kv_data_type", kv_data_type or q_data_type))
+        self._planner = BatchPlanner(
+            requests, qo[-1], dense_below=dense_below, block_q=self._block_q, block_k=self._block_k
+        )
+        self._last_plan = None
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        *,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the planned batch.
+
+        Args:
+            q: [tokens, Hq, D]. paged_kv_cache: (k, v), each [pages, page_size, Hkv, D] (NHD), or one tensor
+                [pages, 2, page_size, Hkv, D]; for HND the page and head axes swap.
+            out: [tokens, Hq, D] and lse: float32 [tokens, Hq], written whole if given.
+
+        Returns:
+            out, or (out, lse) if return_lse. lse is base 2. A row without keys gives 0 and -inf.
+
+        Raises:
+            RuntimeError: before `plan`. ValueError: a shape or dtype that differs from the plan's.
+        """
+        if self._planner is None:
+            raise RuntimeError("SparsePrefillWithPagedKVCacheWrapper.run: call plan() first")
+        num_qo_heads, num_kv_heads, head_dim, page_size = self._shape
+        expected = (self._row_starts[-1], num_qo_heads, head_dim)
+        _expect(tuple(q.shape) == expected, "q", f"the shape {expected}", str(tuple(q.shape)))
+        _expect(q.dtype == self._dtypes[0], "q", f"the planned dtype {self._dtypes[0]}", str(q.dtype))
+        k_cache, v_cache = self._flat_caches(paged_kv_cache)
+        _expect(k_cache.dtype == self._dtypes[1], "paged_kv_cache", f"the planned dtype {self._dtypes[1]}", str(k_cache.dtype))
+        if out is None:
+            out = torch.empty_like(q)
+        if lse is None:
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        _expect(out.shape == q.shape, "out", f"the shape {tuple(q.shape)}", str(tuple(out.shape)))
+        _expect(lse.shape == q.shape[:2], "lse", f"the shape {tuple(q.shape[:2])}", str(tuple(lse.shape)))
+        _expect(lse.dtype == torch.float32, "lse", "the dtype torch.float32", str(lse.dtype))
+        self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale)
+        self._run(q, k_cache, v_cache, self._last_plan, self._sm_scale, out, lse)
+        return (out, lse) if return_lse else out
+
+    @property
+    def density(self) -> torch.Tensor:
+        """float64 [Hq]: visited pairs over causal pairs of the batch, by head. 1 is dense.
+
+        A visited pair is a (row, key) at or below the diagonal in a visited tile, wanted by the pattern or not.
+        Of estimated patterns it is known after `run`.
+        """
+        causal = sum(r.causal_pairs for r in self._requests.values())
+        if causal == 0:
+            return torch.ones(self._shape[0], dtype=torch.float64)
+        return self._current_plan().visited_pairs().sum(dim=0).double() / causal
+
+    def visited_mask(self, request: int, head: int) -> torch.Tensor:
+        """bool [Lq, Lk]: what `head` really visits of request `request`. Quadratic; for small inputs."""
+        rows = slice(self._row_starts[request], self._row_starts[request + 1])
+        chunk = self._requests.get(rows.start) if rows.stop > rows.start else None
+        if chunk is None:
+            return torch.zeros(0, 0, dtype=torch.bool)
+        return reference.visited_mask(self._current_plan(), head, rows, chunk.kv_len)
+
+    def _current_plan(self) -> PrefillPlan:
+        if self._planner is None:
+            raise RuntimeError("SparsePrefillWithPagedKVCacheWrapper: call plan() first")
+        return self._last_plan or self._planner.plan(self._patterns)
+
+    def _flat_caches(
+        self, paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v as [slots, Hkv, D]."""
+        _, num_kv_heads, head_dim, page_size = self._shape
+        if isinstance(paged_kv_cache, torch.Tensor):
+            _expect(
+                paged_kv_cache.ndim == 5 and paged_kv_cache.shape[1] == 2,
+                "paged_kv_cache",
+                "a 5-D tensor [pages, 2, ...] or a tuple (k, v)",
+                str(tuple(paged_kv_cache.shape)),
+            )
+            paged_kv_cache = (paged_kv_cache[:, 0], paged_kv_cache[:, 1])
+        flat = []
+        for cache in paged_kv_cache:
+            if self._kv_layout == "HND" and cache.ndim == 4:
+                cache = cache.transpose(1, 2)
+            _expect(
+                cache.ndim == 4 and tuple(cache.shape[1:]) == (page_size, num_kv_heads, head_dim),
+                "paged_kv_cache",
+                f"pages of (page_size={page_size}, Hkv={num_kv_heads}, D={head_dim}) in {self._kv_layout} layout",
+                str(tuple(cache.shape)),
+            )
+            flat.append(cache.reshape(-1, num_kv_heads, head_dim))
+        return flat[0], flat[1]
+
+
+def _expect(condition: bool, name: str, expected: str, got: str) -> None:
+    if not condition:
+        raise ValueError(f"SparsePrefillWithPagedKVCacheWrapper: {name}: expected {expected}, got {got}")
+
+
+def _int_vector(name: str, values: torch.Tensor) -> list[int]:
+    _expect(
+        isinstance(values, torch.Tensor) and values.ndim == 1 and not values.is_floating_point(),
+        name,
+        "a 1-D integer tensor",
+        f"{type(values).__name__} {getattr(values, 'dtype', '')} {list(getattr(values, 'shape', []))}",
+    )
+    return values.tolist()
+
+
+def _dtype(name: str, value: torch.dtype | str) -> torch.dtype:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    _expect(isinstance(dtype, torch.dtype), name, "a torch dtype or its name", repr(value))
+    return dtype  # type: ignore[return-value]
