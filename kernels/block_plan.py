@@ -96,7 +96,9 @@ class BlockPlan:
         counted = pos < stop.max()
         columns = home >= 0
         if columns.any():
-            counted &= ~(columns & torch.isin(home, self.block_indices[block_indptr[t] : block_indptr[t + 1]]))
+            counted &= ~(
+                columns & torch.isin(home, self.block_indices[block_indptr[t] : block_indptr[t + 1]])
+            )
         keys, pos = keys[counted], pos[counted]
         return TileView(
             q_rows=self.q_rows[rows].long(),
@@ -132,11 +134,9 @@ class TileView:
     @cached_property
     def additive_mask(self) -> torch.Tensor:
         """float32, shaped like `visible`: 0 where a key is visible, -inf where not."""
-        return torch.zeros(self.visible.shape, device=self.visible.device).masked_fill_(~self.visible, -torch.inf)
-
-    def visited_pairs(self) -> int:
-        """(row, key) pairs at or below the diagonal that this tile computes, for one head."""
-        return len(self.q_rows) * self.num_unmasked + int(self.visible.sum())
+        return torch.zeros(self.visible.shape, device=self.visible.device).masked_fill_(
+            ~self.visible, -torch.inf
+        )
 
 
 @dataclass
@@ -147,8 +147,9 @@ class PrefillPlan:
     num_rows: int
     num_heads: int
 
-    def visited_pairs(self) -> torch.Tensor:
-        """int64 [num_rows, num_heads]: keys visited by each row and head. For small inputs and for the trace."""
+    @cached_property
+    def visited_by_row(self) -> torch.Tensor:
+        """int64 [num_rows, num_heads]: keys at or below the diagonal that each row and head visits."""
         pairs = torch.zeros(self.num_rows, self.num_heads, dtype=torch.int64)
         for plan in self.passes:
             for tile in plan.tiles():

@@ -58,7 +58,9 @@ class _HeadLayout:
             distinct, per_kv = kv_of, 1
         self.per_kv = per_kv
         self.q_heads = None if len(heads) == num_heads else torch.tensor(heads)
-        self.kv_heads = None if len(distinct) == num_heads // group and per_kv == group else torch.tensor(distinct)
+        self.kv_heads = (
+            None if len(distinct) == num_heads // group and per_kv == group else torch.tensor(distinct)
+        )
 
     def take_q(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """-> [kv, per_kv, m, D]"""
@@ -87,7 +89,9 @@ def _run_tile(
     full, masked = tile.kv_slots[: tile.num_unmasked], tile.kv_slots[tile.num_unmasked :]
     parts = []
     if len(full):
-        parts.append(_attend(q_tile, heads.take_kv(k_cache, full), heads.take_kv(v_cache, full), None, sm_scale))
+        parts.append(
+            _attend(q_tile, heads.take_kv(k_cache, full), heads.take_kv(v_cache, full), None, sm_scale)
+        )
     if len(masked):
         k, v = heads.take_kv(k_cache, masked), heads.take_kv(v_cache, masked)
         o, s = _attend(q_tile, k, v, tile.additive_mask, sm_scale)

@@ -94,9 +94,17 @@ class SparsePrefillWithPagedKVCacheWrapper:
         _expect(batch >= 0 and qo[0] == 0, "qo_indptr", "batch + 1 values from 0 on", str(qo[:8]))
         _expect(qo == sorted(qo), "qo_indptr", "values that do not decrease", str(qo[:8]))
         _expect(len(kv) == batch + 1, "paged_kv_indptr", f"{batch + 1} values", str(len(kv)))
-        _expect(kv[0] == 0 and kv == sorted(kv), "paged_kv_indptr", "values from 0 on that do not decrease", str(kv[:8]))
         _expect(
-            len(paged_kv_indices) >= kv[-1], "paged_kv_indices", f"at least {kv[-1]} values", str(len(paged_kv_indices))
+            kv[0] == 0 and kv == sorted(kv),
+            "paged_kv_indptr",
+            "values from 0 on that do not decrease",
+            str(kv[:8]),
+        )
+        _expect(
+            len(paged_kv_indices) >= kv[-1],
+            "paged_kv_indices",
+            f"at least {kv[-1]} values",
+            str(len(paged_kv_indices)),
         )
         _expect(len(last) == batch, "paged_kv_last_page_len", f"{batch} values", str(len(last)))
         _expect(page_size >= 1, "page_size", "an integer >= 1", repr(page_size))
@@ -108,11 +116,21 @@ class SparsePrefillWithPagedKVCacheWrapper:
             repr(num_qo_heads),
         )
         _expect(dense_below >= 0, "dense_below", "an integer >= 0", repr(dense_below))
-        _expect(len(modality_maps) == batch, "modality_maps", f"{batch} maps, one for each request", str(len(modality_maps)))
+        _expect(
+            len(modality_maps) == batch,
+            "modality_maps",
+            f"{batch} maps, one for each request",
+            str(len(modality_maps)),
+        )
         patterns = list(head_patterns) if isinstance(head_patterns, Sequence) else [head_patterns]
         if len(patterns) == 1:
             patterns = patterns * num_qo_heads
-        _expect(len(patterns) == num_qo_heads, "head_patterns", f"{num_qo_heads} patterns (or one for all)", str(len(patterns)))
+        _expect(
+            len(patterns) == num_qo_heads,
+            "head_patterns",
+            f"{num_qo_heads} patterns (or one for all)",
+            str(len(patterns)),
+        )
 
         requests = []
         lane = torch.arange(page_size, device=paged_kv_indices.device)
@@ -120,11 +138,26 @@ class SparsePrefillWithPagedKVCacheWrapper:
             pages = paged_kv_indices[kv[i] : kv[i + 1]].long()
             rows = qo[i + 1] - qo[i]
             if len(pages):
-                _expect(1 <= last[i] <= page_size, f"paged_kv_last_page_len[{i}]", f"1 to {page_size}", str(last[i]))
+                _expect(
+                    1 <= last[i] <= page_size,
+                    f"paged_kv_last_page_len[{i}]",
+                    f"1 to {page_size}",
+                    str(last[i]),
+                )
             kv_len = (len(pages) - 1) * page_size + last[i] if len(pages) else 0
-            _expect(rows <= kv_len, f"qo_indptr[{i + 1}]", f"at most {kv_len} rows (the request's keys)", str(rows))
+            _expect(
+                rows <= kv_len,
+                f"qo_indptr[{i + 1}]",
+                f"at most {kv_len} rows (the request's keys)",
+                str(rows),
+            )
             length = modality_maps[i].length
-            _expect(length >= kv_len, f"modality_maps[{i}]", f"a length of at least {kv_len} (the request's keys)", str(length))
+            _expect(
+                length >= kv_len,
+                f"modality_maps[{i}]",
+                f"a length of at least {kv_len} (the request's keys)",
+                str(length),
+            )
             slots = (pages[:, None] * page_size + lane).flatten()[:kv_len]
             if rows:
                 requests.append(RequestChunk(modality_maps[i], kv_len - rows, kv_len, qo[i], slots))
@@ -133,7 +166,10 @@ class SparsePrefillWithPagedKVCacheWrapper:
         self._patterns = patterns
         self._shape = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
         self._sm_scale = head_dim_qk**-0.5 if sm_scale is None else sm_scale
-        self._dtypes = (_dtype("q_data_type", q_data_type), _dtype("kv_data_type", kv_data_type or q_data_type))
+        self._dtypes = (
+            _dtype("q_data_type", q_data_type),
+            _dtype("kv_data_type", kv_data_type or q_data_type),
+        )
         self._planner = BatchPlanner(
             requests, qo[-1], dense_below=dense_below, block_q=self._block_q, block_k=self._block_k
         )
@@ -168,7 +204,12 @@ class SparsePrefillWithPagedKVCacheWrapper:
         _expect(tuple(q.shape) == expected, "q", f"the shape {expected}", str(tuple(q.shape)))
         _expect(q.dtype == self._dtypes[0], "q", f"the planned dtype {self._dtypes[0]}", str(q.dtype))
         k_cache, v_cache = self._flat_caches(paged_kv_cache)
-        _expect(k_cache.dtype == self._dtypes[1], "paged_kv_cache", f"the planned dtype {self._dtypes[1]}", str(k_cache.dtype))
+        _expect(
+            k_cache.dtype == self._dtypes[1],
+            "paged_kv_cache",
+            f"the planned dtype {self._dtypes[1]}",
+            str(k_cache.dtype),
+        )
         if out is None:
             out = torch.empty_like(q)
         if lse is None:
@@ -190,7 +231,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
         causal = sum(r.causal_pairs for r in self._requests.values())
         if causal == 0:
             return torch.ones(self._shape[0], dtype=torch.float64)
-        return self._current_plan().visited_pairs().sum(dim=0).double() / causal
+        return self._current_plan().visited_by_row.sum(dim=0).double() / causal
 
     def visited_mask(self, request: int, head: int) -> torch.Tensor:
         """bool [Lq, Lk]: what `head` really visits of request `request`. Quadratic; for small inputs."""

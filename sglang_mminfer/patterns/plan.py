@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
-from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns import vertical_slash
 from sglang_mminfer.patterns.boundary import row_classes
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.patterns.order import KeyOrder
-from sglang_mminfer.patterns.spec import HeadPattern, VerticalSlash
+from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
 from sglang_mminfer.patterns.tiles import ChunkTiler, TilePass
 
 BLOCK_Q, BLOCK_K = 128, 64
@@ -21,9 +21,12 @@ BLOCK_Q, BLOCK_K = 128, 64
 
 @dataclass(frozen=True)
 class RequestChunk:
-    """One request of a batch: its rows are q[row_start : row_start + kv_len - q_start]."""
+    """One request of a batch: its rows are q[row_start : row_start + kv_len - q_start].
 
-    map: ModalityMap
+    A request without a map runs dense, whatever the heads do.
+    """
+
+    map: ModalityMap | None
     q_start: int
     kv_len: int
     row_start: int
@@ -37,6 +40,10 @@ class RequestChunk:
     def causal_pairs(self) -> int:
         """(row, key) pairs at or below the diagonal."""
         return (self.q_start + 1 + self.kv_len) * self.num_rows // 2
+
+
+def _any_map(length: int) -> ModalityMap:
+    return ModalityMap([Segment(Modality.TEXT, 0, length)])
 
 
 def is_static(head: HeadPattern) -> bool:
@@ -58,7 +65,8 @@ class BatchPlanner:
     ) -> None:
         self.requests, self.num_rows, self.block_k = tuple(requests), num_rows, block_k
         self._tilers = [
-            ChunkTiler(r.map, r.q_start, r.kv_len, dense_below, block_q, block_k) for r in self.requests
+            ChunkTiler(r.map or _any_map(r.kv_len), r.q_start, r.kv_len, dense_below, block_q, block_k)
+            for r in self.requests
         ]
         self._static_tiles: dict[tuple[int, HeadPattern], list[TilePass]] = {}
         self._static_plans: dict[tuple[HeadPattern, ...], PrefillPlan] = {}
@@ -82,16 +90,20 @@ class BatchPlanner:
         sharing: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(heads):
             sharing.setdefault(pattern, []).append(head)
-        items: list[tuple[int, tuple[int, ...], list[TilePass]]] = []
+        with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
+        every_head = tuple(range(len(heads)))
+        items = [
+            (r, every_head, self._tiles(r, Dense())) for r in range(len(self.requests)) if r not in with_map
+        ]
         all_static = True
         for pattern, members in sharing.items():
             if is_static(pattern):
-                items += [(r, tuple(members), self._tiles(r, pattern)) for r in range(len(self.requests))]
+                items += [(r, tuple(members), self._tiles(r, pattern)) for r in with_map]
                 continue
             all_static = False
             if q is None or k_cache is None:
                 raise ValueError(f"{pattern}: this pattern is estimated, so its plan needs q and the keys")
-            for r in range(len(self.requests)):
+            for r in with_map:
                 estimates = _Estimates(self.requests[r], members, q, k_cache, sm_scale)
                 for head in members:
                     items.append((r, (head,), self._tilers[r].tile(pattern, estimates.of(head))))
@@ -134,7 +146,7 @@ class _Estimates:
         self.group = q.shape[1] // k_cache.shape[1]
         self._masses: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def of(self, head: int):  # noqa: ANN201 - an Estimator
+    def of(self, head: int):
         number = self.heads.index(head)
 
         def estimator(pattern: VerticalSlash, scope: Scope) -> PairIndex:
@@ -182,7 +194,11 @@ class _KeyTableBuilder:
         return self._first_tile[name]
 
     def build(self, device: torch.device) -> KeyTable:
-        pos, slots, homes = [torch.empty(0, dtype=torch.int32)], [torch.empty(0, dtype=torch.int32, device=device)], []
+        pos, slots, homes = (
+            [torch.empty(0, dtype=torch.int32)],
+            [torch.empty(0, dtype=torch.int32, device=device)],
+            [],
+        )
         for request, order in self._orders:
             positions = order.positions.long().to(device)
             padding = positions == PAD_POSITION

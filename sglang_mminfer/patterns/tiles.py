@@ -64,7 +64,13 @@ class ChunkTiler:
     """Tiles of one request's chunk: rows [q_start, kv_len), keys [0, kv_len). Orders are built once and shared."""
 
     def __init__(
-        self, modality_map: ModalityMap, q_start: int, kv_len: int, dense_below: int, block_q: int, block_k: int
+        self,
+        modality_map: ModalityMap,
+        q_start: int,
+        kv_len: int,
+        dense_below: int,
+        block_q: int,
+        block_k: int,
     ) -> None:
         self.map, self.q_start, self.kv_len = modality_map, q_start, kv_len
         self.dense_below, self.block_q, self.block_k = dense_below, block_q, block_k
@@ -195,7 +201,9 @@ class ChunkTiler:
             tile_ids, tile_of_row = torch.unique(live // self.block_q, return_inverse=True)
             q_pos = order[live]
             rows_per_tile = torch.bincount(tile_of_row)
-            tiles = out.add_tiles(q_pos, bound[q_pos - self.q_start], rows_per_tile) + torch.arange(len(tile_ids))
+            tiles = out.add_tiles(q_pos, bound[q_pos - self.q_start], rows_per_tile) + torch.arange(
+                len(tile_ids)
+            )
             last_index = ((tile_ids + 1) * self.block_q).clamp_max(len(order)) - 1
             first_line, last_line = tile_ids * self.block_q // line_length, last_index // line_length
             for earlier in range(number + 1):

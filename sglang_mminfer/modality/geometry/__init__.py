@@ -1,0 +1,125 @@
+"""From SGLang's media items to a `ModalityMap`: one file for each model family, `generic` for all others.
+
+Nothing here touches single tokens: a map of 100,000 tokens with three videos costs what three videos cost.
+SGLang is not imported; its objects are read by attribute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_mminfer.modality.geometry import generic, qwen_vl
+from sglang_mminfer.modality.geometry._items import GeometryError, modality_of, offsets_of
+from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
+
+__all__ = ["FAMILIES", "GeometryError", "cached_map", "family_of", "map_from_mm_inputs", "prompt_length"]
+
+FAMILIES: dict[str, Any] = {"qwen_vl": qwen_vl}
+
+# No "_id" in this name: SGLang's MultimodalInputs.merge copies attributes that have it to other requests.
+_CACHE = "_mminfer_map"
+
+
+def family_of(hf_config: Any) -> str | None:
+    """The family that reads this model's media, None where only their spans are known.
+
+    An unusual parameter of the family follows a colon: "qwen_vl:3" merges 3 x 3 patches.
+    """
+    for name, family in FAMILIES.items():
+        if getattr(hf_config, "model_type", None) in family.MODEL_TYPES:
+            argument = family.argument_of(hf_config)
+            return f"{name}:{argument}" if argument else name
+    return None
+
+
+def prompt_length(mm_inputs: Any, known: int) -> int:
+    """Tokens of the whole prompt, `known` of which have come so far (a chunk tells no more than that).
+
+    A map must not change from chunk to chunk, so it needs the length of the prompt, not of the chunk. M-RoPE
+    positions are made for the whole prompt; without them the last medium is as far as can be seen.
+    """
+    if mm_inputs is None:
+        return known
+    positions = getattr(mm_inputs, "mrope_positions", None)
+    if positions is not None:
+        return max(known, int(positions.shape[-1]))
+    return max(known, max((last + 1 for item in _offsets(mm_inputs) for _, last in item), default=0))
+
+
+def _offsets(mm_inputs: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return tuple(offsets_of(item, f"mm_items[{index}]") for index, item in enumerate(mm_inputs.mm_items))
+
+
+def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> ModalityMap:
+    """The map of one request.
+
+    Args:
+        mm_inputs: SGLang's MultimodalInputs; None for a request without media.
+        length: tokens of the whole prompt, later chunks included; see `prompt_length`. No medium may reach
+            beyond it. Nothing is clipped, because SGLang never truncates a prompt that brings media (it
+            aborts the request, even with --allow-auto-truncate): offsets beyond the prompt are stale ones of
+            a session that was cut back, and other tokens may stand where they point.
+        family: what `family_of` gave for the model.
+
+    Raises:
+        GeometryError: naming the item, what it has and what was expected.
+    """
+    name, _, argument = (family or "").partition(":")
+    if name and name not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)} or None, got {family!r}")
+    reader = FAMILIES[name] if name else generic
+
+    found: list[tuple[Segment, str]] = []
+    for index, item in enumerate(mm_inputs.mm_items if mm_inputs is not None else ()):
+        modality = modality_of(item, index)
+        if modality is not Modality.TEXT:
+            found.extend(reader.segments(item, modality, f"mm_items[{index}] ({modality})", argument))
+    found.sort(key=lambda entry: entry[0].start)
+
+    segments: list[Segment] = []
+    position, before = 0, ""
+    for segment, label in found:
+        if segment.start < position:
+            raise GeometryError("overlapping_offsets", f"{label}: overlaps {before}")
+        if segment.stop > length:
+            raise GeometryError(
+                "out_of_range_offsets", f"{label}: expected tokens inside the prompt of {length} tokens"
+            )
+        if segment.start > position:
+            segments.append(Segment(Modality.TEXT, position, segment.start))
+        segments.append(segment)
+        position, before = segment.stop, label
+    if position < length:
+        segments.append(Segment(Modality.TEXT, position, length))
+    return ModalityMap(segments)
+
+
+def cached_map(mm_inputs: Any, length: int, family: str | None) -> ModalityMap:
+    """`map_from_mm_inputs` for the whole prompt, kept on `mm_inputs` until what it was made from changes.
+
+    SGLang hands the same object to every chunk of a request, so chunks share one map, and one failure. It is
+    kept in an attribute because the object is unhashable; sessions move offsets in place, hence the key.
+
+    Args:
+        length: tokens known so far, or more; `prompt_length` goes on from there.
+
+    Raises:
+        GeometryError: with `repeated` set if this failure was raised before.
+    """
+    if mm_inputs is None:
+        return map_from_mm_inputs(None, length, family)
+    whole = prompt_length(mm_inputs, length)
+    key = (_offsets(mm_inputs), whole, family)
+    kept = getattr(mm_inputs, _CACHE, None)
+    if kept is not None and kept[0] == key:
+        if isinstance(kept[1], GeometryError):
+            raise GeometryError(kept[1].reason, str(kept[1]), repeated=True)
+        return kept[1]
+    try:
+        outcome = map_from_mm_inputs(mm_inputs, whole, family)
+    except GeometryError as error:
+        # A copy: the raised one carries the frames it went through, and with them the whole batch.
+        setattr(mm_inputs, _CACHE, (key, GeometryError(error.reason, str(error))))
+        raise
+    setattr(mm_inputs, _CACHE, (key, outcome))
+    return outcome

@@ -1,0 +1,330 @@
+"""The attention backend inside SGLang: the dense backend it would have used, with sparse prefill on top.
+
+The dense backend is built by its own factory, then its instance is given a subclass made at run time. So every
+flag, buffer, graph path and isinstance check of the stock backend stays as it was, and only two things change:
+metadata of prefill batches also plans sparse requests, and eligible layers of such batches run the plan. A batch
+without a sparse request runs the stock code and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from sglang_mminfer import config
+from sglang_mminfer.kernels import torch_gather
+from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of
+from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
+from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.trace import Metrics, PrefillRecord, TraceFile
+
+logger = logging.getLogger(__name__)
+
+
+def create_backend(runner: Any) -> Any:
+    """The backend for one model runner: factory of the name `mminfer` in SGLang's registry.
+
+    Raises:
+        HeadConfigError: if the head config does not fit the model.
+    """
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    backend = ATTENTION_BACKENDS[config.dense_backend_name(runner.server_args, runner.device)](runner)
+    if runner.is_draft_worker:  # a draft model's head config would be another one: dense
+        return backend
+    config.announce_once(runner)
+    backend.__class__ = _sparse_class(type(backend))
+    backend.mminfer = SparsePrefill(runner)
+    return backend
+
+
+@cache
+def _sparse_class(dense: type) -> type:
+    return type(f"MMInfer{dense.__name__}", (_SparseMixin, dense), {})
+
+
+class _SparseMixin:
+    """The three methods that differ from the dense backend's."""
+
+    mminfer: SparsePrefill
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self.mminfer.end()
+        super().init_forward_metadata(forward_batch)  # type: ignore[misc]
+        self.mminfer.begin(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+        self.mminfer.end()  # what is captured in a graph, or replayed from one, is dense
+        super().init_forward_metadata_out_graph(forward_batch, *args, **kwargs)  # type: ignore[misc]
+
+    def forward_extend(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        sparse = self.mminfer
+        start, o = sparse.clock(), None
+        if sparse.takes(q, layer, kwargs):
+            if save_kv_cache and k is not None and v is not None:
+                from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+                sparse.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+                save_kv_cache = False
+            o = sparse.run_layer(q, layer)
+        if o is None:
+            o = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)  # type: ignore[misc]
+        sparse.layer_done(layer, start)
+        return o
+
+
+@dataclass
+class _Request:
+    """One request of a batch and how it is run; becomes its PrefillRecord."""
+
+    rid: str
+    prefix_len: int
+    chunk_len: int
+    row_start: int
+    map: ModalityMap | None = None
+    dense_reason: str | None = None
+    densities: list[float] = field(default_factory=list)
+
+    @property
+    def seq_len(self) -> int:
+        return self.prefix_len + self.chunk_len
+
+
+class _Batch:
+    """One prefill batch: its requests, its planner if any request is sparse, and its account."""
+
+    def __init__(self, forward_batch: Any) -> None:
+        lengths = forward_batch.extend_seq_lens_cpu
+        prefixes = forward_batch.extend_prefix_lens_cpu or [0] * len(lengths)
+        rids = forward_batch.rids or [""] * len(lengths)
+        starts = [0, *accumulate(lengths)]
+        self.requests = [
+            _Request(rid, int(prefix), int(length), start)
+            for rid, prefix, length, start in zip(rids, prefixes, lengths, starts)
+        ]
+        self.num_rows = starts[-1]
+        self.planner: BatchPlanner | None = None
+        self.sparse_layers = 0
+        self.layer_reasons: Counter[str] = Counter()
+        self.plan_s = self.attn_s = 0.0
+
+    def run_dense(self, reason: str) -> None:
+        self.planner = None
+        for request in self.requests:
+            request.dense_reason = request.dense_reason or reason
+
+    def records(self) -> list[PrefillRecord]:
+        records = []
+        for request in self.requests:
+            sparse = request.dense_reason is None and self.sparse_layers > 0
+            reason = (
+                None if sparse else request.dense_reason or ",".join(sorted(self.layer_reasons)) or "no_layer"
+            )
+            records.append(
+                PrefillRecord(
+                    rid=request.rid,
+                    prefix_len=request.prefix_len,
+                    chunk_len=request.chunk_len,
+                    seq_len=request.seq_len,
+                    segments=len(request.map.segments) if request.map else 0,
+                    sparse_layers=self.sparse_layers if sparse else 0,
+                    density=fmean(request.densities) if sparse and request.densities else None,
+                    dense_reason=reason,
+                    plan_ms=self.plan_s * 1e3,
+                    attn_ms=self.attn_s * 1e3,
+                )
+            )
+        return records
+
+
+class SparsePrefill:
+    """Plans and runs the sparse layers of one runner's prefill batches, and keeps the account of them.
+
+    `begin` is called with a batch's metadata, while its media are still at hand (SGLang drops them before the
+    first layer). A layer's plan is made when the layer runs, and shared with all layers whose heads do the same.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
+        hf_config = runner.model_config.hf_config
+        self.head_config, _ = config.load_for_model(runner.server_args, hf_config)
+        self.family = family_of(hf_config)
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.kv_pool = runner.token_to_kv_pool
+        self.device = torch.device(runner.device)
+        self.rank, self.leads = get_parallel().attn_tp_rank, get_parallel().tp_rank == 0
+        self.trace = TraceFile.from_environment() if self.leads else TraceFile(None)
+        self.metrics = Metrics() if runner.server_args.enable_metrics and self.leads else None
+        self._num_layers = runner.model_config.num_hidden_layers
+        self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
+        self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self._num_layers))
+        self._heads: dict[tuple[int, int], tuple[HeadPattern, ...]] = {}
+        self._batch: _Batch | None = None
+
+    # ---- a batch -------------------------------------------------------------------------------------------
+
+    def begin(self, forward_batch: Any) -> None:
+        """Decide what runs sparse in this batch. Never raises: what cannot be served runs dense, counted."""
+        if forward_batch.forward_mode.is_decode_or_idle() or forward_batch.extend_seq_lens_cpu is None:
+            return
+        start = self.clock()
+        self._batch = batch = _Batch(forward_batch)
+        try:
+            self._decide(batch, forward_batch)
+        except Exception:
+            logger.exception("mminfer: planning a prefill batch failed; it runs dense")
+            batch.run_dense("internal_error")
+        batch.plan_s = self.clock() - start
+
+    def end(self) -> None:
+        """Give account of the batch, if there was one. Without this, a stale plan could outlive its batch."""
+        batch, self._batch = self._batch, None
+        if batch is None or not self.leads:
+            return
+        if self.trace.enabled or self.metrics is not None:
+            records = batch.records()
+            self.trace.append(records)
+            if self.metrics is not None:
+                self.metrics.add(records)
+
+    def _decide(self, batch: _Batch, forward_batch: Any) -> None:
+        mode = forward_batch.forward_mode
+        if mode.name not in ("EXTEND", "MIXED"):
+            return batch.run_dense(f"mode_{mode.name.lower()}")
+        media = forward_batch.mm_inputs or [None] * len(batch.requests)
+        for request, mm_inputs in zip(batch.requests, media):
+            request.map, request.dense_reason = self._map(request, mm_inputs)
+        if all(request.dense_reason for request in batch.requests):
+            return None
+        chunks = []
+        for i, request in enumerate(batch.requests):
+            if request.chunk_len:
+                # A dense request that shares a batch with a sparse one has no map: plain causal attention.
+                own_map = None if request.dense_reason else request.map
+                slots = self.req_to_token[forward_batch.req_pool_indices[i], : request.seq_len].long()
+                chunks.append(
+                    RequestChunk(own_map, request.prefix_len, request.seq_len, request.row_start, slots)
+                )
+        dense_below = self.head_config.defaults.dense_below
+        batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
+        return None
+
+    def _map(self, request: _Request, mm_inputs: Any) -> tuple[ModalityMap | None, str | None]:
+        """The request's map, and why it runs dense (None: it runs sparse)."""
+        if self._all_dense:
+            return None, "dense_config"
+        if mm_inputs is None:
+            return None, "no_media"
+        try:
+            modality_map = cached_map(mm_inputs, request.seq_len, self.family)
+        except GeometryError as error:
+            if not error.repeated:
+                logger.warning("mminfer: request %s runs dense: %s", request.rid, error)
+            return None, error.reason
+        if not modality_map.has_vision:
+            return modality_map, "no_media"
+        if request.seq_len <= self.head_config.defaults.dense_below:
+            return modality_map, "short"
+        return modality_map, None
+
+    # ---- a layer -------------------------------------------------------------------------------------------
+
+    def takes(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any]) -> bool:
+        """True if this layer of the current batch runs on a plan; if not, the reason is counted."""
+        batch = self._batch
+        if batch is None or batch.planner is None:
+            return False
+        reason = self._layer_reason(q, layer, kwargs, batch)
+        if reason is not None:
+            batch.layer_reasons[reason] += 1
+        return reason is None
+
+    def _layer_reason(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], batch: _Batch) -> str | None:
+        if layer.is_cross_attention or layer.attn_type.name != "DECODER":
+            return "layer_not_causal"
+        if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
+            return "layer_sliding_window"
+        if layer.logit_cap or layer.xai_temperature_len > 0 or kwargs:
+            return "layer_modified_softmax"
+        if layer.qk_head_dim != layer.v_head_dim:
+            return "layer_unequal_head_dims"
+        if not 0 <= layer.layer_id < self._num_layers:
+            return "layer_unknown"
+        if self.head_config.is_dense(layer.layer_id):
+            return "layer_dense_config"
+        if self.kv_pool.get_key_buffer(layer.layer_id).dtype != q.dtype:
+            return "kv_cache_dtype"
+        if q.shape[0] != batch.num_rows:
+            return "padded_rows"
+        return None
+
+    def run_layer(self, q: torch.Tensor, layer: Any) -> torch.Tensor | None:
+        """Attention of one layer over the pool, K and V of the batch already in it. None if planning failed."""
+        batch = self._batch
+        assert batch is not None and batch.planner is not None
+        start = self.clock()
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        try:
+            plan = batch.planner.plan(self._heads_of(layer), q, k_cache, layer.scaling)
+        except Exception:
+            logger.exception("mminfer: planning layer %d failed; it runs dense", layer.layer_id)
+            batch.layer_reasons["internal_error"] += 1
+            return None
+        batch.plan_s += self.clock() - start
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        torch_gather.run(q, k_cache, v_cache, plan, layer.scaling, out, lse)
+        batch.sparse_layers += 1
+        if self.trace.enabled or self.metrics is not None:
+            self._note_density(batch, plan)
+        return out.flatten(1)
+
+    def layer_done(self, layer: Any, start: float) -> None:
+        if self._batch is not None:
+            self._batch.attn_s += self.clock() - start
+            if layer.layer_id == self._last_layer - 1:
+                self.end()
+
+    def _heads_of(self, layer: Any) -> tuple[HeadPattern, ...]:
+        """Patterns of the query heads that this rank holds."""
+        count = layer.tp_q_head_num
+        name = (layer.layer_id, count)
+        if name not in self._heads:
+            everything = self.head_config.patterns(layer.layer_id)
+            self._heads[name] = tuple(everything[self.rank * count : (self.rank + 1) * count])
+        return self._heads[name]
+
+    def _note_density(self, batch: _Batch, plan: PrefillPlan) -> None:
+        visited = plan.visited_by_row
+        for request in batch.requests:
+            if request.dense_reason is None and request.chunk_len:
+                rows = visited[request.row_start : request.row_start + request.chunk_len]
+                causal = (request.prefix_len + 1 + request.seq_len) * request.chunk_len // 2
+                request.densities.append(float(rows.sum()) / plan.num_heads / causal)
+
+    def clock(self) -> float:
+        """Seconds. Launches are asynchronous on a GPU, so a trace costs it one synchronisation for each reading."""
+        if self.trace.enabled and self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+        return time.perf_counter()

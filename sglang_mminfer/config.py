@@ -1,0 +1,151 @@
+"""Which head config applies, where it was named, and which dense backend stands under it.
+
+A config is named in one of four places; the first that names one wins:
+the flag --mminfer-config, the environment variable SGLANG_MMINFER_CONFIG, `mminfer_config` of the model's
+config (which is where --json-model-override-args puts it), and else the built-in "default".
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang_mminfer.head_config import HeadConfig
+
+logger = logging.getLogger(__name__)
+
+BACKEND_NAME = "mminfer"
+FLAG = "--mminfer-config"
+ENVIRONMENT = "SGLANG_MMINFER_CONFIG"
+MODEL_KEY = "mminfer_config"
+DEFAULT = "default"
+
+ATTRIBUTE = "_mminfer_config"
+"""Where the flag's value rides on ServerArgs. A real field cannot be added from outside; an attribute with an
+underscore is pickled into SGLang's child processes all the same."""
+
+
+@dataclass(frozen=True)
+class ConfigChoice:
+    """The name (or path) of a head config and the place that named it."""
+
+    name: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"head config {self.name!r} ({self.source})"
+
+
+def resolve(
+    server_args: Any, hf_config: Any = None, environ: Mapping[str, str] | None = None
+) -> ConfigChoice:
+    """The config that applies. An empty name counts as none.
+
+    Args:
+        server_args: SGLang's ServerArgs, or any object; only the flag's value is read.
+        hf_config: the model's transformers config with overrides applied, or None where there is no model.
+        environ: the environment, the process's own if None.
+
+    Raises:
+        HeadConfigError: if the model's config names something that is no name.
+    """
+    environ = os.environ if environ is None else environ
+    if name := getattr(server_args, ATTRIBUTE, None):
+        return ConfigChoice(str(name), FLAG)
+    if name := environ.get(ENVIRONMENT):
+        return ConfigChoice(name, ENVIRONMENT)
+    name = getattr(hf_config, MODEL_KEY, None)
+    if name is not None and not isinstance(name, str):
+        from sglang_mminfer.head_config import HeadConfigError
+
+        raise HeadConfigError(f"{MODEL_KEY} of the model config: expected a name or a path, got {name!r}")
+    if name:
+        return ConfigChoice(name, f"{MODEL_KEY} of the model config")
+    return ConfigChoice(DEFAULT, "built-in, as none was named")
+
+
+def load_for_model(
+    server_args: Any, hf_config: Any, environ: Mapping[str, str] | None = None
+) -> tuple[HeadConfig, ConfigChoice]:
+    """The head config that applies, bound to the model, and where it was named.
+
+    Raises:
+        HeadConfigError: if it is not there, is malformed or was made for another model; the message begins
+            with the place that named it.
+    """
+    from sglang_mminfer.head_config import HeadConfig, HeadConfigError
+
+    choice = resolve(server_args, hf_config, environ)
+    try:
+        return HeadConfig.load(choice.name).bind(hf_config), choice
+    except HeadConfigError as error:
+        raise HeadConfigError(f"{choice.source}: {error}") from None
+
+
+def config_argument(name: str) -> str:
+    """argparse type of the flag: a bad config is a usage error, found before anything starts."""
+    from sglang_mminfer.head_config import HeadConfig, HeadConfigError
+
+    if name:
+        try:
+            HeadConfig.load(name)
+        except HeadConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str) -> str:
+    """The line that a scheduler logs about its configuration."""
+    return (
+        f"mminfer: {choice}: {head_config.describe()}. "
+        f"What is not sparse runs on {dense_backend}. Made by: {head_config.provenance.note}"
+    )
+
+
+_announced = False
+
+
+def announce_once(runner: Any) -> None:
+    """Log `describe` for a model runner: once per process, and only where the tensor-parallel rank is 0."""
+    global _announced
+    if _announced:
+        return
+    _announced = True
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().tp_rank == 0:
+        head_config, choice = load_for_model(runner.server_args, runner.model_config.hf_config)
+        logger.info(describe(head_config, choice, dense_backend_name(runner.server_args, runner.device)))
+
+
+def dense_backend_name(server_args: Any, device: str) -> str:
+    """The attention backend that SGLang would run the prefill on if this plugin were not there.
+
+    A base backend that the user named beside `--prefill-attention-backend mminfer` is the answer; otherwise
+    SGLang's own choice for this model and device. Where that choice would also have changed the page size
+    (SGLang does so by the backend's name, and saw ours), the next one that takes any page size is used.
+    """
+    from sglang.srt.arg_groups.model_override_base import (
+        get_default_attn_backend,
+        model_config_of,
+        resolving_view,
+        use_mla_backend,
+    )
+
+    view = resolving_view(server_args)
+    if view.attention_backend not in (None, BACKEND_NAME):
+        return view.attention_backend
+    if str(device).split(":")[0] == "cpu":
+        return "torch_native"
+    name = get_default_attn_backend(server_args, use_mla_backend(server_args), model_config_of(server_args))
+    if name == "fa3" and view.kv_cache_dtype == "fp8_e5m2":
+        return "triton"
+    page_sizes = {"trtllm_mha": (16, 32, 64, 128), "fa4": (128,)}.get(name)
+    if page_sizes and view.page_size not in page_sizes:
+        return "triton" if model_config_of(server_args).has_asymmetric_kv else "flashinfer"
+    return name

@@ -1,0 +1,155 @@
+"""An out-of-tree SGLang platform for machines without an accelerator.
+
+Stock SGLang has two answers there, and neither serves a model: its CPU engine needs a kernel package that is
+not on the package index, and without it the base platform sends RoPE to an import of another serving engine.
+An out-of-tree platform whose device is the CPU runs every operator's plain torch method instead.
+
+SGLang imports this module after its own platform package (and torch), so it adds nothing to start-up time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+PLATFORM_NAME = "mminfer_cpu"
+"""Name of the entry point in group `sglang.srt.platforms`; SGLANG_PLATFORM set to it forces the platform."""
+
+MAX_TOTAL_TOKENS = 262_144
+"""Default size of the KV pool. SGLang would fill most of the machine's memory, which a small model turns into
+tens of millions of slots whose bookkeeping alone takes seconds and gigabytes."""
+
+MAX_RUNNING_REQUESTS = 64
+"""Default rows of the request table; SGLang's minimum of 2048, times a long context, is 250 MB and more."""
+
+MEMORY_SHARE = 0.8
+"""The share of free memory that all ranks of this machine together may plan for weights and KV."""
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def accelerators() -> list[str]:
+    """Names of the accelerator kinds that torch can use here; empty on a machine that needs this platform."""
+    found = []
+    if torch.cuda.is_available():
+        found.append("hip" if torch.version.hip is not None else "cuda")
+    if torch.xpu.is_available():
+        found.append("xpu")
+    for name in ("npu", "musa", "hpu", "mps"):  # modules that a vendor's package adds to torch, mps apart
+        module = getattr(torch, name, None)
+        if module is not None and module.is_available():
+            found.append(name)
+    return found
+
+
+def why_inactive(environ: dict[str, str] | os._Environ[str] = os.environ) -> str | None:
+    """None where the platform activates itself, else the reason why it does not, in words."""
+    selected = environ.get("SGLANG_PLATFORM")
+    if selected == PLATFORM_NAME:
+        return None
+    if selected:
+        return f"SGLANG_PLATFORM={selected} selects another platform"
+    if environ.get("SGLANG_USE_CPU_ENGINE", "0") not in ("", "0"):
+        return "SGLANG_USE_CPU_ENGINE is set, so SGLang's own CPU engine is used"
+    if found := accelerators():
+        return f"this machine has an accelerator ({', '.join(found)})"
+    return None
+
+
+def activate() -> str | None:
+    """Entry point: the platform's class where it is to be used, None elsewhere."""
+    return None if why_inactive() else f"{__name__}.MMInferCpuPlatform"
+
+
+class MMInferCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """The CPU as an out-of-tree device: plain torch operators, gloo, no graphs, no pinned memory."""
+
+    # Out of tree, not CPU: `is_cpu()` must stay False, it stands for the CPU engine with its own kernels.
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        """What this container may use, where it says so, else what the machine has."""
+        total = int(psutil.virtual_memory().total)
+        try:
+            return min(total, int(_CGROUP_LIMIT.read_text()))
+        except (OSError, ValueError):  # no cgroup v2 here, or "max"
+            return total
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+
+def is_active() -> bool:
+    """True in a process whose SGLang runs on this platform."""
+    from sglang.srt import platforms
+
+    return isinstance(platforms.current_platform, MMInferCpuPlatform)
+
+
+def default_arguments(cfg: Any) -> dict[str, Any]:
+    """The server arguments a CPU needs and the user left open. `cfg` is any view of ServerArgs."""
+    if cfg.device is not None and cfg.device != "cpu":
+        return {}
+    ranks = max(1, cfg.tp_size * cfg.pp_size * cfg.dp_size // max(1, cfg.nnodes))
+    wanted: dict[str, tuple[Any, Any]] = {  # field: (what says that the user left it open, our value)
+        "device": (None, "cpu"),
+        "dtype": ("auto", "float32"),
+        "attention_backend": (None, "torch_native"),
+        "mm_attention_backend": (None, "sdpa"),
+        "sampling_backend": (None, "pytorch"),
+        "disable_cuda_graph": (False, True),
+        "mem_fraction_static": (None, round(MEMORY_SHARE / ranks, 3)),
+        "max_total_tokens": (None, MAX_TOTAL_TOKENS),
+        "max_running_requests": (None, MAX_RUNNING_REQUESTS),
+    }
+    return {field: value for field, (unset, value) in wanted.items() if getattr(cfg, field) == unset}
+
+
+def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution hook: declares `default_arguments` before SGLang reads the model's dtype or picks a device.
+
+    The platform's own `apply_server_args_defaults` is called too late for both.
+    """
+    if is_active():
+        from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+        if wanted := default_arguments(resolving_view(server_args)):
+            declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **wanted)
+    previous(server_args)
+
+
+def pin_memory(
+    original: Callable[..., torch.Tensor], self: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """AROUND torch.Tensor.pin_memory: there is nothing to pin for where no accelerator exists.
+
+    SGLang's video decoder and the Qwen, Ernie and other processors pin every frame unless SGLang runs on its
+    own CPU engine, and torch raises. This is the one place that all of them go through.
+    """
+    if is_active():
+        return self
+    return original(self, *args, **kwargs)

@@ -1,0 +1,162 @@
+"""Videos and images for the demo, the tests and the benchmarks: moving shapes, the same for the same seed.
+
+    make_video("a.mp4", frames=240, width=448, height=252, fps=24, seed=1)
+
+Frames resemble their neighbours, as frames of a real video do, which is what grid patterns live on.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Scene:
+    """A lit background with a few discs and boxes that drift and bounce. A pure function of seed and time."""
+
+    SHAPES = 5
+
+    def __init__(self, width: int, height: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        self.width, self.height = width, height
+        self.y, self.x = np.mgrid[0:height, 0:width].astype(np.float32)
+        n = self.SHAPES
+        self.size = random.uniform(0.08, 0.2, n) * min(width, height)
+        self.start = random.uniform(0, 1, (n, 2)) * (width, height)
+        # Pixels a second; a shape crosses the picture in a few seconds.
+        self.speed = random.uniform(0.15, 0.5, (n, 2)) * (width, height) * random.choice([-1, 1], (n, 2))
+        self.colour = random.uniform(40, 255, (n, 3)).astype(np.float32)
+        self.disc = random.random(n) < 0.5
+        corners = random.uniform(20, 200, (2, 2, 3))
+        u, v = (self.x / max(width - 1, 1))[..., None], (self.y / max(height - 1, 1))[..., None]
+        top = corners[0, 0] * (1 - u) + corners[0, 1] * u
+        bottom = corners[1, 0] * (1 - u) + corners[1, 1] * u
+        self.background = (top * (1 - v) + bottom * v).astype(np.float32)
+
+    def frame(self, seconds: float) -> np.ndarray:
+        """uint8 [height, width, 3]."""
+        picture = self.background * np.float32(1 + 0.05 * np.sin(0.7 * seconds))
+        extent = np.array([self.width, self.height], dtype=np.float64)
+        for i in range(self.SHAPES):
+            # Bouncing between two walls is a triangle wave.
+            x, y = extent - np.abs((self.start[i] + self.speed[i] * seconds) % (2 * extent) - extent)
+            reach = self.size[i] + 1
+            box = np.s_[max(0, int(y - reach)) : int(y + reach) + 2, max(0, int(x - reach)) : int(x + reach) + 2]
+            dx, dy = np.abs(self.x[box] - np.float32(x)), np.abs(self.y[box] - np.float32(y))
+            distance = np.hypot(dx, dy) if self.disc[i] else np.maximum(dx, dy)
+            # One pixel of slope at the rim: no flicker as a shape moves by a fraction of a pixel.
+            cover = np.clip(np.float32(self.size[i] + 0.5) - distance, 0, 1)[..., None]
+            picture[box] += cover * (self.colour[i] - picture[box])
+        return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
+
+
+def video_frames(frames: int, width: int, height: int, fps: float, seed: int = 0) -> Iterator[np.ndarray]:
+    """The frames that `make_video` encodes, uint8 [height, width, 3] each."""
+    _positive(frames=frames, width=width, height=height, fps=fps)
+    scene = Scene(width, height, seed)
+    for i in range(frames):
+        yield scene.frame(i / fps)
+
+
+def make_video(
+    path: str | os.PathLike[str],
+    frames: int,
+    width: int = 448,
+    height: int = 252,
+    fps: float = 24.0,
+    seed: int = 0,
+) -> Path:
+    """Encodes moving shapes to an mp4 file (H.264) and returns its path.
+
+    Raises:
+        ValueError: for sizes that are not positive, odd ones (H.264 stores colour at half resolution), and a
+            name that does not end in .mp4.
+        OSError: if the file cannot be written.
+    """
+    import imageio_ffmpeg
+
+    target = Path(path)
+    _positive(frames=frames, width=width, height=height, fps=fps)
+    if target.suffix.lower() != ".mp4":
+        raise ValueError(f"{target}: expected a name that ends in .mp4")
+    for name, value in (("width", width), ("height", height)):
+        if value % 2:
+            raise ValueError(f"{target}: {name}: expected an even number (H.264), got {value}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.stem}.{os.getpid()}.mp4")
+    writer = imageio_ffmpeg.write_frames(
+        os.fspath(fresh),
+        (width, height),
+        fps=fps,
+        codec="libx264",
+        quality=None,
+        # Any key frame within a second, so that sampling far into a long video stays cheap. One thread and
+        # "bitexact" give the same bytes on every run.
+        output_params=[
+            *("-preset", "veryfast", "-crf", "18", "-g", str(max(1, round(fps)))),
+            *("-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"),
+        ],
+        macro_block_size=2,
+        ffmpeg_log_level="error",
+    )
+    try:
+        writer.send(None)
+        for frame in video_frames(frames, width, height, fps, seed):
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        if not fresh.exists() or not fresh.stat().st_size:
+            raise OSError(f"{target}: the encoder wrote nothing")
+        os.replace(fresh, target)
+    finally:
+        writer.close()
+        fresh.unlink(missing_ok=True)
+    return target
+
+
+def make_image(path: str | os.PathLike[str], width: int = 224, height: int = 224, seed: int = 0) -> Path:
+    """Writes one still of moving shapes as a PNG file and returns its path."""
+    from PIL import Image
+
+    target = Path(path)
+    _positive(width=width, height=height)
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"{target}: expected a name that ends in .png")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(Scene(width, height, seed).frame(1.0)).save(target)
+    return target
+
+
+def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
+    """All frames of a video, uint8 [frames, height, width, 3], and its frames per second.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a video that can be decoded.
+    """
+    import decord
+
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file; expected a video (mp4, mkv, webm, ...)")
+    try:
+        reader = decord.VideoReader(os.fspath(source), ctx=decord.cpu(0), num_threads=1)
+        if not len(reader):
+            raise ValueError("it has no frames")
+        return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
+    except Exception as error:  # decord raises its own error type, and RuntimeError, and others
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{source}: expected a video file that FFmpeg can decode ({source.stat().st_size} bytes): {reason}"
+        ) from error
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected a number > 0, got {value!r}")

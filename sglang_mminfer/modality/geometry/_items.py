@@ -1,0 +1,98 @@
+"""What every family reads from SGLang's media items (modality, spans, grid rows) and the error they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sglang_mminfer.modality.segments import Modality
+
+
+class GeometryError(ValueError):
+    """The media of a request cannot be laid out; the request runs dense, counted under `reason`.
+
+    Attributes:
+        reason: a short slug: "no_offsets", "bad_offsets", "empty_span", "out_of_range_offsets",
+            "overlapping_offsets", "grid_mismatch", "zero_frames", "unknown_modality" or "moving_offsets".
+        repeated: True where `cached_map` raises the same failure again, so that a log names it once.
+    """
+
+    def __init__(self, reason: str, message: str, repeated: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.repeated = repeated
+
+
+class Span(NamedTuple):
+    """Tokens [start, stop) of one media placeholder, and the words an error calls it by."""
+
+    start: int
+    stop: int
+    name: str
+
+
+# By name, so that SGLang is not imported. What a model hears is text to the map: patterns are about rasters.
+_MODALITIES = {
+    "IMAGE": Modality.IMAGE,
+    "MULTI_IMAGES": Modality.IMAGE,
+    "VIDEO": Modality.VIDEO,
+    "AUDIO": Modality.TEXT,
+}
+
+
+def modality_of(item: Any, index: int) -> Modality:
+    """The modality of one item, TEXT for audio."""
+    name = getattr(item.modality, "name", item.modality)
+    modality = _MODALITIES.get(str(name).upper())
+    if modality is None:
+        raise GeometryError(
+            "unknown_modality", f"mm_items[{index}]: expected an image, video or audio item, got {name}"
+        )
+    return modality
+
+
+def data_of(item: Any) -> Mapping[str, Any]:
+    """The model's own values of an item (grids and the like)."""
+    return getattr(item, "model_specific_data", None) or {}
+
+
+def offsets_of(item: Any, name: str) -> tuple[tuple[int, int], ...]:
+    """The (first, last) pairs of an item as plain integers, whatever holds them; () if there are none."""
+    offsets = getattr(item, "offsets", None)
+    try:
+        return () if offsets is None else tuple((int(first), int(last)) for first, last in offsets)
+    except (TypeError, ValueError):
+        raise GeometryError(
+            "bad_offsets", f"{name}: expected offsets as (first, last) pairs, got {offsets!r}"
+        ) from None
+
+
+def spans_of(item: Any, name: str) -> list[Span]:
+    """The spans of one item. SGLang's ends are inclusive, ours are not."""
+    if "pre_chunked_input_ids" in data_of(item):
+        # EVS drops video tokens after the metadata is made: whatever the offsets say now will not hold.
+        raise GeometryError("moving_offsets", f"{name}: its tokens move during embedding (EVS)")
+    offsets = offsets_of(item, name)
+    if not offsets:
+        raise GeometryError("no_offsets", f"{name}: expected the offsets of its tokens, got none")
+    spans = []
+    for i, (first, last) in enumerate(offsets):
+        start, stop = first, last
+        label = f"{name} span {i} at [{start}, {stop - 1}]"
+        if start < 0:
+            raise GeometryError("out_of_range_offsets", f"{label}: expected a first token >= 0")
+        if stop <= start:
+            raise GeometryError("empty_span", f"{label}: expected at least one token, got {stop - start}")
+        spans.append(Span(start, stop, label))
+    return spans
+
+
+def grid_rows(value: Any) -> list[tuple[int, int, int]] | None:
+    """[[t, h, w], ...] from a tensor, an array or lists, or a bare [t, h, w]; None if it is neither."""
+    try:
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in value]
+        if len(rows) == 3 and not any(isinstance(row, list | tuple) for row in rows):
+            rows = [rows]
+        return [(int(t), int(h), int(w)) for t, h, w in rows]
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,73 @@
+"""Qwen2-VL and Qwen2.5-VL.
+
+An image or a video is one span of placeholders. Its `*_grid_thw` row counts patches before the merger, frames
+already folded in pairs, so the language model sees t * (h / merge) * (w / merge) tokens in raster order with
+nothing between the frames. SGLang keeps several media of a prompt in one item when it cannot split them: K
+offsets then, and K rows, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sglang_mminfer.modality.geometry._items import GeometryError, data_of, grid_rows, spans_of
+from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+MERGE = 2  # of every published checkpoint
+
+_GRID_KEYS = {Modality.IMAGE: "image_grid_thw", Modality.VIDEO: "video_grid_thw"}
+
+
+def argument_of(hf_config: Any) -> str:
+    """The merge size, where a config has another one than every published checkpoint."""
+    merge = int(getattr(getattr(hf_config, "vision_config", None), "spatial_merge_size", MERGE))
+    return "" if merge == MERGE else str(merge)
+
+
+def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterator[tuple[Segment, str]]:
+    """One segment with its grid for each image or video of the item.
+
+    An item without a grid row (encoder-disaggregated serving sends embeddings only) keeps its modality and
+    has no grid.
+
+    Raises:
+        GeometryError: "zero_frames" or "grid_mismatch", besides what the offsets themselves can be wrong in.
+    """
+    merge = int(argument or MERGE)
+    key = _GRID_KEYS[modality]
+    value = data_of(item).get(key)
+    if value is None:
+        for span in spans_of(item, name):
+            yield Segment(modality, span.start, span.stop), span.name
+        return
+    rows = grid_rows(value)
+    if rows is None:
+        raise GeometryError("grid_mismatch", f"{name}: expected rows of [t, h, w] in {key}, got {value!r}")
+    for i, (t, _, _) in enumerate(rows):
+        # Before the offsets: a medium without frames has no tokens, so its offset is missing or empty too.
+        if t < 1:
+            raise GeometryError("zero_frames", f"{name}: {key}[{i}] has {t} frames, expected at least one")
+    spans = spans_of(item, name)
+    if len(rows) != len(spans):
+        raise GeometryError(
+            "grid_mismatch",
+            f"{name}: expected one row of {key} for each span, got {len(rows)} for {len(spans)} spans",
+        )
+    for span, (t, h, w) in zip(spans, rows):
+        if h < merge or w < merge or h % merge or w % merge:
+            raise GeometryError(
+                "grid_mismatch",
+                f"{span.name}: expected height and width divisible by the merge of {merge}, got {h} x {w}",
+            )
+        height, width = h // merge, w // merge
+        tokens = span.stop - span.start
+        if t * height * width != tokens:
+            raise GeometryError(
+                "grid_mismatch",
+                f"{span.name}: expected {t * height * width} tokens for a grid of {t} x {h} x {w} before a "
+                f"{merge} x {merge} merge, got {tokens}",
+            )
+        grid = VisionGrid(t, height, width, tuple(range(span.start, span.stop, height * width)))
+        yield Segment(modality, span.start, span.stop, grid), span.name

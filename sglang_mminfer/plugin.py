@@ -1,0 +1,506 @@
+"""The entry point, and every place where this package reaches into SGLang.
+
+`HOOKS` lists each of those places with its reason, `REFUSALS` each launch that cannot work with what to do
+instead. Nothing else in the package changes SGLang. Importing this module costs nothing: SGLang does so in
+every process, and hides a plugin that fails to import behind "invalid choice: 'mminfer'".
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sglang_mminfer import config
+
+logger = logging.getLogger(__name__)
+
+SPLIT_VIDEOS_ENVIRONMENT = "SGLANG_MMINFER_SPLIT_VIDEOS"
+
+_HERE = __name__
+_CPU = "sglang_mminfer.cpu_platform"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One place where SGLang is extended or changed.
+
+    Attributes:
+        target: dotted path in SGLang; for kind "resolution" the name of a step of argument resolution.
+        kind: before, after, around: SGLang's HookRegistry. resolution: its resolution hooks. choice: a name
+            added to a list of choices. backend: a factory in the attention registry.
+        function: `module:name` of ours, imported when the hook is installed.
+        reason: why SGLang cannot do without it.
+        cpu_only: installed only where our CPU platform is active.
+    """
+
+    target: str
+    kind: Literal["before", "after", "around", "resolution", "choice", "backend"]
+    function: str
+    reason: str
+    cpu_only: bool = False
+
+    def resolve(self) -> Callable[..., Any]:
+        """Our function."""
+        return pkgutil.resolve_name(self.function)
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.arg_groups.choices.ATTENTION_BACKEND_CHOICES",
+        "choice",
+        f"{_HERE}:add_choice",
+        "argparse accepts an attention backend only by this list.",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
+        "backend",
+        f"{_HERE}:create_backend",
+        "The scheduler builds attention backends by name from this registry.",
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        "after",
+        f"{_HERE}:add_cli_args",
+        "The flag --mminfer-config; SGLang has no way for a plugin to declare one.",
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+        "around",
+        f"{_HERE}:from_cli_args",
+        "ServerArgs takes only its own fields from the command line; this carries the flag over.",
+    ),
+    Hook(
+        "handle_model_specific_adjustments",
+        "resolution",
+        f"{_HERE}:check_launch",
+        "Refuses what can never work and finds a bad head config before a process is started; names a draft "
+        "backend for speculative decoding. This step is the first that knows flags, CUDA graphs and model, "
+        "and comes before SGLang's own checks by backend name.",
+    ),
+    Hook(
+        "handle_model_capability_adjustments",
+        "resolution",
+        f"{_HERE}:check_result",
+        "Some models make SGLang replace the attention backend; that must not go unseen.",
+    ),
+    Hook(
+        "sglang.srt.managers.mm_utils.get_new_expanded_mm_items",
+        "before",
+        f"{_HERE}:split_videos",
+        "SGLang keeps all videos of a Qwen2-VL or Qwen2.5-VL conversation in one item with one hash, so a "
+        "second video changes the radix keys of the first and the whole conversation is prefilled again.",
+    ),
+    Hook(
+        "sglang.srt.utils.video_decoder.VideoDecoderWrapper.__init__",
+        "around",
+        f"{_HERE}:decode_without_ffmpeg",
+        "SGLang takes decord if torchcodec cannot be imported, but torchcodec looks for FFmpeg's libraries "
+        "only with the first video: without them every video request fails.",
+    ),
+    Hook(
+        "handle_hardware_runtime_validation",
+        "resolution",
+        f"{_CPU}:resolve_defaults",
+        "The defaults that a CPU needs, before SGLang reads the model's dtype or picks a device; the "
+        "platform's own apply_server_args_defaults comes too late for both.",
+        cpu_only=True,
+    ),
+    Hook(
+        "torch.Tensor.pin_memory",
+        "around",
+        f"{_CPU}:pin_memory",
+        "SGLang's video decoder and several processors pin frames unless its own CPU engine runs, and torch "
+        "raises where there is no accelerator. All of them go through this method.",
+        cpu_only=True,
+    ),
+)
+
+_registered = False
+
+
+def register() -> None:
+    """Entry point of group `sglang.srt.plugins`: installs `HOOKS`. A second call does nothing."""
+    global _registered
+    if _registered:
+        return
+    try:
+        from sglang_mminfer import cpu_platform
+
+        on_cpu = cpu_platform.is_active()
+        for hook in HOOKS:
+            if on_cpu or not hook.cpu_only:
+                _install(hook)
+    except Exception:
+        logger.exception(
+            "sglang-mminfer could NOT be registered, so SGLang will not know the attention backend "
+            "'mminfer'. Run `mminfer doctor` to see what is wrong."
+        )
+        raise
+    _registered = True
+
+
+def _install(hook: Hook) -> None:
+    function = hook.resolve()
+    if hook.kind == "choice":
+        function(pkgutil.resolve_name(hook.target))
+    elif hook.kind == "backend":
+        registry = pkgutil.resolve_name(hook.target)
+        registry.setdefault(config.BACKEND_NAME, function)
+    elif hook.kind == "resolution":
+        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+        register_resolution_hook(hook.target)(function)
+    else:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        HookRegistry.register(hook.target, function, HookType(hook.kind))
+
+
+# The attention backend and its flag
+
+
+def add_choice(choices: list[str]) -> None:
+    if config.BACKEND_NAME not in choices:
+        choices.append(config.BACKEND_NAME)
+
+
+def create_backend(runner: Any) -> Any:
+    """Factory in SGLang's attention registry; only here is torch code of ours imported."""
+    from sglang_mminfer.backend import create_backend as create
+
+    config.announce_once(runner)
+    return create(runner)
+
+
+def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+    """AFTER ServerArgs.add_cli_args."""
+    if config.FLAG in parser._option_string_actions:
+        return
+    parser.add_argument(
+        config.FLAG,
+        type=config.config_argument,
+        default=None,
+        metavar="NAME|PATH",
+        help="Head config of --attention-backend mminfer: the name of a built-in one or the path of a JSON "
+        f"file. Overrides {config.ENVIRONMENT} and {config.MODEL_KEY} in --json-model-override-args. "
+        f"Default: {config.DEFAULT}.",
+    )
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """AROUND ServerArgs.from_cli_args."""
+    server_args = original(cls, args)
+    setattr(server_args, config.ATTRIBUTE, getattr(args, "mminfer_config", None))
+    return server_args
+
+
+# What is refused at start-up
+
+
+class UnsupportedLaunch(ValueError):
+    """A combination of arguments that mminfer cannot serve."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A launch that can never work. `applies` gets a view of the arguments as far as they are resolved."""
+
+    name: str
+    applies: Callable[[Any], bool]
+    message: str
+
+
+def _backends(cfg: Any) -> tuple[str | None, str | None]:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    return attention_backends_of(cfg)
+
+
+def _model_config(cfg: Any) -> Any:
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return model_config_of(cfg)
+
+
+def _is_mla(cfg: Any) -> bool:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    return _model_config(cfg).attention_arch == AttentionArch.MLA
+
+
+def _has_linear_attention(cfg: Any) -> bool:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    model = _model_config(cfg)
+    return model.attention_arch == AttentionArch.SSM or mambaish_config(model) is not None
+
+
+def _has_own_sparse_attention(cfg: Any) -> bool:
+    from sglang.srt.configs.model_config import is_minimax_sparse
+
+    return is_minimax_sparse(_model_config(cfg).hf_config)
+
+
+def _full_prefill_graph(cfg: Any) -> bool:
+    resolved = getattr(cfg.cuda_graph_config, "prefill", None)
+    return (resolved.backend if resolved else cfg.cuda_graph_backend_prefill) == "full"
+
+
+def _draft_backend(cfg: Any) -> str | None:
+    """The dense backend if a draft model could run on it, else None."""
+    from sglang.srt.arg_groups.choices import DRAFT_ATTENTION_BACKEND_CHOICES
+    from sglang.srt.arg_groups.overrides import record_of
+
+    name = config.dense_backend_name(record_of(cfg), cfg.device or "")
+    return name if name in DRAFT_ATTENTION_BACKEND_CHOICES else None
+
+
+def _needs_draft_backend(cfg: Any) -> bool:
+    algorithm = cfg.speculative_algorithm
+    return (
+        algorithm is not None
+        and str(algorithm).upper() != "NGRAM"  # drafts from the prompt, without a model
+        and cfg.speculative_draft_attention_backend is None
+    )
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "decode_only",
+        lambda cfg: _backends(cfg)[0] != config.BACKEND_NAME,
+        "mminfer is named for decoding only, and it works on the prefill; use "
+        "--prefill-attention-backend mminfer or --attention-backend mminfer.",
+    ),
+    Refusal(
+        "ray",
+        lambda cfg: cfg.use_ray,
+        "--use-ray starts schedulers that load no plugins, so they would not know the backend mminfer; "
+        "launch without --use-ray.",
+    ),
+    Refusal(
+        "deterministic",
+        lambda cfg: cfg.enable_deterministic_inference or cfg.rl_on_policy_target is not None,
+        "--enable-deterministic-inference (also set by --rl-on-policy-target) needs a backend whose kernels "
+        "SGLang has checked for it; drop it or use --attention-backend fa3, flashinfer or triton.",
+    ),
+    Refusal(
+        "multi_item_scoring",
+        lambda cfg: cfg.enable_mis,
+        "--enable-mis needs the custom masks of --attention-backend flashinfer; drop one of the two.",
+    ),
+    Refusal(
+        "no_kv_cache",
+        lambda cfg: cfg.prefill_only_disable_kv_cache,
+        "--prefill-only-disable-kv-cache leaves no KV cache, and mminfer reads keys and values from there; "
+        "drop it or use --attention-backend fa3.",
+    ),
+    Refusal(
+        "unified_memory",
+        lambda cfg: cfg.enable_unified_memory or cfg.enable_page_major_kv_layout,
+        "--enable-unified-memory and --enable-page-major-kv-layout store KV in a layout that mminfer does "
+        "not read; drop them or use --attention-backend flashinfer.",
+    ),
+    Refusal(
+        "kv_sharding",
+        lambda cfg: cfg.enable_kv_cache_sharding,
+        "--enable-kv-cache-sharding leaves each rank a part of every cached page, and mminfer needs whole "
+        "ones; drop it or use --attention-backend fa3.",
+    ),
+    Refusal(
+        "block_scaled_kv",
+        lambda cfg: cfg.kv_cache_dtype in ("nvfp4", "fp4_mx_block16", "mxfp8"),
+        "--kv-cache-dtype nvfp4, fp4_mx_block16 and mxfp8 are read only by the backends made for them; use "
+        "--kv-cache-dtype auto (fp8_e4m3 is accepted, and its requests run dense).",
+    ),
+    Refusal(
+        "prefill_context_parallel",
+        lambda cfg: cfg.attn_cp_size > 1 or cfg.enable_prefill_cp,
+        "--attn-cp-size above 1 and --enable-prefill-cp split a prompt over ranks, and mminfer plans whole "
+        "prompts; use --tp-size instead.",
+    ),
+    Refusal(
+        "decode_context_parallel",
+        lambda cfg: cfg.dcp_size > 1,
+        "--dcp-size above 1 spreads the KV cache of one request over ranks, and mminfer reads all of it; use "
+        "--tp-size instead.",
+    ),
+    Refusal(
+        "pdmux",
+        lambda cfg: cfg.enable_pdmux,
+        "--enable-pdmux runs the prefill layer by layer in a mode that is always dense; drop it.",
+    ),
+    Refusal(
+        "diffusion_llm",
+        lambda cfg: cfg.dllm_algorithm is not None,
+        "--dllm-algorithm runs attention that is not causal, and every pattern here is causal; drop one of "
+        "the two.",
+    ),
+    Refusal(
+        "hisparse",
+        lambda cfg: cfg.enable_hisparse,
+        "--enable-hisparse moves keys and values out of the pool that mminfer reads; drop one of the two.",
+    ),
+    Refusal(
+        "full_prefill_graph",
+        _full_prefill_graph,
+        "--cuda-graph-backend-prefill full captures attention once for all prompts, and a sparse plan differs "
+        "for each; use breakable or disabled.",
+    ),
+    Refusal(
+        "mla",
+        _is_mla,
+        "this model uses multi-head latent attention, whose cache holds no keys and values per head; mminfer "
+        "serves MHA and GQA models only, so drop --attention-backend mminfer.",
+    ),
+    Refusal(
+        "linear_attention",
+        _has_linear_attention,
+        "this model has linear-attention or state-space layers, whose backends SGLang builds by the name of "
+        "the attention backend; drop --attention-backend mminfer.",
+    ),
+    Refusal(
+        "own_sparse_attention",
+        _has_own_sparse_attention,
+        "this model brings a sparse attention of its own; drop --attention-backend mminfer.",
+    ),
+    Refusal(
+        "draft_backend",
+        lambda cfg: _needs_draft_backend(cfg) and _draft_backend(cfg) is None,
+        "--speculative-algorithm runs a draft model, for which mminfer is no backend; name one with "
+        "--speculative-draft-attention-backend.",
+    ),
+    Refusal(
+        "tokenizer_workers",
+        lambda cfg: cfg.device == "cpu" and cfg.tokenizer_worker_num > 1,
+        "--tokenizer-worker-num above 1 starts tokenizers that load no plugins, and without an accelerator "
+        "they could not read video; use 1.",
+    ),
+)
+
+
+def uses_mminfer(server_args: Any) -> bool:
+    """True if the arguments name our backend, for prefill or decode."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return config.BACKEND_NAME in _backends(resolving_view(server_args))
+
+
+def refuse(server_args: Any) -> None:
+    """Raise UnsupportedLaunch with a sentence for every refusal that applies."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    cfg = resolving_view(server_args)
+    if messages := [refusal.message for refusal in REFUSALS if refusal.applies(cfg)]:
+        raise UnsupportedLaunch("\n".join(f"mminfer: {message}" for message in messages))
+
+
+def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution hook: see `HOOKS`."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+
+    wanted = uses_mminfer(server_args)
+    server_args._mminfer_wanted = wanted
+    _split_videos_by_default(wanted)
+    if wanted:
+        refuse(server_args)
+        cfg = resolving_view(server_args)
+        if _needs_draft_backend(cfg):
+            draft = _draft_backend(cfg)
+            logger.info("mminfer: the draft model runs on %s.", draft)
+            declare_resolution(server_args, _HERE, speculative_draft_attention_backend=draft)
+        model = model_config_of(server_args)
+        config.load_for_model(server_args, model.hf_config)
+        if not model.is_multimodal:
+            logger.warning("mminfer: this model takes no images or video, so every request will run dense.")
+    elif getattr(server_args, config.ATTRIBUTE, None):
+        logger.warning(
+            "%s has no effect without --attention-backend mminfer or --prefill-attention-backend mminfer.",
+            config.FLAG,
+        )
+    previous(server_args)
+
+
+def check_result(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution hook: see `HOOKS`."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    previous(server_args)
+    prefill, _ = _backends(resolving_view(server_args))
+    if getattr(server_args, "_mminfer_wanted", False) and prefill != config.BACKEND_NAME:
+        raise UnsupportedLaunch(
+            f"mminfer: SGLang runs the prefill of this model on {prefill!r} whatever backend is asked for; "
+            "drop --attention-backend mminfer."
+        )
+
+
+# Media
+
+
+_wanted_here = False
+
+
+def _split_videos_by_default(wanted: bool) -> None:
+    """Arguments are resolved in the process that also runs the tokenizer; `split_videos` is called there."""
+    global _wanted_here
+    _wanted_here = wanted
+
+
+def splits_videos(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether `split_videos` acts: with our backend only, unless the environment variable says 0 or 1."""
+    said = (os.environ if environ is None else environ).get(SPLIT_VIDEOS_ENVIRONMENT)
+    return said == "1" if said in ("0", "1") else _wanted_here
+
+
+def split_videos(items: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """BEFORE get_new_expanded_mm_items: one item for each video.
+
+    Each video then has a hash of its own, and the radix keys of a conversation no longer depend on what comes
+    after them.
+    """
+    if not splits_videos():
+        return None
+    return ([video for item in items for video in _videos_of(item)],), {}
+
+
+def _videos_of(item: Any) -> list[Any]:
+    """The videos of an item that holds several with one span of tokens each; any other item as it is."""
+    grids, count = item.model_specific_data.get("video_grid_thw"), len(item.offsets or ())
+    if not item.is_video() or count < 2 or grids is None or len(grids) != count:
+        return [item]
+    patches = [int(t) * int(h) * int(w) for t, h, w in grids]
+    if getattr(item.feature, "ndim", 0) != 2 or len(item.feature) != sum(patches):
+        return [item]
+    videos, start = [], 0
+    for i, length in enumerate(patches):
+        video = copy.copy(item)
+        video.feature = item.feature[start : start + length]
+        video.offsets = [item.offsets[i]]
+        video.model_specific_data = {
+            key: value[i : i + 1] if hasattr(value, "__len__") and len(value) == count else value
+            for key, value in item.model_specific_data.items()
+        }
+        video.hash = None  # of all videos so far; SGLang computes it anew
+        videos.append(video)
+        start += length
+    return videos
+
+
+def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND VideoDecoderWrapper.__init__: SGLang's own fallback to decord, taken when it is needed."""
+    from sglang.srt.utils import video_decoder
+
+    try:
+        original(self, *args, **kwargs)
+    except RuntimeError as error:
+        if "Could not load libtorchcodec" not in str(error):
+            raise
+        logger.warning("mminfer: torchcodec finds no FFmpeg libraries; video is decoded by decord.")
+        video_decoder._BACKEND = "decord"
+        original(self, *args, **kwargs)

@@ -1,0 +1,111 @@
+"""What the plugin tells about its work: one record per prefill batch and request, as JSON lines and as metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import msgspec
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = "SGLANG_MMINFER_TRACE"
+
+
+class PrefillRecord(msgspec.Struct, kw_only=True):
+    """One request in one prefill batch. Lengths in tokens, times in milliseconds for the whole batch.
+
+    segments: segments of the request's modality map, 0 without one. sparse_layers: layers that ran sparse.
+    density: visited over causal pairs, mean over those layers and this rank's heads; None where dense.
+    dense_reason: why the request ran dense on the stock backend; None where it ran sparse.
+    """
+
+    rid: str
+    prefix_len: int
+    chunk_len: int
+    seq_len: int
+    segments: int
+    sparse_layers: int
+    density: float | None
+    dense_reason: str | None
+    plan_ms: float
+    attn_ms: float
+
+
+class TraceFile:
+    """Appends records to the file that SGLANG_MMINFER_TRACE names. A file that cannot be written is said once."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+
+    @classmethod
+    def from_environment(cls) -> TraceFile:
+        return cls(os.environ.get(ENVIRONMENT) or None)
+
+    @property
+    def enabled(self) -> bool:
+        return self.path is not None
+
+    def append(self, records: list[PrefillRecord]) -> None:
+        if self.path is None:
+            return
+        try:
+            with open(self.path, "ab") as file:
+                file.write(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+        except OSError as error:
+            logger.error("mminfer: %s=%s cannot be written, tracing stops: %s", ENVIRONMENT, self.path, error)
+            self.path = None
+
+
+class Metrics:
+    """The same figures for SGLang's Prometheus endpoint. Made only where SGLang's metrics are on."""
+
+    def __init__(self) -> None:
+        # Imported late: prometheus_client reads SGLang's multiprocess directory when it is first imported.
+        from prometheus_client import Counter
+
+        self._requests = Counter(
+            "sglang:mminfer_prefill_requests",
+            "Requests in prefill batches by how they ran: sparse, or the reason for dense.",
+            labelnames=("ran",),
+        )
+        self._tokens = Counter(
+            "sglang:mminfer_prefill_tokens",
+            "New tokens in prefill batches by how they ran: sparse, or the reason for dense.",
+            labelnames=("ran",),
+        )
+        self._density_tokens = Counter(
+            "sglang:mminfer_density_tokens",
+            "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density.",
+        )
+        self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
+        self._attn_ms = Counter(
+            "sglang:mminfer_attn_ms", "Milliseconds spent in attention of prefill batches."
+        )
+
+    def add(self, records: list[PrefillRecord]) -> None:
+        for record in records:
+            ran = record.dense_reason or "sparse"
+            self._requests.labels(ran).inc()
+            self._tokens.labels(ran).inc(record.chunk_len)
+            if record.density is not None:
+                self._density_tokens.inc(record.density * record.chunk_len)
+        if records:
+            self._plan_ms.inc(records[0].plan_ms)
+            self._attn_ms.inc(records[0].attn_ms)
+
+
+def read_trace(path: str | os.PathLike[str]) -> list[PrefillRecord]:
+    """The records of a trace file.
+
+    Raises:
+        ValueError: naming the file and line that is not a record.
+    """
+    records = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                records.append(msgspec.json.decode(line, type=PrefillRecord))
+            except msgspec.DecodeError as error:
+                raise ValueError(f"{path}, line {number}: expected a trace record: {error}") from None
+    return records
