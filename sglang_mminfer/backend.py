@@ -50,46 +50,37 @@ def create_backend(runner: Any) -> Any:
 
 @cache
 def _sparse_class(dense: type) -> type:
-    return type(f"MMInfer{dense.__name__}", (_SparseMixin, dense), {})
+    """A subclass of one dense backend. Made with that one base only, so that instances can change to it."""
 
+    class Sparse(dense):  # type: ignore[misc, valid-type]
+        mminfer: SparsePrefill
 
-class _SparseMixin:
-    """The three methods that differ from the dense backend's."""
+        def init_forward_metadata(self, forward_batch: Any) -> None:
+            self.mminfer.end()
+            super().init_forward_metadata(forward_batch)
+            self.mminfer.begin(forward_batch)
 
-    mminfer: SparsePrefill
+        def init_forward_metadata_out_graph(self, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+            self.mminfer.end()  # what is captured in a graph, or replayed from one, is dense
+            super().init_forward_metadata_out_graph(forward_batch, *args, **kwargs)
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
-        self.mminfer.end()
-        super().init_forward_metadata(forward_batch)  # type: ignore[misc]
-        self.mminfer.begin(forward_batch)
+        def forward_extend(
+            self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
+        ) -> Any:
+            sparse = self.mminfer
+            start, o = sparse.clock(), None
+            if sparse.takes(q, layer, kwargs):
+                if save_kv_cache and k is not None and v is not None:
+                    sparse.save_kv(k, v, layer, forward_batch)
+                    save_kv_cache = False
+                o = sparse.run_layer(q, layer)
+            if o is None:
+                o = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            sparse.layer_done(layer, start)
+            return o
 
-    def init_forward_metadata_out_graph(self, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-        self.mminfer.end()  # what is captured in a graph, or replayed from one, is dense
-        super().init_forward_metadata_out_graph(forward_batch, *args, **kwargs)  # type: ignore[misc]
-
-    def forward_extend(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        sparse = self.mminfer
-        start, o = sparse.clock(), None
-        if sparse.takes(q, layer, kwargs):
-            if save_kv_cache and k is not None and v is not None:
-                from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-
-                sparse.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
-                save_kv_cache = False
-            o = sparse.run_layer(q, layer)
-        if o is None:
-            o = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)  # type: ignore[misc]
-        sparse.layer_done(layer, start)
-        return o
+    Sparse.__name__ = Sparse.__qualname__ = f"MMInfer{dense.__name__}"
+    return Sparse
 
 
 @dataclass
@@ -277,6 +268,11 @@ class SparsePrefill:
         if q.shape[0] != batch.num_rows:
             return "padded_rows"
         return None
+
+    def save_kv(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+        self.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
 
     def run_layer(self, q: torch.Tensor, layer: Any) -> torch.Tensor | None:
         """Attention of one layer over the pool, K and V of the batch already in it. None if planning failed."""

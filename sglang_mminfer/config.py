@@ -103,7 +103,7 @@ def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str) 
     """The line that a scheduler logs about its configuration."""
     return (
         f"mminfer: {choice}: {head_config.describe()}. "
-        f"What is not sparse runs on {dense_backend}. Made by: {head_config.provenance.note}"
+        f"What is not sparse runs on {dense_backend}. Provenance: {head_config.provenance.note}"
     )
 
 

@@ -131,9 +131,7 @@ def _pattern_struct(kind: str, spec: type) -> type[msgspec.Struct]:
 
 
 def _head_struct(tag: str, fields: list[Any]) -> Any:
-    return msgspec.defstruct(
-        f"_Head_{tag}", fields, tag_field="boundary", tag=tag, forbid_unknown_fields=True
-    )
+    return msgspec.defstruct(f"_Head_{tag}", fields, tag_field="boundary", tag=tag, forbid_unknown_fields=True)
 
 
 def _patterns_struct(name: str, keys: Sequence[str]) -> Any:
@@ -182,9 +180,7 @@ class HeadConfig:
             return
         for i, row in enumerate(self.rows):
             if len(row) != len(self.rows[0]):
-                self._fail(
-                    f"heads[{i}]", f"expected {len(self.rows[0])} heads as in heads[0], got {len(row)}"
-                )
+                self._fail(f"heads[{i}]", f"expected {len(self.rows[0])} heads as in heads[0], got {len(row)}")
         if self.model is not None:
             self._fit(self.model.layers, self.model.heads, "the fingerprint in `model`")
 
@@ -260,9 +256,7 @@ class HeadConfig:
             return list(self.rows[0]) * (heads or 1)
         if self.form == "cycle":
             if heads is None:
-                self._fail(
-                    "heads.cycle", "the number of heads must be known: bind the config to a model first"
-                )
+                self._fail("heads.cycle", "the number of heads must be known: bind the config to a model first")
             return [self.rows[0][(layer + h) % len(self.rows[0])] for h in range(heads)]
         if heads is not None and heads != len(self.rows[layer]):
             self._fail(f"heads[{layer}]", f"has {len(self.rows[layer])} heads, asked for {heads}")
@@ -298,8 +292,7 @@ class HeadConfig:
             differing = [
                 f"{field} (config {value}, model {has[field]})"
                 for field, value in made.items()
-                if value != has[field]
-                and not (field == "rope_theta" and math.isclose(value, has[field], rel_tol=1e-6))
+                if value != has[field] and not (field == "rope_theta" and math.isclose(value, has[field], rel_tol=1e-6))
             ]
             if differing:
                 self._fail("model", f"was made for another model: {', '.join(differing)}")
@@ -322,11 +315,7 @@ class HeadConfig:
         if self.form == "all":
             heads = f"all heads {first}"
         else:
-            shape = (
-                "cycled over heads"
-                if self.form == "cycle"
-                else f"{len(self.rows)} x {len(self.rows[0])} heads"
-            )
+            shape = "cycled over heads" if self.form == "cycle" else f"{len(self.rows)} x {len(self.rows[0])} heads"
             heads = f"{shape}, {len(distinct)} distinct, the first {first}"
         model = "any model" if self.model is None else self.model.architecture
         dense = f"; rows below {self.defaults.dense_below} dense" if self.defaults.dense_below else ""
@@ -376,9 +365,7 @@ def fingerprint_of(hf_config: Any) -> ModelFingerprint:
             rope_theta=_rope_theta(text),
         )
     except AttributeError as error:
-        raise HeadConfigError(
-            f"the model's config has no text model a head config could fit: {error}"
-        ) from None
+        raise HeadConfigError(f"the model's config has no text model a head config could fit: {error}") from None
 
 
 def _rope_theta(text: Any) -> float:
@@ -438,9 +425,7 @@ def _heads(value: Any, named: Mapping[str, HeadPattern]) -> tuple[Any, tuple[tup
     if isinstance(value, dict) and list(value) == ["cycle"]:
         if not isinstance(value["cycle"], list):
             raise _Misplaced(f"heads.cycle: expected a list of heads, got {_kind(value['cycle'])}")
-        return "cycle", (
-            tuple(_head(head, f"heads.cycle[{i}]", named) for i, head in enumerate(value["cycle"])),
-        )
+        return "cycle", (tuple(_head(head, f"heads.cycle[{i}]", named) for i, head in enumerate(value["cycle"])),)
     got = f"the keys {', '.join(value) or 'none'}" if isinstance(value, dict) else _kind(value)
     raise _Misplaced(f'heads: expected {{"all": head}}, {{"cycle": [heads]}} or a list of layers, got {got}')
 
@@ -474,9 +459,7 @@ def _check_overlap(keys: list[str], where: str) -> None:
         for second in keys[i + 1 :]:
             sides = [(Modality(a), Modality(b)) for a, b in zip(first.split("/"), second.split("/"))]
             if all(a.covers(b) or b.covers(a) for a, b in sides):
-                raise _Misplaced(
-                    f'{where}: "{first}" and "{second}" overlap, so that one head has two patterns'
-                )
+                raise _Misplaced(f'{where}: "{first}" and "{second}" overlap, so that one head has two patterns')
 
 
 _ALTERNATIVES = {"kind": list(PATTERNS), "boundary": ["none", "q", "2d"]}

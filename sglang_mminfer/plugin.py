@@ -350,7 +350,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "full_prefill_graph",
         _full_prefill_graph,
-        "--cuda-graph-backend-prefill full captures attention once for all prompts, and a sparse plan differs "
+        "--cuda-graph-backend-prefill full captures one attention for all prompts, and a sparse plan differs "
         "for each; use breakable or disabled.",
     ),
     Refusal(

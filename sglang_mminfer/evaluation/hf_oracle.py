@@ -15,11 +15,14 @@ vision tower, the scatter of its output into the prompt, language model, KV cach
 transformers' code alone, on dense attention in fp32. `OracleAnswer.prompt_ids` of both sides should be
 compared, too: a server that was shown another number of frames has other ones.
 
-One thing the two do differently on purpose or not (SGLang 0.5.23, transformers 5.19): text after a video goes
-on behind the highest position of the video in SGLang, as in the released model code, but behind its rows and
-columns in transformers, even if the video's time went further. They agree until a video has more temporal
-positions than rows and columns. `answer` refuses such a conversation, unless it is told which positions to
-take.
+Where the two differ by themselves (SGLang 0.5.23, transformers 5.19), whatever attends in the language model:
+
+* Vision blocks of Qwen2.5-VL with full attention see the whole video in SGLang, one frame in transformers.
+  `frames="joint"` shows them the whole video here, too. The tiny checkpoints have no such block by default.
+* Text after a video goes on behind the highest position of the video in SGLang, as in the released model code,
+  but behind its rows and columns in transformers, even if the video's time went further. They agree until a
+  video has more temporal positions than rows and columns. `answer` refuses a conversation that is beyond,
+  unless it is told whose `positions` to take.
 """
 
 from __future__ import annotations
@@ -77,6 +80,8 @@ class HFOracle:
         mm_process_config: what the server was given as --mm-process-config.
         positions: whose m-RoPE positions apply where the two disagree: "transformers", "sglang", or
             "same" to refuse such a conversation.
+        frames: what vision blocks with full attention see: their frame ("apart", transformers' way) or the
+            whole video ("joint", SGLang's way with Qwen2.5-VL).
     """
 
     def __init__(
@@ -86,7 +91,10 @@ class HFOracle:
         attention: str = "sdpa",
         mm_process_config: Mapping[str, Mapping[str, Any]] | None = None,
         positions: Literal["same", "transformers", "sglang"] = "same",
+        frames: Literal["apart", "joint"] = "apart",
     ) -> None:
+        if frames not in ("apart", "joint"):
+            raise ValueError(f'HFOracle.frames: expected "apart" or "joint", got {frames!r}')
         if positions not in ("same", "transformers", "sglang"):
             raise ValueError(f'HFOracle.positions: expected "same", "transformers" or "sglang", got {positions!r}')
         _load_plugins()
@@ -100,6 +108,8 @@ class HFOracle:
         self.model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=torch.float32, attn_implementation=attention
         ).eval()
+        if frames == "joint":
+            self.model.model.visual.register_forward_pre_hook(_join_frames, with_kwargs=True)
 
     def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
         """The model's inputs for the prompt of a conversation: ids, pixels, grids, seconds per grid row."""
@@ -243,6 +253,12 @@ def compare(a: OracleAnswer, b: OracleAnswer) -> Comparison:
         if a.token_ids[i] != b.token_ids[i]:
             break
     return Comparison(a.prompt_ids == b.prompt_ids, a.token_ids == b.token_ids, largest, positions)
+
+
+def _join_frames(tower: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """One attention segment for each picture or video; transformers makes one for each frame."""
+    ends = kwargs["grid_thw"].prod(-1).cumsum(0, dtype=torch.int32)
+    return args, {**kwargs, "cu_seqlens": torch.nn.functional.pad(ends, (1, 0))}
 
 
 def _split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[str], list[str]]:

@@ -146,6 +146,9 @@ class Recipe(TypedDict, total=False):
     vision_depth: int
     vision_hidden: int
     vision_heads: int
+    vision_full_blocks: int
+    """Qwen2.5-VL: how many of the last vision blocks see whole pictures in place of windows. None, because
+    SGLang lets them see the whole video where transformers keeps to a frame: not comparable, and quadratic."""
     rope_theta: float
 
 
@@ -161,6 +164,7 @@ DEFAULTS: dict[str, int | float] = {
     "vision_depth": 2,
     "vision_hidden": 64,
     "vision_heads": 2,
+    "vision_full_blocks": 0,
     "rope_theta": 1e6,
 }
 
@@ -191,7 +195,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"tiny model: unknown argument {unknown[0]!r}, expected one of {', '.join(DEFAULTS)}")
     full = {**DEFAULTS, **recipe}
     for name in DEFAULTS:
-        low = 0 if name in ("seed", "intermediate", "vocab") else 1
+        low = 0 if name in ("seed", "intermediate", "vocab", "vision_full_blocks") else 1
         if not isinstance(full[name], int | float) or full[name] < low:
             raise ValueError(f"tiny model: {name}: expected a number >= {low}, got {full[name]!r}")
     if hidden is not None and hidden != full["heads"] * full["head_dim"]:
@@ -389,8 +393,9 @@ def _model(arch: str, recipe: dict[str, Any], rows: int, tokenizer: Any) -> Any:
             "intermediate_size": 2 * recipe["vision_hidden"],
             "out_hidden_size": hidden,
             "window_size": 112,
-            # As in the real one, most blocks look through windows and the last one at everything.
-            "fullatt_block_indexes": [recipe["vision_depth"] - 1],
+            "fullatt_block_indexes": list(range(recipe["vision_depth"]))[
+                max(0, recipe["vision_depth"] - recipe["vision_full_blocks"]) :
+            ],
             "tokens_per_second": 2,
         }
         config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)

@@ -210,9 +210,7 @@ def test_a_one_frame_video_and_a_bare_grid_row():
 
 
 def test_media_may_touch_each_other_and_both_ends():
-    mmap = map_from_mm_inputs(
-        inputs(video([(0, 3)], [[1, 4, 4]]), image([(4, 7)], [[1, 4, 4]])), 8, "qwen_vl"
-    )
+    mmap = map_from_mm_inputs(inputs(video([(0, 3)], [[1, 4, 4]]), image([(4, 7)], [[1, 4, 4]])), 8, "qwen_vl")
     assert [(s.modality, s.start, s.stop) for s in mmap.segments] == [("video", 0, 4), ("image", 4, 8)]
 
 

@@ -31,6 +31,7 @@ from sglang_mminfer.head_config import (
 )
 
 FOLDER = Path(__file__).resolve().parents[2] / "head_configs"
+MIXED = (FOLDER / "test_mixed_heads.json").read_text(encoding="utf-8")
 PACKAGED = sorted(path.stem for path in FOLDER.glob("*.json"))
 BY_HAND = Provenance("handwritten", "of a test")
 A = {"boundary": "none", "pattern": {"kind": "a_shape", "sink": 4, "local": 8}}
@@ -270,7 +271,7 @@ def test_mistakes_are_named_with_their_place(tmp_path, changes, words):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_truncation_is_an_error_and_nothing_else(data):
-    text = HeadConfig.load("test_mixed_heads").to_json().rstrip()
+    text = MIXED.rstrip()
     with pytest.raises(HeadConfigError):
         HeadConfig.from_json(text[: data.draw(st.integers(0, len(text) - 1))])
 
@@ -279,7 +280,7 @@ def test_every_truncation_is_an_error_and_nothing_else(data):
 @given(st.data())
 def test_any_json_at_any_place_is_read_or_refused(data):
     """Whatever replaces a value in a file: a config or a HeadConfigError, never another exception."""
-    doc = json.loads(HeadConfig.load("test_mixed_heads").to_json())
+    doc = json.loads(MIXED)
     node = doc
     while True:
         key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
@@ -338,7 +339,8 @@ def test_the_wrong_model_is_refused_with_every_difference(tmp_path):
         HeadConfig.load(path).check_model(model)
     assert str(caught.value) == (
         f"{path}: model: was made for another model: architecture "
-        "(config Qwen2_5_VLForConditionalGeneration, model Qwen2VLForConditionalGeneration), layers (config 2, model 3), kv_heads (config 2, model 4), "
+        "(config Qwen2_5_VLForConditionalGeneration, model Qwen2VLForConditionalGeneration), "
+        "layers (config 2, model 3), kv_heads (config 2, model 4), "
         "rope_theta (config 1000000.0, model 10000.0)"
     )
 
@@ -407,9 +409,7 @@ plain = st.one_of(
         some,
     ),
 )
-queries = st.sampled_from(
-    [("text",), ("image", "video"), ("vision",), ("text", "vision"), ("text", "image", "video")]
-)
+queries = st.sampled_from([("text",), ("image", "video"), ("vision",), ("text", "vision"), ("text", "image", "video")])
 
 
 @st.composite

@@ -32,9 +32,7 @@ def maps(draw):
 
 @given(maps())
 def test_views_agree_with_a_walk_over_the_tokens(mmap):
-    owner = [
-        next(i for i, s in enumerate(mmap.segments) if s.start <= k < s.stop) for k in range(mmap.length)
-    ]
+    owner = [next(i for i, s in enumerate(mmap.segments) if s.start <= k < s.stop) for k in range(mmap.length)]
     assert mmap.segment_ids.tolist() == owner
     for modality in Modality:
         expected = [

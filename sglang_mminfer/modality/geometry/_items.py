@@ -77,7 +77,7 @@ def spans_of(item: Any, name: str) -> list[Span]:
         raise GeometryError("no_offsets", f"{name}: expected the offsets of its tokens, got none")
     spans = []
     for i, (first, last) in enumerate(offsets):
-        start, stop = first, last
+        start, stop = first, last + 1
         label = f"{name} span {i} at [{start}, {stop - 1}]"
         if start < 0:
             raise GeometryError("out_of_range_offsets", f"{label}: expected a first token >= 0")
