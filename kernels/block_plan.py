@@ -14,14 +14,14 @@ The second condition is for gathered columns: a column whose own tile is visited
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 PAD_POSITION = torch.iinfo(torch.int32).max  # position of padding keys: beyond every row's bound
 NO_HOME = -1
+MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of a head in a stack of tiles: small enough to share out to threads
 
 
 @dataclass
@@ -60,83 +60,107 @@ class BlockPlan:
     num_full: torch.Tensor
     head_groups: tuple[tuple[int, ...], ...]
     block_k: int
-    _views: dict[int, TileView] = field(default_factory=dict, repr=False)
 
     @property
     def num_tiles(self) -> int:
         return len(self.q_heads)
 
     @cached_property
-    def _host(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Indptrs as Python integers, for the executors that walk tiles on the host."""
-        return (
-            self.q_indptr.tolist(),
-            self.block_indptr.tolist(),
-            self.num_full.tolist(),
-            self.q_heads.tolist(),
-        )
-
-    def tiles(self) -> Iterator[TileView]:
+    def batches(self) -> list[TileBatch]:
+        """All tiles, those of one shape stacked, for executors that walk them on the host. Made once."""
+        q_indptr, block_indptr = self.q_indptr.tolist(), self.block_indptr.tolist()
+        num_full, q_heads = self.num_full.tolist(), self.q_heads.tolist()
+        shapes: dict[tuple[int, int, int, int], list[int]] = {}
         for t in range(self.num_tiles):
-            view = self._views.get(t)
-            if view is None:
-                view = self._views[t] = self._view(t)
-            yield view
-
-    def _view(self, t: int) -> TileView:
-        q_indptr, block_indptr, num_full, q_heads = self._host
-        rows = slice(q_indptr[t], q_indptr[t + 1])
-        blocks = self.block_indices[block_indptr[t] : block_indptr[t + 1]].long()
-        full, partial = blocks[: num_full[t]], blocks[num_full[t] :]
-        lane = torch.arange(self.block_k, device=blocks.device)
-        full_keys = (full[:, None] * self.block_k + lane).flatten()
-        keys = (partial[:, None] * self.block_k + lane).flatten()
-        pos, home = self.keys.kv_pos[keys], self.keys.kv_home[keys]
-        stop = self.q_stop[rows]
-        counted = pos < stop.max()
-        columns = home >= 0
-        if columns.any():
-            counted &= ~(
-                columns & torch.isin(home, self.block_indices[block_indptr[t] : block_indptr[t + 1]])
-            )
-        keys, pos = keys[counted], pos[counted]
-        return TileView(
-            q_rows=self.q_rows[rows].long(),
-            heads=self.head_groups[q_heads[t]],
-            kv_slots=self.keys.kv_slots[torch.cat([full_keys, keys])].long(),
-            kv_pos=self.keys.kv_pos[torch.cat([full_keys, keys])],
-            num_unmasked=len(full_keys),
-            visible=pos[None, :] < stop[:, None],
-        )
+            rows, blocks = q_indptr[t + 1] - q_indptr[t], block_indptr[t + 1] - block_indptr[t]
+            if blocks:
+                shapes.setdefault((q_heads[t], rows, blocks, num_full[t]), []).append(t)
+        batches = []
+        for (heads, rows, blocks, full), tiles in shapes.items():
+            size = max(1, MAX_BATCHED_PAIRS // (rows * blocks * self.block_k))
+            for i in range(0, len(tiles), size):
+                batches.append(TileBatch(self, tiles[i : i + size], self.head_groups[heads], rows, blocks, full))
+        return sorted(batches, key=TileBatch.pairs, reverse=True)  # longest first, so that threads end together
 
 
 @dataclass
-class TileView:
-    """One tile as a host executor wants it: its rows, the keys it visits, and the mask of the last of them.
+class TileBatch:
+    """B tiles of one shape as a host executor wants them: rows, visited keys, and the mask of the last of these.
 
-    q_rows [m]; kv_slots, kv_pos [n]; the first `num_unmasked` keys are visible to every row, of the others
-    `visible` [m, n - num_unmasked] tells.
+    Each has m `rows`, visits n = blocks * block_k keys, and of its key tiles the first `full` are visible to all
+    rows. The tensors are made when first asked for, by whichever thread runs the tiles, and kept for all layers.
     """
 
-    q_rows: torch.Tensor
+    plan: BlockPlan
+    tiles: list[int]
     heads: tuple[int, ...]
-    kv_slots: torch.Tensor
-    kv_pos: torch.Tensor
-    num_unmasked: int
-    visible: torch.Tensor
+    rows: int
+    blocks: int
+    full: int
+
+    def pairs(self) -> int:
+        """(row, key) pairs to compute for one head, masked ones included."""
+        return len(self.tiles) * self.rows * self.blocks * self.plan.block_k
+
+    @property
+    def num_unmasked(self) -> int:
+        """The first so many keys of a tile are visible to all its rows; of the others `visible` tells."""
+        return self.full * self.plan.block_k
+
+    @cached_property
+    def q_rows(self) -> torch.Tensor:
+        """int64 [B, m]: rows of q and out."""
+        return self.plan.q_rows[self._row_index].long()
+
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        """int64 [B, n]: rows of the cache. Where B is 1, keys that no row sees are left out."""
+        return self._keys[0]
+
+    @property
+    def kv_pos(self) -> torch.Tensor:
+        """int32 [B, n]: positions of the keys."""
+        return self._keys[1]
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """bool [B, m, n - num_unmasked]"""
+        return self._keys[2]
+
+    @cached_property
+    def _row_index(self) -> torch.Tensor:
+        first = self.plan.q_indptr[self.tiles].long()
+        return first[:, None] + torch.arange(self.rows, device=first.device)
+
+    @cached_property
+    def _keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        plan, table = self.plan, self.plan.keys
+        first = plan.block_indptr[self.tiles].long()
+        visited = plan.block_indices[first[:, None] + torch.arange(self.blocks, device=first.device)].long()
+        lane = torch.arange(plan.block_k, device=first.device)
+        keys = (visited[:, :, None] * plan.block_k + lane).flatten(1)
+        masked = keys[:, self.num_unmasked :]
+        visible = table.kv_pos[masked][:, None, :] < plan.q_stop[self._row_index][:, :, None]
+        home = table.kv_home[masked]
+        if bool((home >= 0).any()):
+            visible &= ~(home[:, :, None] == visited[:, None, :]).any(dim=2)[:, None, :]
+        if len(self.tiles) == 1:
+            seen = visible[0].any(dim=0)
+            visible = visible[:, :, seen]
+            keys = torch.cat([keys[:, : self.num_unmasked], masked[:, seen]], dim=1)
+        return table.kv_slots[keys].long(), table.kv_pos[keys], visible
 
     @cached_property
     def empty_rows(self) -> torch.Tensor | None:
-        """bool [m], the rows that see none of the masked keys; None where there are none."""
-        empty = ~self.visible.any(dim=1)
+        """bool [B, m], the rows that see none of the masked keys; None where there are none."""
+        empty = ~self.visible.any(dim=2)
         return empty if bool(empty.any()) else None
 
     @cached_property
     def additive_mask(self) -> torch.Tensor:
         """float32, shaped like `visible`: 0 where a key is visible, -inf where not."""
-        return torch.zeros(self.visible.shape, device=self.visible.device).masked_fill_(
-            ~self.visible, -torch.inf
-        )
+        zeros = torch.zeros(self.visible.shape, device=self.visible.device)
+        return zeros.masked_fill_(~self.visible, -torch.inf)
 
 
 @dataclass
@@ -152,8 +176,7 @@ class PrefillPlan:
         """int64 [num_rows, num_heads]: keys at or below the diagonal that each row and head visits."""
         pairs = torch.zeros(self.num_rows, self.num_heads, dtype=torch.int64)
         for plan in self.passes:
-            for tile in plan.tiles():
-                count = tile.visible.sum(dim=1) + tile.num_unmasked
-                rows = tile.q_rows[:, None].cpu()
-                pairs[rows, torch.tensor(tile.heads)] += count[:, None].cpu()
+            for tiles in plan.batches:
+                count = (tiles.visible.sum(dim=2) + tiles.num_unmasked).cpu()
+                pairs[tiles.q_rows.cpu()[:, :, None], torch.tensor(tiles.heads)] += count[:, :, None]
         return pairs

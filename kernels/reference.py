@@ -32,15 +32,17 @@ def visited_mask(plan: PrefillPlan, head: int, rows: slice, kv_len: int) -> torc
     """bool [rows, kv_len]: what `head` really visits in one request. Raises AssertionError on a double visit."""
     visits = torch.zeros(rows.stop - rows.start, kv_len, dtype=torch.int32)
     for block_plan in plan.passes:
-        for tile in block_plan.tiles():
-            if head not in tile.heads or not rows.start <= int(tile.q_rows[0]) < rows.stop:
+        for tiles in block_plan.batches:
+            if head not in tiles.heads:
                 continue
-            seen = torch.ones(len(tile.q_rows), len(tile.kv_pos), dtype=torch.bool)
-            seen[:, tile.num_unmasked :] = tile.visible.cpu()
-            row, key = seen.nonzero(as_tuple=True)
-            at = (tile.q_rows.cpu()[row] - rows.start, tile.kv_pos.cpu().long()[key])
-            visits.index_put_(at, torch.ones(len(row), dtype=torch.int32), accumulate=True)
-    assert int(visits.max()) <= 1 if visits.numel() else True, "a plan visits one (row, key) twice"
+            for q_rows, kv_pos, visible in zip(tiles.q_rows.cpu(), tiles.kv_pos.cpu(), tiles.visible.cpu()):
+                if rows.start <= int(q_rows[0]) < rows.stop:
+                    seen = torch.ones(len(q_rows), len(kv_pos), dtype=torch.bool)
+                    seen[:, tiles.num_unmasked :] = visible
+                    row, key = seen.nonzero(as_tuple=True)
+                    once = torch.ones(len(row), dtype=torch.int32)
+                    visits.index_put_((q_rows[row] - rows.start, kv_pos[key].long()), once, accumulate=True)
+    assert not bool((visits > 1).any()), "a plan visits one (row, key) twice"
     return visits.bool()
 
 
@@ -53,7 +55,7 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Execute a plan in float64, tile by tile, gathering exactly the visited keys of each row.
+    """Execute a plan in float64, row by row, over exactly the visited keys of each row.
 
     Shapes as in `torch_gather.run`. Unlike every fast executor it holds all visits of a row at once, so it
     joins no partial results.
@@ -61,13 +63,12 @@ def run(
     group = q.shape[1] // k_cache.shape[1]
     visits: dict[tuple[int, int], list[torch.Tensor]] = {}
     for block_plan in plan.passes:
-        for tile in block_plan.tiles():
-            for i, row in enumerate(tile.q_rows.tolist()):
-                slots = torch.cat(
-                    [tile.kv_slots[: tile.num_unmasked], tile.kv_slots[tile.num_unmasked :][tile.visible[i]]]
-                )
-                for head in tile.heads:
-                    visits.setdefault((row, head), []).append(slots)
+        for tiles in block_plan.batches:
+            for q_rows, kv_slots, visible in zip(tiles.q_rows, tiles.kv_slots, tiles.visible):
+                full, masked = kv_slots[: tiles.num_unmasked], kv_slots[tiles.num_unmasked :]
+                for row, sees in zip(q_rows.tolist(), visible):
+                    for head in tiles.heads:
+                        visits.setdefault((row, head), []).append(torch.cat([full, masked[sees]]))
     out.zero_()
     lse.fill_(-torch.inf)
     for (row, head), slots_of in visits.items():

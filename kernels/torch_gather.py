@@ -11,7 +11,8 @@ import math
 
 import torch
 
-from .block_plan import PrefillPlan, TileView
+from .block_plan import PrefillPlan, TileBatch
+from .threads import for_each
 
 LOG2_E = 1 / math.log(2)
 _FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -37,10 +38,16 @@ def run(
     out.zero_()
     lse.fill_(-torch.inf)
     for number, block_plan in enumerate(plan.passes):
-        layouts = {heads: _HeadLayout(heads, group, q.shape[1]) for heads in block_plan.head_groups}
-        for tile in block_plan.tiles():
-            if len(tile.kv_slots):
-                _run_tile(q, k_cache, v_cache, tile, layouts[tile.heads], sm_scale, out, lse, number > 0)
+        layouts = {heads: _HeadLayout(heads, group, q.shape[1], q.device) for heads in block_plan.head_groups}
+
+        def run_tiles(tiles: TileBatch, layouts: dict = layouts, merge: bool = number > 0) -> None:
+            _run_tiles(q, k_cache, v_cache, tiles, layouts[tiles.heads], sm_scale, out, lse, merge)
+
+        if q.device.type == "cpu":
+            for_each(run_tiles, block_plan.batches)
+        else:
+            for tiles in block_plan.batches:
+                run_tiles(tiles)
 
 
 class _HeadLayout:
@@ -50,58 +57,65 @@ class _HeadLayout:
     K and V are gathered once for a group; otherwise each query head brings its own copy of its KV head.
     """
 
-    def __init__(self, heads: tuple[int, ...], group: int, num_heads: int) -> None:
+    def __init__(self, heads: tuple[int, ...], group: int, num_heads: int, device: torch.device) -> None:
         kv_of = [head // group for head in heads]
         distinct = sorted(set(kv_of))
         per_kv = len(heads) // len(distinct)
         if any(kv_of.count(kv) != per_kv for kv in distinct):
             distinct, per_kv = kv_of, 1
         self.per_kv = per_kv
-        self.q_heads = None if len(heads) == num_heads else torch.tensor(heads)
+        self.q_heads = None if len(heads) == num_heads else torch.tensor(heads, device=device)
         self.kv_heads = (
-            None if len(distinct) == num_heads // group and per_kv == group else torch.tensor(distinct)
+            None if len(distinct) == num_heads // group and per_kv == group else torch.tensor(distinct, device=device)
         )
 
     def take_q(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """-> [kv, per_kv, m, D]"""
-        tile = q[rows] if self.q_heads is None else q[rows[:, None], self.q_heads]
-        return tile.unflatten(1, (-1, self.per_kv)).permute(1, 2, 0, 3)
+        """rows [B, m] -> [B, kv, per_kv * m, D]: heads that share K and V as further rows over them."""
+        tile = q[rows] if self.q_heads is None else q[rows[:, :, None], self.q_heads]
+        return tile.unflatten(2, (-1, self.per_kv)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def give_back(self, packed: torch.Tensor, m: int) -> torch.Tensor:
+        """[B, kv, per_kv * m, ...] -> [B, m, heads, ...], the inverse of `take_q`."""
+        return packed.unflatten(2, (self.per_kv, m)).movedim(3, 1).flatten(2, 3)
 
     def take_kv(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """-> [kv, n, D]"""
+        """slots [B, n] -> [B, kv, n, D]"""
         if self.kv_heads is None:
-            return cache.index_select(0, slots).transpose(0, 1)
-        return cache[slots[:, None], self.kv_heads].transpose(0, 1)
+            return cache.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
+        return cache[slots[:, :, None], self.kv_heads].transpose(1, 2)
 
 
-def _run_tile(
+def _run_tiles(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    tile: TileView,
+    tiles: TileBatch,
     heads: _HeadLayout,
     sm_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
     merge: bool,
 ) -> None:
-    q_tile = heads.take_q(q, tile.q_rows)
-    full, masked = tile.kv_slots[: tile.num_unmasked], tile.kv_slots[tile.num_unmasked :]
+    packed = heads.take_q(q, tiles.q_rows)
+    full, masked = tiles.kv_slots[:, : tiles.num_unmasked], tiles.kv_slots[:, tiles.num_unmasked :]
     parts = []
-    if len(full):
-        parts.append(
-            _attend(q_tile, heads.take_kv(k_cache, full), heads.take_kv(v_cache, full), None, sm_scale)
-        )
-    if len(masked):
+    if full.shape[1]:
+        k, v = heads.take_kv(k_cache, full), heads.take_kv(v_cache, full)
+        parts.append(_attend(packed, k, v, None, sm_scale))
+    if masked.shape[1]:
         k, v = heads.take_kv(k_cache, masked), heads.take_kv(v_cache, masked)
-        o, s = _attend(q_tile, k, v, tile.additive_mask, sm_scale)
-        if (empty := tile.empty_rows) is not None:
-            o, s = o.masked_fill(empty[:, None], 0), s.masked_fill(empty, -torch.inf)
+        mask = tiles.additive_mask.repeat(1, heads.per_kv, 1)[:, None]
+        o, s = _attend(packed, k, v, mask, sm_scale)
+        if (empty := tiles.empty_rows) is not None:
+            empty = empty.repeat(1, heads.per_kv)[:, None]
+            o, s = o.masked_fill(empty[..., None], 0), s.masked_fill(empty, -torch.inf)
         parts.append((o, s))
+    if not parts:
+        return
     o, s = parts[0] if len(parts) == 1 else merge_state(*parts[0], *parts[1])
-    o = o.permute(2, 0, 1, 3).flatten(1, 2)  # [m, heads, D]
-    s = s.permute(2, 0, 1).flatten(1, 2)  # [m, heads]
-    at = tile.q_rows if heads.q_heads is None else (tile.q_rows[:, None], heads.q_heads)
+    m = tiles.q_rows.shape[1]
+    o, s = heads.give_back(o, m), heads.give_back(s, m)
+    at = tiles.q_rows if heads.q_heads is None else (tiles.q_rows[:, :, None], heads.q_heads)
     if merge:
         o, s = merge_state(out[at], lse[at], o, s)
     out[at] = o.to(out.dtype)
@@ -111,24 +125,19 @@ def _run_tile(
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sm_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [kv, per_kv, m, D], k and v [kv, n, D], mask additive [m, n] -> o like q, lse float32 [kv, per_kv, m]."""
+    """q [B, H, m, D]; k, v [B, H, n, D]; mask additive [B, 1, m, n] -> o like q and lse float32 [B, H, m], base 2."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     if _FUSED is not None and q.device.type == "cpu":
-        if mask is None:  # a group's heads become further rows: one pass over K and V serves them all
-            packed = q.flatten(1, 2)[None]
-            o, s = _FUSED(packed, k[None], v[None], 0.0, False, attn_mask=None, scale=sm_scale)
-            return o[0].view(q.shape), s[0].view(q.shape[:3]).float() * LOG2_E
-        shape = (q.shape[0], q.shape[1], *k.shape[1:])
-        k, v = k[:, None].expand(shape), v[:, None].expand(shape)
-        o, s = _FUSED(q, k, v, 0.0, False, attn_mask=mask.to(q.dtype), scale=sm_scale)
+        mask = None if mask is None else mask.to(q.dtype)
+        o, s = _FUSED(q, k, v, 0.0, False, attn_mask=mask, scale=sm_scale)
         return o, s.float() * LOG2_E
-    scores = torch.matmul(q.float() * (sm_scale * LOG2_E), k[:, None].float().transpose(-1, -2))
+    scores = torch.matmul(q.float() * (sm_scale * LOG2_E), k.float().transpose(-1, -2))
     if mask is not None:
         scores = scores + mask
     top = scores.amax(dim=-1, keepdim=True).clamp_min(-1e30)  # finite, so that an empty row gives no NaN
     weights = torch.exp2(scores - top)
     total = weights.sum(dim=-1, keepdim=True)
-    o = torch.matmul(weights.to(v.dtype), v[:, None]).float() / total
+    o = torch.matmul(weights.to(v.dtype), v).float() / total
     return o, (top + total.log2()).squeeze(-1)
 
 

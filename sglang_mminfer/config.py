@@ -41,9 +41,7 @@ class ConfigChoice:
         return f"head config {self.name!r} ({self.source})"
 
 
-def resolve(
-    server_args: Any, hf_config: Any = None, environ: Mapping[str, str] | None = None
-) -> ConfigChoice:
+def resolve(server_args: Any, hf_config: Any = None, environ: Mapping[str, str] | None = None) -> ConfigChoice:
     """The config that applies. An empty name counts as none.
 
     Args:

@@ -4,21 +4,22 @@ Stock SGLang has two answers there, and neither serves a model: its CPU engine n
 not on the package index, and without it the base platform sends RoPE to an import of another serving engine.
 An out-of-tree platform whose device is the CPU runs every operator's plain torch method instead.
 
-SGLang imports this module after its own platform package (and torch), so it adds nothing to start-up time.
+Importing this module costs nothing: SGLang does so on every machine.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
-from sglang.srt.platforms.cpu import CpuDeviceMixin
-from sglang.srt.platforms.device_mixin import PlatformEnum
-from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 PLATFORM_NAME = "mminfer_cpu"
 """Name of the entry point in group `sglang.srt.platforms`; SGLANG_PLATFORM set to it forces the platform."""
@@ -33,11 +34,14 @@ MAX_RUNNING_REQUESTS = 64
 MEMORY_SHARE = 0.8
 """The share of free memory that all ranks of this machine together may plan for weights and KV."""
 
+_CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def accelerators() -> list[str]:
     """Names of the accelerator kinds that torch can use here; empty on a machine that needs this platform."""
+    import torch
+
     found = []
     if torch.cuda.is_available():
         found.append("hip" if torch.version.hip is not None else "cuda")
@@ -69,52 +73,80 @@ def activate() -> str | None:
     return None if why_inactive() else f"{__name__}.MMInferCpuPlatform"
 
 
-class MMInferCpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """The CPU as an out-of-tree device: plain torch operators, gloo, no graphs, no pinned memory."""
+@functools.cache
+def _platform_class() -> type:
+    """The class, made when SGLang asks for it.
 
-    # Out of tree, not CPU: `is_cpu()` must stay False, it stands for the CPU engine with its own kernels.
-    _enum = PlatformEnum.OOT
-    capabilities = PlatformCapabilities()
+    A class statement at the top would import SGLang's platform package, which looks for platforms while it is
+    imported and would find this module half-way.
+    """
+    import psutil
+    import torch
+    from sglang.srt.platforms.cpu import CpuDeviceMixin
+    from sglang.srt.platforms.device_mixin import PlatformEnum
+    from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-    def get_default_attention_backend(self) -> str:
-        return "torch_native"
+    class MMInferCpuPlatform(CpuDeviceMixin, SRTPlatform):
+        """The CPU as an out-of-tree device: plain torch operators, gloo, no graphs, no pinned memory."""
 
-    def get_dispatch_key_name(self) -> str:
-        return "native"
+        # Out of tree, not CPU: `is_cpu()` must stay False, it stands for the CPU engine with its own kernels.
+        _enum = PlatformEnum.OOT
+        capabilities = PlatformCapabilities()
 
-    def get_device_total_memory(self, device_id: int = 0) -> int:
-        """What this container may use, where it says so, else what the machine has."""
-        total = int(psutil.virtual_memory().total)
-        try:
-            return min(total, int(_CGROUP_LIMIT.read_text()))
-        except (OSError, ValueError):  # no cgroup v2 here, or "max"
-            return total
+        def get_default_attention_backend(self) -> str:
+            return "torch_native"
 
-    def is_pin_memory_available(self, device: Any = None) -> bool:
-        return False
+        def get_dispatch_key_name(self) -> str:
+            return "native"
 
-    def get_compile_backend(self, mode: str | None = None) -> str:
-        return "eager"
+        def get_device(self, device_id: int = 0) -> str:
+            return "cpu"  # the in-tree CPU platform answers with a torch.device, against the interface
 
-    def get_torch_profiler_activity_str(self) -> str:
-        return "CPU"
+        def get_device_total_memory(self, device_id: int = 0) -> int:
+            """What this container may use, where it says so, else what the machine has."""
+            total = int(psutil.virtual_memory().total)
+            try:
+                return min(total, int(_CGROUP_LIMIT.read_text()))
+            except (OSError, ValueError):  # no cgroup v2 here, or "max"
+                return total
 
-    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
-        return torch.profiler.ProfilerActivity.CPU
+        def is_pin_memory_available(self, device: Any = None) -> bool:
+            return False
+
+        def get_compile_backend(self, mode: str | None = None) -> str:
+            return "eager"
+
+        def get_torch_profiler_activity_str(self) -> str:
+            return "CPU"
+
+        def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+            return torch.profiler.ProfilerActivity.CPU
+
+    return MMInferCpuPlatform
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MMInferCpuPlatform":
+        return _platform_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_active() -> bool:
     """True in a process whose SGLang runs on this platform."""
     from sglang.srt import platforms
 
-    return isinstance(platforms.current_platform, MMInferCpuPlatform)
+    return isinstance(platforms.current_platform, _platform_class())
+
+
+def _ranks(cfg: Any) -> int:
+    """Scheduler processes on this machine."""
+    return max(1, cfg.tp_size * cfg.pp_size * cfg.dp_size // max(1, cfg.nnodes))
 
 
 def default_arguments(cfg: Any) -> dict[str, Any]:
     """The server arguments a CPU needs and the user left open. `cfg` is any view of ServerArgs."""
     if cfg.device is not None and cfg.device != "cpu":
         return {}
-    ranks = max(1, cfg.tp_size * cfg.pp_size * cfg.dp_size // max(1, cfg.nnodes))
     wanted: dict[str, tuple[Any, Any]] = {  # field: (what says that the user left it open, our value)
         "device": (None, "cpu"),
         "dtype": ("auto", "float32"),
@@ -122,29 +154,44 @@ def default_arguments(cfg: Any) -> dict[str, Any]:
         "mm_attention_backend": (None, "sdpa"),
         "sampling_backend": (None, "pytorch"),
         "disable_cuda_graph": (False, True),
-        "mem_fraction_static": (None, round(MEMORY_SHARE / ranks, 3)),
+        "mem_fraction_static": (None, round(MEMORY_SHARE / _ranks(cfg), 3)),
         "max_total_tokens": (None, MAX_TOTAL_TOKENS),
         "max_running_requests": (None, MAX_RUNNING_REQUESTS),
     }
     return {field: value for field, (unset, value) in wanted.items() if getattr(cfg, field) == unset}
 
 
-def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Resolution hook: declares `default_arguments` before SGLang reads the model's dtype or picks a device.
+def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
+    """A value for SGLANG_CPU_OMP_THREADS_BIND, or None where SGLang can do without.
 
-    The platform's own `apply_server_args_defaults` is called too late for both.
+    Left alone, SGLang gives each rank a NUMA node, and stops where there are more ranks than nodes.
     """
+    if ranks <= nodes:
+        return None
+    share = max(1, len(cores) // ranks)
+    groups = [cores[(i * share) % len(cores) :][:share] for i in range(ranks)]
+    return "|".join(",".join(map(str, group)) for group in groups)
+
+
+def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution hook: declares `default_arguments`, and binds ranks to cores where SGLang could not."""
     if is_active():
         from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
-        if wanted := default_arguments(resolving_view(server_args)):
+        cfg = resolving_view(server_args)
+        if wanted := default_arguments(cfg):
             declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **wanted)
+        if cfg.device == "cpu" and _CORES not in os.environ:
+            from sglang.srt.utils.common import get_cpu_ids_by_node
+
+            cores = sorted(os.sched_getaffinity(0))
+            if binding := core_binding(_ranks(cfg), len(get_cpu_ids_by_node()), cores):
+                logger.info("mminfer: %s=%s (cores of each rank)", _CORES, binding)
+                os.environ[_CORES] = binding  # inherited by the schedulers, where SGLang reads it
     previous(server_args)
 
 
-def pin_memory(
-    original: Callable[..., torch.Tensor], self: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def pin_memory(original: Callable[..., torch.Tensor], self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """AROUND torch.Tensor.pin_memory: there is nothing to pin for where no accelerator exists.
 
     SGLang's video decoder and the Qwen, Ernie and other processors pin every frame unless SGLang runs on its

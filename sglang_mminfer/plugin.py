@@ -49,6 +49,19 @@ class Hook:
         """Our function."""
         return pkgutil.resolve_name(self.function)
 
+    def target_exists(self) -> bool:
+        """Whether this SGLang has the place that is hooked."""
+        if self.kind == "resolution":
+            from sglang.srt.arg_groups.resolution_hooks import _OVERRIDABLE_HOOKS
+
+            return self.target in _OVERRIDABLE_HOOKS
+        try:
+            found = pkgutil.resolve_name(self.target)
+        except (ImportError, AttributeError):
+            return False
+        kinds = {"choice": list, "backend": dict}
+        return isinstance(found, kinds[self.kind]) if self.kind in kinds else callable(found)
+
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -174,7 +187,6 @@ def create_backend(runner: Any) -> Any:
     """Factory in SGLang's attention registry; only here is torch code of ours imported."""
     from sglang_mminfer.backend import create_backend as create
 
-    config.announce_once(runner)
     return create(runner)
 
 
@@ -339,8 +351,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "diffusion_llm",
         lambda cfg: cfg.dllm_algorithm is not None,
-        "--dllm-algorithm runs attention that is not causal, and every pattern here is causal; drop one of "
-        "the two.",
+        "--dllm-algorithm runs attention that is not causal, and every pattern here is causal; drop one of the two.",
     ),
     Refusal(
         "hisparse",

@@ -135,9 +135,7 @@ class HFOracle:
         return dict(inputs)
 
     @torch.no_grad()
-    def answer(
-        self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20
-    ) -> OracleAnswer:
+    def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
         """The greedy continuation of exactly `max_new_tokens` tokens (an end-of-turn token does not stop it)."""
         inputs = self.inputs(messages)
         prompt_ids = inputs["input_ids"][0].tolist()

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -42,11 +43,12 @@ QUIET_ENVIRONMENT = {
 NOT_INHERITED = ("SGLANG_MMINFER_CONFIG", "SGLANG_MMINFER_TRACE")
 
 # Ends a process group as soon as its own standard input closes, which it does when whoever holds it dies.
-WATCHER = 'read _; kill -KILL -- "-$0" 2>/dev/null'
+WATCHER = 'read _; kill -s KILL -- "-$0" 2>/dev/null'
 
 # Lines of the log that say nothing about how far the start has come.
 _NOISE = re.compile(r"GET /health|deprecat|warn", re.IGNORECASE)
 _STAMP = re.compile(r"^\[20\d\d-\d\d-\d\d [\d:]+[^\]]*\] (?:INFO: *)?")
+_PORT_TAKEN = re.compile(r"^.*ERROR.*address already in use", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -135,6 +137,8 @@ class Server:
                 if not self.running:
                     code = self._process.returncode if self._process else None
                     raise ServerError(self._failure(f"died with exit status {code} after {seconds:.0f} s"))
+                if _PORT_TAKEN.search(self.tail(10)):  # SGLang stays alive after this, and deaf
+                    raise ServerError(self._failure(f"could not listen on port {self.port}: it is in use"))
                 if seconds > self.timeout:
                     raise ServerError(self._failure(f"was not healthy within {self.timeout:.0f} s"))
                 if self.progress is not None:
@@ -246,7 +250,11 @@ class Server:
         atexit.register(self.stop)
         with contextlib.suppress(FileNotFoundError):  # a machine without sh does without the watcher
             self._watcher = subprocess.Popen(
-                ["sh", "-c", WATCHER, str(self._process.pid)], stdin=subprocess.PIPE, start_new_session=True
+                ["sh", "-c", WATCHER, str(self._process.pid)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def _healthy(self) -> bool:
@@ -285,9 +293,16 @@ def _group_alive(leader: int) -> bool:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, below the range that systems give to outgoing connections.
+
+    SGLang binds it only when the model is loaded, and by then any client could have been given one of those.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise ServerError(f"no free port found on {host} between 20000 and 30000")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 RECIPE_FILE = "tiny_model.json"
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Counts up when the same arguments would make other bytes, so that stale checkpoints are made again."""
 
 # Qwen2.5-VL's special tokens in its own order. Ids follow the byte-level vocabulary, as in the real one.
@@ -118,13 +118,17 @@ MIN_PIXELS = 4 * 28 * 28
 MAX_IMAGE_PIXELS = 1280 * 28 * 28
 MAX_VIDEO_PIXELS = 768 * 28 * 28
 
-# Standard deviation of a row's attention logits. 2.5 leaves about 6 keys in effect out of a hundred.
-ATTENTION_SPREAD = 2.5
+# Standard deviation of a row's attention logits: a handful of keys out of a hundred carry a row.
+ATTENTION_SPREAD = 3.0
+# The same in the vision tower. It need not be peaked, and what it rounds is magnified by all that follows.
+VISION_SPREAD = 1.0
 # The same for the logits of words, and how much smaller the logits of everything else are.
 LOGIT_SPREAD = 2.5
 MUTED = 0.02
-# Of a token embedding, against 1 for what each layer adds: the text before, not the last token, decides what follows.
-EMBEDDING_SPREAD = 0.3
+# How many LOGIT_SPREADs the word just said loses, were its embedding all that is left of it at the end.
+REPULSION = 4.0
+# Of a token embedding, against about 1 for what each layer adds: the last token may not decide alone.
+EMBEDDING_SPREAD = 1.0
 
 
 class Recipe(TypedDict, total=False):
@@ -266,9 +270,7 @@ def _write(path: Path, arch: str, recipe: dict[str, Any]) -> None:
     rows = -(-len(tokenizer) // 64) * 64
     if recipe["vocab"]:
         if recipe["vocab"] < len(tokenizer):
-            raise ValueError(
-                f"tiny model: vocab: the tokenizer has {len(tokenizer)} tokens, got {recipe['vocab']}"
-            )
+            raise ValueError(f"tiny model: vocab: the tokenizer has {len(tokenizer)} tokens, got {recipe['vocab']}")
         rows = recipe["vocab"]
     model = _model(arch, recipe, rows, tokenizer)
     _draw_weights(model, recipe["seed"], _spoken(tokenizer, rows))
@@ -314,8 +316,8 @@ def _train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
     tokenizer.train_from_iterator([*spaced, *prompt], trainer)
     state = json.loads(tokenizer.to_str())["model"]
     # Newer `tokenizers` write a merge as a pair, older ones as "left right".
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["merges"]]
-    return state["vocab"], merges
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in state["merges"]]
+    return state["vocab"], [(left, right) for left, right in pairs]
 
 
 def _processor(arch: str) -> Any:
@@ -333,9 +335,7 @@ def _processor(arch: str) -> Any:
         model_max_length=131072,
         clean_up_tokenization_spaces=False,
     )
-    image = transformers.Qwen2VLImageProcessor(
-        size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_IMAGE_PIXELS}
-    )
+    image = transformers.Qwen2VLImageProcessor(size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_IMAGE_PIXELS})
     # `cap_pixels_per_frame` unset is the released default; False says the same without a warning.
     video = transformers.Qwen2VLVideoProcessor(
         size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_VIDEO_PIXELS}, cap_pixels_per_frame=False
@@ -377,7 +377,8 @@ def _model(arch: str, recipe: dict[str, Any], rows: int, tokenizer: Any) -> Any:
         "eos_token_id": ids["<|im_end|>"],
         "use_sliding_window": False,
     }
-    shared = {"depth": recipe["vision_depth"], "num_heads": recipe["vision_heads"], "patch_size": 14}
+    # "in_chans" is how released checkpoints say it, and the one SGLang's Qwen2-VL reads.
+    shared = {"depth": recipe["vision_depth"], "num_heads": recipe["vision_heads"], "patch_size": 14, "in_chans": 3}
     tokens = {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
@@ -435,11 +436,14 @@ def _draw_weights(model: Any, seed: int, spoken: torch.Tensor) -> None:
             if re.search(r"\b(q|k)_proj\.weight$", name):
                 spread = math.sqrt(ATTENTION_SPREAD)
             elif name.endswith("qkv.weight"):  # q, k and v of the vision tower, one under the other
-                rows = torch.full((3, weight.shape[0] // 3), math.sqrt(ATTENTION_SPREAD))
+                rows = torch.full((3, weight.shape[0] // 3), math.sqrt(VISION_SPREAD))
                 rows[2] = 1.0
                 weight.copy_(noise * rows.reshape(-1, 1) / math.sqrt(fan_in))
                 continue
             weight.copy_(noise * spread / math.sqrt(fan_in))
+    # A word speaks against itself: an answer does not stay with the first word that leads to itself.
+    embedding = model.get_input_embeddings().weight
+    model.lm_head.weight[spoken] -= REPULSION * LOGIT_SPREAD / embedding.shape[1] * embedding[spoken]
 
 
 def main(arguments: list[str] | None = None) -> int:

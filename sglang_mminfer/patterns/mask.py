@@ -99,9 +99,7 @@ def _named(patterns: dict, modality: Modality) -> Pattern | None:
 
 
 def _named_pair(boundary: Boundary2D, q_modality: Modality, k_modality: Modality) -> Pattern | None:
-    return next(
-        (p for (q, k), p in boundary.patterns.items() if q.covers(q_modality) and k is k_modality), None
-    )
+    return next((p for (q, k), p in boundary.patterns.items() if q.covers(q_modality) and k is k_modality), None)
 
 
 def _pair_mask(
@@ -135,9 +133,7 @@ def _pair_mask(
         if pattern.v:
             mask = mask | (k_cell == pattern.phase)[None, :]
         if pattern.s:
-            shape = torch.tensor(
-                [[0, 0] if s.grid is None else [s.grid.rows, s.grid.cols] for s in chunk.map.segments]
-            )
+            shape = torch.tensor([[0, 0] if s.grid is None else [s.grid.rows, s.grid.cols] for s in chunk.map.segments])
             of = shape[chunk.map.segment_ids.long()]
             same_shape = (of[chunk.q_pos][:, None] == of[chunk.k_pos][None, :]).all(dim=-1)
             mask = mask | ((q_cell[:, None] == k_cell[None, :]) & (k_cell >= 0)[None, :] & same_shape)
@@ -156,9 +152,7 @@ def _estimate(
     if len(last) == 0 or not bool(keys.any()):
         return columns, diagonals
     if chunk.q is None or chunk.k is None:
-        raise ValueError(
-            "pattern_mask: vertical_slash is estimated, so it needs q [rows, D] and k [kv_stop, D]"
-        )
+        raise ValueError("pattern_mask: vertical_slash is estimated, so it needs q [rows, D] and k [kv_stop, D]")
     q, k = chunk.q.flatten(1).float(), chunk.k.flatten(1).float()
     if q.shape[0] != len(chunk.q_pos) or k.shape[0] != chunk.kv_stop or q.shape[1] != k.shape[1]:
         raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
+from sglang_mminfer.kernels.threads import one_thread
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns import vertical_slash
 from sglang_mminfer.patterns.boundary import row_classes
@@ -85,16 +86,24 @@ class BatchPlanner:
             q [tokens, Hq, D], k_cache [slots, Hkv, D], sm_scale: for the heads whose pattern is estimated.
         """
         name = tuple(heads)
-        if name in self._static_plans:
-            return self._static_plans[name]
+        if name not in self._static_plans:
+            with one_thread():
+                plan, lasting = self._make(name, q, k_cache, sm_scale)
+            if not lasting:
+                return plan
+            self._static_plans[name] = plan
+        return self._static_plans[name]
+
+    def _make(
+        self, heads: tuple[HeadPattern, ...], q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float
+    ) -> tuple[PrefillPlan, bool]:
+        """A plan, and whether it holds for every layer with these heads."""
         sharing: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(heads):
             sharing.setdefault(pattern, []).append(head)
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
         every_head = tuple(range(len(heads)))
-        items = [
-            (r, every_head, self._tiles(r, Dense())) for r in range(len(self.requests)) if r not in with_map
-        ]
+        items = [(r, every_head, self._tiles(r, Dense())) for r in range(len(self.requests)) if r not in with_map]
         all_static = True
         for pattern, members in sharing.items():
             if is_static(pattern):
@@ -107,10 +116,7 @@ class BatchPlanner:
                 estimates = _Estimates(self.requests[r], members, q, k_cache, sm_scale)
                 for head in members:
                     items.append((r, (head,), self._tilers[r].tile(pattern, estimates.of(head))))
-        plan = self._assemble(items, len(heads))
-        if all_static:
-            self._static_plans[name] = plan
-        return plan
+        return self._assemble(items, len(heads)), all_static
 
     def _tiles(self, request: int, pattern: HeadPattern) -> list[TilePass]:
         name = (request, pattern)
@@ -118,9 +124,7 @@ class BatchPlanner:
             self._static_tiles[name] = self._tilers[request].tile(pattern)
         return self._static_tiles[name]
 
-    def _assemble(
-        self, items: list[tuple[int, tuple[int, ...], list[TilePass]]], num_heads: int
-    ) -> PrefillPlan:
+    def _assemble(self, items: list[tuple[int, tuple[int, ...], list[TilePass]]], num_heads: int) -> PrefillPlan:
         device = self.requests[0].slots.device if self.requests else torch.device("cpu")
         table = _KeyTableBuilder(self.requests, self.block_k)
         depth = max((len(passes) for _, _, passes in items), default=0)

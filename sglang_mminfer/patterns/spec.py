@@ -156,17 +156,13 @@ class Boundary2D:
     patterns: Mapping[tuple[Modality, Modality], Pattern] = field(hash=False)
 
     def __post_init__(self) -> None:
-        patterns = {
-            (Modality(q), Modality(k)): p for (q, k), p in _frozen("Boundary2D", self.patterns).items()
-        }
+        patterns = {(Modality(q), Modality(k)): p for (q, k), p in _frozen("Boundary2D", self.patterns).items()}
         object.__setattr__(self, "patterns", patterns)
         pairs = list(patterns)
         for i, (q1, k1) in enumerate(pairs):
             for q2, k2 in pairs[i + 1 :]:
                 if (q1.covers(q2) or q2.covers(q1)) and (k1.covers(k2) or k2.covers(k1)):
-                    raise ValueError(
-                        f"Boundary2D.patterns: {(q1, k1)} and {(q2, k2)} name the same pair twice"
-                    )
+                    raise ValueError(f"Boundary2D.patterns: {(q1, k1)} and {(q2, k2)} name the same pair twice")
 
     def __hash__(self) -> int:
         return hash(frozenset(self.patterns.items()))

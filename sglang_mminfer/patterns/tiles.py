@@ -201,9 +201,7 @@ class ChunkTiler:
             tile_ids, tile_of_row = torch.unique(live // self.block_q, return_inverse=True)
             q_pos = order[live]
             rows_per_tile = torch.bincount(tile_of_row)
-            tiles = out.add_tiles(q_pos, bound[q_pos - self.q_start], rows_per_tile) + torch.arange(
-                len(tile_ids)
-            )
+            tiles = out.add_tiles(q_pos, bound[q_pos - self.q_start], rows_per_tile) + torch.arange(len(tile_ids))
             last_index = ((tile_ids + 1) * self.block_q).clamp_max(len(order)) - 1
             first_line, last_line = tile_ids * self.block_q // line_length, last_index // line_length
             for earlier in range(number + 1):
@@ -240,9 +238,7 @@ class ChunkTiler:
         stop = -(-(last_line + 1) * line_length // self.block_k)
         out.visit(keys, tiles, start, stop)
 
-    def _line_keys(
-        self, number: int, key_class: Modality | None, lines: Lines, first_key: int
-    ) -> KeyOrder | None:
+    def _line_keys(self, number: int, key_class: Modality | None, lines: Lines, first_key: int) -> KeyOrder | None:
         segment = self.map.segments[number]
         if segment.grid is None or (key_class is not None and not key_class.covers(segment.modality)):
             return None

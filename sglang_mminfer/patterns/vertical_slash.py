@@ -48,9 +48,7 @@ def pair_index(
     """The index of one head from its masses, each [keys of the class]."""
     keys = scope.key_members.nonzero().flatten()
     columns = _heaviest(column_mass, pattern.vertical, pattern.forced_columns)
-    return PairIndex(
-        columns=keys[columns], diagonals=_heaviest(diagonal_mass, pattern.slash, pattern.forced_diagonals)
-    )
+    return PairIndex(columns=keys[columns], diagonals=_heaviest(diagonal_mass, pattern.slash, pattern.forced_diagonals))
 
 
 def _heaviest(mass: torch.Tensor, count: int, forced: int) -> torch.Tensor:

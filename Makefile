@@ -1,0 +1,44 @@
+# `make demo` and `make test` on a fresh machine do all the set-up: a virtual environment in the checkout with
+# every dependency that pyproject.toml declares.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-fast check bench soak clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade --quiet pip
+	$(BIN)/python -m pip install --progress-bar off -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m sglang_mminfer.evaluation.demo --out demo-out
+
+test: setup check
+	$(BIN)/python -m pytest
+
+# Everything that needs no server.
+test-fast: setup
+	$(BIN)/python -m pytest tests/reference tests/semantics tests/backend
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types
+	cp -rs $(CURDIR)/sglang_mminfer build/types/ && cp -rs $(CURDIR)/kernels build/types/sglang_mminfer/
+	cp -rs $(CURDIR)/head_configs build/types/sglang_mminfer/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sglang_mminfer
+
+# Prefill time of the real server against stock dense, into kernels/benchmarks/results/.
+bench: setup
+	$(BIN)/python -m sglang_mminfer.kernels.benchmarks.cpu_prefill
+
+# 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
+soak: setup
+	$(BIN)/python -m pytest -m soak tests/server/test_soak.py
+
+clean:
+	rm -rf build demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

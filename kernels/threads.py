@@ -1,0 +1,69 @@
+"""How the CPU's work is shared out: whole tiles to threads, not every small operation to all of them.
+
+One tile is too small to be worth a fork and join of all threads for each operation in it, and on a busy
+machine such joins cost far more than the work itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def for_each(work: Callable[[T], None], items: Sequence[T]) -> None:
+    """work(item) for every item, in any order, on as many threads as torch may use. Raises what work raises."""
+    threads = min(torch.get_num_threads(), len(items))
+    if threads < 2:
+        for item in items:
+            work(item)
+        return
+    todo, lock = iter(items), threading.Lock()
+
+    def take() -> None:
+        with torch.inference_mode():  # the mode is a thread's own; SGLang's tensors are inference tensors
+            while True:
+                with lock:
+                    item = next(todo, None)
+                if item is None:
+                    return
+                work(item)
+
+    pool = _pool(torch.get_num_threads())
+    for done in [pool.submit(take) for _ in range(threads)]:
+        done.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that run their torch operations alone."""
+    started = threading.Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="mminfer", initializer=alone)
+    for _ in range(threads):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(threads)  # the number is also what threads to come start with: as it was
+    return pool
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The calling thread's torch operations run alone: for index work, which is many small operations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
