@@ -43,16 +43,17 @@ def create_backend(runner: Any) -> Any:
     if runner.is_draft_worker:  # a draft model's head config would be another one: dense
         return backend
     config.announce_once(runner)
-    backend.__class__ = _sparse_class(type(backend))
+    dense: Any = type(backend)
+    backend.__class__ = _sparse_class(dense)
     backend.mminfer = SparsePrefill(runner)
     return backend
 
 
 @cache
-def _sparse_class(dense: type) -> type:
+def _sparse_class(dense: Any) -> Any:
     """A subclass of one dense backend. Made with that one base only, so that instances can change to it."""
 
-    class Sparse(dense):  # type: ignore[misc, valid-type]
+    class Sparse(dense):
         mminfer: SparsePrefill
 
         def init_forward_metadata(self, forward_batch: Any) -> None:

@@ -133,46 +133,61 @@ def plan_of(modality_map: ModalityMap, heads: Sequence[HeadPattern], dense_below
     return BatchPlanner([chunk] if length else [], length, dense_below=dense_below).plan(heads)
 
 
-def visited_share(plan: PrefillPlan, head: int, bin_size: int) -> torch.Tensor:
-    """float64 [bins, bins]: visited over causal pairs for squares of `bin_size` rows by `bin_size` keys.
+def visited_share(
+    plan: PrefillPlan,
+    head: int,
+    bin_size: int,
+    rows: tuple[int, int] | None = None,
+    keys: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """float64 [row bins, key bins]: visited over causal pairs for squares of `bin_size` rows by `bin_size` keys.
 
-    Of a plan of one request from position 0 on. Squares above the diagonal are NaN.
+    Of a plan of one request from position 0 on. Squares without causal pairs are NaN.
+
+    Args:
+        rows, keys: [start, stop) of a part of the matrix; bins count from its start. Default: all.
     """
-    bins = -(-plan.num_rows // bin_size)
-    visited = torch.zeros(bins, bins, dtype=torch.float64)
+    rows, keys = rows or (0, plan.num_rows), keys or (0, plan.num_rows)
+    visited = torch.zeros_like(causal := causal_pairs(rows, keys, bin_size))
     for block_plan in plan.passes:
         for tile, group in enumerate(block_plan.q_heads.tolist()):
             if head in block_plan.head_groups[group]:
-                _add_tile(visited, block_plan, tile, bin_size)
-    return visited / causal_pairs(plan.num_rows, bin_size)
+                _add_tile(visited, block_plan, tile, bin_size, rows, keys)
+    return (visited / causal).masked_fill(causal == 0, torch.nan)
 
 
-def _add_tile(visited: torch.Tensor, plan: BlockPlan, tile: int, bin_size: int) -> None:
+def _add_tile(
+    visited: torch.Tensor, plan: BlockPlan, tile: int, bin_size: int, rows: tuple[int, int], keys: tuple[int, int]
+) -> None:
     """Adds the pairs of one query tile, by the rule at the top of block_plan.py."""
-    rows = slice(int(plan.q_indptr[tile]), int(plan.q_indptr[tile + 1]))
+    tile_rows = slice(int(plan.q_indptr[tile]), int(plan.q_indptr[tile + 1]))
+    row, stop = plan.q_rows[tile_rows].long(), plan.q_stop[tile_rows]
+    inside = (row >= rows[0]) & (row < rows[1])
+    row, stop = row[inside] - rows[0], stop[inside]
+    if not len(row):
+        return
     blocks = plan.block_indices[int(plan.block_indptr[tile]) : int(plan.block_indptr[tile + 1])].long()
-    keys = (blocks[:, None] * plan.block_k + torch.arange(plan.block_k, device=blocks.device)).flatten()
-    position, home = plan.keys.kv_pos[keys], plan.keys.kv_home[keys]
-    stop = plan.q_stop[rows]
-    counted = (position < stop.max()) & ~((home >= 0) & torch.isin(home, blocks))
-    position = position[counted].long()
-    key_bins, key_index = (position // bin_size).unique(return_inverse=True)
-    row_bins, row_index = (plan.q_rows[rows].long() // bin_size).unique(return_inverse=True)
-    in_bin = (row_index[None, :] == torch.arange(len(row_bins))[:, None]).float()
-    seen = in_bin @ (position[None, :] < stop[:, None]).float()  # counts up to bin_size: exact
-    pairs = torch.zeros(len(row_bins), len(key_bins)).index_add_(1, key_index, seen)
-    visited[row_bins[:, None], key_bins] += pairs
+    lanes = (blocks[:, None] * plan.block_k + torch.arange(plan.block_k, device=blocks.device)).flatten()
+    position, home = plan.keys.kv_pos[lanes], plan.keys.kv_home[lanes]
+    counted = (position >= keys[0]) & (position < min(int(stop.max()), keys[1]))
+    counted &= ~((home >= 0) & torch.isin(home, blocks))
+    # A row sees the keys before its bound: with keys in order, that is a count for each bin of keys.
+    position = position[counted].sort().values
+    key_bins, first = ((position - keys[0]) // bin_size).unique_consecutive(return_counts=True)
+    edges = torch.cat([first.new_zeros(1), first.cumsum(0)])
+    reach = torch.searchsorted(position, stop)  # how many of the keys each row sees
+    seen = (reach[:, None] - edges[:-1]).clamp_min(0).minimum(first)
+    visited.index_put_((row[:, None] // bin_size, key_bins.long()), seen.to(visited.dtype), accumulate=True)
 
 
-def causal_pairs(length: int, bin_size: int) -> torch.Tensor:
-    """float64 [bins, bins]: pairs at or below the diagonal of each square, NaN where there are none."""
-    bins = -(-length // bin_size)
-    rows = torch.arange(bins * bin_size)
-    key_starts = torch.arange(bins) * bin_size
-    below = (rows[:, None] + 1 - key_starts).clamp(0, bin_size)
-    below[length:] = 0
-    pairs = below.view(bins, bin_size, bins).sum(dim=1).double() if bins else torch.zeros(0, 0, dtype=torch.float64)
-    return pairs.masked_fill(pairs == 0, torch.nan)
+def causal_pairs(rows: tuple[int, int], keys: tuple[int, int], bin_size: int) -> torch.Tensor:
+    """float64 [row bins, key bins]: pairs at or below the diagonal in each square."""
+    row = torch.arange(*rows)
+    starts = torch.arange(*keys, bin_size)
+    width = (keys[1] - starts).clamp_max(bin_size)
+    pairs = torch.zeros(-(-len(row) // bin_size), len(starts), dtype=torch.float64)
+    per_row = (row[:, None] + 1 - starts).clamp_min(0).minimum(width).double()
+    return pairs.index_add_(0, (row - rows[0]) // bin_size, per_row)
 
 
 def busiest_stretch(modality_map: ModalityMap, margin: float = 0.12) -> tuple[int, int] | None:
@@ -279,22 +294,30 @@ def draw_visited_tiles(
     *,
     title: str = "",
     bin_size: int | None = None,
+    detail: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> Any:
     """The share of every square of (query, key) pairs that `head` visits, with the modalities along both axes.
+
+    Args:
+        detail: (rows, keys) to show larger in the empty half above the diagonal.
 
     Returns:
         the image, for a colour bar.
     """
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     length = plan.num_rows
-    bin_size = bin_size or max(1, -(-length // 256))
-    share = visited_share(plan, head, bin_size)
-    colours = LinearSegmentedColormap.from_list("visited", VISITED_COLOURS)
-    extent = (0, share.shape[1] * bin_size, share.shape[0] * bin_size, 0)
-    ax.set_facecolor("white")
-    picture = share.numpy() if share.numel() else [[float("nan")]]
-    image = ax.imshow(picture, cmap=colours, vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="equal")
+    # Thin lines of single cells must not drown in white: half the colours are for the first quarter.
+    colours, norm = LinearSegmentedColormap.from_list("visited", VISITED_COLOURS), PowerNorm(0.5, 0, 1)
+
+    def show(axes: Axes, rows: tuple[int, int], keys: tuple[int, int], size: int) -> Any:
+        share = visited_share(plan, head, size, rows, keys)
+        picture = share.numpy() if share.numel() else [[float("nan")]]
+        extent = (keys[0], keys[0] + share.shape[1] * size, rows[0] + share.shape[0] * size, rows[0])
+        style = {"cmap": colours, "norm": norm, "interpolation": "nearest", "aspect": "equal"}
+        return axes.imshow(picture, extent=extent, **style)
+
+    image = show(ax, (0, length), (0, length), bin_size or max(1, -(-length // 256)))
     band, gap = 0.025 * max(length, 1), 0.012 * max(length, 1)
     thinnest = length / 200
     for segment in modality_map.segments:
@@ -303,8 +326,8 @@ def draw_visited_tiles(
         stop = min(segment.stop, length)
         size = max(stop - segment.start, thinnest)
         start = (segment.start + stop - size) / 2
-        style = {"color": COLOURS[segment.modality], "lw": 0, "clip_on": False}
-        style["zorder"] = 3 if segment.modality is Modality.TEXT else 2
+        order = 3 if segment.modality is Modality.TEXT else 2
+        style: dict[str, Any] = {"color": COLOURS[segment.modality], "lw": 0, "zorder": order}
         ax.barh(-gap - band / 2, size, band, left=start, **style)
         ax.bar(-gap - band / 2, size, band, bottom=start, **style)
     ax.set_xlim(-gap - band, max(length, 1))
@@ -317,9 +340,35 @@ def draw_visited_tiles(
     ax.tick_params(labelsize=8)
     for side in ax.spines.values():
         side.set_visible(False)
+    if detail is not None:
+        (r0, r1), (k0, k1) = detail
+        inset = ax.inset_axes((0.57, 0.52, 0.4, 0.4))
+        show(inset, detail[0], detail[1], max(1, -(-(r1 - r0) // 400)))
+        inset.set_xlim(k0, k1)
+        inset.set_ylim(r1, r0)
+        inset.set_xticks([])
+        inset.set_yticks([])
+        inset.set_title(f"queries {r0:,} to {r1:,}\nkeys {k0:,} to {k1:,}", fontsize=6.5, pad=2)
+        ax.indicate_inset((k0, r0, k1 - k0, r1 - r0), inset, edgecolor="#c0392b", lw=0.9, alpha=1.0)
     if title:
         ax.set_title(title, fontsize=9, loc="left")
     return image
+
+
+def detail_window(modality_map: ModalityMap, dense_below: int = 0) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(rows, keys) of a small square far below the diagonal: three frames of the last video by three of the first.
+
+    None where no video has frames enough, or the square would touch the diagonal or rows that see everything.
+    """
+    videos = [s.grid for s in modality_map.segments if s.modality is Modality.VIDEO and s.grid and s.grid.frames >= 4]
+    if not videos:
+        return None
+    first, last = videos[0], videos[-1]
+    side = min(3 * first.cells, 3 * last.cells, 4096)
+    rows, keys = last.frame_starts[last.frames * 2 // 3], first.frame_starts[first.frames // 4]
+    if keys + side >= rows or rows < dense_below or rows + side > modality_map.length:
+        return None
+    return (rows, rows + side), (keys, keys + side)
 
 
 def conversation_figure(
@@ -344,8 +393,8 @@ def conversation_figure(
     columns = max(len(heads), 1)
     strip = 0.9 + 0.42 * max(len(turns), 1)
     zoom = busiest_stretch(modality_map)
-    heights = [strip, *([strip + 0.2] if zoom else []), *([4.0] if heads else [])]
-    width = max(11.0, 3.9 * columns)
+    heights = [strip, *([strip + 0.2] if zoom else []), *([4.4] if heads else [])]
+    width = max(12.0, 4.3 * columns)
     # Not pyplot: no backend of the caller's is touched and nothing has to be closed.
     figure = Figure(figsize=(width, sum(heights) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -363,11 +412,11 @@ def conversation_figure(
         plan = plan_of(modality_map, [pattern for _, pattern in heads], dense_below)
         length = max(modality_map.length, 1)
         density = plan.visited_by_row.sum(dim=0).double() / (length * (length + 1) / 2)
-        axes, image = [], None
+        axes, image, window = [], None, detail_window(modality_map, dense_below)
         for number, (name, _) in enumerate(heads):
             axes.append(figure.add_subplot(outer[-1, number]))
             text = f"{name}\ndensity {float(density[number]):.2f} of the causal pairs"
-            image = draw_visited_tiles(axes[-1], plan, number, modality_map, title=text)
+            image = draw_visited_tiles(axes[-1], plan, number, modality_map, title=text, detail=window)
         bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
         bar.set_label("share of the pairs that is visited", fontsize=9)
         bar.ax.tick_params(labelsize=8)

@@ -6,6 +6,8 @@ inputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
@@ -68,13 +70,12 @@ def pattern_mask(
         mask = torch.zeros_like(chunk.causal)
         for q_modality in (Modality.TEXT, Modality.IMAGE, Modality.VIDEO):
             rows = chunk.row_modality(q_modality)
-            shared = _named_pair(pattern, q_modality, Modality.VISION)
-            if shared is not None:
-                key_sets = [(Modality.TEXT, None), (Modality.VISION, shared)]
+            if _named_pair(pattern, q_modality, Modality.VISION) is not None:
+                key_classes = [Modality.TEXT, Modality.VISION]
             else:
-                key_sets = [(m, None) for m in (Modality.TEXT, Modality.IMAGE, Modality.VIDEO)]
-            for k_modality, own in key_sets:
-                own = own or _named_pair(pattern, q_modality, k_modality) or Dense()
+                key_classes = [Modality.TEXT, Modality.IMAGE, Modality.VIDEO]
+            for k_modality in key_classes:
+                own = _named_pair(pattern, q_modality, k_modality) or Dense()
                 keys = modality_map.members(k_modality)[:kv_stop]
                 pair = _pair_mask(chunk, own, rows, keys, text_rule=False)
                 mask[rows] |= pair[rows] & keys
@@ -84,7 +85,16 @@ def pattern_mask(
 
 
 class _Chunk:
-    def __init__(self, modality_map, q_start, q_stop, kv_stop, q, k, sm_scale) -> None:  # type: ignore[no-untyped-def]
+    def __init__(
+        self,
+        modality_map: ModalityMap,
+        q_start: int,
+        q_stop: int,
+        kv_stop: int,
+        q: torch.Tensor | None,
+        k: torch.Tensor | None,
+        sm_scale: float | None,
+    ) -> None:
         self.map, self.kv_stop, self.q, self.k, self.sm_scale = modality_map, kv_stop, q, k, sm_scale
         self.q_pos = torch.arange(q_start, q_stop)
         self.k_pos = torch.arange(kv_stop)
@@ -94,7 +104,7 @@ class _Chunk:
         return self.map.members(modality)[self.q_pos]
 
 
-def _named(patterns: dict, modality: Modality) -> Pattern | None:
+def _named(patterns: Mapping[Modality, Pattern], modality: Modality) -> Pattern | None:
     return next((p for m, p in patterns.items() if m.covers(modality)), None)
 
 

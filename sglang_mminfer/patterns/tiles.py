@@ -205,8 +205,11 @@ class ChunkTiler:
             last_index = ((tile_ids + 1) * self.block_q).clamp_max(len(order)) - 1
             first_line, last_line = tile_ids * self.block_q // line_length, last_index // line_length
             for earlier in range(number + 1):
+                grid = self.map.segments[earlier].grid
+                if grid is None or grid.shape != segment.grid.shape:
+                    continue
                 keys = self._line_keys(earlier, key_class, lines, first_key)
-                if keys is not None and self.map.segments[earlier].grid.shape == segment.grid.shape:
+                if keys is not None:
                     self._visit_lines(keys, earlier, lines, first_line, last_line, tiles, out)
         return out
 

@@ -23,6 +23,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from sglang_mminfer import config, plugin
+from sglang_mminfer.evaluation.media import make_video
 from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
 load_plugins()
@@ -458,14 +459,10 @@ def test_other_items_are_left_to_sglang(monkeypatch: pytest.MonkeyPatch, what: s
 
 
 def test_decord_decodes_where_ffmpeg_is_missing(tmp_path: Path) -> None:
-    import imageio.v2 as imageio
-    import numpy as np
     from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
     path = tmp_path / "clip.mp4"
-    with imageio.get_writer(path, fps=8, macro_block_size=None) as writer:
-        for i in range(12):
-            writer.append_data(np.full((32, 64, 3), i * 20, dtype=np.uint8))
+    make_video(path, 12, 64, 32)
     video = VideoDecoderWrapper(path.read_bytes())
     assert len(video) == 12
     frames = video.get_frames_as_tensor([0, 5, 11])  # pins them where that is possible

@@ -282,11 +282,11 @@ def test_2d_boundary_counts_columns_and_diagonals_in_the_key_modality():
 
 
 def test_2d_boundary_softmax_of_the_estimate_runs_over_all_keys():
-    """Two image keys share what a text key leaves to row 6, a third has more of row 7: only in the joint softmax."""
+    """Of the images, row 5 looks at key 2 alone, but hardly at all beside text; row 6 really looks at keys 3 and 4."""
     chat = conversation(1, (1, 1, 4), 2)
     q, k = torch.zeros(7, 7), torch.eye(7)
-    q[5, [0, 1, 2, 3]] = torch.tensor([40.0, 20.0, 30.0, 20.0])  # key 2 wins among images, but text takes it all
-    q[6, [0, 3]] = torch.tensor([20.0, 20.0])
+    q[5, [0, 1, 2, 3]] = torch.tensor([40.0, 20.0, 30.0, 20.0])
+    q[6, [0, 3, 4]] = torch.tensor([20.0, 20.0, 19.0])
     head = Boundary2D({(TEXT, IMAGE): VerticalSlash(2, 1, 2)})
     assert mask_of(chat, head, q=q, k=k, sm_scale=1.0) == "# ## ### #### ##### ##.### ##.####"
 

@@ -1,0 +1,313 @@
+"""The executors by themselves: what a plan's arrays mean, taken word by word, against what each executor computes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import D, any_pattern, batches, conversation
+
+from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash
+from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
+from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
+
+EXECUTORS = [pytest.param(torch_gather.run, id="torch"), pytest.param(reference.run, id="reference")]
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the oracle --------------------------------------------------------------------------------------------
+
+
+def naive_attention(q, k, v, mask, scale):
+    """One row and one key at a time, in Python numbers."""
+    out, lse = [], []
+    for i in range(len(q)):
+        scores = {j: scale * sum(x * y for x, y in zip(q[i], k[j])) for j in range(len(k)) if mask[i][j]}
+        if not scores:
+            out.append([0.0] * len(q[0]))
+            lse.append(-math.inf)
+            continue
+        total = sum(math.exp(s) for s in scores.values())
+        out.append([sum(math.exp(s) / total * v[j][d] for j, s in scores.items()) for d in range(len(v[0]))])
+        lse.append(math.log2(total))
+    return torch.tensor(out, dtype=torch.float64), torch.tensor(lse, dtype=torch.float64)
+
+
+def test_the_oracle_is_softmax_attention_written_out():
+    q, k, v = randn(5, 4), randn(7, 4, seed=1), randn(7, 4, seed=2)
+    mask = randn(5, 7, seed=3) > 0
+    mask[2] = False
+    out, lse = reference.masked_attention(q, k, v, mask, 0.7)
+    expected, expected_lse = naive_attention(q.tolist(), k.tolist(), v.tolist(), mask.tolist(), 0.7)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+
+
+def test_the_oracle_agrees_with_torch_in_float64():
+    q, k, v = randn(40, 16).double(), randn(60, 16, seed=1).double(), randn(60, 16, seed=2).double()
+    mask = torch.ones(40, 60, dtype=torch.bool).tril(20)
+    out, _ = reference.masked_attention(q, k, v, mask, 0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=0.3)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_that_sees_nothing_is_zero_with_an_lse_of_minus_infinity():
+    out, lse = reference.masked_attention(randn(2, 4), randn(3, 4), randn(3, 4), torch.zeros(2, 3).bool(), 1.0)
+    assert not out.any() and lse.tolist() == [-math.inf, -math.inf]
+
+
+# ---- joining partial results -------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 999), st.integers(1, 6), st.floats(0.1, 40.0))
+def test_partial_attentions_join_to_the_whole(seed, parts, scale):
+    q, k, v = randn(6, 4, seed=seed), randn(12, 4, seed=seed + 1), randn(12, 4, seed=seed + 2)
+    mask = torch.ones(6, 12).tril(4).bool()
+    owner = torch.randint(0, parts, (12,), generator=torch.Generator().manual_seed(seed))
+    out, lse = torch.zeros(6, 4, dtype=torch.float64), torch.full((6,), -torch.inf, dtype=torch.float64)
+    for part in range(parts):
+        piece = reference.masked_attention(q, k, v, mask & (owner == part), scale)
+        out, lse = torch_gather.merge_state(out, lse, *piece)
+    expected, expected_lse = reference.masked_attention(q, k, v, mask, scale)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-9, atol=1e-9)
+
+
+def test_joining_two_empty_parts_gives_an_empty_part():
+    nothing = (torch.zeros(3, 4), torch.full((3,), -torch.inf))
+    out, lse = torch_gather.merge_state(*nothing, *nothing)
+    assert not out.any() and bool(lse.isneginf().all())
+    something = (randn(3, 4), torch.tensor([0.0, 900.0, -900.0]))
+    for got in (torch_gather.merge_state(*something, *nothing), torch_gather.merge_state(*nothing, *something)):
+        assert torch.equal(got[0], something[0]) and torch.equal(got[1], something[1])
+
+
+# ---- what a plan's arrays mean -----------------------------------------------------------------------------
+
+BLOCK_K, SLOTS = 4, 50
+
+
+@st.composite
+def raw_plans(draw):
+    """Plans of no pattern at all: any positions, slots, homes, row bounds and lists that the contract allows."""
+    groups = ((0, 1, 2, 3), (1, 2), (3,), (0, 2, 3))
+    num_tiles, passes = draw(st.integers(1, 6)), []
+    positions, slots, homes = [], [], []
+    for _ in range(num_tiles):
+        columns = draw(st.booleans())
+        for _ in range(BLOCK_K):
+            padding = draw(st.integers(0, 5)) == 0
+            positions.append(PAD_POSITION if padding else draw(st.integers(0, 30)))
+            slots.append(0 if padding else draw(st.integers(0, SLOTS - 1)))
+            homes.append(draw(st.integers(-1, num_tiles - 1)) if columns and not padding else NO_HOME)
+    keys = KeyTable(*(torch.tensor(x, dtype=torch.int32) for x in (positions, slots, homes)))
+    num_rows = draw(st.integers(1, 9))
+    for _ in range(draw(st.integers(1, 3))):
+        plan = {"q_rows": [], "q_stop": [], "q_indptr": [0], "q_heads": [], "block_indptr": [0]}
+        block_indices, num_full = [], []
+        for group in draw(st.sampled_from([(0,), (1, 2), (3,)])):  # groups that share no head
+            left = draw(st.permutations(range(num_rows)))
+            while left and draw(st.integers(0, 4)):
+                size = draw(st.integers(1, 4))
+                rows, left = left[:size], left[size:]
+                stops = [draw(st.integers(0, 31)) for _ in rows]
+                listed = sorted(draw(st.sets(st.integers(0, num_tiles - 1))))
+                full = [
+                    b
+                    for b in listed
+                    if all(p < min(stops) for p in positions[b * BLOCK_K : (b + 1) * BLOCK_K])
+                    and all(h == NO_HOME for h in homes[b * BLOCK_K : (b + 1) * BLOCK_K])
+                ]
+                plan["q_rows"] += rows
+                plan["q_stop"] += stops
+                plan["q_indptr"].append(len(plan["q_rows"]))
+                plan["q_heads"].append(group)
+                block_indices += full + [b for b in listed if b not in full]
+                num_full.append(len(full))
+                plan["block_indptr"].append(len(block_indices))
+        arrays = {name: torch.tensor(x, dtype=torch.int32) for name, x in plan.items()}
+        passes.append(
+            BlockPlan(
+                keys=keys,
+                **arrays,
+                block_indices=torch.tensor(block_indices, dtype=torch.int32),
+                num_full=torch.tensor(num_full, dtype=torch.int32),
+                head_groups=groups,
+                block_k=BLOCK_K,
+            )
+        )
+    return PrefillPlan(tuple(passes), num_rows, 4)
+
+
+def counted_slots(plan: PrefillPlan, row: int, head: int) -> list[int]:
+    """The cache rows that count for one row and head, by the two conditions of the contract."""
+    out = []
+    for block_plan in plan.passes:
+        keys = block_plan.keys
+        for t in range(block_plan.num_tiles):
+            if head not in block_plan.head_groups[block_plan.q_heads[t]]:
+                continue
+            a, b = block_plan.block_indptr[t : t + 2].tolist()
+            listed = block_plan.block_indices[a:b].tolist()
+            for i in range(*block_plan.q_indptr[t : t + 2].tolist()):
+                if block_plan.q_rows[i] != row:
+                    continue
+                for key in (block * BLOCK_K + lane for block in listed for lane in range(BLOCK_K)):
+                    home = int(keys.kv_home[key])
+                    if keys.kv_pos[key] < block_plan.q_stop[i] and not (home >= 0 and home in listed):
+                        out.append(int(keys.kv_slots[key]))
+    return out
+
+
+@pytest.mark.parametrize("execute", EXECUTORS)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@settings(max_examples=40)
+@given(plan=raw_plans(), seed=st.integers(0, 99))
+def test_an_executor_does_what_the_plan_says_and_writes_every_output(execute, num_kv_heads, plan, seed):
+    q = randn(plan.num_rows, 4, D, seed=seed)
+    k, v = randn(SLOTS, num_kv_heads, D, seed=seed + 1), randn(SLOTS, num_kv_heads, D, seed=seed + 2)
+    out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
+    execute(q, k, v, plan, 0.4, out, lse)
+    for row in range(plan.num_rows):
+        for head in range(4):
+            slots, kv = counted_slots(plan, row, head), head // (4 // num_kv_heads)
+            everything = torch.ones(1, len(slots), dtype=torch.bool)
+            expected, expected_lse = reference.masked_attention(
+                q[row, head][None], k[slots, kv], v[slots, kv], everything, 0.4
+            )
+            torch.testing.assert_close(out[row, head], expected[0].float(), rtol=2e-5, atol=2e-6)
+            torch.testing.assert_close(lse[row, head], expected_lse[0].float(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("execute", EXECUTORS)
+def test_a_plan_without_passes_writes_every_output(execute):
+    q, cache = randn(3, 2, D), randn(5, 1, D)
+    out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
+    execute(q, cache, cache, PrefillPlan((), 3, 2), 1.0, out, lse)
+    assert not out.any() and bool(lse.isneginf().all())
+
+
+@settings(max_examples=60)
+@given(batches(any_pattern))
+def test_a_plan_is_laid_out_as_its_docstring_says(batch):
+    chunks = [
+        RequestChunk(batch.maps[i], batch.q_start(i), batch.kv_lens[i], batch.rows(i).start, batch.slots(i))
+        for i in range(len(batch.maps))
+        if batch.q_lens[i]
+    ]
+    block_q, block_k = batch.tiles
+    planner = BatchPlanner(chunks, len(batch.q), dense_below=batch.dense_below, block_q=block_q, block_k=block_k)
+    k_cache = batch.cache()
+    k = k_cache[:, 0] if batch.packed else k_cache[0]
+    k = (k.transpose(1, 2) if batch.kv_layout == "HND" else k).reshape(-1, batch.num_kv_heads, D)
+    plan = planner.plan(batch.heads, batch.q, k, batch.scale)
+    of_row = {}
+    for i in range(len(batch.maps)):
+        of_row |= {row: i for row in range(batch.rows(i).start, batch.rows(i).stop)}
+    for block_plan in plan.passes:
+        keys = block_plan.keys
+        pos, slots, home = (x.view(-1, block_k) for x in (keys.kv_pos, keys.kv_slots, keys.kv_home))
+        for name in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "block_indices", "num_full"):
+            assert getattr(block_plan, name).dtype == torch.int32
+        assert {x.dtype for x in (pos, slots, home)} == {torch.int32}
+        rows_of_head = {head: [] for head in range(len(batch.heads))}
+        for t in range(block_plan.num_tiles):
+            first, last = block_plan.q_indptr[t : t + 2].tolist()
+            rows, stop = block_plan.q_rows[first:last].tolist(), block_plan.q_stop[first:last]
+            assert 1 <= len(rows) <= block_q
+            for head in block_plan.head_groups[block_plan.q_heads[t]]:
+                rows_of_head[head] += rows
+            a, b = block_plan.block_indptr[t : t + 2].tolist()
+            listed, num_full = block_plan.block_indices[a:b], int(block_plan.num_full[t])
+            for part in (listed[:num_full], listed[num_full:]):
+                assert bool((part.diff() > 0).all()), "key tiles do not ascend"
+            assert not set(listed[:num_full].tolist()) & set(listed[num_full:].tolist()), "a key tile is listed twice"
+            assert bool((pos[listed[:num_full].long()] < stop.min()).all()), "a full tile has a key some row may not see"
+            assert bool((home[listed[:num_full].long()] == NO_HOME).all()), "a full tile has gathered columns"
+            assert bool((pos[listed.long()].amin(1) < stop.max()).all()), "a listed tile has no key any row may see"
+            (request,) = {of_row[row] for row in rows}
+            real = pos[listed.long()] != PAD_POSITION
+            assert torch.equal(
+                slots[listed.long()][real].long(), batch.slots(request)[pos[listed.long()][real].long()]
+            ), "a key's slot is not where the page table has it"
+        for rows in rows_of_head.values():
+            assert len(rows) == len(set(rows)), "a pass visits one (row, head) twice"
+        columns = home >= 0
+        assert bool((pos[columns].unsqueeze(1) == pos[home[columns].long()]).any(1).all()), "a column is not at home"
+
+
+# ---- precision ---------------------------------------------------------------------------------------------
+
+
+def without_fused(monkeypatch) -> None:
+    monkeypatch.setattr(torch_gather, "_FUSED", None)
+
+
+@pytest.mark.skipif(torch_gather._FUSED is None, reason="this torch has no fused CPU attention")
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_generic_attention_equals_the_fused_one(monkeypatch, masked):
+    q, k, v = randn(2, 3, 9, 16), randn(2, 20, 16, seed=1), randn(2, 20, 16, seed=2)
+    mask = torch.zeros(9, 20).masked_fill(randn(9, 20, seed=3) > 0, -torch.inf) if masked else None
+    fused = torch_gather._attend(q, k, v, mask, 0.5)
+    without_fused(monkeypatch)
+    generic = torch_gather._attend(q, k, v, mask, 0.5)
+    torch.testing.assert_close(generic, fused, rtol=2e-6, atol=2e-6)
+
+
+def eager(q, k, v, mask, scale):
+    """Attention as plain low-precision code does it: every intermediate result in the dtype of its inputs."""
+    weights = torch.softmax((q @ k.T * scale).masked_fill(~mask, -torch.inf), dim=-1)
+    return weights @ v
+
+
+CHAT = conversation(20, (6, 4, 5), 30, (1, 4, 5), 40)  # 230 tokens
+HEADS = [
+    AShape(16, 40),
+    Grid("frame", True, False, True, 3, 8, 24),
+    VerticalSlash(20, 30),
+    QBoundary({"video": Grid("row", False, True, True, 1, 8, 8), "text": AShape(4, 50)}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["fused", "generic"])
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
+def test_low_precision_loses_no_more_than_eager_attention_does(monkeypatch, head, path, dtype):
+    if path == "generic":
+        without_fused(monkeypatch)
+    n, dim, scale = CHAT.length, 64, 64**-0.5
+    q, k, v = (randn(n, 1, dim, seed=seed).to(dtype) for seed in range(3))
+    chunk = RequestChunk(CHAT, 0, n, 0, torch.arange(n))
+    plan = BatchPlanner([chunk], n, block_q=32, block_k=16).plan([head], q, k, scale)
+    out, lse = torch.full_like(q, torch.nan), torch.full((n, 1), torch.nan)
+    torch_gather.run(q, k, v, plan, scale, out, lse)
+    mask = reference.visited_mask(plan, 0, slice(0, n), n)
+    exact, exact_lse = reference.masked_attention(q[:, 0], k[:, 0], v[:, 0], mask, scale)
+    error = (out[:, 0].double() - exact).abs()
+    lost = (eager(q[:, 0], k[:, 0], v[:, 0], mask, scale).double() - exact).abs()
+    budget = torch.finfo(dtype).eps
+    assert error.max() <= lost.max() + budget
+    assert error.mean() <= lost.mean() * 1.05 + budget / 100
+    torch.testing.assert_close(lse[:, 0].double(), exact_lse, rtol=0, atol=4 * budget)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
+def test_float32_is_exact_to_rounding_on_both_paths(monkeypatch, head):
+    n = CHAT.length
+    q, k, v = (randn(n, 1, 16, seed=seed) for seed in range(3))
+    plan = BatchPlanner([RequestChunk(CHAT, 0, n, 0, torch.arange(n))], n, block_q=32, block_k=16).plan([head], q, k, 0.3)
+    mask = reference.visited_mask(plan, 0, slice(0, n), n)
+    exact, exact_lse = reference.masked_attention(q[:, 0], k[:, 0], v[:, 0], mask, 0.3)
+    for path in ("fused", "generic"):
+        if path == "generic":
+            without_fused(monkeypatch)
+        out, lse = torch.full_like(q, torch.nan), torch.full((n, 1), torch.nan)
+        torch_gather.run(q, k, v, plan, 0.3, out, lse)
+        torch.testing.assert_close(out[:, 0].double(), exact, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(lse[:, 0].double(), exact_lse, rtol=1e-5, atol=2e-6)
