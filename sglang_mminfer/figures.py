@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # Told apart by readers with any colour vision, and in grey.
 COLOURS = {Modality.TEXT: "#e69f00", Modality.IMAGE: "#00795a", Modality.VIDEO: "#3b7fc4"}
 CACHED_ALPHA = 0.28
+BINS, DETAIL_BINS = 256, 128  # squares of a matrix: fewer than its pixels, or thin lines would get lost
 VISITED_COLOURS = ("#eef2f7", "#0b3c6f")  # nothing visited, everything visited
 
 
@@ -61,7 +63,7 @@ def turn_of_records(label: str, records: Iterable[PrefillRecord]) -> Turn:
         ValueError: if the chunks do not follow one another, as when records of two requests are mixed.
     """
     chunks = tuple((r.prefix_len, r.seq_len) for r in sorted(records, key=lambda r: r.prefix_len) if r.chunk_len)
-    for (_, stop), (start, _) in zip(chunks, chunks[1:]):
+    for (_, stop), (start, _) in pairwise(chunks):
         if start != stop:
             raise ValueError(f"{label}: expected a chunk that starts at {stop}, got one at {start}: two requests?")
     return Turn(label, chunks)
@@ -317,7 +319,7 @@ def draw_visited_tiles(
         style = {"cmap": colours, "norm": norm, "interpolation": "nearest", "aspect": "equal"}
         return axes.imshow(picture, extent=extent, **style)
 
-    image = show(ax, (0, length), (0, length), bin_size or max(1, -(-length // 256)))
+    image = show(ax, (0, length), (0, length), bin_size or max(1, -(-length // BINS)))
     band, gap = 0.025 * max(length, 1), 0.012 * max(length, 1)
     thinnest = length / 200
     for segment in modality_map.segments:
@@ -342,8 +344,8 @@ def draw_visited_tiles(
         side.set_visible(False)
     if detail is not None:
         (r0, r1), (k0, k1) = detail
-        inset = ax.inset_axes((0.57, 0.52, 0.4, 0.4))
-        show(inset, detail[0], detail[1], max(1, -(-(r1 - r0) // 400)))
+        inset = ax.inset_axes((0.6, 0.48, 0.37, 0.37))
+        show(inset, detail[0], detail[1], max(1, -(-(r1 - r0) // DETAIL_BINS)))
         inset.set_xlim(k0, k1)
         inset.set_ylim(r1, r0)
         inset.set_xticks([])
@@ -432,7 +434,7 @@ def conversation_figure(
     return figure
 
 
-def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> Path:
+def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) -> Path:
     """Writes the figure; the folder is made. Returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
