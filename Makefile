@@ -34,7 +34,7 @@ check: setup
 
 # Prefill time of the real server against stock dense, into kernels/benchmarks/results/.
 bench: setup
-	$(BIN)/python -m sglang_mminfer.kernels.benchmarks.cpu_prefill
+	$(BIN)/python -m sglang_mminfer.evaluation.prefill_bench
 
 # 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
 soak: setup

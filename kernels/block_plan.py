@@ -29,7 +29,8 @@ class KeyTable:
     """All key orders of a batch, one after the other, each padded to whole tiles. int32 throughout.
 
     kv_pos:   [tiles * block_k] absolute position in its request; PAD_POSITION for padding.
-    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; 0 for padding.
+    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding
+              the request's first token: a weight of zero times what others left in the cache may be NaN.
     kv_home:  [tiles * block_k] for a gathered column the tile of its base order, else NO_HOME.
     """
 

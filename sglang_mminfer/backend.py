@@ -117,7 +117,8 @@ class _Batch:
         self.planner: BatchPlanner | None = None
         self.sparse_layers = 0
         self.layer_reasons: Counter[str] = Counter()
-        self.plan_s = self.attn_s = 0.0
+        self.plan_s = self.attn_s = self.forward_s = 0.0
+        self.started = 0.0
 
     def run_dense(self, reason: str) -> None:
         self.planner = None
@@ -143,6 +144,7 @@ class _Batch:
                     dense_reason=reason,
                     plan_ms=self.plan_s * 1e3,
                     attn_ms=self.attn_s * 1e3,
+                    forward_ms=self.forward_s * 1e3,
                 )
             )
         return records
@@ -179,8 +181,8 @@ class SparsePrefill:
         """Decide what runs sparse in this batch. Never raises: what cannot be served runs dense, counted."""
         if forward_batch.forward_mode.is_decode_or_idle() or forward_batch.extend_seq_lens_cpu is None:
             return
-        start = self.clock()
         self._batch = batch = _Batch(forward_batch)
+        batch.started = start = self.clock()
         try:
             self._decide(batch, forward_batch)
         except Exception:
@@ -299,7 +301,9 @@ class SparsePrefill:
 
     def layer_done(self, layer: Any, start: float) -> None:
         if self._batch is not None:
-            self._batch.attn_s += self.clock() - start
+            now = self.clock()
+            self._batch.attn_s += now - start
+            self._batch.forward_s = now - self._batch.started
             if layer.layer_id == self._last_layer - 1:
                 self.end()
 

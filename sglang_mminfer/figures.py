@@ -307,6 +307,7 @@ def draw_visited_tiles(
         the image, for a colour bar.
     """
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+    from matplotlib.ticker import MaxNLocator
 
     length = plan.num_rows
     # Thin lines of single cells must not drown in white: half the colours are for the first quarter.
@@ -316,8 +317,7 @@ def draw_visited_tiles(
         share = visited_share(plan, head, size, rows, keys)
         picture = share.numpy() if share.numel() else [[float("nan")]]
         extent = (keys[0], keys[0] + share.shape[1] * size, rows[0] + share.shape[0] * size, rows[0])
-        style = {"cmap": colours, "norm": norm, "interpolation": "nearest", "aspect": "equal"}
-        return axes.imshow(picture, extent=extent, **style)
+        return axes.imshow(picture, extent=extent, cmap=colours, norm=norm, interpolation="nearest", aspect="equal")
 
     image = show(ax, (0, length), (0, length), bin_size or max(1, -(-length // BINS)))
     band, gap = 0.025 * max(length, 1), 0.012 * max(length, 1)
@@ -338,7 +338,7 @@ def draw_visited_tiles(
     ax.set_ylabel("query (tokens)", fontsize=9)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axis.get_major_locator().set_params(nbins=5, integer=True)
+        axis.set_major_locator(MaxNLocator(5, integer=True))
     ax.tick_params(labelsize=8)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -414,7 +414,8 @@ def conversation_figure(
         plan = plan_of(modality_map, [pattern for _, pattern in heads], dense_below)
         length = max(modality_map.length, 1)
         density = plan.visited_by_row.sum(dim=0).double() / (length * (length + 1) / 2)
-        axes, image, window = [], None, detail_window(modality_map, dense_below)
+        axes, window = [], detail_window(modality_map, dense_below)
+        image: Any = None
         for number, (name, _) in enumerate(heads):
             axes.append(figure.add_subplot(outer[-1, number]))
             text = f"{name}\ndensity {float(density[number]):.2f} of the causal pairs"

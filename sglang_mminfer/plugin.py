@@ -132,6 +132,14 @@ HOOKS: tuple[Hook, ...] = (
         "raises where there is no accelerator. All of them go through this method.",
         cpu_only=True,
     ),
+    Hook(
+        "sglang.srt.layers.attention.vision.VisionSdpaAttention.forward",
+        "around",
+        f"{_CPU}:attend_by_sequence",
+        "SGLang's vision attention on a CPU masks all patches by all patches: memory grows with the square of "
+        "the video's length, and a long video ends the scheduler.",
+        cpu_only=True,
+    ),
 )
 
 _registered = False

@@ -13,11 +13,13 @@ ENVIRONMENT = "SGLANG_MMINFER_TRACE"
 
 
 class PrefillRecord(msgspec.Struct, kw_only=True):
-    """One request in one prefill batch. Lengths in tokens, times in milliseconds for the whole batch.
+    """One request in one prefill batch. Lengths in tokens; times in milliseconds, of the whole batch.
 
     segments: segments of the request's modality map, 0 without one. sparse_layers: layers that ran sparse.
     density: visited over causal pairs, mean over those layers and this rank's heads; None where dense.
-    dense_reason: why the request ran dense on the stock backend; None where it ran sparse.
+    dense_reason: why the request ran dense; None where it ran sparse.
+    forward_ms: from the start of planning to the end of the last attention layer, so all of the model but its
+    last MLP and head; the vision tower too, unless SGLang had the embeddings cached.
     """
 
     rid: str
@@ -30,6 +32,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True):
     dense_reason: str | None
     plan_ms: float
     attn_ms: float
+    forward_ms: float
 
 
 class TraceFile:

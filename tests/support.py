@@ -253,9 +253,7 @@ class Batch:
         """pattern_mask of one head in one request."""
         q_start, kv_len = self.q_start(request), self.kv_lens[request]
         q, k = self.qs[request][:, head], self.ks[request][:, head // self.group]
-        return pattern_mask(
-            self.maps[request], self.heads[head], q_start, kv_len, kv_len, q, k, sm_scale=self.sm_scale
-        )
+        return pattern_mask(self.maps[request], self.heads[head], q_start, kv_len, kv_len, q, k, sm_scale=self.sm_scale)
 
 
 def _indptr(counts: Sequence[int]) -> torch.Tensor:

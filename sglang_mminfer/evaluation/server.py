@@ -78,7 +78,7 @@ class Server:
         port: int | None = None,
         log: str | os.PathLike[str] | None = None,
         env: Mapping[str, str | None] | None = None,
-        timeout: float = 300.0,
+        timeout: float = 600.0,
         progress: Progress | None = None,
     ) -> None:
         self.model = os.fspath(model_path)

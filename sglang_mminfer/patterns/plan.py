@@ -207,8 +207,8 @@ class _KeyTableBuilder:
             positions = order.positions.long().to(device)
             padding = positions == PAD_POSITION
             pos.append(order.positions)
-            own = self.requests[request].slots[positions.masked_fill(padding, 0)]
-            slots.append(own.masked_fill(padding, 0).to(torch.int32))
+            own = self.requests[request].slots[positions.masked_fill(padding, 0)]  # padding: see KeyTable
+            slots.append(own.to(torch.int32))
             if order.base is None or order.base_tiles is None:
                 homes.append(torch.full_like(order.positions, NO_HOME))
             else:

@@ -6,14 +6,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
 from support import D, any_pattern, batches, conversation
 
 from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash
-from sglang_mminfer.kernels import reference, torch_gather
-from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 
 EXECUTORS = [pytest.param(torch_gather.run, id="torch"), pytest.param(reference.run, id="reference")]
+
+
+CHAT = conversation(20, (6, 4, 5), 30, (1, 4, 5), 40)  # 230 tokens
+HEADS = [
+    AShape(16, 40),
+    Grid("frame", True, False, True, 3, 8, 24),
+    VerticalSlash(20, 30),
+    QBoundary({"video": Grid("row", False, True, True, 1, 8, 8), "text": AShape(4, 50)}),
+]
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -228,7 +237,9 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
             for part in (listed[:num_full], listed[num_full:]):
                 assert bool((part.diff() > 0).all()), "key tiles do not ascend"
             assert not set(listed[:num_full].tolist()) & set(listed[num_full:].tolist()), "a key tile is listed twice"
-            assert bool((pos[listed[:num_full].long()] < stop.min()).all()), "a full tile has a key some row may not see"
+            assert bool((pos[listed[:num_full].long()] < stop.min()).all()), (
+                "a full tile has a key some row may not see"
+            )
             assert bool((home[listed[:num_full].long()] == NO_HOME).all()), "a full tile has gathered columns"
             assert bool((pos[listed.long()].amin(1) < stop.max()).all()), "a listed tile has no key any row may see"
             (request,) = {of_row[row] for row in rows}
@@ -242,6 +253,28 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
         assert bool((pos[columns].unsqueeze(1) == pos[home[columns].long()]).any(1).all()), "a column is not at home"
 
 
+def test_threads_change_nothing():
+    """Tiles shared out to threads write the very bits that one thread writes."""
+    n = 230
+    q, k, v = randn(n, 4, 16), randn(n, 2, 16, seed=1), randn(n, 2, 16, seed=2)
+
+    def attention(threads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            chunk = RequestChunk(CHAT, 0, n, 0, torch.arange(n))
+            plan = BatchPlanner([chunk], n, block_q=16, block_k=8).plan(HEADS, q, k, 0.25)
+            out, lse = torch.full_like(q, torch.nan), torch.full((n, 4), torch.nan)
+            torch_gather.run(q, k, v, plan, 0.25, out, lse)
+            return out, lse
+        finally:
+            torch.set_num_threads(before)
+
+    alone = attention(1)
+    for threads in (2, 3):
+        assert all(map(torch.equal, attention(threads), alone))
+
+
 # ---- precision ---------------------------------------------------------------------------------------------
 
 
@@ -252,8 +285,8 @@ def without_fused(monkeypatch) -> None:
 @pytest.mark.skipif(torch_gather._FUSED is None, reason="this torch has no fused CPU attention")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_generic_attention_equals_the_fused_one(monkeypatch, masked):
-    q, k, v = randn(2, 3, 9, 16), randn(2, 20, 16, seed=1), randn(2, 20, 16, seed=2)
-    mask = torch.zeros(9, 20).masked_fill(randn(9, 20, seed=3) > 0, -torch.inf) if masked else None
+    q, k, v = randn(3, 2, 9, 16), randn(3, 2, 20, 16, seed=1), randn(3, 2, 20, 16, seed=2)
+    mask = torch.zeros(3, 1, 9, 20).masked_fill(randn(3, 1, 9, 20, seed=3) > 0, -torch.inf) if masked else None
     fused = torch_gather._attend(q, k, v, mask, 0.5)
     without_fused(monkeypatch)
     generic = torch_gather._attend(q, k, v, mask, 0.5)
@@ -264,15 +297,6 @@ def eager(q, k, v, mask, scale):
     """Attention as plain low-precision code does it: every intermediate result in the dtype of its inputs."""
     weights = torch.softmax((q @ k.T * scale).masked_fill(~mask, -torch.inf), dim=-1)
     return weights @ v
-
-
-CHAT = conversation(20, (6, 4, 5), 30, (1, 4, 5), 40)  # 230 tokens
-HEADS = [
-    AShape(16, 40),
-    Grid("frame", True, False, True, 3, 8, 24),
-    VerticalSlash(20, 30),
-    QBoundary({"video": Grid("row", False, True, True, 1, 8, 8), "text": AShape(4, 50)}),
-]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -301,7 +325,9 @@ def test_low_precision_loses_no_more_than_eager_attention_does(monkeypatch, head
 def test_float32_is_exact_to_rounding_on_both_paths(monkeypatch, head):
     n = CHAT.length
     q, k, v = (randn(n, 1, 16, seed=seed) for seed in range(3))
-    plan = BatchPlanner([RequestChunk(CHAT, 0, n, 0, torch.arange(n))], n, block_q=32, block_k=16).plan([head], q, k, 0.3)
+    plan = BatchPlanner([RequestChunk(CHAT, 0, n, 0, torch.arange(n))], n, block_q=32, block_k=16).plan(
+        [head], q, k, 0.3
+    )
     mask = reference.visited_mask(plan, 0, slice(0, n), n)
     exact, exact_lse = reference.masked_attention(q[:, 0], k[:, 0], v[:, 0], mask, 0.3)
     for path in ("fused", "generic"):

@@ -72,7 +72,9 @@ ONLY_SINK_AND_SELF = "# ## #.# #..# #...# #....# #.....# #......# #########"
         pytest.param(COLUMNS, lines("frame", s=True, sink=1), ONLY_SINK_AND_SELF, id="grid-frame-s-of-one-frame"),
         pytest.param(LONGER, lines("row", s=True, sink=1), SAME_LINE, id="grid-row-s-across-frames"),
         pytest.param(LONGER, lines("frame", sink=1), ONLY_SINK_AND_SELF, id="grid-sink-and-local-only"),
-        pytest.param(LONGER, lines("frame", v=True, h=True, phase=2, sink=1), ONLY_SINK_AND_SELF, id="grid-no-such-cell"),
+        pytest.param(
+            LONGER, lines("frame", v=True, h=True, phase=2, sink=1), ONLY_SINK_AND_SELF, id="grid-no-such-cell"
+        ),
         pytest.param(
             LONGER,
             lines("frame", v=True, h=True, s=True, phase=0, sink=0, local=2),
@@ -150,10 +152,16 @@ TURNS = conversation(2, (2, 1, 2), 2, (1, 1, 2), 1)
             FRAMES, QBoundary({TEXT: AShape(1, 1)}), "# ## ### #### ##### ###### #.....#", id="q-not-named-is-dense"
         ),
         pytest.param(
-            FRAMES, QBoundary({VISION: AShape(1, 1)}), "# ## #.# #..# #...# #....# #######", id="q-vision-is-image-and-video"
+            FRAMES,
+            QBoundary({VISION: AShape(1, 1)}),
+            "# ## #.# #..# #...# #....# #######",
+            id="q-vision-is-image-and-video",
         ),
         pytest.param(
-            FRAMES, QBoundary({TEXT: lines("frame")}), "# .# ### #### ##### ###### #######", id="q-keeps-text-after-vision"
+            FRAMES,
+            QBoundary({TEXT: lines("frame")}),
+            "# .# ### #### ##### ###### #######",
+            id="q-keeps-text-after-vision",
         ),
         pytest.param(
             FRAMES,
@@ -238,11 +246,19 @@ PLANTED = attending(8, {6: [2, 5, 7], 7: [3, 5]})
     ("pattern", "drawing"),
     [
         pytest.param(VerticalSlash(2, 2, 2), "# ## #.# #..# #...# ##...# #.#..## #..#.#.#", id="planted"),
-        pytest.param(VerticalSlash(3, 3, 2), "# ## ### #### ##.## ##..## ###..## ##.#.###", id="forced-first-and-nearest"),
+        pytest.param(
+            VerticalSlash(3, 3, 2), "# ## ### #### ##.## ##..## ###..## ##.#.###", id="forced-first-and-nearest"
+        ),
         pytest.param(VerticalSlash(0, 2, 2), "# .# ..# ...# #...# .#...# ..#...# ...#...#", id="no-columns"),
-        pytest.param(VerticalSlash(2, 1, 2), "# ## #.# #..# #...# #....# #....## #....#.#", id="nearest-diagonal-is-kept"),
-        pytest.param(VerticalSlash(9, 1, 2), "# ## ### #### ##### ###### ####### ########", id="more-columns-than-keys"),
-        pytest.param(VerticalSlash(0, 9, 2), "# ## ### #### ##### ###### ####### ########", id="more-diagonals-than-keys"),
+        pytest.param(
+            VerticalSlash(2, 1, 2), "# ## #.# #..# #...# #....# #....## #....#.#", id="nearest-diagonal-is-kept"
+        ),
+        pytest.param(
+            VerticalSlash(9, 1, 2), "# ## ### #### ##### ###### ####### ########", id="more-columns-than-keys"
+        ),
+        pytest.param(
+            VerticalSlash(0, 9, 2), "# ## ### #### ##### ###### ####### ########", id="more-diagonals-than-keys"
+        ),
     ],
 )
 def test_vertical_slash_keeps_the_heaviest_columns_and_diagonals(pattern, drawing):

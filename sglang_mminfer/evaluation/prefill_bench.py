@@ -1,0 +1,182 @@
+"""Prefill of long videos in the real server on a CPU: mminfer against stock dense, in one run.
+
+    python -m sglang_mminfer.evaluation.prefill_bench [--tokens 4096 8192 16384 32768] [--out FILE]
+
+Stock dense is measured twice, with chunked prefill and without it, because SGLang's `torch_native` computes
+redundant rows for every chunk. Its figures come from the plugin with the config `dense`, which hands every layer
+to the stock backend and only holds the watch; a server without the plugin's backend is timed from outside beside
+it, to show that this changes nothing. Every prompt is sent once to fill the cache of vision embeddings, and timed
+after the prefix cache was flushed, so that `forward_ms` is the language model alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sglang_mminfer.evaluation import machine
+from sglang_mminfer.evaluation.media import make_video
+from sglang_mminfer.evaluation.server import Server, shown_wait
+from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
+from sglang_mminfer.trace import PrefillRecord, read_trace
+
+FRAME_TOKENS = 256  # 448 x 448 pixels, 28 x 28 of them a token; two frames share theirs
+SIDE = 448
+CHUNK = 2048
+
+SERVERS = {
+    "mminfer": ("--attention-backend", "mminfer", "--chunked-prefill-size", str(CHUNK)),
+    "stock, whole prompt": (
+        "--attention-backend",
+        "mminfer",
+        "--mminfer-config",
+        "dense",
+        "--chunked-prefill-size",
+        "-1",
+    ),
+    "stock, chunked": (
+        *("--attention-backend", "mminfer", "--mminfer-config", "dense"),
+        *("--chunked-prefill-size", str(CHUNK)),
+    ),
+    "without plugin, whole prompt": ("--attention-backend", "torch_native", "--chunked-prefill-size", "-1"),
+}
+
+
+def measure(name: str, model: Path, videos: dict[int, Path], repeats: int, folder: Path, console: Console) -> dict:
+    """tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians of repeats."""
+    trace = folder / f"{name.replace(', ', '_').replace(' ', '_')}.jsonl"
+    env = {"SGLANG_MMINFER_TRACE": str(trace)}
+    figures: dict[int, dict[str, Any]] = {}
+    longest = max(videos) + 1024
+    flags = (*SERVERS[name], "--context-length", str(longest), "--max-total-tokens", str(longest + 8192))
+    with shown_wait(f"{name}: server starts") as wait, Server(model, *flags, env=env, progress=wait) as server:
+        for tokens, video in sorted(videos.items()):
+            runs = []
+            for turn in range(repeats + 1):
+                server.flush_cache()
+                seen = len(read_trace(trace)) if trace.exists() else 0
+                started = time.perf_counter()
+                answer = server.client(timeout=3600).chat.completions.create(
+                    model=server.model,
+                    messages=[
+                        {
+                            "role": "user",
+                            "content": [
+                                {"type": "video_url", "video_url": {"url": str(video)}},
+                                {"type": "text", "text": "What happens here?"},
+                            ],
+                        }
+                    ],
+                    max_tokens=1,
+                    temperature=0,
+                )
+                ttft_ms = (time.perf_counter() - started) * 1e3
+                records = read_trace(trace)[seen:] if trace.exists() else []
+                if turn:  # the first fills the embedding cache
+                    runs.append(_sum(records, answer.usage.prompt_tokens, ttft_ms))
+            figures[tokens] = {key: _median(run[key] for run in runs) for key in runs[0]}
+            console.print(f"{name}: {tokens} video tokens: {_line(figures[tokens])}")
+    return figures
+
+
+def _sum(records: list[PrefillRecord], prompt_tokens: int, ttft_ms: float) -> dict[str, Any]:
+    ours = [r for r in records if not r.rid.startswith("HEALTH_CHECK")]
+    if ours:
+        computed = sum(r.chunk_len for r in ours)
+        if computed != prompt_tokens:
+            raise RuntimeError(f"expected a prefill of {prompt_tokens} tokens in the trace, got {computed}")
+    causal = [(r.prefix_len + 1 + r.seq_len) * r.chunk_len / 2 for r in ours]
+    dense = [1.0 if r.density is None else r.density for r in ours]
+    return {
+        "prompt_tokens": prompt_tokens,
+        "attn_ms": sum(r.attn_ms for r in ours) if ours else None,
+        "plan_ms": sum(r.plan_ms for r in ours) if ours else None,
+        "forward_ms": sum(r.forward_ms for r in ours) if ours else None,
+        "ttft_ms": ttft_ms,
+        "density": sum(d * c for d, c in zip(dense, causal)) / sum(causal) if ours else None,
+    }
+
+
+def _median(values: Iterable[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    return round(median(known), 4) if known else None
+
+
+def _line(figure: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:,.4g}" for key, value in figure.items() if value is not None)
+
+
+def speedups(results: dict[str, dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    """By length: mminfer over the better of the two stock runs, for attention and for the whole forward pass."""
+    out = {}
+    for tokens, ours in results["mminfer"].items():
+        stock = [results[name][tokens] for name in results if name.startswith("stock")]
+        out[tokens] = {
+            key: round(min(s[f"{key}_ms"] for s in stock) / ours[f"{key}_ms"], 3) for key in ("attn", "forward")
+        }
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="video tokens")
+    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each prompt (median)")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("kernels/benchmarks/results/cpu_prefill.json"))
+    options = parser.parse_args(arguments)
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="mminfer-bench-") as name:
+        folder = Path(name)
+        model = make_tiny_qwen2_5_vl(
+            folder / "model", layers=options.layers, hidden=256, heads=4, kv_heads=2, head_dim=64, max_positions=65536
+        )
+        videos = {}
+        for tokens in sorted(options.tokens):
+            frames = 2 * (tokens // FRAME_TOKENS)
+            videos[tokens] = make_video(folder / f"{tokens}.mp4", frames, SIDE, SIDE, 2.0, seed=tokens)
+        results = {s: measure(s, model, videos, options.repeats, folder, console) for s in SERVERS}
+    ratios = speedups(results)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        **machine.describe(),
+        "date": date.today().isoformat(),
+        "model": f"tiny Qwen2.5-VL, {options.layers} layers, 4/2 heads of 64, hidden 256, fp32",
+        "chunk": CHUNK,
+        "repeats": options.repeats,
+        "results": results,
+        "speedup_over_better_stock": ratios,
+    }
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    table = Table(
+        "video tokens", "density", "attention ms", "better stock ms", "x", "forward ms", "better stock ms", "x"
+    )
+    for tokens, ratio in ratios.items():
+        ours = results["mminfer"][tokens]
+        stock = [results[s][tokens] for s in results if s.startswith("stock")]
+        table.add_row(
+            f"{tokens:,}",
+            f"{ours['density']:.3f}",
+            f"{ours['attn_ms']:,.0f}",
+            f"{min(s['attn_ms'] for s in stock):,.0f}",
+            f"{ratio['attn']:.2f}",
+            f"{ours['forward_ms']:,.0f}",
+            f"{min(s['forward_ms'] for s in stock):,.0f}",
+            f"{ratio['forward']:.2f}",
+        )
+    console.print(table)
+    console.print(f"written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

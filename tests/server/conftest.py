@@ -1,0 +1,81 @@
+"""Servers are started once for all tests that need them; few are alive at a time, and none is left behind."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from serving import FLAGS, RECIPE, Media, Served, write_sparse_config
+
+from sglang_mminfer.evaluation.media import make_image, make_video
+from sglang_mminfer.evaluation.server import Server
+from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
+from sglang_mminfer.trace import ENVIRONMENT
+
+ALIVE = 3
+"""Servers at the same time. Each takes some 3 GB, nearly all of it libraries."""
+
+# Neighbours share servers, so that each server is started once.
+ORDER = (
+    *("test_hf_equality", "test_invariance", "test_tensor_parallel", "test_turns"),
+    *("test_batching", "test_bad_input", "test_metrics", "test_soak"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ours = [i for i, item in enumerate(items) if item.path.stem in ORDER]
+    for i, item in zip(ours, sorted((items[i] for i in ours), key=lambda item: ORDER.index(item.path.stem))):
+        items[i] = item
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen2_5_vl(tmp_path_factory.mktemp("model") / "tiny", **RECIPE)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
+    root = tmp_path_factory.mktemp("media")
+    return Media(
+        videos=(
+            make_video(root / "a.mp4", 24, 112, 112, 8, seed=1),
+            make_video(root / "b.mp4", 16, 140, 84, 8, seed=2),
+            make_video(root / "c.mp4", 8, 84, 112, 4, seed=3),
+        ),
+        images=tuple(make_image(root / f"{i}.png", 56 + 28 * i, 84 + 28 * (i % 2), seed=i) for i in range(4)),
+        long_video=make_video(root / "long.mp4", 128, 448, 448, 2, seed=4),
+    )
+
+
+@pytest.fixture(scope="session")
+def sparse_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sparse_config(tmp_path_factory.mktemp("config") / "sparse.json")
+
+
+@pytest.fixture(scope="session")
+def servers(
+    model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Served]]:
+    """The server of a name in `serving.FLAGS`, started if it is not running."""
+    root = tmp_path_factory.mktemp("servers")
+    alive: OrderedDict[str, Served] = OrderedDict()
+
+    def get(name: str) -> Served:
+        if name not in alive:
+            if len(alive) >= ALIVE:
+                alive.popitem(last=False)[1].server.stop()
+            trace = root / f"{name}.jsonl"
+            trace.unlink(missing_ok=True)
+            flags = [flag.format(sparse=sparse_config) for flag in FLAGS[name]]
+            server = Server(model, *flags, env={ENVIRONMENT: str(trace)}, log=root / f"{name}.log", timeout=400)
+            alive[name] = Served(server.start(), trace)
+        alive.move_to_end(name)
+        return alive[name]
+
+    try:
+        yield get
+    finally:
+        for served in alive.values():
+            served.server.stop()

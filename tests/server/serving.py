@@ -1,0 +1,210 @@
+"""The real servers that tests of this folder share, what they are asked, and what must come back."""
+
+from __future__ import annotations
+
+import json
+import random
+import urllib.request
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_mminfer.evaluation.hf_oracle import Comparison, Message, OracleAnswer, ask, compare
+from sglang_mminfer.evaluation.server import Server
+from sglang_mminfer.trace import PrefillRecord, read_trace
+
+LAYERS = 2
+RECIPE = {"layers": LAYERS, "heads": 8, "kv_heads": 2, "head_dim": 16}
+"""The model of all tests here: 16 heads in all, so that every entry of a cycle in the test configs is used."""
+
+DENSE_BELOW = 200
+"""Of the sparse config: conversations up to this length run dense."""
+
+ROUNDING = 1e-4
+"""How far two fp32 sums of the same terms in another order may move a log-probability of this model."""
+
+TIE = 1e-3
+"""Two words this close in log-probability are a tie, which rounding may decide either way."""
+
+_MMINFER = ("--attention-backend", "mminfer")
+_SPARSE = (*_MMINFER, "--mminfer-config", "{sparse}")
+_SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend", "torch_native")
+
+FLAGS: dict[str, tuple[str, ...]] = {
+    # All-covering configs: the answers are dense ones, computed on the sparse path.
+    "covering_64": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "64"),
+    "covering_256_no_radix": (
+        *(*_MMINFER, "--mminfer-config", "test_covering"),
+        *("--chunked-prefill-size", "256", "--disable-radix-cache"),
+    ),
+    "covering_mixed_256": (*_MMINFER, "--mminfer-config", "test_covering_mixed", "--chunked-prefill-size", "256"),
+    "covering_off": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "-1"),
+    # The sparse config. `one_shot` computes every prompt whole, from nothing: what the others are held against.
+    "one_shot": (
+        *(*_SPARSE, "--chunked-prefill-size", "-1"),
+        *("--disable-radix-cache", "--disable-overlap-schedule"),
+    ),
+    "main": (*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
+    "ranks_2": (*_SPARSE, "--chunked-prefill-size", "96", "--tp-size", "2"),
+    # Pages of 16, another backend for decoding, and a small pool into which requests are let too eagerly.
+    "paged": (
+        *(*_SPLIT, "--mminfer-config", "{sparse}", "--chunked-prefill-size", "128", "--page-size", "16"),
+        *("--max-total-tokens", "4096", "--schedule-conservativeness", "0.05"),
+    ),
+}
+
+
+def write_sparse_config(path: Path) -> Path:
+    """Every static pattern and boundary, one to a head, with short conversations left dense."""
+    from sglang_mminfer import head_configs
+
+    config = json.loads((Path(head_configs.__file__).parent / "test_mixed_heads.json").read_text())
+    config["defaults"]["dense_below"] = DENSE_BELOW
+    path.write_text(json.dumps(config))
+    return path
+
+
+# ---- conversations -----------------------------------------------------------------------------------------
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def video(path: Path) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": str(path)}}
+
+
+def image(path: Path) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": str(path)}}
+
+
+def user(*parts: dict[str, Any]) -> Message:
+    return {"role": "user", "content": list(parts)}
+
+
+def assistant(words: str) -> Message:
+    return {"role": "assistant", "content": words}
+
+
+@dataclass(frozen=True)
+class Media:
+    """Files that conversations are made of."""
+
+    videos: tuple[Path, ...]
+    images: tuple[Path, ...]
+    long_video: Path
+    """16,384 tokens."""
+
+    def six_turns(self) -> list[Message]:
+        """The user's part of a conversation with 2 videos and 3 images."""
+        first, second, *_ = self.videos
+        a, b, c, *_ = self.images
+        return [
+            user(video(first), text("What do you see in the video?")),
+            user(text("And now?")),
+            user(image(a), text("Compare both.")),
+            user(image(b), text("Is that so?"), image(c), text("Which one came first?")),
+            user(text("Tell me more."), video(second)),
+            user(text("Where did it go? Please answer in one word.")),
+        ]
+
+    def conversation(self, seed: int, turns: int) -> list[Message]:
+        """The user's part of a random conversation; the first turns of a longer one with the same seed."""
+        draw = random.Random(seed)
+        messages = []
+        for _ in range(turns):
+            kind = draw.choice(["video", "video", "image", "images", "text", "text"])
+            parts = [text(self.words(draw))]
+            if kind == "video":
+                parts.insert(draw.randrange(2), video(draw.choice(self.videos)))
+            elif kind != "text":
+                pictures = draw.sample(self.images, 1 if kind == "image" else 2)
+                parts += [image(picture) for picture in pictures]
+                draw.shuffle(parts)
+            messages.append(user(*parts))
+        return messages
+
+    @staticmethod
+    def words(draw: random.Random, most: int = 30) -> str:
+        vocabulary = "river stone bridge green light walk home seven winter train music north open quiet".split()
+        return " ".join(draw.choices(vocabulary, k=draw.randint(2, most)))
+
+
+def scripted(turns: Sequence[Message], seed: int = 0) -> list[list[Message]]:
+    """The prompt of every turn, where all answers before it are given: nothing depends on what a server says."""
+    draw = random.Random(seed)
+    prompts, messages = [], []
+    for turn in turns:
+        messages = [*messages, turn]
+        prompts.append(messages)
+        messages = [*messages, assistant(Media.words(draw, 12))]
+    return prompts
+
+
+# ---- servers -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server and its trace."""
+
+    server: Server
+    trace: Path
+
+    def ask(self, messages: Sequence[Message], new_tokens: int = 8, **extra: Any) -> OracleAnswer:
+        return ask(self.server.client(), messages, new_tokens, **extra)
+
+    def ask_all(
+        self, prompts: Iterable[Sequence[Message]], new_tokens: int = 8, rids: Iterable[str] | None = None
+    ) -> list[OracleAnswer]:
+        """All at the same time."""
+        prompts = list(prompts)
+        extras: list[dict[str, str]] = [{"rid": rid} for rid in rids] if rids else [{} for _ in prompts]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            waiting = [pool.submit(self.ask, p, new_tokens, **e) for p, e in zip(prompts, extras, strict=True)]
+            return [answer.result() for answer in waiting]
+
+    def records(self, rid: str | None = None) -> list[PrefillRecord]:
+        """Of one request, or of all."""
+        records = read_trace(self.trace) if self.trace.exists() else []
+        return [r for r in records if rid is None or r.rid == rid]
+
+    def get(self, path: str) -> bytes:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(self.server.url + path, timeout=60) as answer:
+            return answer.read()
+
+    def used_tokens(self) -> int:
+        """Tokens that hold a place in the KV pool, cached ones included."""
+        (load,) = json.loads(self.get("/v1/loads"))["loads"]
+        return int(load["num_used_tokens"])
+
+
+def difference(a: OracleAnswer, b: OracleAnswer) -> float:
+    """Largest difference in log-probability at positions that both reached with the same tokens before."""
+    return compare(a, b).max_difference
+
+
+def same(a: OracleAnswer, b: OracleAnswer, within: float = ROUNDING) -> Comparison:
+    """Asserts that two answers are one. Returns how they compare."""
+    result = compare(a, b)
+    assert result.prompt_equal, f"other prompts: {len(a.prompt_ids)} and {len(b.prompt_ids)} tokens"
+    assert result.max_difference <= within, str(result)
+    assert result.tokens_equal or is_tie(a, b), str(result)
+    return result
+
+
+def is_tie(a: OracleAnswer, b: OracleAnswer) -> bool:
+    """True if the first token in which the answers differ was as probable as the other's on both sides."""
+    for x, y, left, right in zip(a.token_ids, b.token_ids, a.top_logprobs, b.top_logprobs):
+        if x != y:
+            return all(abs(top.get(x, 1e9) - top.get(y, -1e9)) <= TIE for top in (left, right))
+    return True
+
+
+def ran_sparse(records: Sequence[PrefillRecord]) -> bool:
+    """True if all layers of every record ran on the sparse path."""
+    return bool(records) and all(r.sparse_layers == LAYERS and r.dense_reason is None for r in records)
