@@ -45,6 +45,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
             make_video(root / "c.mp4", 8, 84, 112, 4, seed=3),
         ),
         images=tuple(make_image(root / f"{i}.png", 56 + 28 * i, 84 + 28 * (i % 2), seed=i) for i in range(4)),
+        medium_video=make_video(root / "medium.mp4", 16, 448, 448, 2, seed=5),
         long_video=make_video(root / "long.mp4", 128, 448, 448, 2, seed=4),
     )
 

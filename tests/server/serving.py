@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
+import time
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,9 @@ LAYERS = 2
 RECIPE = {"layers": LAYERS, "heads": 8, "kv_heads": 2, "head_dim": 16}
 """The model of all tests here: 16 heads in all, so that every entry of a cycle in the test configs is used."""
 
+MEDIUM_TOKENS, MEDIUM_FRAME = 2048, 256
+LONG_TOKENS = 16_384
+
 DENSE_BELOW = 200
 """Of the sparse config: conversations up to this length run dense."""
 
@@ -27,6 +32,8 @@ ROUNDING = 1e-4
 
 TIE = 1e-3
 """Two words this close in log-probability are a tie, which rounding may decide either way."""
+
+VOCABULARY = ["river", "stone", "green", "light", "walk", "seven", "winter", "train", "music", "north", "open", "quiet"]
 
 _MMINFER = ("--attention-backend", "mminfer")
 _SPARSE = (*_MMINFER, "--mminfer-config", "{sparse}")
@@ -95,8 +102,10 @@ class Media:
 
     videos: tuple[Path, ...]
     images: tuple[Path, ...]
+    medium_video: Path
+    """MEDIUM_TOKENS, MEDIUM_FRAME to a pair of frames."""
     long_video: Path
-    """16,384 tokens."""
+    """LONG_TOKENS."""
 
     def six_turns(self) -> list[Message]:
         """The user's part of a conversation with 2 videos and 3 images."""
@@ -129,8 +138,7 @@ class Media:
 
     @staticmethod
     def words(draw: random.Random, most: int = 30) -> str:
-        vocabulary = "river stone bridge green light walk home seven winter train music north open quiet".split()
-        return " ".join(draw.choices(vocabulary, k=draw.randint(2, most)))
+        return " ".join(draw.choices(VOCABULARY, k=draw.randint(2, most)))
 
 
 def scripted(turns: Sequence[Message], seed: int = 0) -> list[list[Message]]:
@@ -167,6 +175,21 @@ class Served:
             waiting = [pool.submit(self.ask, p, new_tokens, **e) for p, e in zip(prompts, extras, strict=True)]
             return [answer.result() for answer in waiting]
 
+    def ask_and_leave(
+        self, messages: Sequence[Message], new_tokens: int, when: Callable[[], object], rid: str, seconds: float = 60
+    ) -> None:
+        """Asks for a stream, reads nothing of it, and closes the connection as soon as `when` is true."""
+        connection = http.client.HTTPConnection(self.server.host, self.server.port, timeout=60)
+        body = {
+            **{"model": "default", "messages": list(messages), "max_tokens": new_tokens, "stream": True},
+            **{"ignore_eos": True, "temperature": 0, "rid": rid},
+        }
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        try:
+            wait_for(when, seconds)
+        finally:
+            connection.close()
+
     def records(self, rid: str | None = None) -> list[PrefillRecord]:
         """Of one request, or of all."""
         records = read_trace(self.trace) if self.trace.exists() else []
@@ -181,6 +204,13 @@ class Served:
         """Tokens that hold a place in the KV pool, cached ones included."""
         (load,) = json.loads(self.get("/v1/loads"))["loads"]
         return int(load["num_used_tokens"])
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"waited for {seconds:.0f} s in vain"
+        time.sleep(0.02)
 
 
 def difference(a: OracleAnswer, b: OracleAnswer) -> float:

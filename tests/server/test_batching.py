@@ -1,0 +1,71 @@
+"""Sparse, short and text-only requests side by side: each is answered as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from serving import DENSE_BELOW, Media, Message, Served, image, ran_sparse, same, scripted, text, user
+
+from sglang_mminfer.evaluation.hf_oracle import OracleAnswer
+
+
+def requests(media: Media) -> dict[str, list[Message]]:
+    prompts = {f"sparse-{i}": scripted(media.conversation(10 + i, 3), i)[-1] for i in range(4)}
+    prompts["sparse-six"] = scripted(media.six_turns())[-1]
+    prompts |= {f"short-{i}": [user(image(media.images[i]), text("Why? " * (5 + i)))] for i in range(3)}
+    prompts |= {f"text-{i}": [user(text("Tell me more. " * (10 + 40 * i)))] for i in range(3)}
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def alone_and_together(
+    servers: Callable[[str], Served], media: Media
+) -> tuple[Served, dict[str, OracleAnswer], dict[str, OracleAnswer]]:
+    """Every request by itself over an empty cache, then all of them at the same time over an empty cache."""
+    main, prompts = servers("main"), requests(media)
+    alone = {}
+    for rid, prompt in prompts.items():
+        main.server.flush_cache()
+        alone[rid] = main.ask(prompt, 24, rid=f"alone-{rid}")
+    main.server.flush_cache()
+    together = main.ask_all(prompts.values(), 24, [f"together-{rid}" for rid in prompts])
+    return main, alone, dict(zip(prompts, together))
+
+
+def test_each_answer_equals_the_same_request_alone(alone_and_together: tuple) -> None:
+    _, alone, together = alone_and_together
+    for rid, answer in together.items():
+        same(alone[rid], answer)
+
+
+def test_kinds_of_requests_shared_batches(alone_and_together: tuple) -> None:
+    """Else the test before this one would prove little. A batch's requests have its times in common."""
+    main, _, _ = alone_and_together
+    batches: dict[float, set[str]] = {}
+    for record in main.records():
+        if record.rid.startswith("together-"):
+            batches.setdefault(record.attn_ms, set()).add(record.rid.split("-")[1])
+    assert any({"sparse", "text"} <= kinds for kinds in batches.values())
+    assert any(len(kinds) > 1 for kinds in batches.values())
+
+
+@pytest.mark.parametrize("when", ["alone", "together"])
+def test_dense_reasons_tell_why(alone_and_together: tuple, when: str) -> None:
+    main, alone, _ = alone_and_together
+    for rid, answer in alone.items():
+        prompt = [r for r in main.records(f"{when}-{rid}") if r.prefix_len < len(answer.prompt_ids)]
+        assert sum(r.chunk_len for r in prompt) <= len(answer.prompt_ids)
+        kind = rid.split("-")[0]
+        if kind == "text":
+            assert {r.dense_reason for r in prompt} == {"no_media"}
+        elif kind == "short":
+            assert {r.dense_reason for r in prompt} == {"short"}
+        else:
+            assert {r.dense_reason for r in prompt if r.seq_len <= DENSE_BELOW} <= {"short", "no_media"}
+            assert ran_sparse([r for r in prompt if r.seq_len > DENSE_BELOW])
+
+
+def test_nothing_failed_inside(alone_and_together: tuple) -> None:
+    main, _, _ = alone_and_together
+    assert not [r for r in main.records() if r.dense_reason and "internal_error" in r.dense_reason]
