@@ -101,6 +101,12 @@ class _Request:
         return self.prefix_len + self.chunk_len
 
 
+def _decodes(request: _Request, mm_inputs: Any) -> bool:
+    """True for a request that is decoding, in a batch that also prefills others: dense, as if it were not."""
+    positions = getattr(mm_inputs, "mrope_positions", None)  # of the prompt; without them one row is as good as it gets
+    return request.chunk_len == 1 and (positions is None or request.prefix_len >= positions.shape[-1])
+
+
 class _Batch:
     """One prefill batch: its requests, its planner if any request is sparse, and its account."""
 
@@ -208,6 +214,8 @@ class SparsePrefill:
         media = forward_batch.mm_inputs or [None] * len(batch.requests)
         for request, mm_inputs in zip(batch.requests, media):
             request.map, request.dense_reason = self._map(request, mm_inputs)
+            if mode.name == "MIXED" and _decodes(request, mm_inputs):
+                request.dense_reason = "decode"
         if all(request.dense_reason for request in batch.requests):
             return None
         chunks = []

@@ -316,7 +316,8 @@ def draw_visited_tiles(
     def show(axes: Axes, rows: tuple[int, int], keys: tuple[int, int], size: int) -> Any:
         share = visited_share(plan, head, size, rows, keys)
         picture = share.numpy() if share.numel() else [[float("nan")]]
-        extent = (keys[0], keys[0] + share.shape[1] * size, rows[0] + share.shape[0] * size, rows[0])
+        high, wide = max(share.shape[0], 1) * size, max(share.shape[1], 1) * size
+        extent = (keys[0], keys[0] + wide, rows[0] + high, rows[0])
         return axes.imshow(picture, extent=extent, cmap=colours, norm=norm, interpolation="nearest", aspect="equal")
 
     image = show(ax, (0, length), (0, length), bin_size or max(1, -(-length // BINS)))

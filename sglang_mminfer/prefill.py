@@ -100,15 +100,18 @@ class SparsePrefillWithPagedKVCacheWrapper:
             "values from 0 on that do not decrease",
             str(kv[:8]),
         )
+        _expect_int_vector("paged_kv_indices", paged_kv_indices)
         _expect(
             len(paged_kv_indices) >= kv[-1],
             "paged_kv_indices",
             f"at least {kv[-1]} values",
             str(len(paged_kv_indices)),
         )
+        lowest, highest = map(int, paged_kv_indices[: kv[-1]].aminmax()) if kv[-1] else (0, -1)
+        _expect(lowest >= 0, "paged_kv_indices", "values >= 0", str(lowest))
         _expect(len(last) == batch, "paged_kv_last_page_len", f"{batch} values", str(len(last)))
-        _expect(page_size >= 1, "page_size", "an integer >= 1", repr(page_size))
-        _expect(num_kv_heads >= 1, "num_kv_heads", "an integer >= 1", repr(num_kv_heads))
+        for name, value in (("page_size", page_size), ("num_kv_heads", num_kv_heads), ("head_dim_qk", head_dim_qk)):
+            _expect(isinstance(value, int) and value >= 1, name, "an integer >= 1", repr(value))
         _expect(
             num_qo_heads >= 1 and num_qo_heads % num_kv_heads == 0,
             "num_qo_heads",
@@ -122,7 +125,11 @@ class SparsePrefillWithPagedKVCacheWrapper:
             f"{batch} maps, one for each request",
             str(len(modality_maps)),
         )
-        patterns = list(head_patterns) if isinstance(head_patterns, Sequence) else [head_patterns]
+        several = isinstance(head_patterns, Sequence) and not isinstance(head_patterns, str)
+        patterns = list(head_patterns) if several else [head_patterns]
+        for i, pattern in enumerate(patterns):
+            name = f"head_patterns[{i}]"
+            _expect(isinstance(pattern, HeadPattern), name, "a pattern or a boundary", repr(pattern))
         if len(patterns) == 1:
             patterns = patterns * num_qo_heads
         _expect(
@@ -131,6 +138,9 @@ class SparsePrefillWithPagedKVCacheWrapper:
             f"{num_qo_heads} patterns (or one for all)",
             str(len(patterns)),
         )
+        sm_scale = head_dim_qk**-0.5 if sm_scale is None else sm_scale
+        _expect(isinstance(sm_scale, int | float), "sm_scale", "a number", repr(sm_scale))
+        dtypes = _dtype("q_data_type", q_data_type), _dtype("kv_data_type", kv_data_type or q_data_type)
 
         requests = []
         lane = torch.arange(page_size, device=paged_kv_indices.device)
@@ -151,25 +161,18 @@ class SparsePrefillWithPagedKVCacheWrapper:
                 f"at most {kv_len} rows (the request's keys)",
                 str(rows),
             )
-            length = modality_maps[i].length
-            _expect(
-                length >= kv_len,
-                f"modality_maps[{i}]",
-                f"a length of at least {kv_len} (the request's keys)",
-                str(length),
-            )
+            name, modality_map = f"modality_maps[{i}]", modality_maps[i]
+            _expect(isinstance(modality_map, ModalityMap), name, "a ModalityMap", repr(modality_map))
+            expected = f"a length of at least {kv_len} (the request's keys)"
+            _expect(modality_map.length >= kv_len, name, expected, str(modality_map.length))
             slots = (pages[:, None] * page_size + lane).flatten()[:kv_len]
             if rows:
-                requests.append(RequestChunk(modality_maps[i], kv_len - rows, kv_len, qo[i], slots))
+                requests.append(RequestChunk(modality_map, kv_len - rows, kv_len, qo[i], slots))
         self._requests = {r.row_start: r for r in requests}
         self._row_starts = qo
         self._patterns = patterns
         self._shape = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
-        self._sm_scale = head_dim_qk**-0.5 if sm_scale is None else sm_scale
-        self._dtypes = (
-            _dtype("q_data_type", q_data_type),
-            _dtype("kv_data_type", kv_data_type or q_data_type),
-        )
+        self._sm_scale, self._dtypes, self._num_pages = sm_scale, dtypes, highest + 1
         self._planner = BatchPlanner(
             requests, qo[-1], dense_below=dense_below, block_q=self._block_q, block_k=self._block_k
         )
@@ -199,22 +202,17 @@ class SparsePrefillWithPagedKVCacheWrapper:
         """
         if self._planner is None:
             raise RuntimeError("SparsePrefillWithPagedKVCacheWrapper.run: call plan() first")
-        num_qo_heads, num_kv_heads, head_dim, page_size = self._shape
+        num_qo_heads, _, head_dim, _ = self._shape
         expected = (self._row_starts[-1], num_qo_heads, head_dim)
         _expect(tuple(q.shape) == expected, "q", f"the shape {expected}", str(tuple(q.shape)))
         _expect(q.dtype == self._dtypes[0], "q", f"the planned dtype {self._dtypes[0]}", str(q.dtype))
         k_cache, v_cache = self._flat_caches(paged_kv_cache)
-        _expect(
-            k_cache.dtype == self._dtypes[1],
-            "paged_kv_cache",
-            f"the planned dtype {self._dtypes[1]}",
-            str(k_cache.dtype),
-        )
         if out is None:
             out = torch.empty_like(q)
         if lse is None:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         _expect(out.shape == q.shape, "out", f"the shape {tuple(q.shape)}", str(tuple(out.shape)))
+        _expect(out.dtype == q.dtype, "out", f"the dtype {q.dtype}", str(out.dtype))
         _expect(lse.shape == q.shape[:2], "lse", f"the shape {tuple(q.shape[:2])}", str(tuple(lse.shape)))
         _expect(lse.dtype == torch.float32, "lse", "the dtype torch.float32", str(lse.dtype))
         self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale)
@@ -228,18 +226,22 @@ class SparsePrefillWithPagedKVCacheWrapper:
         A visited pair is a (row, key) at or below the diagonal in a visited tile, wanted by the pattern or not.
         Of estimated patterns it is known after `run`.
         """
+        plan = self._current_plan()
         causal = sum(r.causal_pairs for r in self._requests.values())
         if causal == 0:
             return torch.ones(self._shape[0], dtype=torch.float64)
-        return self._current_plan().visited_by_row.sum(dim=0).double() / causal
+        return plan.visited_by_row.sum(dim=0).double() / causal
 
     def visited_mask(self, request: int, head: int) -> torch.Tensor:
         """bool [Lq, Lk]: what `head` really visits of request `request`. Quadratic; for small inputs."""
+        plan = self._current_plan()
+        for name, value, count in (("request", request, len(self._row_starts) - 1), ("head", head, self._shape[0])):
+            _expect(0 <= value < count, name, f"0 to {count - 1}", repr(value))
         rows = slice(self._row_starts[request], self._row_starts[request + 1])
         chunk = self._requests.get(rows.start) if rows.stop > rows.start else None
         if chunk is None:
             return torch.zeros(0, 0, dtype=torch.bool)
-        return reference.visited_mask(self._current_plan(), head, rows, chunk.kv_len)
+        return reference.visited_mask(plan, head, rows, chunk.kv_len)
 
     def _current_plan(self) -> PrefillPlan:
         if self._planner is None:
@@ -259,6 +261,10 @@ class SparsePrefillWithPagedKVCacheWrapper:
                 str(tuple(paged_kv_cache.shape)),
             )
             paged_kv_cache = (paged_kv_cache[:, 0], paged_kv_cache[:, 1])
+        name, got = "paged_kv_cache", str(len(paged_kv_cache))
+        _expect(len(paged_kv_cache) == 2, name, "a 5-D tensor [pages, 2, ...] or a tuple (k, v)", got)
+        pages = len(paged_kv_cache[0])
+        _expect(pages >= self._num_pages, name, f"at least {self._num_pages} pages (paged_kv_indices)", str(pages))
         flat = []
         for cache in paged_kv_cache:
             if self._kv_layout == "HND" and cache.ndim == 4:
@@ -269,6 +275,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
                 f"pages of (page_size={page_size}, Hkv={num_kv_heads}, D={head_dim}) in {self._kv_layout} layout",
                 str(tuple(cache.shape)),
             )
+            _expect(len(cache) == pages, name, f"{pages} pages of k and of v", str(len(cache)))
+            _expect(cache.dtype == self._dtypes[1], name, f"the planned dtype {self._dtypes[1]}", str(cache.dtype))
             flat.append(cache.reshape(-1, num_kv_heads, head_dim))
         return flat[0], flat[1]
 
@@ -278,13 +286,17 @@ def _expect(condition: bool, name: str, expected: str, got: str) -> None:
         raise ValueError(f"SparsePrefillWithPagedKVCacheWrapper: {name}: expected {expected}, got {got}")
 
 
-def _int_vector(name: str, values: torch.Tensor) -> list[int]:
+def _expect_int_vector(name: str, values: torch.Tensor) -> None:
     _expect(
         isinstance(values, torch.Tensor) and values.ndim == 1 and not values.is_floating_point(),
         name,
         "a 1-D integer tensor",
         f"{type(values).__name__} {getattr(values, 'dtype', '')} {list(getattr(values, 'shape', []))}",
     )
+
+
+def _int_vector(name: str, values: torch.Tensor) -> list[int]:
+    _expect_int_vector(name, values)
     return values.tolist()
 
 

@@ -98,11 +98,9 @@ tri_shape_with_tail = st.builds(TriShape, _sink, _local, st.integers(0, 9))
 vertical_slash = st.builds(VerticalSlash, st.integers(0, 12), st.integers(1, 12), st.integers(1, 16))
 
 
-def grid(stride: st.SearchStrategy[str] | None = None) -> st.SearchStrategy[Grid]:
-    flag = st.booleans()
-    return st.builds(
-        Grid, stride or st.sampled_from(["frame", "row"]), flag, flag, flag, st.integers(0, 3), _sink, _local
-    )
+def grid(*strides: str) -> st.SearchStrategy[Grid]:
+    flag, stride = st.booleans(), st.sampled_from(strides or ("frame", "row"))
+    return st.builds(Grid, stride, flag, flag, flag, st.integers(0, 3), _sink, _local)
 
 
 growing = st.one_of(dense, a_shape, tri_shape, grid())  # what a row sees depends on nothing after it
@@ -129,7 +127,7 @@ def boundary_2d(draw, patterns: st.SearchStrategy) -> Boundary2D:
 
 
 def heads(patterns: st.SearchStrategy = any_pattern) -> st.SearchStrategy:
-    """One head: a pattern alone, or under either boundary."""
+    """One head: a pattern alone, or several under either boundary."""
     return st.one_of(patterns, patterns, q_boundary(patterns), boundary_2d(patterns))
 
 

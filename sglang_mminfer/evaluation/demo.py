@@ -16,11 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import shlex
 import signal
 import sys
@@ -31,11 +28,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sglang_mminfer.evaluation import machine
 from sglang_mminfer.evaluation.media import make_image, make_video
 from sglang_mminfer.evaluation.server import Server, ServerError
 from sglang_mminfer.trace import ENVIRONMENT as TRACE
@@ -291,7 +290,7 @@ class Screen:
                 waits = list(self._waits.items())
             for label, (begin, detail) in waits:
                 if (seconds := time.monotonic() - begin) >= self.HEARTBEAT:
-                    self.say(f"  {label}: {seconds:.0f} s{'  ' + detail[:80] if detail else ''}")
+                    self.say(f"  {label}: {seconds:.0f} s  {detail}"[: self.console.width - 1])
 
 
 def _agreement_cell(agreement: Agreement | None) -> Text:
@@ -437,14 +436,14 @@ class Demo:
         warm_up = [{"role": "user", "content": [_part("video", media.warm_up), _text("What is this?")]}]
         for name in group:
             with self.screen.wait(f"warming up {name} with another video"):
-                ask(clients[name], warm_up, 4)
+                self._ask(name, clients[name], warm_up)
                 self.servers[name].flush_cache()
         messages: list[dict[str, Any]] = []
         for row, (kind, parts) in zip(self.rows, media.turns()):
             messages.append({"role": "user", "content": parts})
             for name in group:  # one after the other: nobody computes while another is timed
                 with self.screen.wait(f"asking {name}: {kind}"):
-                    row.answers[name] = answer = ask(clients[name], messages, self.settings.max_tokens)
+                    row.answers[name] = answer = self._ask(name, clients[name], messages)
                     answer.records = self._records(name, answer)
                 if name == COVERING:
                     row.agreement = Agreement.of(row.answers[STOCK], answer)
@@ -455,6 +454,19 @@ class Demo:
                     )
             # Everybody gets the same history: stock's.
             messages.append({"role": "assistant", "content": row.answers[STOCK].text})
+
+    def _ask(self, name: str, client: Any, messages: list[dict[str, Any]]) -> Answer:
+        """One question; whatever goes wrong on the way is told with the end of the server's log."""
+        import openai
+
+        try:
+            return ask(client, messages, self.settings.max_tokens)
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            server = self.servers[name]
+            tail = "\n".join(f"  | {line}" for line in server.tail(12).splitlines())
+            raise DemoFailed(
+                f"the server {name}: {error}\n  log: {server.log_path}, which ends with:\n{tail}"
+            ) from error
 
     def _records(self, name: str, answer: Answer) -> list[PrefillRecord]:
         path = self.out / "logs" / f"{name}.trace.jsonl"
@@ -547,12 +559,10 @@ class Demo:
             answers = {name: answer.to_json() for name, answer in row.answers.items()}
             turns.append({"turn": number, "kind": row.name, "agreement": agreement, "answers": answers})
         return {
-            "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+            **machine.describe(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "agreed": agreed,
-            "machine": machine(),
-            "versions": versions(),
             "model": {"architecture": "Qwen2_5_VLForConditionalGeneration", "weights": "random", **MODEL},
             "video": {"seconds": self.settings.seconds, "frames": self.settings.seconds * FPS, "side": SIDE},
             "servers": {
@@ -572,27 +582,6 @@ def _hf_config(model: Path) -> Any:
 def _shown(command: Sequence[str]) -> str:
     """A command as one would type it: the program by its name."""
     return shlex.join([Path(command[0]).name, *command[1:]])
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import psutil
-
-    model = platform.processor()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = round(psutil.virtual_memory().total / 2**30, 1)
-    return {"cpu": model, "cores": cores, "memory_gib": memory, "system": platform.platform(terse=True)}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("sglang", "sglang-mminfer", "torch", "transformers", "openai"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _terminate(*_: object) -> None:
@@ -629,12 +618,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (DemoFailed, ServerError, OSError, ValueError) as error:
         console.print(f"FAILED: {error}", style="bold red", markup=False, highlight=False)
-        return 1
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("openai", "httpx"):
-            raise
-        console.print(f"FAILED: a request: {error}", style="bold red", markup=False, highlight=False)
-        console.print(f"server logs: {settings.out / 'logs'}", markup=False, highlight=False)
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)

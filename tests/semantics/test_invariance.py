@@ -5,6 +5,7 @@ visited (to the bit) and in the wrapper's output (to rounding), over another pag
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,15 +17,14 @@ from support import (
     VISION,
     Batch,
     D,
+    a_shape,
     alone,
     boundary_2d,
     conversation,
     cut_out,
     dense,
-    a_shape,
     grid,
     growing,
-    heads,
     maps,
     q_boundary,
     static,
@@ -36,21 +36,19 @@ from support import (
 from sglang_mminfer import (
     AShape,
     Boundary2D,
-    Dense,
     Grid,
     ModalityMap,
     QBoundary,
     TriShape,
     VerticalSlash,
-    pattern_mask,
 )
 
 GROWING = {
     "dense": dense,
     "a_shape": a_shape,
     "tri_shape": tri_shape,
-    "grid-frame": grid(st.just("frame")),
-    "grid-row": grid(st.just("row")),
+    "grid-frame": grid("frame"),
+    "grid-row": grid("row"),
     "q": q_boundary(growing),
     "2d": boundary_2d(growing),
 }
@@ -100,19 +98,19 @@ def cut(batch: Batch, start: int, stop: int, **changes) -> Batch:
 
 
 @kinds
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.data())
 def test_chunks_change_nothing(kind, data):
     batch = data.draw(whole_prompts(STATIC[kind]))
     n = batch.kv_lens[0]
     whole = Whole(batch)
     bounds = sorted({0, n, *data.draw(st.lists(st.integers(0, n), min_size=1, max_size=4))})
-    for start, stop in zip(bounds, bounds[1:]):
+    for start, stop in pairwise(bounds):
         whole.assert_equals(cut(batch, start, stop), 0, start, stop)
 
 
 @kinds
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.data())
 def test_chunks_of_one_size_change_nothing(kind, data):
     batch = data.draw(whole_prompts(STATIC[kind], max_length=70))
@@ -123,7 +121,7 @@ def test_chunks_of_one_size_change_nothing(kind, data):
 
 
 @growing_kinds
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.data())
 def test_a_cached_prefix_may_end_anywhere_and_a_turn_may_follow(kind, data):
     """The rows of each turn are what its prefix does not hold, under the map of the turns so far."""
@@ -139,7 +137,7 @@ def test_a_cached_prefix_may_end_anywhere_and_a_turn_may_follow(kind, data):
 
 
 @growing_kinds
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.data())
 def test_a_turn_cut_off_inside_a_segment_changes_nothing(kind, data):
     """A chunk of an earlier turn, prefilled under that turn's shorter map, is what the later turn would have made."""
@@ -152,7 +150,7 @@ def test_a_turn_cut_off_inside_a_segment_changes_nothing(kind, data):
 
 
 @kinds
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_what_else_is_in_the_batch_changes_nothing(kind, data):
     batch = data.draw(whole_prompts(STATIC[kind], max_length=70))
@@ -207,32 +205,55 @@ def test_chunks_and_prefixes_with_real_tile_sizes(kind):
     batch = replace(alone(chat, REAL_SIZES[kind], tiles=(128, 64)))
     whole = Whole(batch)
     for bounds in ([0, 256, 512, chat.length], [0, 97, 98, 385, chat.length]):
-        for start, stop in zip(bounds, bounds[1:]):
+        for start, stop in pairwise(bounds):
             whole.assert_equals(cut(batch, start, stop, page_size=16), 0, start, stop)
 
 
 # ---- the estimated pattern ---------------------------------------------------------------------------------
 
 
-def planted_head(n: int, columns: list[int], distances: list[int], seed: int = 0) -> Batch:
-    """A head whose rows look at a few columns and a few distances back, beside noise.
+COLUMNS, DISTANCE = (5, 40, 75), 17
+CHUNKS = [range(a, min(a + 48, 180)) for a in range(0, 180, 48)]
 
-    A rotation that turns with the position makes q . k depend on the distance: it peaks where k lags by `distance`.
+
+def planted_head(seed: int) -> Batch:
+    """A prompt of one head whose rows look at three columns and at one distance back, beside noise.
+
+    Three rotations by the position make q . k peak where the key lags by the distance; a fourth dimension lifts the
+    columns.
     """
-    random = torch.Generator().manual_seed(seed)
-    turn = torch.arange(n)[:, None] * torch.tensor([2.4, 1.1, 0.53, 0.24])[None, :] * 1.0
-    q, k = torch.zeros(n, D), torch.zeros(n, D)
-    q[:, :4], q[:, 4:] = turn.cos(), turn.sin()
-    for distance in distances:
-        lag = turn + distance * torch.tensor([2.4, 1.1, 0.53, 0.24])
-        k[:, :4] += lag.cos()
-        k[:, 4:] += lag.sin()
-    q = q * 2.5 + 0.3 * torch.randn(n, D, generator=random)
-    k = k + 0.3 * torch.randn(n, D, generator=random)
-    chat = conversation(n)
-    batch = alone(chat, VerticalSlash(16, 24, 16))
-    shared = torch.randn(D, generator=random)
-    q = torch.cat([q, torch.ones(n, 1)], 1)[:, :D] + 0 * shared
-    for column in columns:
-        k[column] = 0
-    return replace(batch, sm_scale=2.0, qs=[q[:, None]], ks=[k[:, None]])
+    n, random = 180, torch.Generator().manual_seed(seed)
+    turns = torch.arange(n)[:, None] * torch.tensor([2.4, 1.1, 0.53])
+    late = turns + DISTANCE * torch.tensor([2.4, 1.1, 0.53])
+    q = torch.cat([turns.cos(), turns.sin(), torch.ones(n, 1), torch.zeros(n, 1)], dim=1)
+    k = torch.cat([late.cos(), late.sin(), torch.zeros(n, 2)], dim=1)
+    k[COLUMNS, :] = torch.tensor([0.0] * 6 + [3.0, 0.0])
+    q, k = (x + 0.1 * torch.randn(n, D, generator=random) for x in (q, k))
+    batch = alone(conversation(n), VerticalSlash(12, 6, 16), tiles=(4, 4))
+    return replace(batch, sm_scale=3.0, qs=[q[:, None]], ks=[k[:, None]])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_estimate_for_each_chunk_finds_what_one_estimate_for_the_whole_prompt_finds(seed):
+    """Measured, not assumed: vertical_slash alone is not chunk-invariant."""
+    batch = planted_head(seed)
+    n = batch.kv_lens[0]
+    at_once = batch.exact_mask(0, 0)
+    by_chunk = torch.zeros_like(at_once)
+    for chunk in CHUNKS:
+        part = cut(batch, chunk.start, chunk.stop)
+        wrapper = part.planned()
+        part.run(wrapper)
+        exact = part.exact_mask(0, 0)
+        assert not (exact & ~wrapper.visited_mask(0, 0)).any()
+        by_chunk[chunk.start : chunk.stop, : chunk.stop] = exact
+    row, key = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    planted = (row >= key) & (torch.isin(key, torch.tensor(COLUMNS)) | (row - key == DISTANCE))
+    # A chunk is estimated from its last rows, and the planted keys are the first that these show.
+    assert not (planted & ~by_chunk).any() and not (planted & ~at_once).any()
+    scores = (batch.qs[0][:, 0] @ batch.ks[0][:, 0].T) * batch.scale
+    attention = torch.softmax(scores.masked_fill(row < key, -torch.inf), dim=1)
+    mass_at_once, mass_by_chunk = (float((attention * mask).sum() / n) for mask in (at_once, by_chunk))
+    recall = float((by_chunk & at_once).sum() / at_once.sum())
+    assert recall > 0.85
+    assert mass_by_chunk > 0.8 and mass_by_chunk > mass_at_once - 0.01

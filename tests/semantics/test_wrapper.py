@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang_mminfer.kernels.reference import masked_attention
+from sglang_mminfer.kernels.torch_gather import merge_state
 from support import (
     IMAGE,
     REAL,
@@ -38,10 +40,7 @@ from sglang_mminfer import (
     SparsePrefillWithPagedKVCacheWrapper,
     TriShape,
     VerticalSlash,
-    pattern_mask,
 )
-from sglang_mminfer.kernels.reference import masked_attention
-from sglang_mminfer.kernels.torch_gather import merge_state
 
 
 def causal(batch: Batch, request: int) -> torch.Tensor:
@@ -62,7 +61,9 @@ def check(batch: Batch, backend: str) -> None:
                 continue
             visited_pairs[h] += visited.sum()
             missed = batch.exact_mask(i, h) & ~visited
-            assert not missed.any(), f"{batch.heads[h]} wants keys that are not visited: {missed.nonzero()[:5].tolist()}"
+            assert not missed.any(), (
+                f"{batch.heads[h]} wants keys that are not visited: {missed.nonzero()[:5].tolist()}"
+            )
             assert not (visited & ~causal(batch, i)).any(), "a row visits a key that comes after it"
             below = max(0, batch.dense_below - batch.q_start(i))
             assert torch.equal(visited[:below], causal(batch, i)[:below]), "a row below dense_below is not dense"
@@ -93,7 +94,9 @@ PATTERNS = {
     "vertical_slash": VerticalSlash(60, 40),
     "grid-frame": Grid("frame", True, True, True, 3, 16, 64),
     "grid-row": Grid("row", False, False, True, 1, 16, 64),
-    "q": QBoundary({TEXT: AShape(8, 80), VIDEO: Grid("frame", True, False, True, 0, 8, 30), IMAGE: VerticalSlash(9, 9)}),
+    "q": QBoundary(
+        {TEXT: AShape(8, 80), VIDEO: Grid("frame", True, False, True, 0, 8, 30), IMAGE: VerticalSlash(9, 9)}
+    ),
     "2d": Boundary2D(
         {
             (VIDEO, VISION): Grid("frame", False, True, True, 2, 8, 30),
@@ -153,81 +156,69 @@ def raster_tiles(chat, stride: str, block: int) -> tuple[torch.Tensor, torch.Ten
     return tiles, lines, shapes
 
 
-def at_most(chat, head, block_q: int, block_k: int) -> torch.Tensor:
-    """What a plan may visit at most of a whole prompt: for each pair of a row and a key modality the pattern,
-    rounded to tiles of rows with the same rights and to tiles of keys, in the order in which either is laid out."""
-    n = chat.length
-    position = torch.arange(n)
+def pairs_of(chat, head, row_class) -> list[tuple[torch.Tensor, object]]:
+    """(keys of the class, pattern) for each pair that rows of one modality run."""
+    if not isinstance(head, Boundary2D):
+        own = head
+        if isinstance(head, QBoundary):
+            own = next((p for m, p in head.patterns.items() if m.covers(row_class)), Dense())
+        return [(torch.ones(chat.length, dtype=torch.bool), own)]
+    named = {k: p for (q, k), p in head.patterns.items() if q.covers(row_class)}
+    named |= {m: Dense() for m in REAL if not any(k.covers(m) for k in named)}
+    return [(chat.members(k), p) for k, p in named.items()]
+
+
+def whole_rows(chat, pattern, keys: torch.Tensor, text_rule: bool) -> torch.Tensor:
+    """The rows that see every key of a pair."""
+    position = torch.arange(chat.length)
     text_after_vision = chat.members(TEXT) & (position > chat.first_vision)
-    triangle = torch.ones(n, n, dtype=torch.bool).tril()
-    allowed = torch.zeros(n, n, dtype=torch.bool)
-    if isinstance(head, Boundary2D):
-        row_classes = list(REAL)
-    else:
-        row_classes = list(REAL) if isinstance(head, QBoundary) else [None]
-    for row_class in row_classes:
-        rows = torch.ones(n, dtype=torch.bool) if row_class is None else chat.members(row_class)
-        pairs = []  # (keys of the class, pattern)
-        if isinstance(head, Boundary2D):
-            named = {k: p for (q, k), p in head.patterns.items() if q.covers(row_class)}
-            named |= {m: Dense() for m in REAL if not any(k.covers(m) for k in named)}
-            pairs = [(chat.members(k), k, p) for k, p in named.items()]
-        else:
-            named = head.patterns if isinstance(head, QBoundary) else {}
-            own = next((p for m, p in named.items() if m.covers(row_class)), Dense()) if named else head
-            pairs = [(torch.ones(n, dtype=torch.bool), None, own)]
-        rights = torch.zeros(n, dtype=torch.int64)  # bit j: sees all keys of pair j
-        for j, (keys, _, pattern) in enumerate(pairs):
-            rights += (sees_whole_pair(chat, pattern, keys, text_after_vision, head).long()) << j
-        for right in rights[rows].unique().tolist():
-            group = rows & (rights == right)
-            row_tiles = tile_numbers(group, block_q)
-            for j, (keys, key_class, pattern) in enumerate(pairs):
-                key_tiles = tile_numbers(keys, block_k)
-                mine = group[:, None] & keys[None, :] & triangle
-                if right >> j & 1 or isinstance(pattern, Dense):
-                    allowed |= mine
-                    continue
-
-                def exact(p, key_class=key_class):
-                    whole = Boundary2D({(m, key_class or k): p for m in REAL for k in (REAL if key_class is None else [0])})
-                    return pattern_mask(chat, p if key_class is None else whole, 0, n, n)
-
-                window = exact(AShape(pattern.sink, pattern.local)) & mine
-                allowed |= rounded(window, row_tiles, key_tiles) & mine
-                if isinstance(pattern, Grid):
-                    cells = chat.cells(pattern.stride)
-                    if pattern.v:
-                        allowed |= mine & (cells == pattern.phase)[None, :]
-                    if pattern.s:
-                        tiles_q, lines, shapes = raster_tiles(chat, pattern.stride, block_q)
-                        tiles_k, _, _ = raster_tiles(chat, pattern.stride, block_k)
-                        same = (lines[:, None] == lines[None, :]) & (shapes[:, None] == shapes[None, :])
-                        same &= (lines >= 0)[None, :] & keys[None, :]
-                        along = rounded(same, tiles_q, tiles_k) & (shapes[:, None] == shapes[None, :])
-                        allowed |= along & mine
-    return allowed
-
-
-def sees_whole_pair(chat, pattern, keys, text_after_vision, head) -> torch.Tensor:
-    n = chat.length
-    if isinstance(pattern, Dense):
-        return torch.ones(n, dtype=torch.bool)
-    whole = torch.zeros(n, dtype=torch.bool)
     if isinstance(pattern, TriShape):
-        whole |= text_after_vision | (torch.arange(n) >= n - pattern.tail)
+        return text_after_vision | (position >= chat.length - pattern.tail)
+    whole = torch.full((chat.length,), isinstance(pattern, Dense))
     if isinstance(pattern, Grid):
-        if not isinstance(head, Boundary2D):
-            whole |= text_after_vision
-        if pattern.h:
-            whole |= chat.cells(pattern.stride) == pattern.phase
+        whole |= text_after_vision & text_rule
+        whole |= (chat.cells(pattern.stride) == pattern.phase) & pattern.h
         for segment in chat.segments:  # a raster that nobody knows cannot be sparse for the rows after it
             if segment.modality is not TEXT and segment.grid is None and keys[segment.start]:
                 whole[segment.start :] = True
     return whole
 
 
-@settings(max_examples=150)
+def at_most(chat, head, block_q: int, block_k: int) -> torch.Tensor:
+    """What a plan may visit of a whole prompt at most: for each pair of a row and a key modality the pattern,
+    rounded to tiles of rows with the same rights and to tiles of keys, in the order in which either is laid out."""
+    n = chat.length
+    triangle = torch.ones(n, n, dtype=torch.bool).tril()
+    allowed = torch.zeros(n, n, dtype=torch.bool)
+    for row_class in REAL if isinstance(head, QBoundary | Boundary2D) else (None,):
+        rows = torch.ones(n, dtype=torch.bool) if row_class is None else chat.members(row_class)
+        pairs = pairs_of(chat, head, row_class)
+        rights = torch.zeros(n, dtype=torch.int64)  # bit j: sees all keys of pair j
+        for j, (keys, pattern) in enumerate(pairs):
+            rights |= whole_rows(chat, pattern, keys, not isinstance(head, Boundary2D)).long() << j
+        for right in rights[rows].unique().tolist():
+            group = rows & (rights == right)
+            row_tiles = tile_numbers(group, block_q)
+            for j, (keys, pattern) in enumerate(pairs):
+                mine = group[:, None] & keys[None, :] & triangle
+                if right >> j & 1:
+                    allowed |= mine
+                    continue
+                rank = keys.cumsum(0)
+                window = (rank <= pattern.sink)[None, :] | (rank[:, None] - rank[None, :] < pattern.local)
+                allowed |= rounded(window & mine, row_tiles, tile_numbers(keys, block_k)) & mine
+                if isinstance(pattern, Grid) and pattern.v:
+                    allowed |= mine & (chat.cells(pattern.stride) == pattern.phase)[None, :]
+                if isinstance(pattern, Grid) and pattern.s:
+                    tiles_q, lines, shapes = raster_tiles(chat, pattern.stride, block_q)
+                    tiles_k, _, _ = raster_tiles(chat, pattern.stride, block_k)
+                    same_shape = (shapes[:, None] == shapes[None, :]) & (lines >= 0)[None, :]
+                    same_line = same_shape & (lines[:, None] == lines[None, :])
+                    allowed |= rounded(same_line, tiles_q, tiles_k) & same_shape & mine
+    return allowed
+
+
+@settings(max_examples=120)
 @given(maps(), heads(static), tile_sizes)
 def test_nothing_is_visited_beyond_the_pattern_rounded_to_tiles(chat, head, tiles):
     visited = alone(chat, head, tiles=tiles).planned().visited_mask(0, 0)
@@ -392,9 +383,7 @@ def test_a_batch_of_no_requests(backend):
     wrapper = SparsePrefillWithPagedKVCacheWrapper(None, backend=backend)
     none = torch.zeros(0, dtype=torch.int32)
     zero = torch.zeros(1, dtype=torch.int32)
-    wrapper.plan(
-        zero, zero, none, none, 2, 1, D, 1, modality_maps=[], head_patterns=batch.heads, q_data_type="float32"
-    )
+    wrapper.plan(zero, zero, none, none, 2, 1, D, 1, modality_maps=[], head_patterns=batch.heads, q_data_type="float32")
     cache = torch.zeros(3, 2, 1, 1, D)
     out, lse = wrapper.run(torch.empty(0, 2, D), cache, return_lse=True)
     assert out.shape == (0, 2, D) and lse.shape == (0, 2) and wrapper.density.tolist() == [1.0, 1.0]
@@ -420,9 +409,7 @@ def test_a_wrapper_is_planned_again_for_the_next_batch():
 
 def plan_onto(batch: Batch, wrapper: SparsePrefillWithPagedKVCacheWrapper) -> None:
     tables = (batch.qo_indptr, batch.kv_indptr, batch.page_table, batch.last_page_len)
-    wrapper.plan(
-        *tables, 1, 1, D, 1, modality_maps=batch.maps, head_patterns=batch.heads, q_data_type="float32"
-    )
+    wrapper.plan(*tables, 1, 1, D, 1, modality_maps=batch.maps, head_patterns=batch.heads, q_data_type="float32")
 
 
 def test_cache_and_queries_may_have_different_dtypes():

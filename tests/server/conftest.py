@@ -7,26 +7,45 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from serving import FLAGS, RECIPE, Media, Served, write_sparse_config
+from serving import (
+    FLAGS,
+    RECIPE,
+    Dialogue,
+    Media,
+    Message,
+    References,
+    Served,
+    scripted,
+    text,
+    user,
+    video,
+    write_sparse_config,
+)
 
 from sglang_mminfer.evaluation.media import make_image, make_video
 from sglang_mminfer.evaluation.server import Server
 from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.trace import ENVIRONMENT
 
-ALIVE = 3
+ALIVE = 2
 """Servers at the same time. Each takes some 3 GB, nearly all of it libraries."""
 
-# Neighbours share servers, so that each server is started once.
-ORDER = (
-    *("test_hf_equality", "test_invariance", "test_tensor_parallel", "test_turns"),
-    *("test_batching", "test_bad_input", "test_metrics", "test_soak"),
-)
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "server(name): the server of a test; tests of one server run together")
+
+
+def _server_of(item: pytest.Item) -> str | None:
+    name = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
+    marker = item.get_closest_marker("server")
+    return name if name in FLAGS else marker.args[0] if marker else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    ours = [i for i, item in enumerate(items) if item.path.stem in ORDER]
-    for i, item in zip(ours, sorted((items[i] for i in ours), key=lambda item: ORDER.index(item.path.stem))):
+    """Puts the tests of one server next to each other, so that each server is started once."""
+    names = list(FLAGS)
+    ours = [i for i, item in enumerate(items) if _server_of(item)]
+    for i, item in zip(ours, sorted((items[i] for i in ours), key=lambda item: names.index(_server_of(item)))):
         items[i] = item
 
 
@@ -80,3 +99,35 @@ def servers(
     finally:
         for served in alive.values():
             served.server.stop()
+
+
+@pytest.fixture
+def served(servers: Callable[[str], Served], name: str) -> Served:
+    """The server of the parameter `name`, its cache empty."""
+    found = servers(name)
+    found.server.flush_cache()
+    return found
+
+
+@pytest.fixture
+def main(servers: Callable[[str], Served]) -> Served:
+    """The server of most tests, its cache empty."""
+    found = servers("main")
+    found.server.flush_cache()
+    return found
+
+
+@pytest.fixture(scope="session")
+def references(servers: Callable[[str], Served], media: Media) -> References:
+    """What the sparse config answers, each prompt computed in one piece from nothing, alone."""
+    one_shot, others = servers("one_shot"), (20, 21, 22, 24, 26, 31, 32)
+
+    def answered(prompts: list[list[Message]], label: str) -> Dialogue:
+        return [(prompt, one_shot.ask(prompt, rid=f"{label}-{i}")) for i, prompt in enumerate(prompts)]
+
+    return References(
+        turns=answered(scripted(media.six_turns()), "reference-turn"),
+        branches=answered([scripted(media.six_turns(), seed)[3] for seed in (1, 2)], "reference-branch"),
+        others=answered([scripted(media.conversation(seed, 3), seed)[-1] for seed in others], "reference-other"),
+        medium=answered([[user(video(media.medium_video), text("Where did it go?"))]], "reference-medium")[0],
+    )

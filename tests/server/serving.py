@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ RECIPE = {"layers": LAYERS, "heads": 8, "kv_heads": 2, "head_dim": 16}
 MEDIUM_TOKENS, MEDIUM_FRAME = 2048, 256
 LONG_TOKENS = 16_384
 
+PAGE = 16
+"""Of the server "paged"."""
+
 DENSE_BELOW = 200
 """Of the sparse config: conversations up to this length run dense."""
 
@@ -35,10 +39,11 @@ TIE = 1e-3
 
 VOCABULARY = ["river", "stone", "green", "light", "walk", "seven", "winter", "train", "music", "north", "open", "quiet"]
 
-_MMINFER = ("--attention-backend", "mminfer")
+_MMINFER = ("--attention-backend", "mminfer", "--sleep-on-idle")
 _SPARSE = (*_MMINFER, "--mminfer-config", "{sparse}")
-_SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend", "torch_native")
+_SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend", "torch_native", "--sleep-on-idle")
 
+# In the order in which tests come to them.
 FLAGS: dict[str, tuple[str, ...]] = {
     # All-covering configs: the answers are dense ones, computed on the sparse path.
     "covering_64": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "64"),
@@ -53,13 +58,13 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *(*_SPARSE, "--chunked-prefill-size", "-1"),
         *("--disable-radix-cache", "--disable-overlap-schedule"),
     ),
-    "main": (*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
     "ranks_2": (*_SPARSE, "--chunked-prefill-size", "96", "--tp-size", "2"),
     # Pages of 16, another backend for decoding, and a small pool into which requests are let too eagerly.
     "paged": (
-        *(*_SPLIT, "--mminfer-config", "{sparse}", "--chunked-prefill-size", "128", "--page-size", "16"),
+        *(*_SPLIT, "--mminfer-config", "{sparse}", "--chunked-prefill-size", "128", "--page-size", str(PAGE)),
         *("--max-total-tokens", "4096", "--schedule-conservativeness", "0.05"),
     ),
+    "main": (*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
 }
 
 
@@ -141,6 +146,29 @@ class Media:
         return " ".join(draw.choices(VOCABULARY, k=draw.randint(2, most)))
 
 
+Dialogue = list[tuple[list[Message], OracleAnswer]]
+"""Prompts, and what is to be answered."""
+
+
+@dataclass(frozen=True)
+class References:
+    """Prompts and the answers of the sparse config, from a server that computes each whole."""
+
+    turns: Dialogue
+    """Every turn of a conversation with 2 videos and 3 images."""
+    branches: Dialogue
+    """Two conversations that part after their first turn."""
+    others: Dialogue
+    """Seven further conversations."""
+    medium: tuple[list[Message], OracleAnswer]
+    """A video of MEDIUM_TOKENS."""
+
+    @property
+    def batch(self) -> Dialogue:
+        """Eight conversations."""
+        return [self.turns[-1], *self.others]
+
+
 def scripted(turns: Sequence[Message], seed: int = 0) -> list[list[Message]]:
     """The prompt of every turn, where all answers before it are given: nothing depends on what a server says."""
     draw = random.Random(seed)
@@ -155,15 +183,19 @@ def scripted(turns: Sequence[Message], seed: int = 0) -> list[list[Message]]:
 # ---- servers -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Served:
     """A running server and its trace."""
 
     server: Server
     trace: Path
 
+    @cached_property
+    def client(self) -> Any:
+        return self.server.client()
+
     def ask(self, messages: Sequence[Message], new_tokens: int = 8, **extra: Any) -> OracleAnswer:
-        return ask(self.server.client(), messages, new_tokens, **extra)
+        return ask(self.client, messages, new_tokens, **extra)
 
     def ask_all(
         self, prompts: Iterable[Sequence[Message]], new_tokens: int = 8, rids: Iterable[str] | None = None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from serving import DENSE_BELOW, Media, Message, Served, image, ran_sparse, same, scripted, text, user
 
 from sglang_mminfer.evaluation.hf_oracle import OracleAnswer
 
+pytestmark = pytest.mark.server("main")
+
 
 def requests(media: Media) -> dict[str, list[Message]]:
-    prompts = {f"sparse-{i}": scripted(media.conversation(10 + i, 3), i)[-1] for i in range(4)}
+    prompts = {f"sparse-{i}": scripted(media.conversation(10 + i, 4), i)[-1] for i in range(4)}
     prompts["sparse-six"] = scripted(media.six_turns())[-1]
     prompts |= {f"short-{i}": [user(image(media.images[i]), text("Why? " * (5 + i)))] for i in range(3)}
     prompts |= {f"text-{i}": [user(text("Tell me more. " * (10 + 40 * i)))] for i in range(3)}
@@ -63,9 +67,37 @@ def test_dense_reasons_tell_why(alone_and_together: tuple, when: str) -> None:
             assert {r.dense_reason for r in prompt} == {"short"}
         else:
             assert {r.dense_reason for r in prompt if r.seq_len <= DENSE_BELOW} <= {"short", "no_media"}
+            assert len(answer.prompt_ids) > DENSE_BELOW
             assert ran_sparse([r for r in prompt if r.seq_len > DENSE_BELOW])
 
 
 def test_nothing_failed_inside(alone_and_together: tuple) -> None:
     main, _, _ = alone_and_together
     assert not [r for r in main.records() if r.dense_reason and "internal_error" in r.dense_reason]
+
+
+def tokens_only(served: Served, messages: list[Message], new_tokens: int, rid: str) -> list[int]:
+    """A greedy answer, asked for without log-probabilities: SGLang mixes only such requests into its mixed chunks."""
+    response = served.client.chat.completions.create(
+        model="default",
+        messages=messages,
+        max_tokens=new_tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True, "return_token_ids": True, "rid": rid},
+    )
+    return response.choices[0].model_dump()["token_ids"]
+
+
+def test_decoding_in_a_mixed_chunk_is_decoding(servers: Callable[[str], Served], media: Media) -> None:
+    """Rows of requests that decode while others prefill see what they would see in a batch of their own: all."""
+    main, new_tokens = servers("main"), 48
+    prompts = [scripted(media.conversation(30 + i, 4), i)[-1] for i in range(6)]
+    alone = [main.ask(prompt, new_tokens) for prompt in prompts]
+    main.server.flush_cache()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        waiting = [pool.submit(tokens_only, main, p, new_tokens, f"mixed-{i}") for i, p in enumerate(prompts)]
+        mixed = [answer.result() for answer in waiting]
+    rows = [r for r in main.records() if r.rid.startswith("mixed-") and r.dense_reason == "decode"]
+    assert rows and all(r.chunk_len == 1 for r in rows)
+    for expected, got in zip(alone, mixed):
+        same(expected, replace(expected, token_ids=got))

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving import LAYERS, ROUNDING, Media, Message, Served, assistant
+from serving import LAYERS, ROUNDING, Dialogue, Media, Message, Served, assistant
 
 from sglang_mminfer.evaluation.hf_oracle import HFOracle, OracleAnswer, compare
 
 SERVERS = ["covering_64", "covering_256_no_radix", "covering_mixed_256", "covering_off"]
 """Chunks of 64, of 256, and none; radix cache on and off; one pattern, and all of them with all boundaries."""
-
-Dialogue = list[tuple[list[Message], OracleAnswer]]
-"""The prompt of every turn and what transformers answers to it, its own answers before it included."""
 
 
 def hold(oracle: HFOracle, turns: list[Message]) -> Dialogue:
@@ -59,8 +56,7 @@ def assert_sparse(served: Served, answer: OracleAnswer, rid: str) -> None:
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_every_turn_of_a_conversation(servers: Callable[[str], Served], dialogue: Dialogue, name: str) -> None:
-    served = servers(name)
+def test_every_turn_of_a_conversation(served: Served, dialogue: Dialogue, name: str) -> None:
     radix = "no_radix" not in name
     for turn, (prompt, expected) in enumerate(dialogue):
         got = served.ask(prompt, rid=f"turn-{turn}")
@@ -74,9 +70,7 @@ def test_every_turn_of_a_conversation(servers: Callable[[str], Served], dialogue
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_eight_conversations_at_once(servers: Callable[[str], Served], batch: Dialogue, name: str) -> None:
-    served = servers(name)
-    served.server.flush_cache()
+def test_eight_conversations_at_once(served: Served, batch: Dialogue, name: str) -> None:
     rids = [f"batch-{i}" for i in range(len(batch))]
     answers = served.ask_all([prompt for prompt, _ in batch], rids=rids)
     for rid, (prompt, expected), got in zip(rids, batch, answers):

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from serving import DENSE_BELOW, LONG_TOKENS, Media, Served, assistant, ran_sparse, same, scripted, text, user, video
 
 
-@pytest.fixture
-def main(servers: Callable[[str], Served]) -> Served:
-    served = servers("main")
-    served.server.flush_cache()
-    return served
-
-
+@pytest.mark.server("main")
 def test_second_turn_after_a_long_video_prefills_its_own_tokens_only(main: Served, media: Media) -> None:
     messages = [user(video(media.long_video), text("What do you see in the video?"))]
     first = main.ask(messages, 4, rid="long-1")
@@ -35,6 +27,7 @@ def test_second_turn_after_a_long_video_prefills_its_own_tokens_only(main: Serve
     assert records[-1].seq_len == len(second.prompt_ids)
 
 
+@pytest.mark.server("main")
 def test_every_turn_starts_where_the_cache_ends(main: Served, media: Media) -> None:
     before = 0
     for turn, prompt in enumerate(scripted(media.six_turns())):
@@ -47,18 +40,19 @@ def test_every_turn_starts_where_the_cache_ends(main: Served, media: Media) -> N
         before = len(answer.prompt_ids)
 
 
-def test_retracted_requests_answer_as_they_do_alone(servers: Callable[[str], Served], media: Media) -> None:
-    paged, new_tokens = servers("paged"), 160
+@pytest.mark.parametrize("name", ["paged"])
+def test_retracted_requests_answer_as_they_do_alone(served: Served, media: Media) -> None:
+    new_tokens = 160
     prompts = [media.conversation(seed, 3) for seed in range(40, 48)]
-    paged.server.flush_cache()
-    retractions = paged.server.log().count("KV cache pool is full. Retract requests")
-    together = paged.ask_all(prompts, new_tokens)
-    assert paged.server.log().count("KV cache pool is full. Retract requests") > retractions
+    retractions = served.server.log().count("KV cache pool is full. Retract requests")
+    together = served.ask_all(prompts, new_tokens)
+    assert served.server.log().count("KV cache pool is full. Retract requests") > retractions
     for prompt, answer in zip(prompts, together):
-        paged.server.flush_cache()
-        same(paged.ask(prompt, new_tokens), answer)
+        served.server.flush_cache()
+        same(served.ask(prompt, new_tokens), answer)
 
 
+@pytest.mark.server("main")
 def test_client_that_leaves_mid_prefill_leaves_nothing_behind(main: Served, media: Media) -> None:
     question = [user(video(media.videos[0]), text("And now?"))]
     expected = main.ask(question)

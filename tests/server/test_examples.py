@@ -1,0 +1,124 @@
+"""The programs in examples/ as a user runs them: their errors, and a real run of each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving import Media
+
+from sglang_mminfer.evaluation.demo import Agreement, Answer
+from sglang_mminfer.evaluation.server import Server
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOWHERE = "http://127.0.0.1:9/v1"  # the discard port: nobody listens
+
+
+def run(program: str, *arguments: str, keyboard: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / program), *arguments],
+        input=keyboard,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "NO_PROXY": "127.0.0.1"},
+    )
+
+
+@pytest.mark.parametrize("program", ["video_chat.py", "engine_offline.py"])
+def test_help(program: str) -> None:
+    done = run(program, "--help")
+    assert done.returncode == 0
+    assert "--video" in done.stdout
+
+
+def test_chat_says_that_no_server_is_there() -> None:
+    done = run("video_chat.py", "--url", NOWHERE, "--question", "And now?")
+    assert done.returncode == 1
+    assert done.stderr == f"error: no server at {NOWHERE}; start one with `sglang serve`, or name it with --url\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--video", "nothing.mp4", "nothing.mp4: cannot be read: No such file or directory"),
+        ("--video", "text.mp4", "text.mp4: not a video that FFmpeg can decode"),
+        ("--image", "text.mp4", "text.mp4: not an image that can be read"),
+    ],
+)
+def test_chat_names_a_bad_file(option: str, name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("this is no video")
+    arguments = (option, str(tmp_path / name), "--question", "What is this?")
+    done = run("video_chat.py", "--url", NOWHERE, "--model", "any", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"error: {tmp_path}/{message}\n")  # decoders have words of their own before it
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--video", "nothing.mp4"), "--video: nothing.mp4: no such file"),
+        (("--head-config", "nothing.json"), "--head-config: nothing.json: no such file"),
+    ],
+)
+def test_engine_refuses_before_it_starts(arguments: tuple[str, ...], message: str) -> None:
+    done = run("engine_offline.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_engine_runs_sparse() -> None:
+    done = run("engine_offline.py", "--max-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    assert "answer: " in done.stdout
+    assert "4 layers sparse" in done.stdout
+
+
+def test_chat_with_a_server(model: Path, media: Media) -> None:
+    video, image = str(media.videos[0]), str(media.images[0])
+    with Server(model, "--attention-backend", "mminfer", "--enable-cache-report") as server:
+        common = ("--url", f"{server.url}/v1", "--max-tokens", "4")
+        asked = ("--video", video, "--question", "What is this?", "--image", image, "--question", "And now?")
+        done = run("video_chat.py", *common, *asked)
+        assert done.returncode == 0, done.stderr
+        assert "[a.mp4: 24 frames, 3.0 s, 112 x 112," in done.stdout
+        costs = [line for line in done.stdout.splitlines() if "prompt tokens" in line]
+        assert len(costs) == 2
+        assert "; first token after " in costs[0]
+        # All of the first prompt is in the cache, but for what SGLang computes again: its last token.
+        first, cached = (int(costs[turn].split()[at].strip("[,").replace(",", "")) for turn, at in ((0, 0), (1, 3)))
+        assert cached >= first - 1
+
+        typed = run("video_chat.py", *common, keyboard=f"/video nothing.mp4\n/video {video}\nWhat is this?\n/quit\n")
+        assert typed.returncode == 0, typed.stderr
+        assert "error: nothing.mp4: cannot be read" in typed.stdout
+        assert typed.stdout.count("prompt tokens") == 1
+
+        missing = run("video_chat.py", *common, "--model", "no-such", "--video", video, "--question", "Why?")
+        assert missing.returncode in (0, 1)  # SGLang may answer under any name
+        assert "Traceback" not in missing.stderr
+
+
+def answer(*token_ids: int, prompt: int = 1, logprob: float = -1.0) -> Answer:
+    logprobs = [logprob] * len(token_ids)
+    return Answer("", list(token_ids), logprobs, [prompt], prompt, 0, ttft=1.0, total=1.0, request_id="a")
+
+
+@pytest.mark.parametrize(
+    ("other", "holds"),
+    [
+        (answer(1, 2), True),
+        (answer(1, 2, logprob=-1.00001), True),
+        (answer(1, 2, logprob=-1.1), False),
+        (answer(1, 3), False),
+        (answer(1), False),
+        (answer(1, 2, prompt=2), False),
+    ],
+)
+def test_the_demo_sees_another_answer(other: Answer, holds: bool) -> None:
+    assert Agreement.of(answer(1, 2), other).holds is holds
+    assert not Agreement.of(answer(), answer()).holds
