@@ -92,6 +92,7 @@ class _Request:
     prefix_len: int
     chunk_len: int
     row_start: int
+    prompt_stop: int = 0
     map: ModalityMap | None = None
     dense_reason: str | None = None
     densities: list[float] = field(default_factory=list)
@@ -101,10 +102,16 @@ class _Request:
         return self.prefix_len + self.chunk_len
 
 
-def _decodes(request: _Request, mm_inputs: Any) -> bool:
-    """True for a request that is decoding, in a batch that also prefills others: dense, as if it were not."""
-    positions = getattr(mm_inputs, "mrope_positions", None)  # of the prompt; without them one row is as good as it gets
-    return request.chunk_len == 1 and (positions is None or request.prefix_len >= positions.shape[-1])
+def _prompt_stop(request: _Request, mm_inputs: Any, mixed: bool) -> int:
+    """Where the request's prompt ends and what it generated begins; its chunk's end if that cannot be told.
+
+    Generated tokens come here in a batch that mixes decoding with prefill, and after a retraction. They see
+    everything, as in a batch that decodes.
+    """
+    positions = getattr(mm_inputs, "mrope_positions", None)  # of the prompt alone
+    if positions is not None:
+        return int(positions.shape[-1])
+    return request.prefix_len if mixed and request.chunk_len == 1 else request.seq_len
 
 
 class _Batch:
@@ -214,19 +221,26 @@ class SparsePrefill:
         media = forward_batch.mm_inputs or [None] * len(batch.requests)
         for request, mm_inputs in zip(batch.requests, media):
             request.map, request.dense_reason = self._map(request, mm_inputs)
-            if mode.name == "MIXED" and _decodes(request, mm_inputs):
+            request.prompt_stop = _prompt_stop(request, mm_inputs, mode.name == "MIXED")
+            if request.dense_reason is None and request.prompt_stop <= request.prefix_len:
                 request.dense_reason = "decode"
         if all(request.dense_reason for request in batch.requests):
             return None
         chunks = []
         for i, request in enumerate(batch.requests):
-            if request.chunk_len:
-                # A dense request that shares a batch with a sparse one has no map: plain causal attention.
-                own_map = None if request.dense_reason else request.map
-                slots = self.req_to_token[forward_batch.req_pool_indices[i], : request.seq_len].long()
-                chunks.append(
-                    RequestChunk(own_map, request.prefix_len, request.seq_len, request.row_start, slots)
-                )
+            # Rows without a map see everything before them: those of a dense request that shares a batch with a
+            # sparse one, and generated ones.
+            middle = request.prefix_len
+            if request.dense_reason is None:
+                middle = min(request.prompt_stop, request.seq_len)
+            slots = self.req_to_token[forward_batch.req_pool_indices[i], : request.seq_len].long()
+            for own_map, start, stop in (
+                (request.map, request.prefix_len, middle),
+                (None, middle, request.seq_len),
+            ):
+                if start < stop:
+                    row_start = request.row_start + start - request.prefix_len
+                    chunks.append(RequestChunk(own_map, start, stop, row_start, slots[:stop]))
         dense_below = self.head_config.defaults.dense_below
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
         return None

@@ -154,6 +154,7 @@ def default_arguments(cfg: Any) -> dict[str, Any]:
         "mm_attention_backend": (None, "sdpa"),
         "sampling_backend": (None, "pytorch"),
         "disable_cuda_graph": (False, True),
+        "sleep_on_idle": (False, True),  # a scheduler that waits would poll, on a core that others need
         "mem_fraction_static": (None, round(MEMORY_SHARE / _ranks(cfg), 3)),
         "max_total_tokens": (None, MAX_TOTAL_TOKENS),
         "max_running_requests": (None, MAX_RUNNING_REQUESTS),

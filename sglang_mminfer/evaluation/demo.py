@@ -34,6 +34,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sglang_mminfer import HeadConfig
 from sglang_mminfer.evaluation import machine
 from sglang_mminfer.evaluation.media import make_image, make_video
 from sglang_mminfer.evaluation.server import Server, ServerError
@@ -260,7 +261,7 @@ class Screen:
     def table(self) -> Table:
         table = Table(title="One conversation, three servers", title_justify="left", title_style="bold")
         table.add_column("turn", no_wrap=True)
-        for name in ("prompt\ntokens", "from\ncache", "new\ntokens"):
+        for name in ("prompt\ntokens", "cached\nstock", "cached\nmminfer", "new\nmminfer"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("density", justify="right", no_wrap=True)
         for name in ("TTFT\nstock", "TTFT\nmminfer", "stock /\nmminfer"):
@@ -273,10 +274,10 @@ class Screen:
     @staticmethod
     def _cells(row: Row) -> list[str | Text]:
         stock, sparse = row.answers.get(STOCK), row.answers.get(MMINFER)
-        shown = sparse or stock
-        cells: list[str | Text] = ["", "", ""]
-        if shown:
-            cells = [f"{shown.prompt_tokens:,}", f"{shown.cached_tokens:,}", f"{shown.new_tokens:,}"]
+        shown = stock or sparse
+        cells: list[str | Text] = [f"{shown.prompt_tokens:,}" if shown else ""]
+        cells += [f"{answer.cached_tokens:,}" if answer else "" for answer in (stock, sparse)]
+        cells.append(f"{sparse.new_tokens:,}" if sparse else "")
         cells.append(f"{sparse.density:.2f}" if sparse and sparse.density is not None else "")
         cells += [f"{answer.ttft:.2f} s" if answer else "" for answer in (stock, sparse)]
         cells.append(f"{stock.ttft / sparse.ttft:.1f} ×" if stock and sparse else "")
@@ -352,7 +353,9 @@ class Demo:
             make_video(folder / "first.mp4", frames, SIDE, SIDE, FPS, seed=1),
             make_video(folder / "second.mp4", frames, SIDE, SIDE, FPS, seed=2),
             make_image(folder / "image.png", *IMAGE, seed=3),
-            make_video(folder / "warm-up.mp4", WARM_UP_SECONDS * FPS, SIDE, SIDE, FPS, seed=4),
+            make_video(
+                folder / "warm-up.mp4", min(WARM_UP_SECONDS, self.settings.seconds) * FPS, SIDE, SIDE, FPS, seed=4
+            ),
         )
         return media, make_tiny_qwen2_5_vl(self.out / "model", **MODEL)
 
@@ -481,7 +484,7 @@ class Demo:
 
     def _draw(self, model: Path) -> Path:
         """The picture. Its map is made again from the last prompt's own token ids and the grids of the files."""
-        from sglang_mminfer import AShape, Boundary2D, Grid, HeadConfig, Modality
+        from sglang_mminfer import AShape, Boundary2D, Grid, Modality
         from sglang_mminfer.figures import conversation_figure, map_of_prompt, save, turn_of_records
         from sglang_mminfer.modality.geometry import family_of
 
@@ -505,10 +508,10 @@ class Demo:
         pattern = config.patterns(0)[0]
         vision, grid = Modality.VISION, Grid("frame", True, True, True, 0, 128, 1024)
         heads = [
-            (f"layer 0, head 0 as served: {pattern.kind} ({config.name})", pattern),
-            ("another config could ask for: a_shape, sink 128, local 1,024", AShape(128, 1024)),
+            (f"{pattern.kind}: layer 0, head 0, as served\n(config {config.name})", pattern),
+            ("a_shape: sink 128, local 1,024\n(another config's; not served here)", AShape(128, 1024)),
             (
-                "or for: 2D boundary, vision sees vision on a grid",
+                "2D boundary: vision sees vision on a grid\n(another config's; not served here)",
                 Boundary2D({(vision, vision): grid, (vision, Modality.TEXT): AShape(128, 1024)}),
             ),
         ]
@@ -530,15 +533,17 @@ class Demo:
         turns = len(self.rows)
         say = self.screen.say
         say("")
-        rule = " (rows below 4,096 and text rows see everything)" if self.settings.config == "default" else ""
-        say(
-            f"density: pairs of tokens visited, over all causal ones, for the new tokens, under the config "
-            f"{self.settings.config}{rule}."
-        )
+        config = HeadConfig.load(self.settings.config).describe()
+        say(f"density: visited over causal (query, key) pairs of the new tokens. Config {config}.")
         say(
             "TTFT: request sent to first text, decoding and encoding of the video included. One run, warmed up, one "
             "server at a time. Stock runs without chunks, which suits it; it computes rows of cached tokens again."
         )
+        if lost := [str(n) for n, row in enumerate(self.rows, 1) if _lost_cache(row)]:
+            say(
+                f"cached, turn {', '.join(lost)}: stock SGLang keeps all videos of a prompt under one hash, so that a "
+                "second one voids the cached first; with mminfer each has its own."
+            )
         say(
             f"covering = stock?: the same tokens, log-probabilities as close as shown, with the config "
             f"{self.settings.covering}, which skips nothing."
@@ -571,6 +576,10 @@ class Demo:
             },
             "turns": turns,
         }
+
+
+def _lost_cache(row: Row) -> bool:
+    return row.answers[STOCK].cached_tokens < row.answers[MMINFER].cached_tokens // 2
 
 
 def _hf_config(model: Path) -> Any:

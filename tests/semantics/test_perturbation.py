@@ -49,7 +49,7 @@ def test_the_rows_that_a_value_reaches_are_the_rows_that_visit_it(backend, data)
 
 
 @backends
-@pytest.mark.parametrize("value", [1e30, -1e30, 0.0])
+@pytest.mark.parametrize("value", [1e30, 0.0])
 @settings(max_examples=12)
 @given(data=st.data())
 def test_any_number_at_what_a_row_does_not_visit_leaves_its_bits(backend, value, data):

@@ -277,7 +277,7 @@ def covering(n: int) -> st.SearchStrategy:
     ) | st.builds(Grid, st.sampled_from(["frame", "row"]), flag, flag, flag, st.integers(0, 3), st.just(0), st.just(n))
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(batches(), st.data())
 def test_patterns_that_cover_everything_are_dense(batch, data):
     patterns = covering(max(chat.length for chat in batch.maps))
@@ -327,7 +327,7 @@ def test_the_same_call_gives_the_same_bits(batch):
         assert all(map(torch.equal, first, again))
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(batches(), st.sampled_from([1, 2, 5, 16]), st.sampled_from(["NHD", "HND"]), st.booleans(), st.integers(0, 99))
 def test_pages_and_layouts_change_no_bit(batch, page_size, kv_layout, packed, seed):
     """seed deals out other pages: the tensors of the requests stay."""

@@ -62,7 +62,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     # Pages of 16, another backend for decoding, and a small pool into which requests are let too eagerly.
     "paged": (
         *(*_SPLIT, "--mminfer-config", "{sparse}", "--chunked-prefill-size", "128", "--page-size", str(PAGE)),
-        *("--max-total-tokens", "4096", "--schedule-conservativeness", "0.05"),
+        *("--max-total-tokens", "2304", "--schedule-conservativeness", "0.05"),
     ),
     "main": (*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
 }

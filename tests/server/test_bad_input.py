@@ -168,12 +168,21 @@ def test_bad_request_in_a_batch_harms_no_other(
 
 
 @pytest.mark.server("main")
-def test_one_frame_video_is_served(servers: Callable[[str], Served], tmp_path: Path) -> None:
-    main = servers("main")
-    path = make_video(tmp_path / "one.mp4", 1, 112, 112, 8, seed=9)
-    answer = main.ask([user(video(path), text("What is this? " * 20))], rid="one-frame")
+def test_shortest_video_is_served(main: Served, tmp_path: Path) -> None:
+    """Two frames fold into one: a grid of a single frame."""
+    path = make_video(tmp_path / "two.mp4", 2, 112, 112, 8, seed=9)
+    answer = main.ask([user(video(path), text("What is this? " * 20))], rid="two-frames")
     assert len(answer.token_ids) == 8
-    assert main.records("one-frame")[-1].dense_reason is None
+    (*_, last) = main.records("two-frames")
+    assert (last.dense_reason, last.segments) == (None, 3)
+
+
+@pytest.mark.server("main")
+def test_video_of_one_frame_is_refused_by_sglangs_sampler(main: Served, media: Media, tmp_path: Path) -> None:
+    path = make_video(tmp_path / "one.mp4", 1, 112, 112, 8, seed=9)
+    with pytest.raises(openai.BadRequestError, match="nframes should in interval"):
+        main.ask([user(video(path), text("What is this?"))])
+    assert main.ask([user(image(media.images[0]), text("And this?"))]).token_ids
 
 
 # ---- what the processor says about the media ---------------------------------------------------------------

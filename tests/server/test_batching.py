@@ -85,7 +85,7 @@ def tokens_only(served: Served, messages: list[Message], new_tokens: int, rid: s
         temperature=0,
         extra_body={"ignore_eos": True, "return_token_ids": True, "rid": rid},
     )
-    return response.choices[0].model_dump()["token_ids"]
+    return response.choices[0].model_dump()["response_token_ids"]
 
 
 def test_decoding_in_a_mixed_chunk_is_decoding(servers: Callable[[str], Served], media: Media) -> None:

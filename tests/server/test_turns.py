@@ -42,8 +42,8 @@ def test_every_turn_starts_where_the_cache_ends(main: Served, media: Media) -> N
 
 @pytest.mark.parametrize("name", ["paged"])
 def test_retracted_requests_answer_as_they_do_alone(served: Served, media: Media) -> None:
-    new_tokens = 160
-    prompts = [media.conversation(seed, 3) for seed in range(40, 48)]
+    new_tokens = 120
+    prompts = [media.conversation(seed, 3) for seed in range(40, 50)]
     retractions = served.server.log().count("KV cache pool is full. Retract requests")
     together = served.ask_all(prompts, new_tokens)
     assert served.server.log().count("KV cache pool is full. Retract requests") > retractions
