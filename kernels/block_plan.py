@@ -14,6 +14,7 @@ The second condition is for gathered columns: a column whose own tile is visited
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,19 +70,81 @@ class BlockPlan:
     @cached_property
     def batches(self) -> list[TileBatch]:
         """All tiles, those of one shape stacked, for executors that walk them on the host. Made once."""
+        return self._stacked(range(self.num_tiles))
+
+    @cached_property
+    def scattered(self) -> list[TileBatch]:
+        """The tiles that are in none of the `causal_runs`."""
+        in_runs = {t for run in self.causal_runs for t in run.tiles}
+        return self._stacked(t for t in range(self.num_tiles) if t not in in_runs) if in_runs else self.batches
+
+    @cached_property
+    def causal_runs(self) -> list[CausalRun]:
+        """Tiles one after the other that together are plain causal attention: two of them or more."""
+        runs: list[CausalRun] = []
+        q_indptr, block_indptr, heads = self.q_indptr.tolist(), self.block_indptr.tolist(), self.q_heads.tolist()
+        ends = [self._causal_end(t, q_indptr, block_indptr) for t in range(self.num_tiles)]
+        t = 0
+        while t < self.num_tiles:
+            first, end = t, ends[t]
+            t += 1
+            while end is not None and t < self.num_tiles and heads[t] == heads[first] and ends[t] is not None:
+                rows = q_indptr[t + 1] - q_indptr[t]
+                follows = int(self.q_rows[q_indptr[t]]) == int(self.q_rows[q_indptr[t] - 1]) + 1
+                if ends[t][0] != end[0] or ends[t][1] != end[1] + rows or not follows:
+                    break
+                end, t = ends[t], t + 1
+            if end is not None and t - first > 1:
+                rows = slice(q_indptr[first], q_indptr[t])
+                keys = slice(end[0] * self.block_k, end[0] * self.block_k + end[1])
+                runs.append(
+                    CausalRun(
+                        range(first, t),
+                        self.head_groups[heads[first]],
+                        slice(int(self.q_rows[rows][0]), int(self.q_rows[rows][-1]) + 1),
+                        self.keys.kv_slots[keys].long(),
+                    )
+                )
+        return runs
+
+    def _causal_end(self, t: int, q_indptr: list[int], block_indptr: list[int]) -> tuple[int, int] | None:
+        """(first key tile, causal bound of the last row) if the tile's rows follow each other and see all before."""
+        rows = slice(q_indptr[t], q_indptr[t + 1])
+        stop, q_rows = self.q_stop[rows], self.q_rows[rows]
+        size, last = len(stop), int(stop[-1])
+        blocks = self.block_indices[block_indptr[t] : block_indptr[t + 1]]
+        if len(blocks) != -(-last // self.block_k) or int(stop[0]) != last - size + 1:
+            return None
+        if int(q_rows[-1]) - int(q_rows[0]) != size - 1 or int(blocks.max() - blocks.min()) != len(blocks) - 1:
+            return None
+        first = int(blocks.min())
+        pos = self.keys.kv_pos[first * self.block_k : first * self.block_k + last]
+        return (first, last) if torch.equal(pos, torch.arange(last, dtype=pos.dtype, device=pos.device)) else None
+
+    def _stacked(self, tiles: Iterable[int]) -> list[TileBatch]:
         q_indptr, block_indptr = self.q_indptr.tolist(), self.block_indptr.tolist()
         num_full, q_heads = self.num_full.tolist(), self.q_heads.tolist()
         shapes: dict[tuple[int, int, int, int], list[int]] = {}
-        for t in range(self.num_tiles):
+        for t in tiles:
             rows, blocks = q_indptr[t + 1] - q_indptr[t], block_indptr[t + 1] - block_indptr[t]
             if blocks:
                 shapes.setdefault((q_heads[t], rows, blocks, num_full[t]), []).append(t)
         batches = []
-        for (heads, rows, blocks, full), tiles in shapes.items():
+        for (heads, rows, blocks, full), members in shapes.items():
             size = max(1, MAX_BATCHED_PAIRS // (rows * blocks * self.block_k))
-            for i in range(0, len(tiles), size):
-                batches.append(TileBatch(self, tiles[i : i + size], self.head_groups[heads], rows, blocks, full))
+            for i in range(0, len(members), size):
+                batches.append(TileBatch(self, members[i : i + size], self.head_groups[heads], rows, blocks, full))
         return sorted(batches, key=TileBatch.pairs, reverse=True)  # longest first, so that threads end together
+
+
+@dataclass
+class CausalRun:
+    """Rows q[q_rows] over the keys `kv_slots` [n] of positions 0 to n - 1: causal, aligned at the last row."""
+
+    tiles: range
+    heads: tuple[int, ...]
+    q_rows: slice
+    kv_slots: torch.Tensor
 
 
 @dataclass

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .block_plan import PrefillPlan, TileBatch
+from .block_plan import CausalRun, PrefillPlan, TileBatch
 from .threads import for_each
 
 LOG2_E = 1 / math.log(2)
@@ -43,11 +43,39 @@ def run(
         def run_tiles(tiles: TileBatch, layouts: dict = layouts, merge: bool = number > 0) -> None:
             _run_tiles(q, k_cache, v_cache, tiles, layouts[tiles.heads], sm_scale, out, lse, merge)
 
-        if q.device.type == "cpu":
-            for_each(run_tiles, block_plan.batches)
-        else:
+        if q.device.type != "cpu":
             for tiles in block_plan.batches:
                 run_tiles(tiles)
+            continue
+        for run in block_plan.causal_runs if _FUSED is not None else []:
+            _run_causal(q, k_cache, v_cache, run, layouts[run.heads], sm_scale, out, lse, number > 0)
+        for_each(run_tiles, block_plan.scattered if _FUSED is not None else block_plan.batches)
+
+
+def _run_causal(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    run: CausalRun,
+    heads: _HeadLayout,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    merge: bool,
+) -> None:
+    """Plain causal attention of many rows at once, which is what the fused kernel does best."""
+    m, slots = run.q_rows.stop - run.q_rows.start, run.kv_slots[None]
+    prefix = slots.shape[1] - m
+    rows = torch.arange(run.q_rows.start, run.q_rows.stop, device=q.device)[None]
+    packed = heads.take_q(q, rows)  # [1, kv, per_kv * m, D]
+    k, v = heads.take_kv(k_cache, slots).to(q.dtype), heads.take_kv(v_cache, slots).to(q.dtype)
+    by_head = packed.unflatten(2, (heads.per_kv, m)).flatten(1, 2)  # [1, heads, m, D]
+    own = [t[:, :, prefix:].repeat_interleave(heads.per_kv, dim=1) for t in (k, v)]
+    o, s = _FUSED(by_head, *own, 0.0, True, attn_mask=None, scale=sm_scale)
+    o, s = o.reshape(packed.shape), s.float().reshape(packed.shape[:3]) * LOG2_E
+    if prefix:
+        o, s = merge_state(o, s, *_attend(packed, k[:, :, :prefix], v[:, :, :prefix], None, sm_scale))
+    heads.write(heads.give_back(o, m), heads.give_back(s, m), rows, out, lse, merge)
 
 
 class _HeadLayout:
@@ -78,9 +106,22 @@ class _HeadLayout:
         """[B, kv, per_kv * m, ...] -> [B, m, heads, ...], the inverse of `take_q`."""
         return packed.unflatten(2, (self.per_kv, m)).movedim(3, 1).flatten(2, 3)
 
+    def write(
+        self, o: torch.Tensor, s: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, merge: bool
+    ) -> None:
+        """o [B, m, heads, D] and s [B, m, heads] into the rows of out and lse, joined to what stands there."""
+        at = rows if self.q_heads is None else (rows[:, :, None], self.q_heads)
+        if merge:
+            o, s = merge_state(out[at], lse[at], o, s)
+        out[at] = o.to(out.dtype)
+        lse[at] = s
+
     def take_kv(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """slots [B, n] -> [B, kv, n, D]"""
         if self.kv_heads is None:
+            first, last = int(slots[0, 0]), int(slots[0, -1])
+            if len(slots) == 1 and last - first == slots.shape[1] - 1 and bool((slots.diff() == 1).all()):
+                return cache[None, first : last + 1].transpose(1, 2)  # side by side in the pool: nothing to gather
             return cache.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
         return cache[slots[:, :, None], self.kv_heads].transpose(1, 2)
 
@@ -114,12 +155,7 @@ def _run_tiles(
         return
     o, s = parts[0] if len(parts) == 1 else merge_state(*parts[0], *parts[1])
     m = tiles.q_rows.shape[1]
-    o, s = heads.give_back(o, m), heads.give_back(s, m)
-    at = tiles.q_rows if heads.q_heads is None else (tiles.q_rows[:, :, None], heads.q_heads)
-    if merge:
-        o, s = merge_state(out[at], lse[at], o, s)
-    out[at] = o.to(out.dtype)
-    lse[at] = s
+    heads.write(heads.give_back(o, m), heads.give_back(s, m), tiles.q_rows, out, lse, merge)
 
 
 def _attend(

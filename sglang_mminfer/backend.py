@@ -142,9 +142,7 @@ class _Batch:
         records = []
         for request in self.requests:
             sparse = request.dense_reason is None and self.sparse_layers > 0
-            reason = (
-                None if sparse else request.dense_reason or ",".join(sorted(self.layer_reasons)) or "no_layer"
-            )
+            reason = None if sparse else request.dense_reason or ",".join(sorted(self.layer_reasons)) or "no_layer"
             records.append(
                 PrefillRecord(
                     rid=request.rid,

@@ -82,9 +82,7 @@ class Metrics:
             "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density.",
         )
         self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
-        self._attn_ms = Counter(
-            "sglang:mminfer_attn_ms", "Milliseconds spent in attention of prefill batches."
-        )
+        self._attn_ms = Counter("sglang:mminfer_attn_ms", "Milliseconds spent in attention of prefill batches.")
 
     def add(self, records: list[PrefillRecord]) -> None:
         for record in records:
