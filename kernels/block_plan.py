@@ -91,7 +91,7 @@ class BlockPlan:
             while end is not None and t < self.num_tiles and heads[t] == heads[first] and ends[t] is not None:
                 rows = q_indptr[t + 1] - q_indptr[t]
                 follows = int(self.q_rows[q_indptr[t]]) == int(self.q_rows[q_indptr[t] - 1]) + 1
-                if ends[t][0] != end[0] or ends[t][1] != end[1] + rows or not follows:
+                if ends[t] != (end[0], end[1] + rows) or not follows:
                     break
                 end, t = ends[t], t + 1
             if end is not None and t - first > 1:

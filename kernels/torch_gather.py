@@ -8,6 +8,7 @@ where that is missing, three torch operations.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from .block_plan import CausalRun, PrefillPlan, TileBatch
 from .threads import for_each
 
 LOG2_E = 1 / math.log(2)
-_FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def run(

@@ -227,7 +227,8 @@ def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kw
         if length == 0:
             continue
         rows = starts[lengths == length][:, None] + torch.arange(length)  # [sequences, length]
-        batch = (tensor[rows].transpose(1, 2) for tensor in (q, k, v))
-        attended = scaled_dot_product_attention(*batch, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+        q_part, k_part, v_part = (tensor[rows].transpose(1, 2) for tensor in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        attended = scaled_dot_product_attention(q_part, k_part, v_part, scale=self.scale, enable_gqa=grouped)
         out[rows] = attended.transpose(1, 2)
     return out

@@ -7,6 +7,7 @@ BatchPrefillWithPagedKVCacheWrapper, so that its `merge_state` composes with wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -126,7 +127,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
             str(len(modality_maps)),
         )
         several = isinstance(head_patterns, Sequence) and not isinstance(head_patterns, str)
-        patterns = list(head_patterns) if several else [head_patterns]
+        patterns: list[Any] = list(head_patterns) if several else [head_patterns]  # type: ignore[arg-type]
         for i, pattern in enumerate(patterns):
             name = f"head_patterns[{i}]"
             _expect(isinstance(pattern, HeadPattern), name, "a pattern or a boundary", repr(pattern))
