@@ -103,30 +103,66 @@ BLOCK_K, SLOTS = 4, 50
 
 
 @st.composite
+def raw_tiles(draw, num_rows: int, num_tiles: int):
+    """(rows, bounds, key tiles) of some query tiles in any order, each row at most once."""
+    left, tiles = list(draw(st.permutations(range(num_rows)))), []
+    while left and draw(st.integers(0, 4)):
+        size = draw(st.integers(1, 4))
+        rows, left = left[:size], left[size:]
+        listed = draw(st.sets(st.integers(0, num_tiles - 1)))
+        tiles.append((rows, [draw(st.integers(0, 31)) for _ in rows], listed))
+    return tiles
+
+
+@st.composite
+def almost_causal_tiles(draw, num_rows: int):
+    """Row after row and key after key, as in dense attention; then at most one thing is not as it was."""
+    start, prefix, tiles = draw(st.integers(0, num_rows - 1)), draw(st.integers(0, 9)), []
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    for size in sizes:
+        rows = list(range(start, min(start + size, num_rows)))
+        if rows:
+            bounds = [prefix + row + 1 for row in rows]
+            tiles.append((rows, bounds, set(range(-(-bounds[-1] // BLOCK_K)))))
+        start += size
+    odd = draw(st.integers(0, len(tiles) - 1))
+    rows, bounds, listed = tiles[odd]
+    i = draw(st.integers(0, len(rows) - 1))
+    change = draw(st.sampled_from(["nothing", "bound", "rows", "keys", "no keys"]))
+    if change == "bound":
+        bounds[i] = draw(st.integers(0, 31))
+    elif change == "rows":
+        rows[0], rows[i] = rows[i], rows[0]
+    elif change == "keys":
+        listed.discard(draw(st.integers(0, 3)))
+    elif change == "no keys":
+        listed.clear()
+    return tiles
+
+
+@st.composite
 def raw_plans(draw):
     """Plans of no pattern at all: any positions, slots, homes, row bounds and lists that the contract allows."""
     groups = ((0, 1, 2, 3), (1, 2), (3,), (0, 2, 3))
-    num_tiles, passes = draw(st.integers(1, 6)), []
+    causal = draw(st.booleans())
+    num_tiles, num_rows, passes = 6 if causal else draw(st.integers(1, 6)), draw(st.integers(1, 9)), []
     positions, slots, homes = [], [], []
-    for _ in range(num_tiles):
-        columns = draw(st.booleans())
-        for _ in range(BLOCK_K):
-            padding = draw(st.integers(0, 5)) == 0
-            positions.append(PAD_POSITION if padding else draw(st.integers(0, 30)))
+    for tile in range(num_tiles):
+        columns = not causal and draw(st.booleans())
+        for lane in range(BLOCK_K):
+            padding = draw(st.integers(0, 40 if causal else 5)) == 0
+            position = tile * BLOCK_K + lane if causal else draw(st.integers(0, 30))
+            positions.append(PAD_POSITION if padding else position)
             slots.append(0 if padding else draw(st.integers(0, SLOTS - 1)))
             homes.append(draw(st.integers(-1, num_tiles - 1)) if columns and not padding else NO_HOME)
     keys = KeyTable(*(torch.tensor(x, dtype=torch.int32) for x in (positions, slots, homes)))
-    num_rows = draw(st.integers(1, 9))
     for _ in range(draw(st.integers(1, 3))):
         plan = {"q_rows": [], "q_stop": [], "q_indptr": [0], "q_heads": [], "block_indptr": [0]}
         block_indices, num_full = [], []
         for group in draw(st.sampled_from([(0,), (1, 2), (3,)])):  # groups that share no head
-            left = draw(st.permutations(range(num_rows)))
-            while left and draw(st.integers(0, 4)):
-                size = draw(st.integers(1, 4))
-                rows, left = left[:size], left[size:]
-                stops = [draw(st.integers(0, 31)) for _ in rows]
-                listed = sorted(draw(st.sets(st.integers(0, num_tiles - 1))))
+            tiles = draw(almost_causal_tiles(num_rows) if causal else raw_tiles(num_rows, num_tiles))
+            for rows, stops, listed in tiles:
+                listed = sorted(listed)
                 full = [
                     b
                     for b in listed
