@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = getattr(options, kind)
         if source and "://" not in source and not Path(source).is_file():
             parser.error(f"--{kind}: {source}: no such file")
-    # `default` leaves the first 4,096 tokens dense: a short clip for a tiny model would show nothing.
+    # `default` leaves the first 4,608 tokens dense: a short clip for a tiny model would show nothing.
     head_config = options.head_config or ("default" if options.model_path else "test_grid_frame")
     try:
         HeadConfig.load(head_config)

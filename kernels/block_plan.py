@@ -17,12 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 
 PAD_POSITION = torch.iinfo(torch.int32).max  # position of padding keys: beyond every row's bound
 NO_HOME = -1
 MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of a head in a stack of tiles: small enough to share out to threads
+MAX_MASKED_KEYS = 4096  # a tile with more keys that only some of its rows see is cut into strips of rows
+ROWS_OF_A_STRIP = 32
 
 
 @dataclass
@@ -30,8 +33,8 @@ class KeyTable:
     """All key orders of a batch, one after the other, each padded to whole tiles. int32 throughout.
 
     kv_pos:   [tiles * block_k] absolute position in its request; PAD_POSITION for padding.
-    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding
-              the request's first token: a weight of zero times what others left in the cache may be NaN.
+    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding that of
+              the tile's nearest key: a weight of zero times what others left in the cache may be NaN.
     kv_home:  [tiles * block_k] for a gathered column the tile of its base order, else NO_HOME.
     """
 
@@ -82,51 +85,64 @@ class BlockPlan:
     def causal_runs(self) -> list[CausalRun]:
         """Tiles one after the other that together are plain causal attention: two of them or more."""
         runs: list[CausalRun] = []
-        q_indptr, block_indptr, heads = self.q_indptr.tolist(), self.block_indptr.tolist(), self.q_heads.tolist()
-        ends = [self._causal_end(t, q_indptr, block_indptr) for t in range(self.num_tiles)]
+        q_indptr, heads = self.q_indptr.tolist(), self.q_heads.tolist()
+        first_key, stop, first_row, last_row = self._causal_tiles().tolist()
+
+        def follows(t: int) -> bool:
+            """Tile t goes on where tile t - 1 ended."""
+            return (
+                (heads[t], first_key[t]) == (heads[t - 1], first_key[t - 1])
+                and stop[t] == stop[t - 1] + q_indptr[t + 1] - q_indptr[t]
+                and first_row[t] == last_row[t - 1] + 1
+            )
+
         t = 0
         while t < self.num_tiles:
-            first, end = t, ends[t]
-            t += 1
-            while end is not None and t < self.num_tiles and heads[t] == heads[first] and ends[t] is not None:
-                rows = q_indptr[t + 1] - q_indptr[t]
-                follows = int(self.q_rows[q_indptr[t]]) == int(self.q_rows[q_indptr[t] - 1]) + 1
-                if ends[t] != (end[0], end[1] + rows) or not follows:
-                    break
-                end, t = ends[t], t + 1
-            if end is not None and t - first > 1:
-                rows = slice(q_indptr[first], q_indptr[t])
-                keys = slice(end[0] * self.block_k, end[0] * self.block_k + end[1])
-                runs.append(
-                    CausalRun(
-                        range(first, t),
-                        self.head_groups[heads[first]],
-                        slice(int(self.q_rows[rows][0]), int(self.q_rows[rows][-1]) + 1),
-                        self.keys.kv_slots[keys].long(),
-                    )
-                )
+            first, t = t, t + 1
+            if first_key[first] < 0:
+                continue
+            while t < self.num_tiles and follows(t):
+                t += 1
+            if t - first > 1:
+                keys = slice(first_key[first], first_key[first] + stop[t - 1])
+                rows = slice(first_row[first], last_row[t - 1] + 1)
+                slots = self.keys.kv_slots[keys].long()
+                runs.append(CausalRun(range(first, t), self.head_groups[heads[first]], rows, slots))
         return runs
 
-    def _causal_end(self, t: int, q_indptr: list[int], block_indptr: list[int]) -> tuple[int, int] | None:
-        """(first key tile, causal bound of the last row) if the tile's rows follow each other and see all before."""
-        rows = slice(q_indptr[t], q_indptr[t + 1])
-        stop, q_rows = self.q_stop[rows], self.q_rows[rows]
-        last = int(stop[-1])
-        blocks = self.block_indices[block_indptr[t] : block_indptr[t + 1]]
-        if not len(blocks) or len(blocks) != -(-last // self.block_k):
-            return None
-        first = int(blocks.min())
-        if (
-            int(blocks.max()) - first != len(blocks) - 1
-            or bool((stop.diff() != 1).any())
-            or bool((q_rows.diff() != 1).any())
-        ):
-            return None
-        keys = slice(first * self.block_k, (first + len(blocks)) * self.block_k)
-        pos, home = self.keys.kv_pos[keys], self.keys.kv_home[keys]
-        follow = torch.equal(pos[:last], torch.arange(last, dtype=pos.dtype, device=pos.device))
-        plain = follow and bool((pos[last:] >= last).all()) and bool((home < 0).all())
-        return (first, last) if plain and last >= len(stop) else None
+    def _causal_tiles(self) -> torch.Tensor:
+        """int64 [4, T]: first key lane, bound of the last row, first and last row of q.
+
+        The first key lane is -1 where the tile is not plain causal attention: rows and their bounds follow each
+        other, and the keys are those of positions 0 to the last bound, side by side in the table.
+        """
+        indptr, block_indptr = self.q_indptr.long(), self.block_indptr.long()
+        first, last, blocks = indptr[:-1], indptr[1:] - 1, block_indptr.diff()
+        tile_of = torch.repeat_interleave(torch.arange(self.num_tiles, device=blocks.device), blocks)
+        visited = self.block_indices.long()
+        lowest = torch.zeros_like(blocks).scatter_reduce(0, tile_of, visited, "amin", include_self=False)
+        highest = torch.zeros_like(blocks).scatter_reduce(0, tile_of, visited, "amax", include_self=False)
+        stop, pos = self.q_stop[last].long(), self.keys.kv_pos
+        if not len(visited):
+            return torch.full((4, self.num_tiles), -1, device=blocks.device)
+
+        def free_of(bad: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+            """Nothing of bad[start:end] is set."""
+            count = torch.cat([bad.new_zeros(1, dtype=torch.int64), bad.cumsum(0)])
+            return count[end.clamp(0, len(bad))] == count[start.clamp(0, len(bad))]
+
+        def jumps(values: torch.Tensor) -> torch.Tensor:
+            return torch.cat([values.new_zeros(1, dtype=torch.bool), values.diff() != 1])
+
+        start, end = lowest * self.block_k, (lowest + blocks) * self.block_k
+        plain = (blocks > 0) & (highest - lowest == blocks - 1) & (blocks == -(-stop // self.block_k))
+        plain &= stop > last - first
+        plain &= free_of(jumps(self.q_stop) | jumps(self.q_rows), first + 1, last + 1)
+        plain &= free_of(self.keys.kv_home >= 0, start, end)
+        plain &= free_of(jumps(pos) & (pos != PAD_POSITION), start + 1, end)
+        lane = (start + stop - 1).clamp(0, len(pos) - 1)
+        plain &= (pos[start] == 0) & (pos[lane] == stop - 1)
+        return torch.stack([start.where(plain, -1), stop, self.q_rows[first].long(), self.q_rows[last].long()])
 
     def _stacked(self, tiles: Iterable[int]) -> list[TileBatch]:
         q_indptr, block_indptr = self.q_indptr.tolist(), self.block_indptr.tolist()
@@ -138,6 +154,11 @@ class BlockPlan:
                 shapes.setdefault((q_heads[t], rows, blocks, num_full[t]), []).append(t)
         batches = []
         for (heads, rows, blocks, full), members in shapes.items():
+            if (blocks - full) * self.block_k > MAX_MASKED_KEYS and rows > ROWS_OF_A_STRIP:
+                for t, skip in product(members, range(0, rows, ROWS_OF_A_STRIP)):
+                    strip = min(ROWS_OF_A_STRIP, rows - skip)
+                    batches.append(TileBatch(self, [t], self.head_groups[heads], strip, blocks, full, skip))
+                continue
             size = max(1, MAX_BATCHED_PAIRS // (rows * blocks * self.block_k))
             for i in range(0, len(members), size):
                 batches.append(TileBatch(self, members[i : i + size], self.head_groups[heads], rows, blocks, full))
@@ -153,13 +174,25 @@ class CausalRun:
     q_rows: slice
     kv_slots: torch.Tensor
 
+    @cached_property
+    def kv_slice(self) -> slice | None:
+        return slice_of(self.kv_slots)
+
+
+def slice_of(slots: torch.Tensor) -> slice | None:
+    """The slice of the cache that `slots` [n] are, if they lie side by side in it."""
+    first, last = int(slots[0]), int(slots[-1])
+    side_by_side = last - first == len(slots) - 1 and bool((slots.diff() == 1).all())
+    return slice(first, last + 1) if side_by_side else None
+
 
 @dataclass
 class TileBatch:
     """B tiles of one shape as a host executor wants them: rows, visited keys, and the mask of the last of these.
 
-    Each has m `rows`, visits n = blocks * block_k keys, and of its key tiles the first `full` are visible to all
-    rows. The tensors are made when first asked for, by whichever thread runs the tiles, and kept for all layers.
+    Each has m `rows`, which are those of its tile after the first `skip`, visits n = blocks * block_k keys, and
+    of its key tiles the first `full` are visible to all rows. The tensors are made when first asked for, by
+    whichever thread runs the tiles, and kept for all layers.
     """
 
     plan: BlockPlan
@@ -168,6 +201,7 @@ class TileBatch:
     rows: int
     blocks: int
     full: int
+    skip: int = 0
 
     def pairs(self) -> int:
         """(row, key) pairs to compute for one head, masked ones included."""
@@ -176,7 +210,7 @@ class TileBatch:
     @property
     def num_unmasked(self) -> int:
         """The first so many keys of a tile are visible to all its rows; of the others `visible` tells."""
-        return self.full * self.plan.block_k
+        return self._keys[3]
 
     @cached_property
     def q_rows(self) -> torch.Tensor:
@@ -185,53 +219,82 @@ class TileBatch:
 
     @property
     def kv_slots(self) -> torch.Tensor:
-        """int64 [B, n]: rows of the cache. Where B is 1, keys that no row sees are left out."""
+        """int64 [B, n]: rows of the cache. Where B is 1, keys that no row sees are left out.
+
+        The order is that of the visits, except that where B is 1 the keys that all rows see come first.
+        """
         return self._keys[0]
+
+    @cached_property
+    def kv_slice(self) -> slice | None:
+        """`kv_slots` as a slice of the cache where there is one tile and its keys lie side by side."""
+        return slice_of(self.kv_slots[0]) if len(self.tiles) == 1 and self.kv_slots.shape[1] else None
 
     @property
     def kv_pos(self) -> torch.Tensor:
         """int32 [B, n]: positions of the keys."""
         return self._keys[1]
 
-    @property
+    @cached_property
     def visible(self) -> torch.Tensor:
         """bool [B, m, n - num_unmasked]"""
+        return self._bounds[:, None, :] < self.q_stop[:, :, None]
+
+    @cached_property
+    def q_stop(self) -> torch.Tensor:
+        """int32 [B, m]: exclusive bound on the key positions that a row may see."""
+        return self.plan.q_stop[self._row_index]
+
+    @property
+    def _bounds(self) -> torch.Tensor:
+        """int32 [B, n - num_unmasked]: a row sees the masked key if this lies below its `q_stop`."""
         return self._keys[2]
 
     @cached_property
     def _row_index(self) -> torch.Tensor:
-        first = self.plan.q_indptr[self.tiles].long()
+        first = self.plan.q_indptr[self.tiles].long() + self.skip
         return first[:, None] + torch.arange(self.rows, device=first.device)
 
     @cached_property
-    def _keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         plan, table = self.plan, self.plan.keys
         first = plan.block_indptr[self.tiles].long()
         visited = plan.block_indices[first[:, None] + torch.arange(self.blocks, device=first.device)].long()
         lane = torch.arange(plan.block_k, device=first.device)
         keys = (visited[:, :, None] * plan.block_k + lane).flatten(1)
-        masked = keys[:, self.num_unmasked :]
-        visible = table.kv_pos[masked][:, None, :] < plan.q_stop[self._row_index][:, :, None]
-        home = table.kv_home[masked]
+        num_unmasked = self.full * plan.block_k
+        masked = keys[:, num_unmasked:]
+        bounds, home = table.kv_pos[masked], table.kv_home[masked]
         if bool((home >= 0).any()):
-            visible &= ~(home[:, :, None] == visited[:, None, :]).any(dim=2)[:, None, :]
-        if len(self.tiles) == 1:
-            seen = visible[0].any(dim=0)
-            visible = visible[:, :, seen]
-            keys = torch.cat([keys[:, : self.num_unmasked], masked[:, seen]], dim=1)
-        return table.kv_slots[keys].long(), table.kv_pos[keys], visible
+            elsewhere = (home[:, :, None] == visited[:, None, :]).any(dim=2)
+            bounds = bounds.masked_fill(elsewhere, PAD_POSITION)
+        if len(self.tiles) == 1 and bounds.shape[1]:
+            least, most = self.q_stop.aminmax()
+            by_all, by_some = bounds[0] < least, bounds[0] < most
+            nearest = bounds[0].masked_fill(~by_all, -1).max()
+            by_all &= bounds[0] != nearest  # one stays masked, so that no row is empty there
+            by_some &= ~by_all
+            bounds = bounds[:, by_some]
+            keys = torch.cat([keys[:, :num_unmasked], masked[:, by_all], masked[:, by_some]], dim=1)
+            num_unmasked = keys.shape[1] - bounds.shape[1]
+        return table.kv_slots[keys].long(), table.kv_pos[keys], bounds, num_unmasked
 
     @cached_property
     def empty_rows(self) -> torch.Tensor | None:
         """bool [B, m], the rows that see none of the masked keys; None where there are none."""
-        empty = ~self.visible.any(dim=2)
+        empty = self.count_masked == 0
         return empty if bool(empty.any()) else None
+
+    @cached_property
+    def count_masked(self) -> torch.Tensor:
+        """int64 [B, m]: how many of the masked keys a row sees."""
+        return torch.searchsorted(self._bounds.sort(dim=1).values, self.q_stop)
 
     @cached_property
     def additive_mask(self) -> torch.Tensor:
         """float32, shaped like `visible`: 0 where a key is visible, -inf where not."""
-        zeros = torch.zeros(self.visible.shape, device=self.visible.device)
-        return zeros.masked_fill_(~self.visible, -torch.inf)
+        hidden = self._bounds[:, None, :] >= self.q_stop[:, :, None]
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 @dataclass
@@ -247,7 +310,11 @@ class PrefillPlan:
         """int64 [num_rows, num_heads]: keys at or below the diagonal that each row and head visits."""
         pairs = torch.zeros(self.num_rows, self.num_heads, dtype=torch.int64)
         for plan in self.passes:
-            for tiles in plan.batches:
-                count = (tiles.visible.sum(dim=2) + tiles.num_unmasked).cpu()
+            for run in plan.causal_runs:
+                rows, length = run.q_rows, len(run.kv_slots)
+                seen = torch.arange(length - (rows.stop - rows.start), length) + 1
+                pairs[rows, list(run.heads)] += seen[:, None]
+            for tiles in plan.scattered:
+                count = (tiles.count_masked + tiles.num_unmasked).cpu()
                 pairs[tiles.q_rows.cpu()[:, :, None], torch.tensor(tiles.heads)] += count[:, :, None]
         return pairs

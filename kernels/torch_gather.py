@@ -15,7 +15,8 @@ import torch
 from .block_plan import CausalRun, PrefillPlan, TileBatch
 from .threads import for_each
 
-LOG2_E = 1 / math.log(2)
+LN_2 = math.log(2)
+LOG2_E = 1 / LN_2
 _FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -35,6 +36,13 @@ def run(
         [tokens, Hq], base 2; both are written whole, whatever they held.
         sm_scale: factor on q . k.
     """
+    if not (out.is_contiguous() and lse.is_contiguous()):
+        whole, its_lse = torch.empty(out.shape, dtype=out.dtype, device=out.device), lse.contiguous()
+        run(q, k_cache, v_cache, plan, sm_scale, whole, its_lse)
+        out.copy_(whole)
+        lse.copy_(its_lse)
+        return
+    q = q.contiguous()
     group = q.shape[1] // k_cache.shape[1]
     out.zero_()
     lse.fill_(-torch.inf)
@@ -48,8 +56,8 @@ def run(
             for tiles in block_plan.batches:
                 run_tiles(tiles)
             continue
-        for run in block_plan.causal_runs if _FUSED is not None else []:
-            _run_causal(q, k_cache, v_cache, run, layouts[run.heads], sm_scale, out, lse, number > 0)
+        for causal in block_plan.causal_runs if _FUSED is not None else []:
+            _run_causal(q, k_cache, v_cache, causal, layouts[causal.heads], sm_scale, out, lse, number > 0)
         for_each(run_tiles, block_plan.scattered if _FUSED is not None else block_plan.batches)
 
 
@@ -65,18 +73,22 @@ def _run_causal(
     merge: bool,
 ) -> None:
     """Plain causal attention of many rows at once, which is what the fused kernel does best."""
-    m, slots = run.q_rows.stop - run.q_rows.start, run.kv_slots[None]
-    prefix = slots.shape[1] - m
-    rows = torch.arange(run.q_rows.start, run.q_rows.stop, device=q.device)[None]
-    packed = heads.take_q(q, rows)  # [1, kv, per_kv * m, D]
-    k, v = heads.take_kv(k_cache, slots).to(q.dtype), heads.take_kv(v_cache, slots).to(q.dtype)
-    by_head = packed.unflatten(2, (heads.per_kv, m)).flatten(1, 2)  # [1, heads, m, D]
+    m = run.q_rows.stop - run.q_rows.start
+    at = run.q_rows if heads.all_q else (run.q_rows, heads.q_heads)
+    by_head = q[at].transpose(0, 1)[None]  # [1, heads, m, D]
+    k, v = (heads.take_kv(cache, run).to(q.dtype) for cache in (k_cache, v_cache))
+    prefix = k.shape[2] - m
     own = [t[:, :, prefix:].repeat_interleave(heads.per_kv, dim=1) for t in (k, v)]
     o, s = _FUSED(by_head, *own, 0.0, True, attn_mask=None, scale=sm_scale)
-    o, s = o.reshape(packed.shape), s.float().reshape(packed.shape[:3]) * LOG2_E
+    s = s.float() * LOG2_E
     if prefix:
-        o, s = merge_state(o, s, *_attend(packed, k[:, :, :prefix], v[:, :, :prefix], None, sm_scale))
-    heads.write(heads.give_back(o, m), heads.give_back(s, m), rows, out, lse, merge)
+        packed = by_head.unflatten(1, (-1, heads.per_kv)).flatten(2, 3)  # [1, kv, per_kv * m, D]
+        before, its_s = _attend(packed, k[:, :, :prefix], v[:, :, :prefix], None, sm_scale)
+        o, s = merge_state(o, s, before.reshape(o.shape), its_s.reshape(s.shape))
+    o, s = o[0].transpose(0, 1), s[0].transpose(0, 1)
+    if merge:
+        o, s = merge_state(out[at], lse[at], o, s)
+    out[at], lse[at] = o.to(out.dtype), s
 
 
 class _HeadLayout:
@@ -93,36 +105,28 @@ class _HeadLayout:
         if any(kv_of.count(kv) != per_kv for kv in distinct):
             distinct, per_kv = kv_of, 1
         self.per_kv = per_kv
-        self.q_heads = None if len(heads) == num_heads else torch.tensor(heads, device=device)
+        self.num_heads = num_heads
+        self.all_q = len(heads) == num_heads
+        self.q_heads = torch.tensor(heads, device=device)
         self.kv_heads = (
             None if len(distinct) == num_heads // group and per_kv == group else torch.tensor(distinct, device=device)
         )
 
-    def take_q(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """rows [B, m] -> [B, kv, per_kv * m, D]: heads that share K and V as further rows over them."""
-        tile = q[rows] if self.q_heads is None else q[rows[:, :, None], self.q_heads]
-        return tile.unflatten(2, (-1, self.per_kv)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    def index(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [B, m] -> int64 [B, kv, per_kv * m], rows of q seen as [tokens * heads, D].
 
-    def give_back(self, packed: torch.Tensor, m: int) -> torch.Tensor:
-        """[B, kv, per_kv * m, ...] -> [B, m, heads, ...], the inverse of `take_q`."""
-        return packed.unflatten(2, (self.per_kv, m)).movedim(3, 1).flatten(2, 3)
+        Heads that share K and V become further rows over them.
+        """
+        index = rows[:, None, :] * self.num_heads + self.q_heads[:, None]
+        return index.view(len(rows), -1, self.per_kv * rows.shape[1])
 
-    def write(
-        self, o: torch.Tensor, s: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, merge: bool
-    ) -> None:
-        """o [B, m, heads, D] and s [B, m, heads] into the rows of out and lse, joined to what stands there."""
-        at = rows if self.q_heads is None else (rows[:, :, None], self.q_heads)
-        if merge:
-            o, s = merge_state(out[at], lse[at], o, s)
-        out[at] = o.to(out.dtype)
-        lse[at] = s
-
-    def take_kv(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """slots [B, n] -> [B, kv, n, D]"""
+    def take_kv(self, cache: torch.Tensor, tiles: TileBatch | CausalRun) -> torch.Tensor:
+        """The keys or values of `tiles`: [B, kv, n, D]. A view where they lie side by side in the pool."""
+        if tiles.kv_slice is not None:
+            taken = cache[None, tiles.kv_slice]
+            return (taken if self.kv_heads is None else taken[:, :, self.kv_heads]).transpose(1, 2)
+        slots = tiles.kv_slots if tiles.kv_slots.dim() == 2 else tiles.kv_slots[None]
         if self.kv_heads is None:
-            first, last = int(slots[0, 0]), int(slots[0, -1])
-            if len(slots) == 1 and last - first == slots.shape[1] - 1 and bool((slots.diff() == 1).all()):
-                return cache[None, first : last + 1].transpose(1, 2)  # side by side in the pool: nothing to gather
             return cache.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
         return cache[slots[:, :, None], self.kv_heads].transpose(1, 2)
 
@@ -138,25 +142,28 @@ def _run_tiles(
     lse: torch.Tensor,
     merge: bool,
 ) -> None:
-    packed = heads.take_q(q, tiles.q_rows)
-    full, masked = tiles.kv_slots[:, : tiles.num_unmasked], tiles.kv_slots[:, tiles.num_unmasked :]
-    parts = []
-    if full.shape[1]:
-        k, v = heads.take_kv(k_cache, full), heads.take_kv(v_cache, full)
-        parts.append(_attend(packed, k, v, None, sm_scale))
-    if masked.shape[1]:
-        k, v = heads.take_kv(k_cache, masked), heads.take_kv(v_cache, masked)
+    if not tiles.kv_slots.shape[1]:
+        return
+    index = heads.index(tiles.q_rows)
+    packed = q.view(-1, q.shape[2]).index_select(0, index.flatten()).view(*index.shape, -1)
+    k, v = heads.take_kv(k_cache, tiles), heads.take_kv(v_cache, tiles)
+    full, parts = tiles.num_unmasked, []
+    if full:
+        parts.append(_attend(packed, k[:, :, :full], v[:, :, :full], None, sm_scale))
+    if k.shape[2] > full:
         mask = tiles.additive_mask.repeat(1, heads.per_kv, 1)[:, None]
-        o, s = _attend(packed, k, v, mask, sm_scale)
+        o, s = _attend(packed, k[:, :, full:], v[:, :, full:], mask, sm_scale)
         if (empty := tiles.empty_rows) is not None:
             empty = empty.repeat(1, heads.per_kv)[:, None]
             o, s = o.masked_fill(empty[..., None], 0), s.masked_fill(empty, -torch.inf)
         parts.append((o, s))
-    if not parts:
-        return
     o, s = parts[0] if len(parts) == 1 else merge_state(*parts[0], *parts[1])
-    m = tiles.q_rows.shape[1]
-    heads.write(heads.give_back(o, m), heads.give_back(s, m), tiles.q_rows, out, lse, merge)
+    index, o, s = index.flatten(), o.reshape(-1, o.shape[-1]), s.flatten()
+    rows_out, rows_lse = out.view(-1, out.shape[-1]), lse.view(-1)
+    if merge:
+        o, s = merge_state(rows_out[index], rows_lse[index], o, s)
+    rows_out.index_copy_(0, index, o.to(out.dtype))
+    rows_lse.index_copy_(0, index, s)
 
 
 def _attend(
@@ -182,7 +189,7 @@ def merge_state(
     o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Join two partial attentions over disjoint keys. o [..., D], lse [...] base 2; as FlashInfer's merge_state."""
-    lse = torch.logaddexp2(lse_a, lse_b)
-    finite = lse.masked_fill(lse.isneginf(), 0)
-    weight_a, weight_b = torch.exp2(lse_a - finite)[..., None], torch.exp2(lse_b - finite)[..., None]
-    return o_a * weight_a + o_b * weight_b, lse
+    weight_b = torch.sigmoid((lse_b - lse_a) * LN_2).nan_to_num_(nan=0.0)  # NaN: both of them empty
+    wide = torch.promote_types(o_a.dtype, torch.float32)
+    o = torch.lerp(o_a.to(wide), o_b.to(wide), weight_b[..., None].to(wide))
+    return o, torch.logaddexp2(lse_a, lse_b)

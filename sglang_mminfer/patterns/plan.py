@@ -205,9 +205,10 @@ class _KeyTableBuilder:
         )
         for request, order in self._orders:
             positions = order.positions.long().to(device)
-            padding = positions == PAD_POSITION
+            nearest = positions.view(-1, self.block_k).amin(dim=1).repeat_interleave(self.block_k)
+            positions = positions.where(positions != PAD_POSITION, nearest)  # padding: see KeyTable
+            own = self.requests[request].slots[positions.masked_fill(positions == PAD_POSITION, 0)]
             pos.append(order.positions)
-            own = self.requests[request].slots[positions.masked_fill(padding, 0)]  # padding: see KeyTable
             slots.append(own.to(torch.int32))
             if order.base is None or order.base_tiles is None:
                 homes.append(torch.full_like(order.positions, NO_HOME))

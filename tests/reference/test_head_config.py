@@ -112,10 +112,10 @@ def test_every_pattern_and_boundary_has_a_test_config():
 def test_the_default_is_static_and_for_any_model():
     config = HeadConfig.load("default")
     assert config.patterns(0) == [Grid("frame", True, True, True, 0, 128, 1024)]
-    assert config.defaults == Defaults(4096)
+    assert config.defaults == Defaults(4608)
     assert config.describe() == (
         "default (any model, handwritten): all heads grid(stride frame, v, h, s, phase 0, sink 128, local "
-        "1024); rows below 4096 dense"
+        "1024); rows below 4608 dense"
     )
 
 

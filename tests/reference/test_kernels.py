@@ -1,11 +1,13 @@
 """The executors by themselves: what a plan's arrays mean, taken word by word, against what each executor computes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang_mminfer.kernels import block_plan as block_plan_module
 from sglang_mminfer.kernels import reference, torch_gather
 from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
 from support import D, any_pattern, batches, conversation
@@ -228,6 +230,25 @@ def test_an_executor_does_what_the_plan_says_and_writes_every_output(execute, nu
             )
             torch.testing.assert_close(out[row, head], expected[0].float(), rtol=2e-5, atol=2e-6)
             torch.testing.assert_close(lse[row, head], expected_lse[0].float(), rtol=2e-5, atol=2e-6)
+
+
+@settings(max_examples=40)
+@given(plan=raw_plans())
+def test_rows_cut_into_strips_see_what_their_tiles_see(plan):
+    """Tiles with many masked keys are cut into strips of rows; here those with more than one, into strips of two."""
+    q, k, v = (randn(n, 4, D, seed=i) for i, n in enumerate((plan.num_rows, SLOTS, SLOTS)))
+    results = []
+    for strips in (False, True):
+        passes = tuple(replace(block_plan) for block_plan in plan.passes)  # without what the first run has kept
+        cut = PrefillPlan(passes, plan.num_rows, plan.num_heads)
+        out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
+        with pytest.MonkeyPatch.context() as patch:
+            if strips:
+                patch.setattr(block_plan_module, "MAX_MASKED_KEYS", 1)
+                patch.setattr(block_plan_module, "ROWS_OF_A_STRIP", 2)
+            torch_gather.run(q, k, v, cut, 0.4, out, lse)
+            results.append((out, lse, cut.visited_by_row))
+    torch.testing.assert_close(results[0], results[1], rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("execute", EXECUTORS)
