@@ -36,7 +36,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m sglang_mminfer.evaluation.prefill_bench
 
-# 300 conversations, 16 clients, aborts among them, and retraction; about a quarter of an hour.
+# 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
 soak: setup
 	$(BIN)/python -m pytest -m soak tests/server
 

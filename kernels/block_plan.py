@@ -2,10 +2,11 @@
 
 A `PrefillPlan` is a short list of passes over one ragged batch; a pass (`BlockPlan`) visits every (row, head)
 at most once, and no (row, head, key) is visited by two passes, so the passes of a row join exactly by their LSE.
-A pass is a list of query tiles. Each tile has its rows, the heads that share it, and the ascending list of key
-tiles to visit, those visible to all its rows ("full") before those that need a comparison of positions
-("partial"). Keys are named through one table that composes every token order of the batch with its page table,
-so that an executor never permutes anything: key tile j is `kv_slots[j * block_k : (j + 1) * block_k]`.
+A pass is a list of query tiles. Each tile has its rows, the heads that share it, and the list of key tiles to
+visit: those visible to all its rows ("full"), then those that need a comparison of positions ("partial"), then
+those of gathered columns, each part ascending. Keys are named through one table that composes every token order
+of the batch with its page table, so that an executor never permutes anything: key tile j is
+`kv_slots[j * block_k : (j + 1) * block_k]`.
 
 A key of a visited tile counts for a row if and only if
     kv_pos[key] < q_stop[row]        and        not (kv_home[key] >= 0 and tile kv_home[key] is on the list)
@@ -51,8 +52,9 @@ class BlockPlan:
     q_stop:        [R] exclusive bound on the key positions that the row may see in this pass.
     q_indptr:      [T + 1] rows of tile t: q_rows[q_indptr[t] : q_indptr[t + 1]], at most block_q of them.
     q_heads:       [T] index into `head_groups`: the query heads that run this tile.
-    block_indptr:  [T + 1], block_indices: [nnz] key tiles of `keys`: full ones first, each part ascending.
-    num_full:      [T] how many of a tile's key tiles are full.
+    block_indptr:  [T + 1], block_indices: [nnz] key tiles of `keys`: full, partial, columns, each part ascending.
+    num_full:      [T] how many of a tile's key tiles are full: the first ones.
+    num_columns:   [T] how many of them hold gathered columns: the last ones.
     """
 
     keys: KeyTable
@@ -63,12 +65,54 @@ class BlockPlan:
     block_indptr: torch.Tensor
     block_indices: torch.Tensor
     num_full: torch.Tensor
+    num_columns: torch.Tensor
     head_groups: tuple[tuple[int, ...], ...]
+    block_q: int
     block_k: int
 
     @property
     def num_tiles(self) -> int:
         return len(self.q_heads)
+
+    @cached_property
+    def group_heads(self) -> torch.Tensor:
+        """int32 [groups, most heads]: `head_groups` as one tensor, padded with -1."""
+        most = max(map(len, self.head_groups))
+        padded = [heads + (-1,) * (most - len(heads)) for heads in self.head_groups]
+        return torch.tensor(padded, dtype=torch.int32, device=self.q_rows.device)
+
+    @cached_property
+    def longest_first(self) -> torch.Tensor:
+        """int32 [T]: the tiles in the order to start them in, so that none is long when the others are done."""
+        return self.block_indptr.diff().argsort(descending=True, stable=True).to(torch.int32)
+
+    @cached_property
+    def column_indptr(self) -> torch.Tensor:
+        """int32 [T + 1]: where a tile's column visits begin among those of the pass."""
+        return torch.nn.functional.pad(self.num_columns.cumsum(0), (1, 0)).to(torch.int32)
+
+    @cached_property
+    def column_bits(self) -> torch.Tensor:
+        """int32 [column visits, words]: bit i of word w is set if lane 32 w + i counts where its own tile is visited.
+
+        What the second condition of the contract comes to, so that a kernel need not search a tile's list.
+        """
+        device, words = self.q_rows.device, -(-self.block_k // 32)
+        tile_of = torch.repeat_interleave(
+            torch.arange(self.num_tiles, device=device), self.block_indptr.diff(), output_size=len(self.block_indices)
+        )
+        number = torch.arange(len(tile_of), device=device)
+        is_column = number >= (self.block_indptr[1:] - self.num_columns)[tile_of]
+        tiles, blocks = tile_of[is_column], self.block_indices[is_column].long()
+        homes = self.keys.kv_home.view(-1, self.block_k)[blocks].long()
+        size = len(self.keys.kv_home) // self.block_k
+        visits = (tile_of * size + self.block_indices).sort().values
+        wanted = tiles[:, None] * size + homes
+        found = torch.searchsorted(visits, wanted).clamp_max(max(len(visits) - 1, 0))
+        hidden = (homes >= 0) & (visits[found] == wanted) if len(visits) else homes >= 0
+        hidden = torch.nn.functional.pad(hidden, (0, words * 32 - self.block_k)).view(-1, words, 32)
+        bits = (hidden.long() << torch.arange(32, device=device)).sum(dim=2)
+        return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
 
     @cached_property
     def batches(self) -> list[TileBatch]:

@@ -18,7 +18,15 @@ from sglang_mminfer.patterns.plan import BLOCK_K, BLOCK_Q, BatchPlanner, Request
 from sglang_mminfer.patterns.spec import HeadPattern
 
 Executor = Callable[..., None]
-EXECUTORS: dict[str, Executor] = {"torch": torch_gather.run, "reference": reference.run}
+
+
+def _triton(*arguments: Any) -> None:
+    from sglang_mminfer.kernels.triton.launch import run  # Triton is slow to import, and only GPUs need it
+
+    run(*arguments)
+
+
+EXECUTORS: dict[str, Executor] = {"torch": torch_gather.run, "triton": _triton, "reference": reference.run}
 
 
 class SparsePrefillWithPagedKVCacheWrapper:
@@ -27,7 +35,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
     Args:
         float_workspace_buffer: as in FlashInfer; kept for the contract, no executor needs it yet.
         kv_layout: "NHD": pages of [page_size, Hkv, D]; or "HND": pages of [Hkv, page_size, D].
-        backend: "auto", "torch" (any device) or "reference" (float64, the oracle).
+        backend: "auto", "torch" (any device), "triton" (a GPU; not measured on one yet, so that "auto" is still
+        "torch" everywhere) or "reference" (float64, the oracle).
         block_q, block_k: rows of a query tile and keys of a key tile.
 
     Raises:

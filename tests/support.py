@@ -6,6 +6,7 @@ cache; whatever no request owns (free pages, the rest of a last page) is NaN, an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -258,6 +259,16 @@ class Batch:
 
 def _indptr(counts: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+
+
+# Triton's interpreter runs the GPU kernel on a CPU, slowly; `make test` runs these tests once more with it alone.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EXECUTORS = ["triton"] if INTERPRETED else ["torch", "reference"]
+
+
+def examples(number: int) -> int:
+    """How many cases to draw: fewer of them where each takes long."""
+    return max(4, number // 8) if INTERPRETED else number
 
 
 tile_sizes = st.tuples(st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]))

@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -53,41 +54,52 @@ SERVERS = {
 }
 
 
-def measure(name: str, model: Path, videos: dict[int, Path], repeats: int, folder: Path, console: Console) -> dict:
-    """tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians of repeats."""
-    trace = folder / f"{name.replace(', ', '_').replace(' ', '_')}.jsonl"
-    env = {"SGLANG_MMINFER_TRACE": str(trace)}
-    figures: dict[int, dict[str, Any]] = {}
+def measure(
+    names: list[str], model: Path, videos: dict[int, Path], repeats: int, folder: Path, console: Console
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """server -> tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians.
+
+    All servers are up at once and idle but for the one that is asked; they take turns, request by request, so
+    that a machine that slows down or speeds up does so for all of them.
+    """
     longest = max(videos) + 1024
-    flags = (*SERVERS[name], "--context-length", str(longest), "--max-total-tokens", str(longest + 8192))
-    with shown_wait(f"{name}: server starts") as wait, Server(model, *flags, env=env, progress=wait) as server:
+    room = ("--context-length", str(longest), "--max-total-tokens", str(longest + 8192))
+    figures: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    with ExitStack() as stack:
+        servers = {}
+        for name in names:
+            trace = folder / f"{name.replace(', ', '_').replace(' ', '_')}.jsonl"
+            with shown_wait(f"{name}: server starts") as wait:
+                server = Server(model, *SERVERS[name], *room, env={"SGLANG_MMINFER_TRACE": str(trace)}, progress=wait)
+                servers[name] = stack.enter_context(server), trace
         for tokens, video in sorted(videos.items()):
-            runs = []
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
             for turn in range(repeats + 1):
-                server.flush_cache()
-                seen = len(read_trace(trace)) if trace.exists() else 0
-                started = time.perf_counter()
-                answer = server.client(timeout=3600).chat.completions.create(
-                    model=server.model,
-                    messages=[
-                        {
-                            "role": "user",
-                            "content": [
-                                {"type": "video_url", "video_url": {"url": str(video)}},
-                                {"type": "text", "text": "What happens here?"},
-                            ],
-                        }
-                    ],
-                    max_tokens=1,
-                    temperature=0,
-                )
-                ttft_ms = (time.perf_counter() - started) * 1e3
-                records = read_trace(trace)[seen:] if trace.exists() else []
-                if turn:  # the first fills the embedding cache
-                    runs.append(_sum(records, answer.usage.prompt_tokens, ttft_ms))
-            figures[tokens] = {key: _median(run[key] for run in runs) for key in runs[0]}
-            console.print(f"{name}: {tokens} video tokens: {_line(figures[tokens])}")
+                for name, (server, trace) in servers.items():
+                    figure = _ask(server, trace, video)
+                    if turn:  # the first fills the embedding cache
+                        runs[name].append(figure)
+            for name in names:
+                figures[name][tokens] = {key: _median(run[key] for run in runs[name]) for key in runs[name][0]}
+                console.print(f"{name}: {tokens} video tokens: {_line(figures[name][tokens])}")
     return figures
+
+
+def _ask(server: Server, trace: Path, video: Path) -> dict[str, Any]:
+    """One prompt, nothing of it in the prefix cache."""
+    server.flush_cache()
+    seen = len(read_trace(trace)) if trace.exists() else 0
+    content = [
+        {"type": "video_url", "video_url": {"url": str(video)}},
+        {"type": "text", "text": "What happens here?"},
+    ]
+    started = time.perf_counter()
+    answer = server.client(timeout=3600).chat.completions.create(
+        model=server.model, messages=[{"role": "user", "content": content}], max_tokens=1, temperature=0
+    )
+    ttft_ms = (time.perf_counter() - started) * 1e3
+    records = read_trace(trace)[seen:] if trace.exists() else []
+    return _sum(records, answer.usage.prompt_tokens, ttft_ms)
 
 
 def _sum(records: list[PrefillRecord], prompt_tokens: int, ttft_ms: float) -> dict[str, Any]:
@@ -151,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         for tokens in sorted(options.tokens):
             frames = 2 * (tokens // FRAME_TOKENS)
             videos[tokens] = make_video(folder / f"{tokens}.mp4", frames, SIDE, SIDE, 2.0, seed=tokens)
-        results = {s: measure(s, model, videos, options.repeats, folder, console) for s in options.servers}
+        results = measure(options.servers, model, videos, options.repeats, folder, console)
     ratios = speedups(results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {

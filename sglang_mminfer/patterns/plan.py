@@ -64,7 +64,8 @@ class BatchPlanner:
         block_q: int = BLOCK_Q,
         block_k: int = BLOCK_K,
     ) -> None:
-        self.requests, self.num_rows, self.block_k = tuple(requests), num_rows, block_k
+        self.requests, self.num_rows = tuple(requests), num_rows
+        self.block_q, self.block_k = block_q, block_k
         self._tilers = [
             ChunkTiler(r.map or _any_map(r.kv_len), r.q_start, r.kv_len, dense_below, block_q, block_k)
             for r in self.requests
@@ -133,7 +134,7 @@ class BatchPlanner:
             level = [(r, heads, passes[number]) for r, heads, passes in items if len(passes) > number]
             level = [item for item in level if item[2].num_tiles]
             if level:
-                drafts.append(_PassDraft(level, self.requests, table))
+                drafts.append(_PassDraft(level, self.requests, table, self.block_q))
         keys = table.build(device)
         return PrefillPlan(tuple(draft.build(keys, device) for draft in drafts), self.num_rows, num_heads)
 
@@ -227,8 +228,9 @@ class _PassDraft:
         level: list[tuple[int, tuple[int, ...], TilePass]],
         requests: Sequence[RequestChunk],
         table: _KeyTableBuilder,
+        block_q: int,
     ) -> None:
-        self.block_k = table.block_k
+        self.block_q, self.block_k = block_q, table.block_k
         groups: dict[tuple[int, ...], int] = {}
         rows, stops, counts, heads, tiles, blocks = [], [], [], [], [], []
         num_tiles = 0
@@ -260,11 +262,11 @@ class _PassDraft:
         reached = nearest[self.blocks] < stops[self.tiles]
         tiles, blocks = self.tiles[reached], self.blocks[reached]
         partial = (farthest[blocks] >= least[tiles]) | is_column[blocks]
-        # One sort puts the visits in order: by tile, full before partial, ascending.
+        kind = partial + is_column[blocks].long()  # 0: full, 1: partial, 2: columns
+        # One sort puts the visits in order: by tile, then by kind, ascending.
         size = len(key_tiles)
-        packed = ((tiles * 2 + partial) * size + blocks).sort().values
-        blocks, tiles = packed % size, packed // size // 2
-        full = (packed // size) % 2 == 0
+        packed = ((tiles * 3 + kind) * size + blocks).sort().values
+        blocks, tiles, kind = packed % size, packed // size // 3, packed // size % 3
         num_tiles = len(counts)
         indptr = torch.zeros(num_tiles + 1, dtype=torch.int64)
         indptr[1:] = torch.bincount(tiles, minlength=num_tiles).cumsum(0)
@@ -280,7 +282,9 @@ class _PassDraft:
             q_heads=packed_int(self.q_heads),
             block_indptr=packed_int(indptr),
             block_indices=packed_int(blocks),
-            num_full=packed_int(torch.bincount(tiles[full], minlength=num_tiles)),
+            num_full=packed_int(torch.bincount(tiles[kind == 0], minlength=num_tiles)),
+            num_columns=packed_int(torch.bincount(tiles[kind == 2], minlength=num_tiles)),
             head_groups=self.head_groups,
+            block_q=self.block_q,
             block_k=self.block_k,
         )

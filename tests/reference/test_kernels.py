@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import support
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,10 +13,10 @@ from sglang_mminfer.kernels import reference, torch_gather
 from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
 from support import D, any_pattern, batches, conversation
 
-from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash
+from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash, prefill
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 
-EXECUTORS = [pytest.param(torch_gather.run, id="torch"), pytest.param(reference.run, id="reference")]
+EXECUTORS = [pytest.param(prefill.EXECUTORS[name], id=name) for name in support.EXECUTORS]
 
 
 CHAT = conversation(20, (6, 4, 5), 30, (1, 4, 5), 40)  # 230 tokens
@@ -160,7 +161,7 @@ def raw_plans(draw):
     keys = KeyTable(*(torch.tensor(x, dtype=torch.int32) for x in (positions, slots, homes)))
     for _ in range(draw(st.integers(1, 3))):
         plan = {"q_rows": [], "q_stop": [], "q_indptr": [0], "q_heads": [], "block_indptr": [0]}
-        block_indices, num_full = [], []
+        block_indices, num_full, num_columns = [], [], []
         for group in draw(st.sampled_from([(0,), (1, 2), (3,)])):  # groups that share no head
             tiles = draw(almost_causal_tiles(num_rows) if causal else raw_tiles(num_rows, num_tiles))
             for rows, stops, listed in tiles:
@@ -175,8 +176,10 @@ def raw_plans(draw):
                 plan["q_stop"] += stops
                 plan["q_indptr"].append(len(plan["q_rows"]))
                 plan["q_heads"].append(group)
-                block_indices += full + [b for b in listed if b not in full]
+                columns = [b for b in listed if any(h != NO_HOME for h in homes[b * BLOCK_K : (b + 1) * BLOCK_K])]
+                block_indices += full + [b for b in listed if b not in full + columns] + columns
                 num_full.append(len(full))
+                num_columns.append(len(columns))
                 plan["block_indptr"].append(len(block_indices))
         arrays = {name: torch.tensor(x, dtype=torch.int32) for name, x in plan.items()}
         passes.append(
@@ -185,7 +188,9 @@ def raw_plans(draw):
                 **arrays,
                 block_indices=torch.tensor(block_indices, dtype=torch.int32),
                 num_full=torch.tensor(num_full, dtype=torch.int32),
+                num_columns=torch.tensor(num_columns, dtype=torch.int32),
                 head_groups=groups,
+                block_q=num_rows,
                 block_k=BLOCK_K,
             )
         )
@@ -214,7 +219,7 @@ def counted_slots(plan: PrefillPlan, row: int, head: int) -> list[int]:
 
 @pytest.mark.parametrize("execute", EXECUTORS)
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-@settings(max_examples=40)
+@settings(max_examples=support.examples(40))
 @given(plan=raw_plans(), seed=st.integers(0, 99))
 def test_an_executor_does_what_the_plan_says_and_writes_every_output(execute, num_kv_heads, plan, seed):
     q = randn(plan.num_rows, 4, D, seed=seed)
@@ -279,7 +284,16 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
     for block_plan in plan.passes:
         keys = block_plan.keys
         pos, slots, home = (x.view(-1, block_k) for x in (keys.kv_pos, keys.kv_slots, keys.kv_home))
-        for name in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "block_indices", "num_full"):
+        for name in (
+            "q_rows",
+            "q_stop",
+            "q_indptr",
+            "q_heads",
+            "block_indptr",
+            "block_indices",
+            "num_full",
+            "num_columns",
+        ):
             assert getattr(block_plan, name).dtype == torch.int32
         assert {x.dtype for x in (pos, slots, home)} == {torch.int32}
         rows_of_head = {head: [] for head in range(len(batch.heads))}
@@ -291,13 +305,15 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
                 rows_of_head[head] += rows
             a, b = block_plan.block_indptr[t : t + 2].tolist()
             listed, num_full = block_plan.block_indices[a:b], int(block_plan.num_full[t])
-            for part in (listed[:num_full], listed[num_full:]):
+            has_columns = (home[listed.long()] != NO_HOME).any(1)
+            first_column = len(listed) - int(block_plan.num_columns[t])
+            assert torch.equal(has_columns.nonzero().flatten(), torch.arange(first_column, len(listed)))
+            for part in (listed[:num_full], listed[num_full:first_column], listed[first_column:]):
                 assert bool((part.diff() > 0).all()), "key tiles do not ascend"
             assert not set(listed[:num_full].tolist()) & set(listed[num_full:].tolist()), "a key tile is listed twice"
             assert bool((pos[listed[:num_full].long()] < stop.min()).all()), (
                 "a full tile has a key some row may not see"
             )
-            assert bool((home[listed[:num_full].long()] == NO_HOME).all()), "a full tile has gathered columns"
             assert bool((pos[listed.long()].amin(1) < stop.max()).all()), "a listed tile has no key any row may see"
             (request,) = {of_row[row] for row in rows}
             real = pos[listed.long()] != PAD_POSITION

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import Batch, alone, any_pattern, batches, cut_out, heads, maps, static, tile_sizes
+from support import EXECUTORS, Batch, alone, any_pattern, batches, cut_out, heads, maps, static, tile_sizes
 
-backends = pytest.mark.parametrize("backend", ["torch", "reference"])
+backends = pytest.mark.parametrize("backend", EXECUTORS)
 
 
 def visited_by(batch: Batch, wrapper, request: int, kv_head: int) -> torch.Tensor:

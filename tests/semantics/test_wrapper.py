@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sglang_mminfer.kernels.reference import masked_attention
 from sglang_mminfer.kernels.torch_gather import merge_state
 from support import (
+    EXECUTORS,
     IMAGE,
     REAL,
     TEXT,
@@ -21,6 +22,7 @@ from support import (
     batches,
     boundary_2d,
     conversation,
+    examples,
     growing,
     heads,
     inner_patterns,
@@ -75,10 +77,10 @@ def check(batch: Batch, backend: str) -> None:
     torch.testing.assert_close(wrapper.density, density, rtol=1e-12, atol=0)
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(batches())
 def test_every_pattern_is_visited_and_the_result_is_softmax_over_what_is_visited(batch):
-    check(batch, "torch")
+    check(batch, EXECUTORS[0])
 
 
 @settings(max_examples=25)
@@ -116,7 +118,7 @@ def test_the_same_with_real_tile_sizes(name):
     ]
     head = PATTERNS[name]
     kv_lens = [chats[0].length, 513]
-    check(Batch(chats, [kv_lens[0] - 130, 513], kv_lens, [head, head], page_size=16, tiles=(128, 64)), "torch")
+    check(Batch(chats, [kv_lens[0] - 130, 513], kv_lens, [head, head], page_size=16, tiles=(128, 64)), EXECUTORS[0])
 
 
 # ---- no more than the pattern, rounded to tiles ------------------------------------------------------------
@@ -362,7 +364,7 @@ def test_a_head_does_not_depend_on_the_patterns_of_the_others(chat, patterns, se
         torch.testing.assert_close(lse[:, h], lse_same[:, h], rtol=2e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_requests_without_rows_or_without_keys(backend):
     chat = conversation(5, (2, 2, 2), 4)
     n = chat.length
@@ -377,7 +379,7 @@ def test_requests_without_rows_or_without_keys(backend):
     assert out.shape == (0, 1, D) and lse.shape == (0, 1) and wrapper.density.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_a_batch_of_no_requests(backend):
     batch = Batch([], [], [], [Dense(), AShape(1, 1)])
     wrapper = SparsePrefillWithPagedKVCacheWrapper(None, backend=backend)
@@ -416,7 +418,7 @@ def test_cache_and_queries_may_have_different_dtypes():
     exact = alone(conversation(20, (3, 2, 3), 9), AShape(4, 9))
     rounded_cache = replace(exact, ks=[k.bfloat16() for k in exact.ks], vs=[v.bfloat16() for v in exact.vs])
     same_values = replace(exact, ks=[k.float() for k in rounded_cache.ks], vs=[v.float() for v in rounded_cache.vs])
-    for backend in ("torch", "reference"):
+    for backend in EXECUTORS:
         got = rounded_cache.run(rounded_cache.planned(backend))
         expected = same_values.run(same_values.planned(backend))
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from serving import (
+    ENVIRONMENT,
     FLAGS,
     RECIPE,
     Dialogue,
@@ -25,7 +26,7 @@ from serving import (
 from sglang_mminfer.evaluation.media import make_image, make_video
 from sglang_mminfer.evaluation.server import Server
 from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
-from sglang_mminfer.trace import ENVIRONMENT
+from sglang_mminfer.trace import ENVIRONMENT as TRACE
 
 ALIVE = 2
 """Servers at the same time. Each takes some 3 GB, nearly all of it libraries."""
@@ -89,7 +90,8 @@ def servers(
             trace = root / f"{name}.jsonl"
             trace.unlink(missing_ok=True)
             flags = [flag.format(sparse=sparse_config) for flag in FLAGS[name]]
-            server = Server(model, *flags, env={ENVIRONMENT: str(trace)}, log=root / f"{name}.log", timeout=400)
+            env = {TRACE: str(trace), **ENVIRONMENT.get(name, {})}
+            server = Server(model, *flags, env=env, log=root / f"{name}.log", timeout=400)
             alive[name] = Served(server.start(), trace)
         alive.move_to_end(name)
         return alive[name]

@@ -68,6 +68,12 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 
 
+ENVIRONMENT = {
+    # SGLang's own switch for tests: every 16th step takes a request's KV slots away, if there are two or more.
+    "paged": {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "16"},
+}
+
+
 def write_sparse_config(path: Path) -> Path:
     """Every static pattern and boundary, one to a head, with short conversations left dense."""
     from sglang_mminfer import head_configs

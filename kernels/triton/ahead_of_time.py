@@ -1,0 +1,146 @@
+"""Compiles the kernel for cards that are not here and says what each build costs: registers, spills, shared memory.
+
+    python -m sglang_mminfer.kernels.triton.ahead_of_time
+
+Needs no GPU: Triton brings NVIDIA's assembler. Spilled registers and a missing tensor core instruction are what
+makes a kernel slow without making it wrong, so the tests hold every build to having neither.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .configurations import HEAD_DIMS, Configuration, configuration
+from .tile_attention import tile_attention
+
+CAPABILITIES = (80, 90, 100)
+DTYPES = ("fp16", "bf16")
+
+_INT32_ARRAYS = [
+    "tile_order",
+    "q_rows",
+    "q_stops",
+    "q_indptr",
+    "q_heads",
+    "group_heads",
+    "block_indptr",
+    "block_indices",
+    "num_full",
+    "column_indptr",
+    "column_bits",
+    "kv_slots",
+    "kv_pos",
+]
+_STRIDES = [
+    "stride_q",
+    "stride_q_head",
+    "stride_k",
+    "stride_k_head",
+    "stride_v",
+    "stride_v_head",
+    "stride_o",
+    "stride_o_head",
+]
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled kernel. `spills`: bytes stored and loaded; `shared`: bytes of shared memory of a program."""
+
+    capability: int
+    dtype: str
+    head_dim: int
+    merge: bool
+    configuration: Configuration
+    registers: int
+    spills: int
+    shared: int
+    tensor_cores: str
+
+    def __str__(self) -> str:
+        c = self.configuration
+        return (
+            f"sm_{self.capability} {self.dtype} head dim {self.head_dim:3d}{' merge' if self.merge else ''}: "
+            f"{c.block_q}x{c.block_k}, {c.num_warps} warps, {c.num_stages} stages: {self.registers} registers, "
+            f"{self.spills} bytes spilled, {self.shared // 1024} KiB shared, {self.tensor_cores}"
+        )
+
+
+def compile_build(
+    capability: int, dtype: str, head_dim: int, merge: bool, chosen: Configuration | None = None
+) -> Build:
+    """Compile the kernel as the launcher would on a card of that capability, for 7 query heads a KV head."""
+    chosen = chosen or configuration(head_dim, capability)
+    pointer = f"*{dtype}"
+    signature = dict.fromkeys(["q", "k_cache", "v_cache", "out"], pointer) | {"lse": "*fp32", "scale": "fp32"}
+    signature |= dict.fromkeys(_INT32_ARRAYS, "*i32") | dict.fromkeys(_STRIDES, "i32")
+    constants = {
+        "GROUP": 7,
+        "MOST_HEADS": 28,
+        "NUM_HEADS": 28,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": chosen.block_q,
+        "BLOCK_N": chosen.block_k,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_K": chosen.block_k,
+        "WORDS": -(-chosen.block_k // 32),
+        "MERGE": merge,
+    }
+    names = tile_attention.arg_names
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    # As at run time: tensors start on 16 bytes, and strides are multiples of 16 elements.
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*" or name in _STRIDES
+    }
+    source = ASTSource(tile_attention, signature, constexprs=constants, attrs=aligned)
+    built = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
+    )
+    registers, spills = _assembler_report(built.asm["ptx"])
+    found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", built.asm["ptx"])
+    shared = built.metadata.shared
+    cores = max(set(found), key=found.count) if found else "no tensor cores"
+    return Build(capability, dtype, head_dim, merge, chosen, registers, spills, shared, cores)
+
+
+def _assembler_report(ptx: str) -> tuple[int, int]:
+    """(registers of a thread, bytes of spill stores and loads) as the assembler tells them."""
+    (architecture,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [_assembler(architecture), "-v", f"--gpu-name={architecture}", str(path), "-o", f"{path}.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    return registers, spills
+
+
+def _assembler(architecture: str) -> str:
+    from triton import knobs
+
+    blackwell = int(re.findall(r"\d+", architecture)[0]) >= 100
+    return (knobs.nvidia.ptxas_blackwell if blackwell else knobs.nvidia.ptxas).path
+
+
+def builds() -> Iterator[Build]:
+    """Everything the launcher may ask for."""
+    for capability, dtype, head_dim, merge in product(CAPABILITIES, DTYPES, HEAD_DIMS, (False, True)):
+        yield compile_build(capability, dtype, head_dim, merge)
+
+
+if __name__ == "__main__":
+    for build in builds():
+        print(build, flush=True)

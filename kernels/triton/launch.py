@@ -1,0 +1,117 @@
+"""The Triton executor: hands a PrefillPlan to the kernel, one launch for each pass."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+import triton
+
+from ..block_plan import BlockPlan, PrefillPlan
+from .configurations import configuration
+from .tile_attention import tile_attention
+
+LOG2_E = 1 / math.log(2)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on any device (TRITON_INTERPRET=1): for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: PrefillPlan,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Write the attention of `plan` into `out` and `lse`. Rows that no pass visits get 0 and -inf.
+
+    Args:
+        q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D], float16, bfloat16 or float32; the last dimension
+        of each has stride 1. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2; both are written whole.
+        sm_scale: factor on q . k.
+
+    Raises:
+        ValueError: tensors on no GPU (outside the interpreter), or a head dim or tile that does not compile.
+    """
+    if not (q.is_cuda or interpreted()):
+        raise ValueError(f"q: the triton executor needs a GPU (or TRITON_INTERPRET=1 to check it), got {q.device}")
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if not (out.stride(2) == 1 and lse.is_contiguous()):
+        whole, its_lse = torch.empty(out.shape, dtype=out.dtype, device=out.device), lse.contiguous()
+        run(q, k_cache, v_cache, plan, sm_scale, whole, its_lse)
+        out.copy_(whole)
+        lse.copy_(its_lse)
+        return
+    out.zero_()
+    lse.fill_(-torch.inf)
+    for number, block_plan in enumerate(plan.passes):
+        if block_plan.num_tiles:
+            _launch(q, k_cache, v_cache, block_plan, sm_scale, out, lse, merge=number > 0)
+
+
+def _launch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: BlockPlan,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    merge: bool,
+) -> None:
+    num_heads, head_dim = q.shape[1:]
+    options = {}
+    if not interpreted():
+        major, minor = torch.cuda.get_device_capability(q.device)
+        chosen = configuration(head_dim, 10 * major + minor)
+        options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+        if plan.block_k < 16:
+            raise ValueError(f"block_k: expected at least 16 keys a tile for the triton executor, got {plan.block_k}")
+    group_heads = plan.group_heads
+    tile_attention[(plan.num_tiles * group_heads.shape[1],)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        lse,
+        plan.longest_first,
+        plan.q_rows,
+        plan.q_stop,
+        plan.q_indptr,
+        plan.q_heads,
+        group_heads,
+        plan.block_indptr,
+        plan.block_indices,
+        plan.num_full,
+        plan.column_indptr,
+        plan.column_bits,
+        plan.keys.kv_slots,
+        plan.keys.kv_pos,
+        q.stride(0),
+        q.stride(1),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        v_cache.stride(0),
+        v_cache.stride(1),
+        out.stride(0),
+        out.stride(1),
+        sm_scale * LOG2_E,
+        GROUP=num_heads // k_cache.shape[1],
+        MOST_HEADS=group_heads.shape[1],
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_M=max(16, triton.next_power_of_2(plan.block_q)),
+        BLOCK_N=max(16, triton.next_power_of_2(plan.block_k)),
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_K=plan.block_k,
+        WORDS=plan.column_bits.shape[1],
+        MERGE=merge,
+        **options,
+    )

@@ -1,0 +1,242 @@
+"""The kernel: one program is one query tile and one of the heads that share it.
+
+Flash attention forward (Dao 2023, algorithm 1) over the key tiles that the plan lists for the query tile. Keys
+are found through the plan's slot table, so that neither the permutation nor the page table costs a second look.
+Full tiles run without any mask; partial ones compare positions; gathered columns also leave out what their
+own tile brings. No atomics: a pass visits a (row, head) once, and later passes join by LSE what stands in `out`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(cache, slots, stride_slot, dims, in_tile, in_head, ALL_LANES: tl.constexpr, ALL_DIMS: tl.constexpr):
+    """[BLOCK_N, BLOCK_D] rows of one head of the cache. Lanes and dims beyond the tile and the head are 0."""
+    at = cache + slots[:, None] * stride_slot + dims[None, :]
+    if ALL_LANES and ALL_DIMS:
+        return tl.load(at)
+    return tl.load(at, mask=in_tile[:, None] & in_head[None, :], other=0.0)
+
+
+@triton.jit
+def online_softmax(scores, top, total, acc, v, MAY_BE_EMPTY: tl.constexpr):
+    """One step over scores [BLOCK_M, BLOCK_N], base 2 and scaled: new maximum, sum and accumulator of each row."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen no key yet has the maximum -inf.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MAY_BE_EMPTY else new_top
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(top - shift)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
+def visit(
+    block,
+    bits_at,
+    q,
+    q_stop,
+    top,
+    total,
+    acc,
+    k_head,
+    v_head,
+    stride_k,
+    stride_v,
+    kv_slots,
+    kv_pos,
+    column_bits,
+    scale,
+    lanes,
+    dims,
+    in_tile,
+    in_head,
+    BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
+    MASKED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALL_LANES: tl.constexpr,
+    ALL_DIMS: tl.constexpr,
+):
+    """One key tile: q [BLOCK_M, BLOCK_D] against the keys `block * BLOCK_K + lane` of the plan's table."""
+    key = block * BLOCK_K + lanes
+    slots = (tl.load(kv_slots + key) if ALL_LANES else tl.load(kv_slots + key, mask=in_tile, other=0)).to(tl.int64)
+    k = load_tile(k_head, slots, stride_k, dims, in_tile, in_head, ALL_LANES, ALL_DIMS).to(q.dtype)
+    v = load_tile(v_head, slots, stride_v, dims, in_tile, in_head, ALL_LANES, ALL_DIMS).to(q.dtype)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        pos = tl.load(kv_pos + key) if ALL_LANES else tl.load(kv_pos + key, mask=in_tile, other=2147483647)
+        visible = pos[None, :] < q_stop[:, None]
+        if COLUMNS:
+            word = tl.load(column_bits + bits_at * WORDS + lanes // 32, mask=in_tile, other=0)
+            visible = visible & (((word >> (lanes % 32)) & 1) == 0)[None, :]
+        scores = tl.where(visible, scores, float("-inf"))
+    elif not ALL_LANES:
+        scores = tl.where(in_tile[None, :], scores, float("-inf"))
+    return online_softmax(scores, top, total, acc, v, MASKED)
+
+
+@triton.jit
+def tile_attention(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    lse,
+    tile_order,
+    q_rows,
+    q_stops,
+    q_indptr,
+    q_heads,
+    group_heads,
+    block_indptr,
+    block_indices,
+    num_full,
+    column_indptr,
+    column_bits,
+    kv_slots,
+    kv_pos,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    stride_o,
+    stride_o_head,
+    scale,
+    GROUP: tl.constexpr,
+    MOST_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """Program (head number * tiles + tile): BLOCK_M rows of one head.
+
+    q, out [tokens, Hq, D]; caches [slots, Hkv, D]; lse float32 [tokens, Hq] base 2, contiguous; the last
+    dimension of every tensor has stride 1. The plan's arrays are as `BlockPlan` says; `tile_order` [T] says which
+    tile a program takes (longest first), `group_heads` [groups, MOST_HEADS] the query heads of a group, padded
+    with -1, `column_bits` [column visits, WORDS] the lanes of a column tile that their own tile brings already.
+    """
+    # Heads of one tile are neighbours, so that those of one KV head find its keys in the L2 cache.
+    number = tl.program_id(0)
+    tile = tl.load(tile_order + number // MOST_HEADS)
+    head = tl.load(group_heads + tl.load(q_heads + tile) * MOST_HEADS + number % MOST_HEADS)
+    if head < 0:
+        return
+
+    first_row, end_row = tl.load(q_indptr + tile), tl.load(q_indptr + tile + 1)
+    rows_at = first_row + tl.arange(0, BLOCK_M)
+    in_rows = rows_at < end_row
+    rows = tl.load(q_rows + rows_at, mask=in_rows, other=0).to(tl.int64)
+    q_stop = tl.load(q_stops + rows_at, mask=in_rows, other=0)
+    lanes, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    in_tile, in_head = lanes < BLOCK_K, dims < HEAD_DIM
+    ALL_LANES: tl.constexpr = BLOCK_N == BLOCK_K
+    ALL_DIMS: tl.constexpr = BLOCK_D == HEAD_DIM
+
+    q_at = q + rows[:, None] * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
+    q_tile = tl.load(q_at, mask=in_rows[:, None] & in_head[None, :], other=0.0)
+    kv_head = (head // GROUP).to(tl.int64)
+    k_head, v_head = k_cache + kv_head * stride_k_head, v_cache + kv_head * stride_v_head
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin, end = tl.load(block_indptr + tile), tl.load(block_indptr + tile + 1)
+    masked_from = begin + tl.load(num_full + tile)
+    first_column = tl.load(column_indptr + tile)
+    columns_from = end - (tl.load(column_indptr + tile + 1) - first_column)
+
+    for i in range(begin, masked_from):
+        # fmt: off
+        top, total, acc = visit(
+            tl.load(block_indices + i), 0, q_tile, q_stop, top, total, acc, k_head, v_head, stride_k, stride_v,
+            kv_slots, kv_pos, column_bits, scale, lanes, dims, in_tile, in_head,
+            BLOCK_K, WORDS, False, False, ALL_LANES, ALL_DIMS,
+        )
+    for i in range(masked_from, columns_from):
+        top, total, acc = visit(
+            tl.load(block_indices + i),
+            0,
+            q_tile,
+            q_stop,
+            top,
+            total,
+            acc,
+            k_head,
+            v_head,
+            stride_k,
+            stride_v,
+            kv_slots,
+            kv_pos,
+            column_bits,
+            scale,
+            lanes,
+            dims,
+            in_tile,
+            in_head,
+            BLOCK_K,
+            WORDS,
+            True,
+            False,
+            ALL_LANES,
+            ALL_DIMS,
+        )
+    for i in range(columns_from, end):
+        top, total, acc = visit(
+            tl.load(block_indices + i),
+            first_column + i - columns_from,
+            q_tile,
+            q_stop,
+            top,
+            total,
+            acc,
+            k_head,
+            v_head,
+            stride_k,
+            stride_v,
+            kv_slots,
+            kv_pos,
+            column_bits,
+            scale,
+            lanes,
+            dims,
+            in_tile,
+            in_head,
+            BLOCK_K,
+            WORDS,
+            True,
+            True,
+            ALL_LANES,
+            ALL_DIMS,
+        )
+        # fmt: on
+
+    some = total > 0
+    acc = acc / tl.where(some, total, 1.0)[:, None]
+    own_lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    lse_at = lse + rows * NUM_HEADS + head
+    out_at = out + rows[:, None] * stride_o + head.to(tl.int64) * stride_o_head + dims[None, :]
+    in_out = in_rows[:, None] & in_head[None, :]
+    if MERGE:
+        before = tl.load(lse_at, mask=in_rows, other=float("-inf"))
+        highest = tl.maximum(before, own_lse)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        weight_before, weight_own = tl.exp2(before - shift), tl.exp2(own_lse - shift)
+        both = weight_before + weight_own
+        divisor = tl.where(both > 0, both, 1.0)
+        standing = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32)
+        acc = standing * (weight_before / divisor)[:, None] + acc * (weight_own / divisor)[:, None]
+        own_lse = tl.where(both > 0, shift + tl.log2(divisor), float("-inf"))
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=in_out)
+    tl.store(lse_at, own_lse, mask=in_rows)
