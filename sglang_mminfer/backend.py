@@ -22,7 +22,7 @@ import torch
 from sglang_mminfer import config
 from sglang_mminfer.kernels import torch_gather
 from sglang_mminfer.kernels.block_plan import PrefillPlan
-from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of
+from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
@@ -108,9 +108,8 @@ def _prompt_stop(request: _Request, mm_inputs: Any, mixed: bool) -> int:
     Generated tokens come here in a batch that mixes decoding with prefill, and after a retraction. They see
     everything, as in a batch that decodes.
     """
-    positions = getattr(mm_inputs, "mrope_positions", None)  # of the prompt alone
-    if positions is not None:
-        return int(positions.shape[-1])
+    if getattr(mm_inputs, "mrope_positions", None) is not None:
+        return prompt_length(mm_inputs, request.seq_len, request.rid)
     return request.prefix_len if mixed and request.chunk_len == 1 else request.seq_len
 
 
@@ -250,7 +249,7 @@ class SparsePrefill:
         if mm_inputs is None:
             return None, "no_media"
         try:
-            modality_map = cached_map(mm_inputs, request.seq_len, self.family)
+            modality_map = cached_map(mm_inputs, request.seq_len, self.family, request.rid)
         except GeometryError as error:
             if not error.repeated:
                 logger.warning("mminfer: request %s runs dense: %s", request.rid, error)

@@ -273,8 +273,18 @@ def test_the_length_of_the_prompt_is_known_before_its_last_chunk():
     assert prompt_length(mm, 40) == 40
     mm.mrope_positions = torch.zeros(3, 33)
     assert prompt_length(mm, 5) == 33
-    assert prompt_length(mm, 40) == 40  # tokens generated before a retraction
+    assert prompt_length(mm, 40) == 33
     assert prompt_length(None, 5) == 5
+
+
+def test_the_prompt_of_a_retracted_request_does_not_grow_with_what_it_generated():
+    mm = inputs(video([(10, 25)], [[4, 4, 4]]), mrope_positions=torch.zeros(3, 33))
+    first = cached_map(mm, 33, "qwen_vl", "one")
+    for generated in (5, 12):
+        mm.mrope_positions = torch.cat([mm.mrope_positions, torch.zeros(3, generated)], dim=1)  # as SGLang does it
+        assert prompt_length(mm, mm.mrope_positions.shape[1], "one") == 33
+        assert cached_map(mm, mm.mrope_positions.shape[1], "qwen_vl", "one") is first
+    assert prompt_length(mm, 50, "the next of the session") == 50
 
 
 def test_chunks_share_one_map(monkeypatch):
@@ -285,7 +295,7 @@ def test_chunks_share_one_map(monkeypatch):
         patch.setattr(geometry, "map_from_mm_inputs", None)
         assert cached_map(mm, 24, "qwen_vl") is first
         assert cached_map(mm, 40, "qwen_vl") is first
-    assert cached_map(mm, 41, "qwen_vl").length == 41
+        assert cached_map(mm, 41, "qwen_vl") is first  # a generated token, after a retraction
 
 
 def test_a_changed_request_gets_a_new_map():

@@ -18,6 +18,7 @@ FAMILIES: dict[str, Any] = {"qwen_vl": qwen_vl}
 
 # No "_id" in this name: SGLang's MultimodalInputs.merge copies attributes that have it to other requests.
 _CACHE = "_mminfer_map"
+_PROMPT = "_mminfer_prompt"
 
 
 def family_of(hf_config: Any) -> str | None:
@@ -32,18 +33,25 @@ def family_of(hf_config: Any) -> str | None:
     return None
 
 
-def prompt_length(mm_inputs: Any, known: int) -> int:
+def prompt_length(mm_inputs: Any, known: int, rid: str = "") -> int:
     """Tokens of the whole prompt, `known` of which have come so far (a chunk tells no more than that).
 
-    A map must not change from chunk to chunk, so it needs the length of the prompt, not of the chunk. M-RoPE
-    positions are made for the whole prompt; without them the last medium is as far as can be seen.
+    A map must not change from chunk to chunk, nor with what was generated before a retraction, so it needs the
+    length of the prompt. M-RoPE positions are made for the whole prompt; SGLang appends to them when it retracts
+    a request, so the length they had when the request `rid` was first seen is kept on `mm_inputs`. Without such
+    positions the last medium is as far as can be seen.
     """
     if mm_inputs is None:
         return known
     positions = getattr(mm_inputs, "mrope_positions", None)
-    if positions is not None:
-        return max(known, int(positions.shape[-1]))
-    return max(known, max((last + 1 for item in _offsets(mm_inputs) for _, last in item), default=0))
+    if positions is None:
+        return max(known, max((last + 1 for item in _offsets(mm_inputs) for _, last in item), default=0))
+    first_seen = getattr(mm_inputs, _PROMPT, None)
+    if rid and first_seen is not None and first_seen[0] == rid:
+        return first_seen[1]
+    length = int(positions.shape[-1])
+    setattr(mm_inputs, _PROMPT, (rid, length))
+    return length
 
 
 def _offsets(mm_inputs: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -94,21 +102,21 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
     return ModalityMap(segments)
 
 
-def cached_map(mm_inputs: Any, length: int, family: str | None) -> ModalityMap:
+def cached_map(mm_inputs: Any, length: int, family: str | None, rid: str = "") -> ModalityMap:
     """`map_from_mm_inputs` for the whole prompt, kept on `mm_inputs` until what it was made from changes.
 
     SGLang hands the same object to every chunk of a request, so chunks share one map, and one failure. It is
     kept in an attribute because the object is unhashable; sessions move offsets in place, hence the key.
 
     Args:
-        length: tokens known so far, or more; `prompt_length` goes on from there.
+        length, rid: tokens known so far, and the request; `prompt_length` makes of them what the map covers.
 
     Raises:
         GeometryError: with `repeated` set if this failure was raised before.
     """
     if mm_inputs is None:
         return map_from_mm_inputs(None, length, family)
-    whole = prompt_length(mm_inputs, length)
+    whole = prompt_length(mm_inputs, length, rid)
     key = (_offsets(mm_inputs), whole, family)
     kept = getattr(mm_inputs, _CACHE, None)
     if kept is not None and kept[0] == key:
