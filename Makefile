@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast check bench soak clean
+.PHONY: setup demo test test-interpreted test-fast check bench soak clean
 
 setup: $(VENV)/.ready
 
@@ -17,8 +17,13 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/python -m sglang_mminfer.evaluation.demo --out demo-out
 
-test: setup check
+test: setup check test-interpreted
 	$(BIN)/python -m pytest
+
+# The GPU kernel in Triton's interpreter, on the tests that hold every executor.
+test-interpreted: setup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/reference/test_kernels.py tests/semantics/test_wrapper.py \
+		-k "triton or every_pattern_is_visited or with_real_tile_sizes"
 
 # Everything that needs no server.
 test-fast: setup

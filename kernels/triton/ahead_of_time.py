@@ -25,6 +25,7 @@ from .tile_attention import tile_attention
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = ("fp16", "bf16")
+BLOCK_K = 64  # keys of a tile, as the planner makes them
 
 _INT32_ARRAYS = [
     "tile_order",
@@ -71,7 +72,7 @@ class Build:
         c = self.configuration
         return (
             f"sm_{self.capability} {self.dtype} head dim {self.head_dim:3d}{' merge' if self.merge else ''}: "
-            f"{c.block_q}x{c.block_k}, {c.num_warps} warps, {c.num_stages} stages: {self.registers} registers, "
+            f"{c.rows}x{BLOCK_K}, {c.num_warps} warps, {c.num_stages} stages: {self.registers} registers, "
             f"{self.spills} bytes spilled, {self.shared // 1024} KiB shared, {self.tensor_cores}"
         )
 
@@ -89,11 +90,12 @@ def compile_build(
         "MOST_HEADS": 28,
         "NUM_HEADS": 28,
         "HEAD_DIM": head_dim,
-        "BLOCK_M": chosen.block_q,
-        "BLOCK_N": chosen.block_k,
+        "BLOCK_M": chosen.rows,
+        "STRIPS": 2,
+        "BLOCK_N": BLOCK_K,
         "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_K": chosen.block_k,
-        "WORDS": -(-chosen.block_k // 32),
+        "BLOCK_K": BLOCK_K,
+        "WORDS": -(-BLOCK_K // 32),
         "MERGE": merge,
     }
     names = tile_attention.arg_names

@@ -1,4 +1,4 @@
-"""How the kernel is compiled: tile shapes, warps and pipeline stages for each head dim and dtype. Not tuned yet.
+"""How the kernel is compiled: rows of a program, warps and pipeline stages for each head dim and dtype. Not tuned yet.
 
 The starting point is compile evidence only (no spills, occupancy) until a GPU has timed the candidates.
 """
@@ -12,10 +12,9 @@ HEAD_DIMS = (64, 96, 128, 256)
 
 @dataclass(frozen=True)
 class Configuration:
-    """block_q query rows and block_k keys a tile; `num_warps` and `num_stages` as Triton means them."""
+    """`rows` of a query tile for one program, at most; `num_warps` and `num_stages` as Triton means them."""
 
-    block_q: int
-    block_k: int
+    rows: int
     num_warps: int
     num_stages: int
 
@@ -28,6 +27,9 @@ def configuration(head_dim: int, capability: int) -> Configuration:
     """
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim: expected one of {HEAD_DIMS} for the triton executor, got {head_dim}")
+    # Without a warp group's own accumulators (sm_80), or with 256 dims, 128 rows spill registers.
     if head_dim == 256:
-        return Configuration(block_q=128, block_k=64, num_warps=8, num_stages=2)
-    return Configuration(block_q=128, block_k=64, num_warps=8, num_stages=3 if capability < 90 else 4)
+        return Configuration(rows=64, num_warps=8, num_stages=1 if capability < 90 else 2)
+    if capability < 90:
+        return Configuration(rows=128 if head_dim == 64 else 64, num_warps=8, num_stages=3)
+    return Configuration(rows=128, num_warps=8, num_stages=4)

@@ -114,13 +114,14 @@ def tile_attention(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    STRIPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WORDS: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Program (head number * tiles + tile): BLOCK_M rows of one head.
+    """Program ((tile * STRIPS + strip) * MOST_HEADS + head number): BLOCK_M rows of a tile, for one head.
 
     q, out [tokens, Hq, D]; caches [slots, Hkv, D]; lse float32 [tokens, Hq] base 2, contiguous; the last
     dimension of every tensor has stride 1. The plan's arrays are as `BlockPlan` says; `tile_order` [T] says which
@@ -129,12 +130,13 @@ def tile_attention(
     """
     # Heads of one tile are neighbours, so that those of one KV head find its keys in the L2 cache.
     number = tl.program_id(0)
-    tile = tl.load(tile_order + number // MOST_HEADS)
+    strip = number // MOST_HEADS % STRIPS
+    tile = tl.load(tile_order + number // MOST_HEADS // STRIPS)
     head = tl.load(group_heads + tl.load(q_heads + tile) * MOST_HEADS + number % MOST_HEADS)
-    if head < 0:
+    first_row, end_row = tl.load(q_indptr + tile) + strip * BLOCK_M, tl.load(q_indptr + tile + 1)
+    if head < 0 or first_row >= end_row:
         return
 
-    first_row, end_row = tl.load(q_indptr + tile), tl.load(q_indptr + tile + 1)
     rows_at = first_row + tl.arange(0, BLOCK_M)
     in_rows = rows_at < end_row
     rows = tl.load(q_rows + rows_at, mask=in_rows, other=0).to(tl.int64)
@@ -149,9 +151,17 @@ def tile_attention(
     kv_head = (head // GROUP).to(tl.int64)
     k_head, v_head = k_cache + kv_head * stride_k_head, v_cache + kv_head * stride_v_head
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    lse_at = lse + rows * NUM_HEADS + head
+    out_at = out + rows[:, None] * stride_o + head.to(tl.int64) * stride_o_head + dims[None, :]
+    in_out = in_rows[:, None] & in_head[None, :]
+    if MERGE:  # what earlier passes left is one more key tile, already summed: its weight is exp2(lse)
+        top = tl.load(lse_at, mask=in_rows, other=float("-inf"))
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        acc = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32)
+    else:
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, end = tl.load(block_indptr + tile), tl.load(block_indptr + tile + 1)
     masked_from = begin + tl.load(num_full + tile)
     first_column = tl.load(column_indptr + tile)
@@ -223,20 +233,6 @@ def tile_attention(
         # fmt: on
 
     some = total > 0
-    acc = acc / tl.where(some, total, 1.0)[:, None]
-    own_lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-    lse_at = lse + rows * NUM_HEADS + head
-    out_at = out + rows[:, None] * stride_o + head.to(tl.int64) * stride_o_head + dims[None, :]
-    in_out = in_rows[:, None] & in_head[None, :]
-    if MERGE:
-        before = tl.load(lse_at, mask=in_rows, other=float("-inf"))
-        highest = tl.maximum(before, own_lse)
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        weight_before, weight_own = tl.exp2(before - shift), tl.exp2(own_lse - shift)
-        both = weight_before + weight_own
-        divisor = tl.where(both > 0, both, 1.0)
-        standing = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32)
-        acc = standing * (weight_before / divisor)[:, None] + acc * (weight_own / divisor)[:, None]
-        own_lse = tl.where(both > 0, shift + tl.log2(divisor), float("-inf"))
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=in_out)
-    tl.store(lse_at, own_lse, mask=in_rows)
+    divisor = tl.where(some, total, 1.0)
+    tl.store(out_at, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=in_out)
+    tl.store(lse_at, tl.where(some, top + tl.log2(divisor), float("-inf")), mask=in_rows)
