@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-interpreted test-fast check bench soak clean
+.PHONY: setup demo test test-interpreted test-fast test-gpu check bench bench-gpu soak clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,13 @@ check: setup
 # Prefill time of the real server against stock dense, into kernels/benchmarks/results/.
 bench: setup
 	$(BIN)/python -m sglang_mminfer.evaluation.prefill_bench
+
+# What only a card can tell: the kernel in bf16 and fp16, at a million keys; and its speed against dense, resumable.
+test-gpu: setup
+	$(BIN)/python -m pytest tests/backend/test_gpu_kernel.py
+
+bench-gpu: setup
+	$(BIN)/python -m sglang_mminfer.kernels.benchmarks.tile_attention
 
 # 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
 soak: setup
