@@ -174,8 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         parser.error("expected a GPU; --tiny with TRITON_INTERPRET=1 runs one small case without")
-    report = json.loads(options.out.read_text()) if options.out.exists() else {**machine.describe(), "cases": {}}
-    began, dense_ms = time.monotonic(), {}
+    report: dict[str, Any] = {**machine.describe(), "cases": {}}
+    if options.out.exists():
+        report = json.loads(options.out.read_text())
+    dense_ms: dict[tuple[str, int, int], float] = {}
+    began = time.monotonic()
     for case in cases(options.tiny):
         if case.name in report["cases"]:
             continue
