@@ -32,4 +32,6 @@ def configuration(head_dim: int, capability: int) -> Configuration:
         return Configuration(rows=64, num_warps=8, num_stages=1 if capability < 90 else 2)
     if capability < 90:
         return Configuration(rows=128 if head_dim == 64 else 64, num_warps=8, num_stages=3)
+    if capability >= 100 and head_dim == 64:  # two programs fit on a multiprocessor, if each takes 128 registers
+        return Configuration(rows=64, num_warps=8, num_stages=4)
     return Configuration(rows=128, num_warps=8, num_stages=4)
