@@ -167,70 +167,18 @@ def tile_attention(
     first_column = tl.load(column_indptr + tile)
     columns_from = end - (tl.load(column_indptr + tile + 1) - first_column)
 
-    for i in range(begin, masked_from):
-        # fmt: off
-        top, total, acc = visit(
-            tl.load(block_indices + i), 0, q_tile, q_stop, top, total, acc, k_head, v_head, stride_k, stride_v,
-            kv_slots, kv_pos, column_bits, scale, lanes, dims, in_tile, in_head,
-            BLOCK_K, WORDS, False, False, ALL_LANES, ALL_DIMS,
-        )
-    for i in range(masked_from, columns_from):
-        top, total, acc = visit(
-            tl.load(block_indices + i),
-            0,
-            q_tile,
-            q_stop,
-            top,
-            total,
-            acc,
-            k_head,
-            v_head,
-            stride_k,
-            stride_v,
-            kv_slots,
-            kv_pos,
-            column_bits,
-            scale,
-            lanes,
-            dims,
-            in_tile,
-            in_head,
-            BLOCK_K,
-            WORDS,
-            True,
-            False,
-            ALL_LANES,
-            ALL_DIMS,
-        )
-    for i in range(columns_from, end):
-        top, total, acc = visit(
-            tl.load(block_indices + i),
-            first_column + i - columns_from,
-            q_tile,
-            q_stop,
-            top,
-            total,
-            acc,
-            k_head,
-            v_head,
-            stride_k,
-            stride_v,
-            kv_slots,
-            kv_pos,
-            column_bits,
-            scale,
-            lanes,
-            dims,
-            in_tile,
-            in_head,
-            BLOCK_K,
-            WORDS,
-            True,
-            True,
-            ALL_LANES,
-            ALL_DIMS,
-        )
-        # fmt: on
+    for kind in tl.static_range(3):  # full, partial, columns: three loops, each compiled with the masks it needs
+        start = begin if kind == 0 else (masked_from if kind == 1 else columns_from)
+        stop = masked_from if kind == 0 else (columns_from if kind == 1 else end)
+        for i in range(start, stop):
+            # fmt: off
+            top, total, acc = visit(
+                tl.load(block_indices + i), first_column + i - columns_from, q_tile, q_stop, top, total, acc,
+                k_head, v_head, stride_k, stride_v,
+                kv_slots, kv_pos, column_bits, scale, lanes, dims, in_tile, in_head,
+                BLOCK_K, WORDS, kind > 0, kind == 2, ALL_LANES, ALL_DIMS,
+            )
+            # fmt: on
 
     some = total > 0
     divisor = tl.where(some, total, 1.0)
