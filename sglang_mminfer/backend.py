@@ -310,7 +310,7 @@ class SparsePrefill:
             batch.layer_reasons["internal_error"] += 1
             return None
         batch.plan_s += self.clock() - start
-        out = torch.empty_like(q)
+        out = q.new_empty(q.shape)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         torch_gather.run(q, k_cache, v_cache, plan, layer.scaling, out, lse)
         batch.sparse_layers += 1

@@ -218,7 +218,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
         _expect(q.dtype == self._dtypes[0], "q", f"the planned dtype {self._dtypes[0]}", str(q.dtype))
         k_cache, v_cache = self._flat_caches(paged_kv_cache)
         if out is None:
-            out = torch.empty_like(q)
+            out = q.new_empty(q.shape)
         if lse is None:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         _expect(out.shape == q.shape, "out", f"the shape {tuple(q.shape)}", str(tuple(out.shape)))
@@ -226,7 +226,12 @@ class SparsePrefillWithPagedKVCacheWrapper:
         _expect(lse.shape == q.shape[:2], "lse", f"the shape {tuple(q.shape[:2])}", str(tuple(lse.shape)))
         _expect(lse.dtype == torch.float32, "lse", "the dtype torch.float32", str(lse.dtype))
         self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale)
-        self._run(q, k_cache, v_cache, self._last_plan, self._sm_scale, out, lse)
+        # Executors write contiguous outputs; what the caller gives may be a part of something larger.
+        written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (out, lse)]
+        self._run(q, k_cache, v_cache, self._last_plan, self._sm_scale, *written)
+        for given, whole in zip((out, lse), written):
+            if whole is not given:
+                given.copy_(whole)
         return (out, lse) if return_lse else out
 
     @property

@@ -33,7 +33,8 @@ def run(
 
     Args:
         q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D], float16, bfloat16 or float32; the last dimension
-        of each has stride 1. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2; both are written whole.
+        of each has stride 1. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2; both are contiguous and
+        written whole.
         sm_scale: factor on q . k.
 
     Raises:
@@ -43,12 +44,6 @@ def run(
         raise ValueError(f"q: the triton executor needs a GPU (or TRITON_INTERPRET=1 to check it), got {q.device}")
     if q.stride(2) != 1:
         q = q.contiguous()
-    if not (out.stride(2) == 1 and lse.is_contiguous()):
-        whole, its_lse = torch.empty(out.shape, dtype=out.dtype, device=out.device), lse.contiguous()
-        run(q, k_cache, v_cache, plan, sm_scale, whole, its_lse)
-        out.copy_(whole)
-        lse.copy_(its_lse)
-        return
     out.zero_()
     lse.fill_(-torch.inf)
     for number, block_plan in enumerate(plan.passes):

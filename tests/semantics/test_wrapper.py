@@ -400,6 +400,18 @@ def test_outputs_are_made_where_none_are_given():
     assert torch.equal(both[0], out) and torch.equal(both[1], lse) and both[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", EXECUTORS)
+def test_outputs_may_be_parts_of_something_larger(backend):
+    batch = alone(conversation(9, (2, 2, 2)), AShape(2, 4))
+    wrapper = batch.planned(backend)
+    expected, expected_lse = batch.run(wrapper)
+    out = torch.full((*expected.shape[:2], 2 * D), torch.nan)
+    lse = torch.full((*expected_lse.shape, 2), torch.nan)
+    wrapper.run(batch.q, batch.cache(), out=out[..., ::2], lse=lse[..., 1], return_lse=True)
+    assert torch.equal(out[..., ::2], expected) and torch.equal(lse[..., 1], expected_lse)
+    assert bool(out[..., 1::2].isnan().all()) and bool(lse[..., 0].isnan().all())
+
+
 def test_a_wrapper_is_planned_again_for_the_next_batch():
     first = alone(conversation(9, (2, 2, 2)), AShape(2, 4))
     second = alone(conversation(3, (3, 2, 2), 5), VerticalSlash(3, 3))
