@@ -4,13 +4,13 @@ A `PrefillPlan` is a short list of passes over one ragged batch; a pass (`BlockP
 at most once, and no (row, head, key) is visited by two passes, so the passes of a row join exactly by their LSE.
 A pass is a list of query tiles. Each tile has its rows, the heads that share it, and the list of key tiles to
 visit: those visible to all its rows ("full"), then those that need a comparison of positions ("partial"), then
-those of gathered columns, each part ascending. Keys are named through one table that composes every token order
-of the batch with its page table, so that an executor never permutes anything: key tile j is
-`kv_slots[j * block_k : (j + 1) * block_k]`.
+those of which some lanes do not count ("picked": gathered columns, lines through a raster), each part ascending.
+Keys are named through one table that composes every token order of the batch with its page table, so that an
+executor never permutes anything: key tile j is `kv_slots[j * block_k : (j + 1) * block_k]`.
 
 A key of a visited tile counts for a row if and only if
-    kv_pos[key] < q_stop[row]        and        not (kv_home[key] >= 0 and tile kv_home[key] is on the list)
-The second condition is for gathered columns: a column whose own tile is visited anyway must not count twice.
+    kv_pos[key] < q_stop[row]        and, in a picked tile,        its lane is not hidden
+The second condition is for keys that the row's tile visits elsewhere: they must not count twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from itertools import product
 import torch
 
 PAD_POSITION = torch.iinfo(torch.int32).max  # position of padding keys: beyond every row's bound
-NO_HOME = -1
 MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of a head in a stack of tiles: small enough to share out to threads
 MAX_MASKED_KEYS = 4096  # a tile with more keys that only some of its rows see is cut into strips of rows
 ROWS_OF_A_STRIP = 32
@@ -34,14 +33,26 @@ class KeyTable:
     """All key orders of a batch, one after the other, each padded to whole tiles. int32 throughout.
 
     kv_pos:   [tiles * block_k] absolute position in its request; PAD_POSITION for padding.
-    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding that of
-              the tile's nearest key: a weight of zero times what others left in the cache may be NaN.
-    kv_home:  [tiles * block_k] for a gathered column the tile of its base order, else NO_HOME.
+    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding, and
+              for keys yet to come, that of the tile's nearest key: a weight of zero times what others left in the cache may be NaN.
     """
 
     kv_pos: torch.Tensor
     kv_slots: torch.Tensor
-    kv_home: torch.Tensor
+
+
+def pack_lanes(hidden: torch.Tensor) -> torch.Tensor:
+    """bool [..., block_k] -> int32 [..., words]: bit i of word w is lane 32 w + i."""
+    words = -(-hidden.shape[-1] // 32)
+    padded = torch.nn.functional.pad(hidden, (0, words * 32 - hidden.shape[-1])).unflatten(-1, (words, 32))
+    bits = (padded.long() << torch.arange(32, device=hidden.device)).sum(dim=-1)
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
+
+
+def unpack_lanes(words: torch.Tensor, block_k: int) -> torch.Tensor:
+    """The inverse of `pack_lanes`."""
+    bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device)
+    return (bits & 1).bool().flatten(-2)[..., :block_k]
 
 
 @dataclass
@@ -52,9 +63,13 @@ class BlockPlan:
     q_stop:        [R] exclusive bound on the key positions that the row may see in this pass.
     q_indptr:      [T + 1] rows of tile t: q_rows[q_indptr[t] : q_indptr[t + 1]], at most block_q of them.
     q_heads:       [T] index into `head_groups`: the query heads that run this tile.
-    block_indptr:  [T + 1], block_indices: [nnz] key tiles of `keys`: full, partial, columns, each part ascending.
+    block_indptr:  [T + 1], block_indices: [at least nnz] key tiles of `keys`: full, partial, picked, each part
+                   ascending. Of an estimated pattern only the device knows nnz, and there is room to spare.
     num_full:      [T] how many of a tile's key tiles are full: the first ones.
-    num_columns:   [T] how many of them hold gathered columns: the last ones.
+    num_picked:    [T] how many of them are picked: the last ones.
+    hidden_lanes:  [at least all picked, words] the lanes that do not count, packed by `pack_lanes`, a row for each
+                   picked key tile in the order of the visits.
+    num_work:      (tile, head) pairs in all, if the host knows.
     """
 
     keys: KeyTable
@@ -65,54 +80,41 @@ class BlockPlan:
     block_indptr: torch.Tensor
     block_indices: torch.Tensor
     num_full: torch.Tensor
-    num_columns: torch.Tensor
+    num_picked: torch.Tensor
+    hidden_lanes: torch.Tensor
     head_groups: tuple[tuple[int, ...], ...]
     block_q: int
     block_k: int
+    num_work: int | None = None
 
     @property
     def num_tiles(self) -> int:
         return len(self.q_heads)
 
     @cached_property
-    def group_heads(self) -> torch.Tensor:
-        """int32 [groups, most heads]: `head_groups` as one tensor, padded with -1."""
-        most = max(map(len, self.head_groups))
-        padded = [heads + (-1,) * (most - len(heads)) for heads in self.head_groups]
-        return torch.tensor(padded, dtype=torch.int32, device=self.q_rows.device)
+    def picked_start(self) -> torch.Tensor:
+        """int32 [T]: the row of `hidden_lanes` that belongs to a tile's first picked key tile."""
+        return (self.num_picked.cumsum(0) - self.num_picked).to(torch.int32)
 
-    @cached_property
-    def longest_first(self) -> torch.Tensor:
-        """int32 [T]: the tiles in the order to start them in, so that none is long when the others are done."""
-        return self.block_indptr.diff().argsort(descending=True, stable=True).to(torch.int32)
-
-    @cached_property
-    def column_indptr(self) -> torch.Tensor:
-        """int32 [T + 1]: where a tile's column visits begin among those of the pass."""
-        return torch.nn.functional.pad(self.num_columns.cumsum(0), (1, 0)).to(torch.int32)
-
-    @cached_property
-    def column_bits(self) -> torch.Tensor:
-        """int32 [column visits, words]: bit i of word w is set if lane 32 w + i counts where its own tile is visited.
-
-        What the second condition of the contract comes to, so that a kernel need not search a tile's list.
-        """
-        device, words = self.q_rows.device, -(-self.block_k // 32)
-        tile_of = torch.repeat_interleave(
-            torch.arange(self.num_tiles, device=device), self.block_indptr.diff(), output_size=len(self.block_indices)
-        )
-        number = torch.arange(len(tile_of), device=device)
-        is_column = number >= (self.block_indptr[1:] - self.num_columns)[tile_of]
-        tiles, blocks = tile_of[is_column], self.block_indices[is_column].long()
-        homes = self.keys.kv_home.view(-1, self.block_k)[blocks].long()
-        size = len(self.keys.kv_home) // self.block_k
-        visits = (tile_of * size + self.block_indices).sort().values
-        wanted = tiles[:, None] * size + homes
-        found = torch.searchsorted(visits, wanted).clamp_max(max(len(visits) - 1, 0))
-        hidden = (homes >= 0) & (visits[found] == wanted) if len(visits) else homes >= 0
-        hidden = torch.nn.functional.pad(hidden, (0, words * 32 - self.block_k)).view(-1, words, 32)
-        bits = (hidden.long() << torch.arange(32, device=device)).sum(dim=2)
-        return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
+    def count_masked(self, tile_of_row: torch.Tensor) -> torch.Tensor:
+        """int64 [R]: how many keys of its partial and picked key tiles each row sees."""
+        tiles = torch.arange(self.num_tiles, device=self.q_rows.device)
+        masked = self.block_indptr.diff() - self.num_full
+        tile = torch.repeat_interleave(tiles, masked)
+        if not len(tile):
+            return torch.zeros_like(tile_of_row)
+        indptr = torch.nn.functional.pad(masked.cumsum(0), (1, 0))
+        number = torch.arange(len(tile), device=tile.device) - indptr[tile]  # of a masked visit in its tile
+        visit = self.block_indptr[:-1].long()[tile] + self.num_full[tile] + number
+        bounds = self.keys.kv_pos.view(-1, self.block_k)[self.block_indices[visit].long()]
+        picked = number - (masked - self.num_picked)[tile]
+        lanes = self.hidden_lanes[(self.picked_start[tile] + picked).long()[picked >= 0]]
+        bounds[picked >= 0] = bounds[picked >= 0].masked_fill(unpack_lanes(lanes, self.block_k), PAD_POSITION)
+        # Sort the bounds of each tile's keys at once: a row's count is where its own bound falls among them.
+        size = PAD_POSITION + 1
+        packed = (tile[:, None] * size + bounds).flatten().sort().values
+        below = torch.searchsorted(packed, tile_of_row * size + self.q_stop)
+        return below - indptr[tile_of_row] * self.block_k
 
     @cached_property
     def batches(self) -> list[TileBatch]:
@@ -182,7 +184,7 @@ class BlockPlan:
         plain = (blocks > 0) & (highest - lowest == blocks - 1) & (blocks == -(-stop // self.block_k))
         plain &= stop > last - first
         plain &= free_of(jumps(self.q_stop) | jumps(self.q_rows), first + 1, last + 1)
-        plain &= free_of(self.keys.kv_home >= 0, start, end)
+        plain &= self.num_picked == 0
         plain &= free_of(jumps(pos) & (pos != PAD_POSITION), start + 1, end)
         lane = (start + stop - 1).clamp(0, len(pos) - 1)
         plain &= (pos[start] == 0) & (pos[lane] == stop - 1)
@@ -190,22 +192,23 @@ class BlockPlan:
 
     def _stacked(self, tiles: Iterable[int]) -> list[TileBatch]:
         q_indptr, block_indptr = self.q_indptr.tolist(), self.block_indptr.tolist()
-        num_full, q_heads = self.num_full.tolist(), self.q_heads.tolist()
-        shapes: dict[tuple[int, int, int, int], list[int]] = {}
+        num_full, num_picked, q_heads = self.num_full.tolist(), self.num_picked.tolist(), self.q_heads.tolist()
+        shapes: dict[tuple[int, int, int, int, int], list[int]] = {}
         for t in tiles:
             rows, blocks = q_indptr[t + 1] - q_indptr[t], block_indptr[t + 1] - block_indptr[t]
             if blocks:
-                shapes.setdefault((q_heads[t], rows, blocks, num_full[t]), []).append(t)
+                shapes.setdefault((q_heads[t], rows, blocks, num_full[t], num_picked[t]), []).append(t)
         batches = []
-        for (heads, rows, blocks, full), members in shapes.items():
+        for (heads, rows, blocks, full, picked), members in shapes.items():
             if (blocks - full) * self.block_k > MAX_MASKED_KEYS and rows > ROWS_OF_A_STRIP:
                 for t, skip in product(members, range(0, rows, ROWS_OF_A_STRIP)):
                     strip = min(ROWS_OF_A_STRIP, rows - skip)
-                    batches.append(TileBatch(self, [t], self.head_groups[heads], strip, blocks, full, skip))
+                    batches.append(TileBatch(self, [t], self.head_groups[heads], strip, blocks, full, picked, skip))
                 continue
             size = max(1, MAX_BATCHED_PAIRS // (rows * blocks * self.block_k))
             for i in range(0, len(members), size):
-                batches.append(TileBatch(self, members[i : i + size], self.head_groups[heads], rows, blocks, full))
+                some = members[i : i + size]
+                batches.append(TileBatch(self, some, self.head_groups[heads], rows, blocks, full, picked))
         return sorted(batches, key=TileBatch.pairs, reverse=True)  # longest first, so that threads end together
 
 
@@ -235,7 +238,7 @@ class TileBatch:
     """B tiles of one shape as a host executor wants them: rows, visited keys, and the mask of the last of these.
 
     Each has m `rows`, which are those of its tile after the first `skip`, visits n = blocks * block_k keys, and
-    of its key tiles the first `full` are visible to all rows. The tensors are made when first asked for, by
+    of its key tiles the first `full` are visible to all rows and the last `picked` have hidden lanes. The tensors are made when first asked for, by
     whichever thread runs the tiles, and kept for all layers.
     """
 
@@ -245,6 +248,7 @@ class TileBatch:
     rows: int
     blocks: int
     full: int
+    picked: int
     skip: int = 0
 
     def pairs(self) -> int:
@@ -308,10 +312,11 @@ class TileBatch:
         keys = (visited[:, :, None] * plan.block_k + lane).flatten(1)
         num_unmasked = self.full * plan.block_k
         masked = keys[:, num_unmasked:]
-        bounds, home = table.kv_pos[masked], table.kv_home[masked]
-        if bool((home >= 0).any()):
-            elsewhere = (home[:, :, None] == visited[:, None, :]).any(dim=2)
-            bounds = bounds.masked_fill(elsewhere, PAD_POSITION)
+        bounds = table.kv_pos[masked]
+        if self.picked:
+            rows = plan.picked_start[self.tiles].long()[:, None] + torch.arange(self.picked, device=first.device)
+            hidden = unpack_lanes(plan.hidden_lanes[rows], plan.block_k).flatten(1)
+            bounds[:, -hidden.shape[1] :].masked_fill_(hidden, PAD_POSITION)
         if len(self.tiles) == 1 and bounds.shape[1]:
             least, most = self.q_stop.aminmax()
             by_all, by_some = bounds[0] < least, bounds[0] < most
@@ -351,14 +356,14 @@ class PrefillPlan:
 
     @cached_property
     def visited_by_row(self) -> torch.Tensor:
-        """int64 [num_rows, num_heads]: keys at or below the diagonal that each row and head visits."""
-        pairs = torch.zeros(self.num_rows, self.num_heads, dtype=torch.int64)
+        """int64 [num_rows, num_heads], on the plan's device: keys that each row and head visits below its bound."""
+        device = self.passes[0].q_rows.device if self.passes else torch.device("cpu")
+        pairs = torch.zeros(self.num_rows, self.num_heads, dtype=torch.int64, device=device)
         for plan in self.passes:
-            for run in plan.causal_runs:
-                rows, length = run.q_rows, len(run.kv_slots)
-                seen = torch.arange(length - (rows.stop - rows.start), length) + 1
-                pairs[rows, list(run.heads)] += seen[:, None]
-            for tiles in plan.scattered:
-                count = (tiles.count_masked + tiles.num_unmasked).cpu()
-                pairs[tiles.q_rows.cpu()[:, :, None], torch.tensor(tiles.heads)] += count[:, :, None]
+            in_group = torch.tensor([[h in group for h in range(self.num_heads)] for group in plan.head_groups])
+            rows_of_tile = plan.q_indptr.diff()
+            tile = torch.repeat_interleave(torch.arange(plan.num_tiles, device=device), rows_of_tile)
+            count = plan.num_full.long()[tile] * plan.block_k + plan.count_masked(tile)
+            weight = in_group.to(device)[plan.q_heads.long()[tile]]
+            pairs.index_add_(0, plan.q_rows.long(), count[:, None] * weight)
         return pairs

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, PrefillPlan, unpack_lanes
 from sglang_mminfer.modality.geometry import map_from_mm_inputs
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
@@ -170,9 +170,13 @@ def _add_tile(
         return
     blocks = plan.block_indices[int(plan.block_indptr[tile]) : int(plan.block_indptr[tile + 1])].long()
     lanes = (blocks[:, None] * plan.block_k + torch.arange(plan.block_k, device=blocks.device)).flatten()
-    position, home = plan.keys.kv_pos[lanes], plan.keys.kv_home[lanes]
+    position = plan.keys.kv_pos[lanes]
+    picked = int(plan.num_picked[tile])
+    if picked:
+        first = int(plan.picked_start[tile])
+        hidden = unpack_lanes(plan.hidden_lanes[first : first + picked], plan.block_k).flatten()
+        position[-len(hidden) :].masked_fill_(hidden, PAD_POSITION)
     counted = (position >= keys[0]) & (position < min(int(stop.max()), keys[1]))
-    counted &= ~((home >= 0) & torch.isin(home, blocks))
     # A row sees the keys before its bound: with keys in order, that is a count for each bin of keys.
     position = position[counted].sort().values
     key_bins, first = ((position - keys[0]) // bin_size).unique_consecutive(return_counts=True)

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+import numpy as np
 import torch
+
+from sglang_mminfer.modality.runs import Ints, Runs
 
 
 class Modality(StrEnum):
@@ -67,6 +70,11 @@ class VisionGrid:
     def shape(self) -> tuple[int, int]:
         """(rows, cols): tokens of two grids can share a cell only where these are equal."""
         return self.rows, self.cols
+
+    @cached_property
+    def starts(self) -> Ints:
+        """`frame_starts` as an array: int64 [frames]."""
+        return np.array(self.frame_starts, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,29 @@ class ModalityMap:
         """bool [length]: the tokens that `modality` covers."""
         flags = torch.tensor([modality.covers(s.modality) for s in self.segments], dtype=torch.bool)
         return flags[self.segment_ids.long()] if self.segments else flags
+
+    def runs(self, modality: Modality) -> Runs:
+        """The positions that `modality` covers."""
+        runs: list[list[int]] = []
+        for segment in self.segments:
+            if not modality.covers(segment.modality):
+                continue
+            if runs and runs[-1][1] == segment.start:
+                runs[-1][1] = segment.stop
+            else:
+                runs.append([segment.start, segment.stop])
+        return Runs([start for start, _ in runs], [stop for _, stop in runs])
+
+    def on_phase(self, stride: str, phase: int) -> Runs:
+        """The positions whose cell is `phase`; `stride` as in `cells`."""
+        found = [np.empty(0, dtype=np.int64)]
+        for segment in self.segments:
+            grid = segment.grid
+            if grid is None or phase >= (grid.cells if stride == "frame" else grid.cols):
+                continue
+            rows = np.arange(1 if stride == "frame" else grid.rows) * grid.cols
+            found.append((grid.starts[:, None] + rows + phase).ravel())
+        return Runs.points(np.concatenate(found))
 
     def cells(self, stride: str) -> torch.Tensor:
         """int32 [length]: the cell of each token, -1 where it has none (text, separators, no grid).

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import torch
-
+from sglang_mminfer.modality.runs import Runs
 from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
 from sglang_mminfer.patterns.spec import Grid
 
 
 def pair_index(pattern: Grid, scope: Scope) -> PairIndex:
-    cells = scope.map.cells(pattern.stride)[: scope.kv_len]
-    on_phase = cells == pattern.phase
+    needs_phase = pattern.v or pattern.h
+    on_phase = scope.map.on_phase(pattern.stride, pattern.phase) if needs_phase else Runs.span(0, 0)
     # A row cannot be placed on a raster that nobody knows, nor can it pick that raster's keys: see all of it.
-    dense_rows = scope.positions >= _first_without_grid(scope)
+    dense_rows = Runs.span(_first_without_grid(scope), scope.kv_len)
     if scope.text_rule:
         dense_rows |= scope.text_after_vision
     if pattern.h:
         dense_rows |= on_phase
+    skip = pattern.phase if needs_phase else None
     return PairIndex(
         sink=pattern.sink,
         local=pattern.local,
         dense_rows=dense_rows,
-        columns=torch.nonzero(on_phase & scope.key_members).flatten() if pattern.v else None,
-        lines=Lines(pattern.stride, pattern.phase if pattern.v or pattern.h else None) if pattern.s else None,
+        columns=(on_phase & scope.key_members).members() if pattern.v else None,
+        lines=Lines(pattern.stride, skip, skip_keys=pattern.v) if pattern.s else None,
     )
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
+from sglang_mminfer.modality.runs import Ints, Runs
 from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.spec import VerticalSlash
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,23 @@ class Scope:
     text_rule: bool = True
 
     @cached_property
-    def positions(self) -> torch.Tensor:
-        return torch.arange(self.kv_len)
+    def text_after_vision(self) -> Runs:
+        """Text rows that have an image or a video before them."""
+        return self.map.runs(Modality.TEXT).clip(self.map.first_vision, self.kv_len)
 
     @cached_property
-    def text_after_vision(self) -> torch.Tensor:
-        """bool [kv_len]: text rows that have an image or a video before them."""
-        return self.map.members(Modality.TEXT)[: self.kv_len] & (self.positions > self.map.first_vision)
+    def row_members(self) -> Runs:
+        """Positions that belong to the row class."""
+        return self._members(self.rows)
 
     @cached_property
-    def key_members(self) -> torch.Tensor:
-        """bool [kv_len]: positions that belong to the key class."""
-        if self.keys is None:
-            return torch.ones(self.kv_len, dtype=torch.bool)
-        return self.map.members(self.keys)[: self.kv_len]
+    def key_members(self) -> Runs:
+        """Positions that belong to the key class."""
+        return self._members(self.keys)
+
+    def _members(self, modality: Modality | None) -> Runs:
+        everything = Runs.span(0, self.kv_len)
+        return everything if modality is None else self.map.runs(modality).clip(0, self.kv_len)
 
 
 @dataclass
@@ -52,26 +55,28 @@ class PairIndex:
 
     sink:       the first keys, for every row.
     local:      the last keys up to the row's causal frontier.
-    dense_rows: bool [kv_len], rows that see every key of the class; None for no row.
+    dense_rows: rows that see every key of the class; None for no row.
     columns:    int64, ascending absolute positions of keys that every row sees; None for none.
-    diagonals:  int64, offsets back from the frontier that every row sees; None for none.
     lines:      through a raster: rows see the keys of their own line; None for none.
+    estimated:  columns and diagonals that only q and k can tell; None for none.
     """
 
     sink: int = 0
     local: int = 0
-    dense_rows: torch.Tensor | None = None
-    columns: torch.Tensor | None = None
-    diagonals: torch.Tensor | None = None
+    dense_rows: Runs | None = None
+    columns: Ints | None = None
     lines: Lines | None = None
+    estimated: VerticalSlash | None = None
 
 
 @dataclass(frozen=True)
 class Lines:
     """Lines through the raster of every image and video: one per cell ("frame") or one per column ("row").
 
-    `skip` is the line that needs no visit of its own, because its keys are columns or its rows see all.
+    `skip` is the line whose rows need no visit, because its keys are columns or its rows see all; `skip_keys` is
+    True if its keys are columns, so that they must not be visited along other lines of the same tile.
     """
 
     stride: str
     skip: int | None
+    skip_keys: bool

@@ -1,24 +1,30 @@
-"""From the tiles of single requests to the plan of a whole ragged batch, for one layer's head patterns."""
+"""From the tiles of single requests to the plan of a whole ragged batch, for one layer's head patterns.
+
+`tiles.py` says on the host what every tile visits, as ranges; here the ranges are spelled out on the device. The
+host never waits for the device: it knows the size of everything it allocates, exactly for static patterns and as
+a bound for estimated ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes
 from sglang_mminfer.kernels.threads import one_thread
+from sglang_mminfer.kernels.transfer import to_device
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns import vertical_slash
 from sglang_mminfer.patterns.boundary import row_classes
-from sglang_mminfer.patterns.index import PairIndex, Scope
-from sglang_mminfer.patterns.order import KeyOrder
+from sglang_mminfer.patterns.index import Scope
+from sglang_mminfer.patterns.order import CompactOrder, KeyOrder
 from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
-from sglang_mminfer.patterns.tiles import ChunkTiler, TilePass
+from sglang_mminfer.patterns.tiles import FULL, PARTIAL, PICKED, ChunkTiler, EstimatedVisits, TilePass
 
 BLOCK_Q, BLOCK_K = 128, 64
-
 
 @dataclass(frozen=True)
 class RequestChunk:
@@ -53,7 +59,7 @@ def is_static(head: HeadPattern) -> bool:
 
 
 class BatchPlanner:
-    """Plans for one batch. Tiles of static patterns are made once, whatever layer asks for them."""
+    """Plans for one batch. What is static is made once, whatever layer asks for it."""
 
     def __init__(
         self,
@@ -66,11 +72,13 @@ class BatchPlanner:
     ) -> None:
         self.requests, self.num_rows = tuple(requests), num_rows
         self.block_q, self.block_k = block_q, block_k
+        self.device = self.requests[0].slots.device if self.requests else torch.device("cpu")
         self._tilers = [
             ChunkTiler(r.map or _any_map(r.kv_len), r.q_start, r.kv_len, dense_below, block_q, block_k)
             for r in self.requests
         ]
-        self._static_tiles: dict[tuple[int, HeadPattern], list[TilePass]] = {}
+        self._keys = KeyOrders(self.requests, block_k)
+        self._tiles: dict[tuple[int, HeadPattern], list[Tiles]] = {}
         self._static_plans: dict[tuple[HeadPattern, ...], PrefillPlan] = {}
 
     def plan(
@@ -85,206 +93,357 @@ class BatchPlanner:
         Args:
             heads: the pattern of every query head.
             q [tokens, Hq, D], k_cache [slots, Hkv, D], sm_scale: for the heads whose pattern is estimated.
+
+        Raises:
+            ValueError: a pattern that is estimated, without q and k_cache.
         """
         name = tuple(heads)
         if name not in self._static_plans:
             with one_thread():
-                plan, lasting = self._make(name, q, k_cache, sm_scale)
-            if not lasting:
+                plan = self._make(name, q, k_cache, sm_scale)
+            if not all(map(is_static, set(name))):
                 return plan
             self._static_plans[name] = plan
         return self._static_plans[name]
 
     def _make(
         self, heads: tuple[HeadPattern, ...], q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float
-    ) -> tuple[PrefillPlan, bool]:
-        """A plan, and whether it holds for every layer with these heads."""
+    ) -> PrefillPlan:
         sharing: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(heads):
             sharing.setdefault(pattern, []).append(head)
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
-        every_head = tuple(range(len(heads)))
-        items = [(r, every_head, self._tiles(r, Dense())) for r in range(len(self.requests)) if r not in with_map]
-        all_static = True
-        for pattern, members in sharing.items():
-            if is_static(pattern):
-                items += [(r, tuple(members), self._tiles(r, pattern)) for r in with_map]
-                continue
-            all_static = False
-            if q is None or k_cache is None:
-                raise ValueError(f"{pattern}: this pattern is estimated, so its plan needs q and the keys")
-            for r in with_map:
-                estimates = _Estimates(self.requests[r], members, q, k_cache, sm_scale)
-                for head in members:
-                    items.append((r, (head,), self._tilers[r].tile(pattern, estimates.of(head))))
-        return self._assemble(items, len(heads)), all_static
+        without = [r for r in range(len(self.requests)) if r not in with_map]
+        items = [(r, tuple(range(len(heads))), self._tiles_of(r, Dense())) for r in without]
+        items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
+        keys = self._keys.table()
+        levels: list[list[tuple[HeadTiles, Tiles]]] = []
+        for r, own, passes in items:
+            for number, tiles in enumerate(passes):
+                if not tiles.num_tiles:
+                    continue
+                while len(levels) <= number:
+                    levels.append([])
+                if not tiles.estimated:
+                    levels[number].append(((own,), tiles))
+                    continue
+                if q is None or k_cache is None:
+                    raise ValueError(f"{heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys")
+                estimates = Estimates(self.requests[r], own, q, k_cache, sm_scale)
+                tiles, keys = _with_estimate(tiles, estimates, keys, self.block_k)
+                levels[number].append((tuple((head,) for head in own), tiles))
+        passes_of_all = tuple(_assemble(level, keys, self.block_q, self.block_k) for level in levels if level)
+        return PrefillPlan(passes_of_all, self.num_rows, len(heads))
 
-    def _tiles(self, request: int, pattern: HeadPattern) -> list[TilePass]:
+    def _tiles_of(self, request: int, pattern: HeadPattern) -> list[Tiles]:
         name = (request, pattern)
-        if name not in self._static_tiles:
-            self._static_tiles[name] = self._tilers[request].tile(pattern)
-        return self._static_tiles[name]
-
-    def _assemble(self, items: list[tuple[int, tuple[int, ...], list[TilePass]]], num_heads: int) -> PrefillPlan:
-        device = self.requests[0].slots.device if self.requests else torch.device("cpu")
-        table = _KeyTableBuilder(self.requests, self.block_k)
-        depth = max((len(passes) for _, _, passes in items), default=0)
-        drafts = []
-        for number in range(depth):
-            level = [(r, heads, passes[number]) for r, heads, passes in items if len(passes) > number]
-            level = [item for item in level if item[2].num_tiles]
-            if level:
-                drafts.append(_PassDraft(level, self.requests, table, self.block_q))
-        keys = table.build(device)
-        return PrefillPlan(tuple(draft.build(keys, device) for draft in drafts), self.num_rows, num_heads)
+        if name not in self._tiles:
+            chunk, passes = self.requests[request], self._tilers[request].tile(pattern)
+            self._tiles[name] = [_tiles(tile_pass, request, chunk, self._keys, self.device) for tile_pass in passes]
+        return self._tiles[name]
 
 
-class _Estimates:
-    """Column and diagonal masses of the heads of one request that need them; each scope is computed once."""
-
-    def __init__(
-        self, request: RequestChunk, heads: list[int], q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float
-    ) -> None:
-        self.request, self.heads, self.sm_scale = request, heads, sm_scale
-        self.q = q[request.row_start : request.row_start + request.num_rows]
-        self.k = k_cache[request.slots]
-        self.group = q.shape[1] // k_cache.shape[1]
-        self._masses: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def of(self, head: int):
-        number = self.heads.index(head)
-
-        def estimator(pattern: VerticalSlash, scope: Scope) -> PairIndex:
-            columns, diagonals = self._of_scope(pattern.last_q, scope)
-            return vertical_slash.pair_index(pattern, scope, columns[number], diagonals[number])
-
-        return estimator
-
-    def _of_scope(self, last_q: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-        name: tuple[int, Modality | None, Modality | None] = (last_q, scope.rows, scope.keys)
-        if name not in self._masses:
-            q_start, kv_len = self.request.q_start, self.request.kv_len
-            rows = torch.arange(q_start, kv_len)
-            if scope.rows is not None:
-                rows = rows[scope.map.members(scope.rows)[q_start:kv_len]]
-            rows = rows[-last_q:].to(self.q.device)
-            self._masses[name] = vertical_slash.estimate(
-                self.q[rows - q_start][:, self.heads],
-                self.k,
-                [head // self.group for head in self.heads],
-                rows,
-                self.sm_scale,
-                scope.key_members.to(self.q.device),
-            )
-        return self._masses[name]
-
-
-class _KeyTableBuilder:
-    """Gives every distinct key order of a batch its place in one table."""
+class KeyOrders:
+    """The key orders of a batch, each with its place in one table. The table grows as patterns ask for more."""
 
     def __init__(self, requests: Sequence[RequestChunk], block_k: int) -> None:
         self.requests, self.block_k = requests, block_k
-        self._first_tile: dict[tuple[int, int], int] = {}
-        self._orders: list[tuple[int, KeyOrder]] = []
-        self._tiles = 0
+        self._first_tile: dict[tuple[int, KeyOrder], int] = {}
+        self._positions: list[torch.Tensor] = []
+        self._slots: list[torch.Tensor] = []
+        self._num_tiles = 0
 
     def first_tile(self, request: int, order: KeyOrder) -> int:
-        name = (request, id(order))
-        if name not in self._first_tile:
-            if order.base is not None:
-                self.first_tile(request, order.base)
-            self._first_tile[name] = self._tiles
-            self._orders.append((request, order))
-            self._tiles += order.num_tiles
-        return self._first_tile[name]
+        """The number of the order's first key tile in the table."""
+        if (request, order) not in self._first_tile:
+            slots = self.requests[request].slots
+            positions = order.positions(slots.device)
+            self._positions.append(positions)
+            self._slots.append(_slots_of(positions, slots, self.block_k))
+            self._first_tile[request, order] = self._num_tiles
+            self._num_tiles += order.num_tiles
+        return self._first_tile[request, order]
 
-    def build(self, device: torch.device) -> KeyTable:
-        pos, slots, homes = (
-            [torch.empty(0, dtype=torch.int32)],
-            [torch.empty(0, dtype=torch.int32, device=device)],
-            [],
-        )
-        for request, order in self._orders:
-            positions = order.positions.long().to(device)
-            nearest = positions.view(-1, self.block_k).amin(dim=1).repeat_interleave(self.block_k)
-            positions = positions.where(positions != PAD_POSITION, nearest)  # padding: see KeyTable
-            own = self.requests[request].slots[positions.masked_fill(positions == PAD_POSITION, 0)]
-            pos.append(order.positions)
-            slots.append(own.to(torch.int32))
-            if order.base is None or order.base_tiles is None:
-                homes.append(torch.full_like(order.positions, NO_HOME))
-            else:
-                first = self.first_tile(request, order.base)
-                homes.append(torch.where(order.base_tiles >= 0, order.base_tiles + first, NO_HOME))
-        kv_home = torch.cat([torch.empty(0, dtype=torch.int32), *homes])
-        return KeyTable(torch.cat(pos).to(device), torch.cat(slots), kv_home.to(device))
+    def table(self) -> KeyTable:
+        """Of all orders so far. Numbers of tiles stay what they are when it grows."""
+        for parts in (self._positions, self._slots):
+            if len(parts) != 1:
+                none = torch.empty(0, dtype=torch.int32, device=parts[0].device if parts else None)
+                parts[:] = [torch.cat([none, *parts])]
+        return KeyTable(self._positions[0], self._slots[0])
 
 
-class _PassDraft:
-    """The tiles of one pass over the whole batch, before they are packed into a BlockPlan."""
+def _slots_of(positions: torch.Tensor, slots: torch.Tensor, block_k: int) -> torch.Tensor:
+    """int32: the cache rows of the keys at `positions`. For padding, and keys that are yet to come, see KeyTable."""
+    real = positions < len(slots)
+    nearest = positions.where(real, PAD_POSITION).view(-1, block_k).amin(dim=1)
+    nearest = nearest.where(nearest < len(slots), 0).repeat_interleave(block_k, output_size=len(positions))
+    return slots[positions.where(real, nearest).long()].to(torch.int32)
+
+
+HeadTiles = tuple[tuple[int, ...], ...]  # the head groups that run some tiles, each a copy, one after the other
+
+
+@dataclass
+class Tiles:
+    """The tiles of one pass of one request and pattern, on the device, key tiles numbered in the batch's table.
+
+    q_rows, q_stop: int32 [rows]; rows_per_tile: int32 [T].
+    start, count: int64 [E], ranges of key tiles; ends: int64 [T, 4]: a tile's full ranges begin at ends[t, 0],
+    its partial ones at ends[t, 1], its picked ones at ends[t, 2], and end at ends[t, 3].
+    hidden: int32 [picked ranges, words], the lanes of each that do not count.
+    most: the most full, partial and picked ranges of a tile. room: the sum of `count`, or a bound on it.
+    """
+
+    num_tiles: int
+    q_rows: torch.Tensor
+    q_stop: torch.Tensor
+    rows_per_tile: torch.Tensor
+    start: torch.Tensor
+    count: torch.Tensor
+    ends: torch.Tensor
+    hidden: torch.Tensor
+    most: tuple[int, int, int]
+    room: int
+    estimated: tuple[EstimatedTiles, ...] = ()
+    picked_count: torch.Tensor | None = None  # int64 [picked ranges], 0 or 1; None: all 1
+
+
+@dataclass
+class EstimatedTiles:
+    """`EstimatedVisits` on the device: int64 [T'] near, far, sure, and stop, the key tiles up to the last row."""
+
+    visits: EstimatedVisits
+    first_tile: int  # of the base order in the table
+    near: torch.Tensor
+    far: torch.Tensor
+    sure: torch.Tensor
+    stop: torch.Tensor
+
+    @property
+    def most_partial(self) -> int:
+        """Key tiles that some rows of a query tile see in part, at most."""
+        visits = self.visits
+        return int((-(-visits.far // visits.base.block_k) - visits.sure).max())
+
+    def room(self, distances: int) -> int:
+        """A bound on the full key tiles that so many diagonals cross."""
+        visits = self.visits
+        each = (visits.far - visits.near) // visits.base.block_k + 2
+        return int(np.minimum(distances * each, visits.sure).sum())
+
+
+def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrders, device: torch.device) -> Tiles:
+    def joined(parts: Sequence[np.ndarray], none: tuple[int, ...] = (0,)) -> np.ndarray:
+        return np.concatenate(parts) if parts else np.zeros(none, dtype=np.int64)
+
+    visits, num_tiles = tile_pass.visits, tile_pass.num_tiles
+    tile, count = joined([v.tile for v in visits]), joined([v.count for v in visits])
+    start = joined([v.start + keys.first_tile(request, v.order) for v in visits])
+    kind = joined([np.full(len(v.tile), v.kind) for v in visits])
+    hidden = joined([v.hidden for v in visits if v.hidden is not None], (0, keys.block_k))
+    order = np.lexsort((start, kind, tile))
+    row_of = np.cumsum(kind == PICKED) - 1  # in `hidden`
+    hidden = hidden[row_of[order[kind[order] == PICKED]]]
+    by_kind = np.bincount(tile * 3 + kind, minlength=3 * num_tiles).reshape(num_tiles, 3)
+    ends = np.concatenate([[0], np.cumsum(by_kind)])
+    ends = np.stack([ends[:-1:3], ends[1::3], ends[2::3], ends[3::3]], axis=1)
+    rows, stop = joined(tile_pass.q_pos), joined(tile_pass.q_stop)
+    estimated = tile_pass.estimated
+    uploads = [[e.near, e.far, e.sure, -(-e.far // keys.block_k)] for e in estimated]
+    q_rows, q_stop, rows_per_tile, *parts = to_device(
+        device,
+        rows - chunk.q_start + chunk.row_start,
+        stop,
+        joined(tile_pass.rows_per_tile),
+        start[order],
+        count[order],
+        ends,
+        pack_lanes(torch.from_numpy(hidden.astype(np.bool_))).numpy(),
+        *(array for arrays in uploads for array in arrays),
+    )
+    return Tiles(
+        num_tiles=num_tiles,
+        q_rows=q_rows,
+        q_stop=q_stop,
+        rows_per_tile=rows_per_tile,
+        start=parts[0].long(),
+        count=parts[1].long(),
+        ends=parts[2].long(),
+        hidden=parts[3],
+        most=tuple(by_kind.max(axis=0, initial=0).tolist()),
+        room=int(count.sum()),
+        estimated=tuple(
+            EstimatedTiles(e, keys.first_tile(request, e.base), *(x.long() for x in parts[4 + 4 * i : 8 + 4 * i]))
+            for i, e in enumerate(estimated)
+        ),
+    )
+
+
+def _with_estimate(
+    tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int
+) -> tuple[Tiles, KeyTable]:
+    """A copy of `tiles` for each head, with what the head's estimate adds, and `keys` with the gathered columns."""
+    heads, num_tiles, room = len(estimates.heads), tiles.num_tiles, len(estimates.heads) * tiles.room
+    ranges = [[_padded(tiles, kind)] for kind in (FULL, PARTIAL, PICKED)]  # [heads or 1, T, most] start and count
+    before = (tiles.ends[:, 3] - tiles.ends[:, 2]).cumsum(0) - (tiles.ends[:, 3] - tiles.ends[:, 2])
+    lane_rows = before[:, None] + torch.arange(tiles.most[PICKED], device=before.device)
+    hidden = [tiles.hidden[lane_rows.clamp_max(max(len(tiles.hidden) - 1, 0))][None]]  # [heads or 1, T, most, words]
+    for estimated in tiles.estimated:
+        pattern, first = estimated.visits.pattern, int(estimated.visits.tile[0])
+        beside = (first, num_tiles - first - len(estimated.visits.tile))  # tiles of other groups: none of this
+
+        def placed(x: torch.Tensor, beside: tuple[int, int] = beside) -> torch.Tensor:
+            """[heads or 1, T', most, ...] -> [heads or 1, T, most, ...]"""
+            return torch.nn.functional.pad(x.transpose(1, -1), beside).transpose(1, -1)
+
+        masses = estimates.of(pattern.last_q, estimated.visits.scope)
+        ranks, distances = vertical_slash.select(pattern, *masses)
+        diagonals = vertical_slash.Diagonals(distances, estimated.near, estimated.far, block_k)
+        start, count = diagonals.ranges(estimated.sure)
+        ranges[FULL].append((placed(start + estimated.first_tile), placed(count)))
+        room += heads * estimated.room(distances.shape[1])
+        lanes = torch.arange(estimated.most_partial, device=start.device)
+        blocks = (estimated.sure[:, None] + lanes)[None]
+        crossed = diagonals.cross(blocks) & (blocks < estimated.stop[:, None])
+        ranges[PARTIAL].append((placed(blocks + estimated.first_tile), placed(crossed.long())))
+        room += heads * blocks.numel()
+        if not ranks.shape[1]:
+            continue
+        count, lanes_hidden = vertical_slash.column_lanes(ranks, diagonals, block_k)
+        column_tiles = torch.arange(heads * count.shape[2], device=start.device).view(heads, 1, -1)
+        start = (column_tiles + len(keys.kv_pos) // block_k).expand_as(count)
+        ranges[PICKED].append((placed(start), placed(count)))
+        hidden.append(placed(lanes_hidden))
+        room += count.numel()
+        keys = _with_columns(keys, ranks + estimated.first_tile * block_k, block_k)
+    starts, counts = (
+        torch.cat([pair[i].expand(heads, num_tiles, -1) for of_kind in ranges for pair in of_kind], dim=2)
+        for i in range(2)
+    )
+    sizes = [sum(pair[0].shape[2] for pair in of_kind) for of_kind in ranges]
+    first_range = torch.arange(heads * num_tiles, device=starts.device) * sum(sizes)
+    ends = [first_range, first_range + sizes[0], first_range + sizes[0] + sizes[1], first_range + sum(sizes)]
+    every_hidden = torch.cat([rows.expand(heads, num_tiles, -1, -1) for rows in hidden], dim=2)
+    return (
+        Tiles(
+            num_tiles=heads * num_tiles,
+            q_rows=tiles.q_rows.repeat(heads),
+            q_stop=tiles.q_stop.repeat(heads),
+            rows_per_tile=tiles.rows_per_tile.repeat(heads),
+            start=starts.flatten(),
+            count=counts.flatten(),
+            ends=torch.stack(ends, dim=1),
+            hidden=every_hidden.flatten(0, 2),
+            most=(sizes[0], sizes[1], sizes[2]),
+            room=room,
+            picked_count=counts[:, :, sum(sizes[:2]) :].flatten(),
+        ),
+        keys,
+    )
+
+
+def _padded(tiles: Tiles, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranges of one kind as [1, T, most]: start and count, 0 where a tile has fewer."""
+    number = tiles.ends[:, kind, None] + torch.arange(tiles.most[kind], device=tiles.ends.device)
+    real = number < tiles.ends[:, kind + 1, None]
+    number = number.where(real, 0)
+    return tiles.start[number][None], tiles.count[number].where(real, 0)[None]
+
+
+def _with_columns(keys: KeyTable, lanes: torch.Tensor, block_k: int) -> KeyTable:
+    """`keys` and, after them, the keys `lanes` [H, V] of each head, padded to whole tiles."""
+    number = torch.arange(-(-lanes.shape[1] // block_k) * block_k, device=lanes.device)
+    real = number < lanes.shape[1]
+    taken = lanes[:, number.where(real, number // block_k * block_k)]
+    positions = keys.kv_pos[taken].where(real, PAD_POSITION)
+    return KeyTable(
+        torch.cat([keys.kv_pos, positions.flatten()]), torch.cat([keys.kv_slots, keys.kv_slots[taken].flatten()])
+    )
+
+
+def _assemble(level: list[tuple[HeadTiles, Tiles]], keys: KeyTable, block_q: int, block_k: int) -> BlockPlan:
+    """One pass from its items. Sizes are the host's; what the device knows better only indexes into them."""
+    parts = [tiles for _, tiles in level]
+    groups: dict[tuple[int, ...], int] = {}
+    numbers = [[groups.setdefault(heads, len(groups)) for heads in head_tiles] for head_tiles, _ in level]
+    copies = [np.repeat(own, tiles.num_tiles // len(own)) for own, tiles in zip(numbers, parts)]
+    device = parts[0].q_rows.device
+    (q_heads,) = to_device(device, np.concatenate(copies))
+
+    start, count = torch.cat([t.start for t in parts]), torch.cat([t.count for t in parts])
+    first_range = np.cumsum([0, *(len(t.start) for t in parts)])
+    ends = torch.cat([t.ends + int(first) for t, first in zip(parts, first_range)])
+    room = sum(t.room for t in parts)
+    # One more range takes what is left of the room, so that the host knows the length of what follows.
+    reach = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    start = torch.nn.functional.pad(start - reach[:-1], (0, 1))
+    count = torch.cat([count, room - reach[-1:]])
+    blocks = torch.repeat_interleave(start, count, output_size=room) + torch.arange(room, device=device)
+    at = reach[ends]
+
+    hidden = torch.cat([t.hidden for t in parts])
+    if any(t.picked_count is not None for t in parts):
+        counts = [torch.ones_like(t.hidden[:, 0]) if t.picked_count is None else t.picked_count for t in parts]
+        visited = torch.cat(counts).bool()
+        row = (visited.cumsum(0) - 1).where(visited, len(hidden))  # those not visited: all to a row at the end
+        hidden = hidden.new_zeros(len(hidden) + 1, hidden.shape[1]).index_copy_(0, row, hidden)
+    return BlockPlan(
+        keys=keys,
+        q_rows=torch.cat([t.q_rows for t in parts]),
+        q_stop=torch.cat([t.q_stop for t in parts]),
+        q_indptr=_indptr(torch.cat([t.rows_per_tile for t in parts])),
+        q_heads=q_heads,
+        block_indptr=_indptr(at[:, 3] - at[:, 0]),
+        block_indices=blocks.to(torch.int32),
+        num_full=(at[:, 1] - at[:, 0]).to(torch.int32),
+        num_picked=(at[:, 3] - at[:, 2]).to(torch.int32),
+        hidden_lanes=hidden,
+        head_groups=tuple(groups),
+        block_q=block_q,
+        block_k=block_k,
+        num_work=sum(t.num_tiles // len(own) * sum(map(len, own)) for own, t in level),
+    )
+
+
+def _indptr(counts: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+class Estimates:
+    """Column and diagonal masses of some heads of one request; each scope is computed once.
+
+    Args:
+        heads: the query heads, ascending. q: [tokens, Hq, D]; k_cache: [slots, Hkv, D].
+    """
 
     def __init__(
-        self,
-        level: list[tuple[int, tuple[int, ...], TilePass]],
-        requests: Sequence[RequestChunk],
-        table: _KeyTableBuilder,
-        block_q: int,
+        self, request: RequestChunk, heads: tuple[int, ...], q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float
     ) -> None:
-        self.block_q, self.block_k = block_q, table.block_k
-        groups: dict[tuple[int, ...], int] = {}
-        rows, stops, counts, heads, tiles, blocks = [], [], [], [], [], []
-        num_tiles = 0
-        for request, head_group, tile_pass in level:
-            chunk = requests[request]
-            group = groups.setdefault(head_group, len(groups))
-            rows += [q_pos - chunk.q_start + chunk.row_start for q_pos in tile_pass.q_pos]
-            stops += tile_pass.q_stop
-            counts += tile_pass.rows_per_tile
-            heads.append(torch.full((tile_pass.num_tiles,), group))
-            for order, tile, block in tile_pass.visits:
-                tiles.append(tile + num_tiles)
-                blocks.append(block + table.first_tile(request, order))
-            num_tiles += tile_pass.num_tiles
-        none = [torch.empty(0, dtype=torch.int64)]
-        self.head_groups = tuple(groups)
-        self.q_rows, self.q_stop = torch.cat(rows), torch.cat(stops)
-        self.q_indptr = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
-        self.q_heads = torch.cat(heads)
-        self.tiles, self.blocks = torch.cat(none + tiles), torch.cat(none + blocks)
+        self.request, self.heads, self.k_cache, self.sm_scale = request, heads, k_cache, sm_scale
+        self.q = q[request.row_start : request.row_start + request.num_rows]
+        self._masses: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def build(self, keys: KeyTable, device: torch.device) -> BlockPlan:
-        key_tiles = keys.kv_pos.cpu().view(-1, self.block_k)
-        nearest, farthest = key_tiles.amin(dim=1), key_tiles.amax(dim=1)
-        is_column = (keys.kv_home.cpu().view(-1, self.block_k) >= 0).any(dim=1)
-        counts = self.q_indptr.diff()
-        stops = torch.segment_reduce(self.q_stop.double(), "max", lengths=counts).long()
-        least = torch.segment_reduce(self.q_stop.double(), "min", lengths=counts).long()
-        reached = nearest[self.blocks] < stops[self.tiles]
-        tiles, blocks = self.tiles[reached], self.blocks[reached]
-        partial = (farthest[blocks] >= least[tiles]) | is_column[blocks]
-        kind = partial + is_column[blocks].long()  # 0: full, 1: partial, 2: columns
-        # One sort puts the visits in order: by tile, then by kind, ascending.
-        size = len(key_tiles)
-        packed = ((tiles * 3 + kind) * size + blocks).sort().values
-        blocks, tiles, kind = packed % size, packed // size // 3, packed // size % 3
-        num_tiles = len(counts)
-        indptr = torch.zeros(num_tiles + 1, dtype=torch.int64)
-        indptr[1:] = torch.bincount(tiles, minlength=num_tiles).cumsum(0)
+    def of(self, last_q: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [heads, keys of the class] twice: see `vertical_slash.estimate`."""
+        name = (last_q, scope.rows, scope.keys)
+        if name not in self._masses:
+            self._masses[name] = self._estimate(last_q, scope)
+        return self._masses[name]
 
-        def packed_int(values: torch.Tensor) -> torch.Tensor:
-            return values.to(torch.int32).to(device)
-
-        return BlockPlan(
-            keys=keys,
-            q_rows=packed_int(self.q_rows),
-            q_stop=packed_int(self.q_stop),
-            q_indptr=packed_int(self.q_indptr),
-            q_heads=packed_int(self.q_heads),
-            block_indptr=packed_int(indptr),
-            block_indices=packed_int(blocks),
-            num_full=packed_int(torch.bincount(tiles[kind == 0], minlength=num_tiles)),
-            num_columns=packed_int(torch.bincount(tiles[kind == 2], minlength=num_tiles)),
-            head_groups=self.head_groups,
-            block_q=self.block_q,
-            block_k=self.block_k,
+    def _estimate(self, last_q: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
+        request, device = self.request, self.q.device
+        rows = scope.row_members.clip(request.q_start, request.kv_len)
+        q_pos = rows.select(np.arange(max(0, len(rows) - last_q), len(rows)))
+        (positions,) = to_device(device, q_pos)
+        positions = positions.long()
+        keys = None if scope.keys is None else CompactOrder(scope.key_members, 1).positions(device).long()
+        return vertical_slash.estimate(
+            self.q[positions - request.q_start],
+            self.k_cache[request.slots],
+            list(self.heads),
+            positions,
+            scope.key_members.rank(q_pos + 1).tolist(),
+            self.sm_scale,
+            keys,
         )

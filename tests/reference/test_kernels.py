@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_mminfer.kernels import block_plan as block_plan_module
 from sglang_mminfer.kernels import reference, torch_gather
-from sglang_mminfer.kernels.block_plan import NO_HOME, PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes, unpack_lanes
 from support import D, any_pattern, batches, conversation
 
 from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash, prefill
@@ -145,50 +145,51 @@ def almost_causal_tiles(draw, num_rows: int):
 
 @st.composite
 def raw_plans(draw):
-    """Plans of no pattern at all: any positions, slots, homes, row bounds and lists that the contract allows."""
+    """Plans of no pattern at all: any positions, slots, row bounds, lists and hidden lanes that the contract allows."""
     groups = ((0, 1, 2, 3), (1, 2), (3,), (0, 2, 3))
     causal = draw(st.booleans())
     num_tiles, num_rows, passes = 6 if causal else draw(st.integers(1, 6)), draw(st.integers(1, 9)), []
-    positions, slots, homes = [], [], []
+    positions, slots = [], []
     for tile in range(num_tiles):
-        columns = not causal and draw(st.booleans())
         for lane in range(BLOCK_K):
             padding = draw(st.integers(0, 40 if causal else 5)) == 0
             position = tile * BLOCK_K + lane if causal else draw(st.integers(0, 30))
             positions.append(PAD_POSITION if padding else position)
             slots.append(0 if padding else draw(st.integers(0, SLOTS - 1)))
-            homes.append(draw(st.integers(-1, num_tiles - 1)) if columns and not padding else NO_HOME)
-    keys = KeyTable(*(torch.tensor(x, dtype=torch.int32) for x in (positions, slots, homes)))
+    keys = KeyTable(*(torch.tensor(x, dtype=torch.int32) for x in (positions, slots)))
     for _ in range(draw(st.integers(1, 3))):
         plan = {"q_rows": [], "q_stop": [], "q_indptr": [0], "q_heads": [], "block_indptr": [0]}
-        block_indices, num_full, num_columns = [], [], []
+        block_indices, num_full, num_picked, hidden = [], [], [], []
         for group in draw(st.sampled_from([(0,), (1, 2), (3,)])):  # groups that share no head
             tiles = draw(almost_causal_tiles(num_rows) if causal else raw_tiles(num_rows, num_tiles))
             for rows, stops, listed in tiles:
                 listed = sorted(listed)
+                picked = [b for b in listed if not causal and draw(st.booleans())]
                 full = [
                     b
                     for b in listed
-                    if all(p < min(stops) for p in positions[b * BLOCK_K : (b + 1) * BLOCK_K])
-                    and all(h == NO_HOME for h in homes[b * BLOCK_K : (b + 1) * BLOCK_K])
+                    if b not in picked
+                    and all(p < min(stops) for p in positions[b * BLOCK_K : (b + 1) * BLOCK_K])
                 ]
                 plan["q_rows"] += rows
                 plan["q_stop"] += stops
                 plan["q_indptr"].append(len(plan["q_rows"]))
                 plan["q_heads"].append(group)
-                columns = [b for b in listed if any(h != NO_HOME for h in homes[b * BLOCK_K : (b + 1) * BLOCK_K])]
-                block_indices += full + [b for b in listed if b not in full + columns] + columns
+                block_indices += full + [b for b in listed if b not in full + picked] + picked
                 num_full.append(len(full))
-                num_columns.append(len(columns))
+                num_picked.append(len(picked))
+                hidden += [[draw(st.booleans()) for _ in range(BLOCK_K)] for _ in picked]
                 plan["block_indptr"].append(len(block_indices))
+        spare = draw(st.integers(0, 2))  # room that no tile uses
         arrays = {name: torch.tensor(x, dtype=torch.int32) for name, x in plan.items()}
         passes.append(
             BlockPlan(
                 keys=keys,
                 **arrays,
-                block_indices=torch.tensor(block_indices, dtype=torch.int32),
+                block_indices=torch.tensor(block_indices + [999] * spare, dtype=torch.int32),
                 num_full=torch.tensor(num_full, dtype=torch.int32),
-                num_columns=torch.tensor(num_columns, dtype=torch.int32),
+                num_picked=torch.tensor(num_picked, dtype=torch.int32),
+                hidden_lanes=pack_lanes(torch.tensor(hidden + [[True] * BLOCK_K] * spare).view(-1, BLOCK_K)),
                 head_groups=groups,
                 block_q=num_rows,
                 block_k=BLOCK_K,
@@ -207,13 +208,19 @@ def counted_slots(plan: PrefillPlan, row: int, head: int) -> list[int]:
                 continue
             a, b = block_plan.block_indptr[t : t + 2].tolist()
             listed = block_plan.block_indices[a:b].tolist()
+            first_picked, first = len(listed) - int(block_plan.num_picked[t]), int(block_plan.num_picked[:t].sum())
             for i in range(*block_plan.q_indptr[t : t + 2].tolist()):
                 if block_plan.q_rows[i] != row:
                     continue
-                for key in (block * BLOCK_K + lane for block in listed for lane in range(BLOCK_K)):
-                    home = int(keys.kv_home[key])
-                    if keys.kv_pos[key] < block_plan.q_stop[i] and not (home >= 0 and home in listed):
-                        out.append(int(keys.kv_slots[key]))
+                for j, block in enumerate(listed):
+                    for lane in range(BLOCK_K):
+                        key = block * BLOCK_K + lane
+                        if j >= first_picked:
+                            word = int(block_plan.hidden_lanes[first + j - first_picked, lane // 32])
+                            if word >> (lane % 32) & 1:
+                                continue
+                        if keys.kv_pos[key] < block_plan.q_stop[i]:
+                            out.append(int(keys.kv_slots[key]))
     return out
 
 
@@ -283,7 +290,7 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
         of_row |= {row: i for row in range(batch.rows(i).start, batch.rows(i).stop)}
     for block_plan in plan.passes:
         keys = block_plan.keys
-        pos, slots, home = (x.view(-1, block_k) for x in (keys.kv_pos, keys.kv_slots, keys.kv_home))
+        pos, slots = (x.view(-1, block_k) for x in (keys.kv_pos, keys.kv_slots))
         for name in (
             "q_rows",
             "q_stop",
@@ -292,10 +299,11 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
             "block_indptr",
             "block_indices",
             "num_full",
-            "num_columns",
+            "num_picked",
+            "hidden_lanes",
         ):
             assert getattr(block_plan, name).dtype == torch.int32
-        assert {x.dtype for x in (pos, slots, home)} == {torch.int32}
+        assert {x.dtype for x in (pos, slots)} == {torch.int32}
         rows_of_head = {head: [] for head in range(len(batch.heads))}
         for t in range(block_plan.num_tiles):
             first, last = block_plan.q_indptr[t : t + 2].tolist()
@@ -305,25 +313,31 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
                 rows_of_head[head] += rows
             a, b = block_plan.block_indptr[t : t + 2].tolist()
             listed, num_full = block_plan.block_indices[a:b], int(block_plan.num_full[t])
-            has_columns = (home[listed.long()] != NO_HOME).any(1)
-            first_column = len(listed) - int(block_plan.num_columns[t])
-            assert torch.equal(has_columns.nonzero().flatten(), torch.arange(first_column, len(listed)))
-            for part in (listed[:num_full], listed[num_full:first_column], listed[first_column:]):
-                assert bool((part.diff() > 0).all()), "key tiles do not ascend"
-            assert not set(listed[:num_full].tolist()) & set(listed[num_full:].tolist()), "a key tile is listed twice"
+            first_picked = len(listed) - int(block_plan.num_picked[t])
+            group = block_plan.head_groups[block_plan.q_heads[t]]
+            for part in (listed[:num_full], listed[num_full:first_picked], listed[first_picked:]):
+                if not support.is_estimated(batch.heads[group[0]]):
+                    assert bool((part.diff() > 0).all()), "key tiles do not ascend"
+            assert len(set(listed.tolist())) == len(listed), "a key tile is listed twice"
             assert bool((pos[listed[:num_full].long()] < stop.min()).all()), (
                 "a full tile has a key some row may not see"
             )
             assert bool((pos[listed.long()].amin(1) < stop.max()).all()), "a listed tile has no key any row may see"
             (request,) = {of_row[row] for row in rows}
-            real = pos[listed.long()] != PAD_POSITION
+            real = pos[listed.long()] < batch.kv_lens[request]
             assert torch.equal(
                 slots[listed.long()][real].long(), batch.slots(request)[pos[listed.long()][real].long()]
             ), "a key's slot is not where the page table has it"
         for rows in rows_of_head.values():
             assert len(rows) == len(set(rows)), "a pass visits one (row, head) twice"
-        columns = home >= 0
-        assert bool((pos[columns].unsqueeze(1) == pos[home[columns].long()]).any(1).all()), "a column is not at home"
+
+
+@given(st.integers(1, 80).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1)))
+def test_lanes_packed_into_words_come_out_as_they_were(lanes):
+    hidden = torch.tensor(lanes)
+    words = pack_lanes(hidden)
+    assert words.dtype == torch.int32 and words.shape == (len(lanes), -(-hidden.shape[1] // 32))
+    assert torch.equal(unpack_lanes(words, hidden.shape[1]), hidden)
 
 
 def test_threads_change_nothing_but_rounding_and_repeat_to_the_bit():

@@ -1,0 +1,19 @@
+"""Small index arrays on their way to the device: one copy for all of them, which the host does not wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def to_device(device: torch.device, *arrays: Any) -> Sequence[torch.Tensor]:
+    """numpy integer arrays as int32 tensors of the same shapes."""
+    flat = np.concatenate([np.asarray(array).ravel() for array in arrays]).astype(np.int32, copy=False)
+    host = torch.from_numpy(flat)
+    if device.type == "cuda":
+        host = host.pin_memory().to(device, non_blocking=True)
+    parts = host.to(device).split([np.size(array) for array in arrays])
+    return [part.view(np.shape(array)) for part, array in zip(parts, arrays)]
