@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
+import numpy as np
 import torch
+
+from .transfer import to_device
 
 PAD_POSITION = torch.iinfo(torch.int32).max  # position of padding keys: beyond every row's bound
 MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of a head in a stack of tiles: small enough to share out to threads
@@ -33,8 +36,8 @@ class KeyTable:
     """All key orders of a batch, one after the other, each padded to whole tiles. int32 throughout.
 
     kv_pos:   [tiles * block_k] absolute position in its request; PAD_POSITION for padding.
-    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding, and
-              for keys yet to come, that of the tile's nearest key: a weight of zero times what others left in the cache may be NaN.
+    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding, and for
+              keys yet to come, that of the tile's nearest key: zero times what others left there may be NaN.
     """
 
     kv_pos: torch.Tensor
@@ -47,6 +50,12 @@ def pack_lanes(hidden: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(hidden, (0, words * 32 - hidden.shape[-1])).unflatten(-1, (words, 32))
     bits = (padded.long() << torch.arange(32, device=hidden.device)).sum(dim=-1)
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
+
+
+def pack_lanes_on_host(hidden: np.ndarray) -> np.ndarray:
+    """`pack_lanes` for numpy."""
+    padded = np.pad(hidden.astype(np.bool_), ((0, 0), (0, -hidden.shape[1] % 32)))
+    return np.packbits(padded, axis=1, bitorder="little").view("<i4")
 
 
 def unpack_lanes(words: torch.Tensor, block_k: int) -> torch.Tensor:
@@ -90,6 +99,13 @@ class BlockPlan:
     @property
     def num_tiles(self) -> int:
         return len(self.q_heads)
+
+    @cached_property
+    def group_arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`head_groups` on the device, int32: their sizes, where each begins, and all heads one after the other."""
+        sizes = np.array([len(heads) for heads in self.head_groups], dtype=np.int64)
+        heads = np.array([head for heads in self.head_groups for head in heads], dtype=np.int64)
+        return tuple(to_device(self.q_rows.device, sizes, np.cumsum(sizes) - sizes, heads))  # type: ignore[return-value]
 
     @cached_property
     def picked_start(self) -> torch.Tensor:
@@ -238,8 +254,8 @@ class TileBatch:
     """B tiles of one shape as a host executor wants them: rows, visited keys, and the mask of the last of these.
 
     Each has m `rows`, which are those of its tile after the first `skip`, visits n = blocks * block_k keys, and
-    of its key tiles the first `full` are visible to all rows and the last `picked` have hidden lanes. The tensors are made when first asked for, by
-    whichever thread runs the tiles, and kept for all layers.
+    of its key tiles the first `full` are visible to all rows and the last `picked` have hidden lanes. The
+    tensors are made when first asked for, by whichever thread runs the tiles, and kept for all layers.
     """
 
     plan: BlockPlan

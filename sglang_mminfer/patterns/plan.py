@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes_on_host
 from sglang_mminfer.kernels.threads import one_thread
 from sglang_mminfer.kernels.transfer import to_device
+from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns import vertical_slash
 from sglang_mminfer.patterns.boundary import row_classes
@@ -25,6 +27,7 @@ from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
 from sglang_mminfer.patterns.tiles import FULL, PARTIAL, PICKED, ChunkTiler, EstimatedVisits, TilePass
 
 BLOCK_Q, BLOCK_K = 128, 64
+
 
 @dataclass(frozen=True)
 class RequestChunk:
@@ -38,6 +41,11 @@ class RequestChunk:
     kv_len: int
     row_start: int
     slots: torch.Tensor  # int64 [kv_len]: cache row of every position
+
+    @cached_property
+    def slots32(self) -> torch.Tensor:
+        """`slots` as int32."""
+        return self.slots.to(torch.int32)
 
     @property
     def num_rows(self) -> int:
@@ -79,11 +87,11 @@ class BatchPlanner:
         ]
         self._keys = KeyOrders(self.requests, block_k)
         self._tiles: dict[tuple[int, HeadPattern], list[Tiles]] = {}
-        self._static_plans: dict[tuple[HeadPattern, ...], PrefillPlan] = {}
+        self._static_plans: dict[tuple[HeadPattern | None, ...], PrefillPlan] = {}
 
     def plan(
         self,
-        heads: Sequence[HeadPattern],
+        heads: Sequence[HeadPattern | None],
         q: torch.Tensor | None = None,
         k_cache: torch.Tensor | None = None,
         sm_scale: float = 1.0,
@@ -91,7 +99,7 @@ class BatchPlanner:
         """The plan of one layer.
 
         Args:
-            heads: the pattern of every query head.
+            heads: the pattern of every query head; None for heads that somebody else computes.
             q [tokens, Hq, D], k_cache [slots, Hkv, D], sm_scale: for the heads whose pattern is estimated.
 
         Raises:
@@ -101,20 +109,26 @@ class BatchPlanner:
         if name not in self._static_plans:
             with one_thread():
                 plan = self._make(name, q, k_cache, sm_scale)
-            if not all(map(is_static, set(name))):
+            if not all(is_static(head) for head in set(name) if head is not None):
                 return plan
             self._static_plans[name] = plan
         return self._static_plans[name]
 
     def _make(
-        self, heads: tuple[HeadPattern, ...], q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float
+        self,
+        heads: tuple[HeadPattern | None, ...],
+        q: torch.Tensor | None,
+        k_cache: torch.Tensor | None,
+        sm_scale: float,
     ) -> PrefillPlan:
         sharing: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(heads):
-            sharing.setdefault(pattern, []).append(head)
+            if pattern is not None:
+                sharing.setdefault(pattern, []).append(head)
+        planned = tuple(head for head, pattern in enumerate(heads) if pattern is not None)
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
         without = [r for r in range(len(self.requests)) if r not in with_map]
-        items = [(r, tuple(range(len(heads))), self._tiles_of(r, Dense())) for r in without]
+        items = [(r, planned, self._tiles_of(r, Dense())) for r in without if planned]
         items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
         keys = self._keys.table()
         levels: list[list[tuple[HeadTiles, Tiles]]] = []
@@ -259,7 +273,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         start[order],
         count[order],
         ends,
-        pack_lanes(torch.from_numpy(hidden.astype(np.bool_))).numpy(),
+        pack_lanes_on_host(hidden),
         *(array for arrays in uploads for array in arrays),
     )
     return Tiles(
@@ -280,9 +294,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
     )
 
 
-def _with_estimate(
-    tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int
-) -> tuple[Tiles, KeyTable]:
+def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int) -> tuple[Tiles, KeyTable]:
     """A copy of `tiles` for each head, with what the head's estimate adds, and `keys` with the gathered columns."""
     heads, num_tiles, room = len(estimates.heads), tiles.num_tiles, len(estimates.heads) * tiles.room
     ranges = [[_padded(tiles, kind)] for kind in (FULL, PARTIAL, PICKED)]  # [heads or 1, T, most] start and count
@@ -435,6 +447,16 @@ class Estimates:
         request, device = self.request, self.q.device
         rows = scope.row_members.clip(request.q_start, request.kv_len)
         q_pos = rows.select(np.arange(max(0, len(rows) - last_q), len(rows)))
+        first, stop = int(q_pos[0]), int(q_pos[-1]) + 1
+        side_by_side = stop - first == len(q_pos)
+        if (device.type == "cuda" or interpreted()) and scope.keys is None and side_by_side and len(q_pos) <= 64:
+            from sglang_mminfer.kernels.triton.estimate import estimate  # Triton: see prefill.py
+
+            (heads,) = to_device(device, np.array(self.heads))
+            q = self.q[first - request.q_start : stop - request.q_start]
+            masses = estimate(q, self.k_cache, request.slots32[:stop], heads, first + 1, self.sm_scale)
+            columns, diagonals = (torch.nn.functional.pad(x, (0, request.kv_len - stop)) for x in masses)
+            return columns, diagonals
         (positions,) = to_device(device, q_pos)
         positions = positions.long()
         keys = None if scope.keys is None else CompactOrder(scope.key_members, 1).positions(device).long()
