@@ -45,7 +45,7 @@ bench: setup
 # What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch and triton: for a
 # machine without SGLang. The tests then need pytest and hypothesis in it.
 ifdef BARE
-RUN := PYTHONPATH=$(CURDIR)/build/bare:$(PYTHONPATH) $(PYTHON) -P
+RUN := PYTHONPATH=$(CURDIR)/build/bare$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -P
 ready:
 	rm -rf build/bare && mkdir -p build/bare
 	cp -rs $(CURDIR)/sglang_mminfer build/bare/ && cp -rs $(CURDIR)/kernels build/bare/sglang_mminfer/

@@ -207,7 +207,8 @@ def gathered(inputs: Inputs, plan: BlockPlan) -> Gathered:
     q = inputs.q[rows.clamp_min(0)].masked_fill(~there[:, None, None], 0)
     slots = plan.keys.kv_slots.long()
     k, v = inputs.k_cache[slots], inputs.v_cache[slots]
-    return Gathered(*(x.transpose(0, 1).contiguous() for x in (q, k, v)), q_stop, rows)
+    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+    return Gathered(q, k, v, q_stop, rows)
 
 
 @dataclass(frozen=True)

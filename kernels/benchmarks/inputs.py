@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-PEAK = 8.0  # score of a query on its own key, in units of the noise's standard deviation
-THETA = 1e6  # of the rotation
-EVERY = 1024  # one key in so many is heavy: a column
+PEAK = 8.0  # mean score of a query on its own key
+NOISE = 0.5  # standard deviation of what is added to every value of q and k
+PERIODS = (2048, 1 << 21)  # tokens in a full turn of the fastest and of the slowest pair of dimensions
+EVERY, HEAVY = 1024, 1.2  # one key in so many is longer by that factor: a column
 
 
 @dataclass
@@ -35,8 +37,8 @@ def make_inputs(
 ) -> Inputs:
     """The same values for the same arguments.
 
-    q and k are noise on one direction, rotated by position: attention falls off with distance, so the heaviest
-    diagonals lie side by side, as in a model, and one key in `EVERY` is heavy for all rows.
+    q and k are noise on one direction, rotated slowly by position: attention falls off with distance, so that the
+    heaviest diagonals lie side by side, as in a model, and one key in `EVERY` is heavy for all rows.
 
     Args:
         heads: of q, and of k and v. slots: "shuffled" or "ordered", see `cases.Case`.
@@ -50,7 +52,7 @@ def make_inputs(
     heavy = torch.arange(tokens, device=device) % EVERY == EVERY // 2
     for head in range(heads[1]):
         own = _noise(tokens, head_dim, random)
-        keys[:, head] = _rotated(torch.where(heavy[:, None], own * 3, own), turns)
+        keys[:, head] = _rotated(torch.where(heavy[:, None], own * HEAVY, own), turns)
         values[:, head] = torch.randn(tokens, head_dim, generator=random, device=device)
     if slots == "ordered":
         where, k_cache, v_cache = torch.arange(tokens, device=device), keys, values
@@ -63,15 +65,16 @@ def make_inputs(
 
 
 def _noise(rows: int, head_dim: int, random: torch.Generator) -> torch.Tensor:
-    """float32 [rows, D]: standard normal around a direction that gives two of them a scaled score of PEAK."""
+    """float32 [rows, D]: noise around a direction that gives two of them a scaled score of PEAK."""
     direction = (PEAK / head_dim**0.5) ** 0.5
-    return torch.randn(rows, head_dim, generator=random, device=random.device) + direction
+    return torch.randn(rows, head_dim, generator=random, device=random.device) * NOISE + direction
 
 
 def _turns(tokens: int, head_dim: int, device: str) -> torch.Tensor:
-    """float32 [tokens, D / 2]: the angles of rotary embeddings."""
-    frequency = THETA ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
-    return torch.arange(tokens, device=device)[:, None] * frequency.float()
+    """float32 [tokens, D / 2]: how far each pair of dimensions is turned at each position, in radians."""
+    fastest, slowest = (math.log2(2 * math.pi / period) for period in PERIODS)
+    speed = torch.logspace(fastest, slowest, head_dim // 2, base=2, device=device)
+    return torch.arange(tokens, device=device)[:, None] * speed
 
 
 def _rotated(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

@@ -67,11 +67,12 @@ def check(device: str, dtype: torch.dtype, head_dim: int = 64) -> Answer:
 
     chunk = RequestChunk(chat, q_start, tokens, 0, slots.to(device))
     plan = BatchPlanner([chunk], len(q)).plan(_HEADS)
-    given, found = [x.to(device) for x in (q, k, v)], []
+    q, k, v = (x.to(device) for x in (q, k, v))
+    found = []
     for _ in range(2):
         out = torch.full(q.shape, torch.nan, dtype=dtype, device=device)
         lse = torch.full(q.shape[:2], torch.nan, device=device)
-        launch.run(*given, plan, scale, out, lse)
+        launch.run(q, k, v, plan, scale, out, lse)
         found.append((out.float().cpu(), lse.cpu()))
     (out, lse), again = found
     repeatable = torch.equal(out, again[0]) and torch.equal(lse, again[1])
