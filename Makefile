@@ -23,8 +23,9 @@ test: setup check test-interpreted
 
 # The GPU kernel in Triton's interpreter, on the tests that hold every executor.
 test-interpreted: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/reference/test_kernels.py tests/semantics/test_wrapper.py \
-		-k "triton or every_pattern_is_visited or with_real_tile_sizes"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/reference/test_kernels.py tests/reference/test_estimate.py \
+		tests/semantics/test_wrapper.py tests/backend/test_self_check.py \
+		-k "triton or every_pattern_is_visited or with_real_tile_sizes or found_right"
 
 # Everything that needs no server.
 test-fast: setup

@@ -71,8 +71,9 @@ def check(batch: Batch, backend: str) -> None:
             assert torch.equal(visited[:below], causal(batch, i)[:below]), "a row below dense_below is not dense"
             kv = h // batch.group
             exact = masked_attention(batch.qs[i][:, h], batch.ks[i][:, kv], batch.vs[i][:, kv], visited, batch.scale)
-            torch.testing.assert_close(out[batch.rows(i), h], exact[0].float(), rtol=2e-5, atol=5e-6)
-            torch.testing.assert_close(lse[batch.rows(i), h], exact[1].float(), rtol=2e-5, atol=5e-6)
+            within = {torch.float32: (2e-5, 5e-6), torch.float16: (3e-3, 3e-3)}[batch.dtype]
+            got, expected = (out[batch.rows(i), h].float(), lse[batch.rows(i), h]), (exact[0].float(), exact[1].float())
+            torch.testing.assert_close(got, expected, rtol=within[0], atol=within[1])
     density = visited_pairs / causal_pairs if causal_pairs else torch.ones(len(batch.heads), dtype=torch.float64)
     torch.testing.assert_close(wrapper.density, density, rtol=1e-12, atol=0)
 
@@ -81,6 +82,13 @@ def check(batch: Batch, backend: str) -> None:
 @given(batches())
 def test_every_pattern_is_visited_and_the_result_is_softmax_over_what_is_visited(batch):
     check(batch, EXECUTORS[0])
+
+
+@settings(max_examples=examples(40))
+@given(batches(static))
+def test_every_pattern_is_visited_in_float16_too(batch):
+    """Static ones: an estimate may fall out otherwise where two columns are as heavy."""
+    check(replace(batch, dtype=torch.float16, qs=[], ks=[], vs=[]), EXECUTORS[0])
 
 
 @settings(max_examples=25)
