@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cases import CHUNK
+from .cases import CHUNK, MEASURED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKS = "osD^vPX*"
+MARKS = "osD^vPX*"  # one for each pattern
+STYLES = {"28/4": "-", "32/8": "--"}
 
 
 def draw(results: Path) -> list[Path]:
@@ -33,11 +34,11 @@ def draw(results: Path) -> list[Path]:
     return written
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+def _figure(columns: int, legend: float = 0) -> tuple[Figure, list[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2 * columns, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.2 * columns + legend, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
@@ -53,15 +54,17 @@ def _against_length(cases: list[dict[str, Any]]) -> Figure:
         (f"the last {CHUNK:,} rows", lambda c: c["rows"] == CHUNK and c["tokens"] > CHUNK),
         ("the whole prompt", lambda c: c["rows"] == c["tokens"]),
     ]
-    figure, axes = _figure(2)
+    figure, axes = _figure(2, legend=2.6)
     for ax, (title, belongs) in zip(axes, kinds):
-        lines: dict[str, list[tuple[int, float]]] = {}
+        lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
         for c in cases:
             if belongs(c) and c["slots"] == "shuffled":
-                lines.setdefault(f"{c['pattern']}, {c['shape']}", []).append((c["tokens"], c["speedup"]))
-        for number, (name, points) in enumerate(sorted(lines.items())):
+                lines.setdefault((c["pattern"], c["shape"]), []).append((c["tokens"], c["speedup"]))
+        for (pattern, shape), points in sorted(lines.items()):
             x, y = zip(*sorted(points))
-            ax.plot(x, y, marker=MARKS[number % len(MARKS)], ms=5, lw=1.4, label=name)
+            number = MEASURED.index(pattern)
+            style = {"color": f"C{number}", "marker": MARKS[number], "ls": STYLES.get(shape, "-")}
+            ax.plot(x, y, ms=5, lw=1.4, label=f"{pattern}, {shape} heads", **style)
         ax.axhline(1, color="black", lw=1, ls="--")
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -70,8 +73,8 @@ def _against_length(cases: list[dict[str, Any]]) -> Figure:
         ax.set_xlabel("keys")
         ax.set_ylabel("attention speed-up over dense")
         ax.set_title(title, fontsize=10, loc="left")
-        if lines:
-            ax.legend(fontsize=7, frameon=False)
+    entries = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 

@@ -63,6 +63,8 @@ class Bench:
         if case.against == "dense":
             figures |= self._against_dense(case, inputs, figures)
             figures |= _plan_share(case, measure.plan_cost(planned.make, self.device), sparse.ms)
+            own = sparse.ms + figures["plan_wall_ms"] / figures["layers_of_a_plan"]
+            figures["speedup_with_plan"] = figures["dense_ms"] / own
         else:
             figures |= self._against_other(case, inputs, plan, sparse.ms)
         return {key: _short(value) for key, value in figures.items()}
