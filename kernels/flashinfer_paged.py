@@ -400,18 +400,14 @@ class _Batch:
     q_index: torch.Tensor
 
     def run(self, q: torch.Tensor, pages: KeyPages, out: torch.Tensor, lse: torch.Tensor, merge: bool) -> None:
-        """Write the batch's rows of `out` and `lse`; with `merge`, join them with what is there."""
+        """Write the batch's rows of `out` and `lse`; with `merge`, join them with what is there (at first 0, -inf)."""
         import flashinfer
 
         index = self.q_index
         rows, rows_out, rows_lse = q.view(-1, q.shape[-1]), out.view(-1, q.shape[-1]), lse.view(-1)
         o, s = self.wrapper.run(rows[index][:, None], (pages.k, pages.v), return_lse=True)
         if merge:
-            o_before, s_before = rows_out[index][:, None], rows_lse[index][:, None]
-            both, s_both = flashinfer.merge_state(o_before, s_before, o, s)
-            # Earlier versions of FlashInfer make NaN of an empty state.
-            alone = s_before.isneginf()
-            o, s = torch.where(alone[..., None], o, both), torch.where(alone, s, s_both)
+            o, s = flashinfer.merge_state(rows_out[index][:, None], rows_lse[index][:, None], o, s)
         rows_out[index] = o[:, 0]
         rows_lse[index] = s[:, 0]
 

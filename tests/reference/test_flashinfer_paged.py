@@ -277,11 +277,11 @@ def packed_segments(mask, indptr, bitorder):
 
 
 def merged(v_a, s_a, v_b, s_b):
-    """As flashinfer.merge_state: an output of v's dtype, and NaN for empty states, as its early versions had it."""
-    assert v_a.dtype == v_b.dtype and v_a.dim() == 3 and s_a.dim() == 2
-    weight = torch.exp2(s_a.double() - torch.logaddexp2(s_a.double(), s_b.double()))[..., None]
-    v = weight * v_a.double() + (1 - weight) * v_b.double()
-    return v.to(v_a.dtype), torch.logaddexp2(s_a, s_b)
+    """As flashinfer.merge_state: an output of v's dtype; one of the two states may be empty."""
+    assert v_a.dtype == v_b.dtype and v_a.dim() == 3 and s_a.dim() == 2 and not bool(s_b.isneginf().any())
+    most = torch.maximum(s_a, s_b).double()
+    a, b = ((torch.exp2(s - most) / (torch.exp2(s_a - most) + torch.exp2(s_b - most)))[..., None] for s in (s_a, s_b))
+    return (a * v_a + b * v_b).to(v_a.dtype), torch.logaddexp2(s_a, s_b)
 
 
 @pytest.fixture
