@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
+import numpy as np
 import torch
+
+from .transfer import to_device
 
 PAD_POSITION = torch.iinfo(torch.int32).max  # position of padding keys: beyond every row's bound
 MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of a head in a stack of tiles: small enough to share out to threads
@@ -47,6 +50,12 @@ def pack_lanes(hidden: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(hidden, (0, words * 32 - hidden.shape[-1])).unflatten(-1, (words, 32))
     bits = (padded.long() << torch.arange(32, device=hidden.device)).sum(dim=-1)
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
+
+
+def pack_lanes_on_host(hidden: np.ndarray) -> np.ndarray:
+    """`pack_lanes` for numpy."""
+    padded = np.pad(hidden.astype(np.bool_), ((0, 0), (0, -hidden.shape[1] % 32)))
+    return np.packbits(padded, axis=1, bitorder="little").view("<i4")
 
 
 def unpack_lanes(words: torch.Tensor, block_k: int) -> torch.Tensor:
@@ -90,6 +99,13 @@ class BlockPlan:
     @property
     def num_tiles(self) -> int:
         return len(self.q_heads)
+
+    @cached_property
+    def group_arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`head_groups` on the device, int32: their sizes, where each begins, and all heads one after the other."""
+        sizes = np.array([len(heads) for heads in self.head_groups], dtype=np.int64)
+        heads = np.array([head for heads in self.head_groups for head in heads], dtype=np.int64)
+        return tuple(to_device(self.q_rows.device, sizes, np.cumsum(sizes) - sizes, heads))  # type: ignore[return-value]
 
     @cached_property
     def picked_start(self) -> torch.Tensor:

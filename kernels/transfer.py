@@ -13,7 +13,7 @@ def to_device(device: torch.device, *arrays: Any) -> Sequence[torch.Tensor]:
     """numpy integer arrays as int32 tensors of the same shapes."""
     flat = np.concatenate([np.asarray(array).ravel() for array in arrays]).astype(np.int32, copy=False)
     host = torch.from_numpy(flat)
-    if device.type == "cuda":
-        host = host.pin_memory().to(device, non_blocking=True)
-    parts = host.to(device).split([np.size(array) for array in arrays])
+    if device.type == "cuda" and torch.cuda.is_available():  # not where a test plans for a card that is not there
+        host = host.pin_memory()
+    parts = host.to(device, non_blocking=True).split([np.size(array) for array in arrays])
     return [part.view(np.shape(array)) for part, array in zip(parts, arrays)]

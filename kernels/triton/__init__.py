@@ -1,1 +1,8 @@
 """The GPU executor: one Triton kernel that walks a BlockPlan, whatever pattern made it."""
+
+import os
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on any device (TRITON_INTERPRET=1): for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

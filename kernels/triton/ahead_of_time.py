@@ -1,4 +1,4 @@
-"""Compiles the kernel for cards that are not here and says what each build costs: registers, spills, shared memory.
+"""Compiles the kernels for cards that are not here and says what each build costs: registers, spills, shared memory.
 
     python -m sglang_mminfer.kernels.triton.ahead_of_time
 
@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import estimate
 from .configurations import HEAD_DIMS, Configuration, configuration
 from .tile_attention import tile_attention
 
@@ -27,41 +29,15 @@ CAPABILITIES = (80, 90, 100)
 DTYPES = ("fp16", "bf16")
 BLOCK_K = 64  # keys of a tile, as the planner makes them
 
-_INT32_ARRAYS = [
-    "tile_order",
-    "q_rows",
-    "q_stops",
-    "q_indptr",
-    "q_heads",
-    "group_heads",
-    "block_indptr",
-    "block_indices",
-    "num_full",
-    "column_indptr",
-    "column_bits",
-    "kv_slots",
-    "kv_pos",
-]
-_STRIDES = [
-    "stride_q",
-    "stride_q_head",
-    "stride_k",
-    "stride_k_head",
-    "stride_v",
-    "stride_v_head",
-    "stride_o",
-    "stride_o_head",
-]
-
 
 @dataclass(frozen=True)
 class Build:
     """One compiled kernel. `spills`: bytes stored and loaded; `shared`: bytes of shared memory of a program."""
 
+    kernel: str
     capability: int
     dtype: str
     head_dim: int
-    merge: bool
     configuration: Configuration
     registers: int
     spills: int
@@ -71,7 +47,7 @@ class Build:
     def __str__(self) -> str:
         c = self.configuration
         return (
-            f"sm_{self.capability} {self.dtype} head dim {self.head_dim:3d}{' merge' if self.merge else ''}: "
+            f"{self.kernel} sm_{self.capability} {self.dtype} head dim {self.head_dim:3d}: "
             f"{c.rows}x{BLOCK_K}, {c.num_warps} warps, {c.num_stages} stages: {self.registers} registers, "
             f"{self.spills} bytes spilled, {self.shared // 1024} KiB shared, {self.tensor_cores}"
         )
@@ -80,14 +56,10 @@ class Build:
 def compile_build(
     capability: int, dtype: str, head_dim: int, merge: bool, chosen: Configuration | None = None
 ) -> Build:
-    """Compile the kernel as the launcher would on a card of that capability, for 7 query heads a KV head."""
+    """Compile the attention kernel as the launcher would on a card of that capability, for 7 query heads a KV head."""
     chosen = chosen or configuration(head_dim, capability)
-    pointer = f"*{dtype}"
-    signature = dict.fromkeys(["q", "k_cache", "v_cache", "out"], pointer) | {"lse": "*fp32", "scale": "fp32"}
-    signature |= dict.fromkeys(_INT32_ARRAYS, "*i32") | dict.fromkeys(_STRIDES, "i32")
     constants = {
         "GROUP": 7,
-        "MOST_HEADS": 28,
         "NUM_HEADS": 28,
         "HEAD_DIM": head_dim,
         "BLOCK_M": chosen.rows,
@@ -98,23 +70,61 @@ def compile_build(
         "WORDS": -(-BLOCK_K // 32),
         "MERGE": merge,
     }
-    names = tile_attention.arg_names
-    signature = {name: signature.get(name, "constexpr") for name in names}
+    return _compiled(tile_attention, capability, dtype, head_dim, constants, chosen, "merging " if merge else "")
+
+
+def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
+    """The two kernels of the estimate, likewise."""
+    chosen = estimate.configuration(head_dim, capability)
+    constants = {
+        "GROUP": 7,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_N": estimate.BLOCK,
+    }
+    kernels = (estimate.row_lse, estimate.masses)
+    return [_compiled(kernel, capability, dtype, head_dim, constants, chosen) for kernel in kernels]
+
+
+_FLOATS = {"lse", "columns", "diagonals", "carried"}
+_SCALARS = {"num_rows", "num_keys", "first_frontier", "tiles_each"}
+
+
+def _compiled(
+    kernel: Any,
+    capability: int,
+    dtype: str,
+    head_dim: int,
+    constants: dict[str, Any],
+    chosen: Configuration,
+    variant: str = "",
+) -> Build:
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in ("q", "k_cache", "v_cache", "out"):
+            return f"*{dtype}"
+        if name == "scale":
+            return "fp32"
+        if name in _FLOATS:
+            return "*fp32"
+        return "i32" if name in _SCALARS or name.startswith("stride") else "*i32"
+
+    names = kernel.arg_names
+    signature = {name: kind(name) for name in names}
     # As at run time: tensors start on 16 bytes, and strides are multiples of 16 elements.
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*" or name in _STRIDES
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name][0] == "*" or name.startswith("stride")
     }
-    source = ASTSource(tile_attention, signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
-    )
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen.options)
     registers, spills = _assembler_report(built.asm["ptx"])
     found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", built.asm["ptx"])
-    shared = built.metadata.shared
     cores = max(set(found), key=found.count) if found else "no tensor cores"
-    return Build(capability, dtype, head_dim, merge, chosen, registers, spills, shared, cores)
+    name = variant + kernel.fn.__name__
+    return Build(name, capability, dtype, head_dim, chosen, registers, spills, built.metadata.shared, cores)
 
 
 def _assembler_report(ptx: str) -> tuple[int, int]:
@@ -141,6 +151,8 @@ def builds() -> Iterator[Build]:
     """Everything the launcher may ask for."""
     for capability, dtype, head_dim, merge in product(CAPABILITIES, DTYPES, HEAD_DIMS, (False, True)):
         yield compile_build(capability, dtype, head_dim, merge)
+    for capability, dtype, head_dim in product(CAPABILITIES, DTYPES, HEAD_DIMS):
+        yield from compile_estimate(capability, dtype, head_dim)
 
 
 if __name__ == "__main__":

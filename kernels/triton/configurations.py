@@ -12,11 +12,18 @@ HEAD_DIMS = (64, 96, 128, 256)
 
 @dataclass(frozen=True)
 class Configuration:
-    """`rows` of a query tile for one program, at most; `num_warps` and `num_stages` as Triton means them."""
+    """`rows` of a query tile for one program, at most; the rest as Triton means it (maxnreg: registers of a thread)."""
 
     rows: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For the compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
 def configuration(head_dim: int, capability: int) -> Configuration:

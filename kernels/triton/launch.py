@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import triton
 
 from ..block_plan import BlockPlan, PrefillPlan
-from .configurations import configuration
+from . import interpreted
+from .configurations import Configuration, configuration
 from .tile_attention import tile_attention
+from .work_order import work_order
 
 LOG2_E = 1 / math.log(2)
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on any device (TRITON_INTERPRET=1): for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run(
@@ -28,6 +24,7 @@ def run(
     sm_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
+    chosen: Configuration | None = None,
 ) -> None:
     """Write the attention of `plan` into `out` and `lse`. Rows that no pass visits get 0 and -inf.
 
@@ -36,6 +33,7 @@ def run(
         of each has stride 1. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2; both are contiguous and
         written whole.
         sm_scale: factor on q . k.
+        chosen: how to compile the kernel. Default: what `configurations.py` has for the card.
 
     Raises:
         ValueError: tensors on no GPU (outside the interpreter), or a head dim or tile that does not compile.
@@ -48,7 +46,7 @@ def run(
     lse.fill_(-torch.inf)
     for number, block_plan in enumerate(plan.passes):
         if block_plan.num_tiles:
-            _launch(q, k_cache, v_cache, block_plan, sm_scale, out, lse, merge=number > 0)
+            _launch(q, k_cache, v_cache, block_plan, sm_scale, out, lse, number > 0, chosen)
 
 
 def _launch(
@@ -60,37 +58,40 @@ def _launch(
     out: torch.Tensor,
     lse: torch.Tensor,
     merge: bool,
+    chosen: Configuration | None,
 ) -> None:
     num_heads, head_dim = q.shape[1:]
-    options, block_m = {}, max(16, triton.next_power_of_2(plan.block_q))
+    options: dict[str, int] = {}
+    block_m = max(16, triton.next_power_of_2(plan.block_q))
     if interpreted():
         block_m = max(16, block_m // 2)  # two strips, so that the tests see them
     else:
         major, minor = torch.cuda.get_device_capability(q.device)
-        chosen = configuration(head_dim, 10 * major + minor)
+        chosen = chosen or configuration(head_dim, 10 * major + minor)
         block_m = min(block_m, chosen.rows)
-        options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+        options = chosen.options
         if plan.block_k < 16:
             raise ValueError(f"block_k: expected at least 16 keys a tile for the triton executor, got {plan.block_k}")
-    group_heads = plan.group_heads
     strips = -(-plan.block_q // block_m)
-    tile_attention[(plan.num_tiles * strips * group_heads.shape[1],)](
+    group = num_heads // k_cache.shape[1]
+    work_tiles, work_heads = work_order(plan, group)
+    tile_attention[(len(work_tiles) * strips,)](
         q,
         k_cache,
         v_cache,
         out,
         lse,
-        plan.longest_first,
+        work_tiles,
+        work_heads,
         plan.q_rows,
         plan.q_stop,
         plan.q_indptr,
-        plan.q_heads,
-        group_heads,
         plan.block_indptr,
         plan.block_indices,
         plan.num_full,
-        plan.column_indptr,
-        plan.column_bits,
+        plan.num_picked,
+        plan.picked_start,
+        plan.hidden_lanes,
         plan.keys.kv_slots,
         plan.keys.kv_pos,
         q.stride(0),
@@ -102,8 +103,7 @@ def _launch(
         out.stride(0),
         out.stride(1),
         sm_scale * LOG2_E,
-        GROUP=num_heads // k_cache.shape[1],
-        MOST_HEADS=group_heads.shape[1],
+        GROUP=group,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
@@ -111,7 +111,7 @@ def _launch(
         BLOCK_N=max(16, triton.next_power_of_2(plan.block_k)),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_K=plan.block_k,
-        WORDS=plan.column_bits.shape[1],
+        WORDS=plan.hidden_lanes.shape[1],
         MERGE=merge,
         **options,
     )

@@ -2,8 +2,7 @@
 
 Flash attention forward (Dao 2023, algorithm 1) over the key tiles that the plan lists for the query tile. Keys
 are found through the plan's slot table, so that neither the permutation nor the page table costs a second look.
-Full tiles run without any mask; partial ones compare positions; gathered columns also leave out what their
-own tile brings. No atomics: a pass visits a (row, head) once, and later passes join by LSE what stands in `out`.
+Full tiles run without any mask; partial ones compare positions; picked ones also leave out hidden lanes. No atomics: a pass visits a (row, head) once, and later passes join by LSE what stands in `out`.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def visit(
     stride_v,
     kv_slots,
     kv_pos,
-    column_bits,
+    hidden_lanes,
     scale,
     lanes,
     dims,
@@ -58,7 +57,7 @@ def visit(
     BLOCK_K: tl.constexpr,
     WORDS: tl.constexpr,
     MASKED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PICKED: tl.constexpr,
     ALL_LANES: tl.constexpr,
     ALL_DIMS: tl.constexpr,
 ):
@@ -71,8 +70,8 @@ def visit(
     if MASKED:
         pos = tl.load(kv_pos + key) if ALL_LANES else tl.load(kv_pos + key, mask=in_tile, other=2147483647)
         visible = pos[None, :] < q_stop[:, None]
-        if COLUMNS:
-            word = tl.load(column_bits + bits_at * WORDS + lanes // 32, mask=in_tile, other=0)
+        if PICKED:
+            word = tl.load(hidden_lanes + bits_at * WORDS + lanes // 32, mask=in_tile, other=0)
             visible = visible & (((word >> (lanes % 32)) & 1) == 0)[None, :]
         scores = tl.where(visible, scores, float("-inf"))
     elif not ALL_LANES:
@@ -87,17 +86,17 @@ def tile_attention(
     v_cache,
     out,
     lse,
-    tile_order,
+    work_tiles,
+    work_heads,
     q_rows,
     q_stops,
     q_indptr,
-    q_heads,
-    group_heads,
     block_indptr,
     block_indices,
     num_full,
-    column_indptr,
-    column_bits,
+    num_picked,
+    picked_start,
+    hidden_lanes,
     kv_slots,
     kv_pos,
     stride_q,
@@ -110,7 +109,6 @@ def tile_attention(
     stride_o_head,
     scale,
     GROUP: tl.constexpr,
-    MOST_HEADS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -121,20 +119,16 @@ def tile_attention(
     WORDS: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Program ((tile * STRIPS + strip) * MOST_HEADS + head number): BLOCK_M rows of a tile, for one head.
+    """Program number * STRIPS + strip: BLOCK_M rows of the tile work_tiles[number], for the head work_heads[number].
 
     q, out [tokens, Hq, D]; caches [slots, Hkv, D]; lse float32 [tokens, Hq] base 2, contiguous; the last
-    dimension of every tensor has stride 1. The plan's arrays are as `BlockPlan` says; `tile_order` [T] says which
-    tile a program takes (longest first), `group_heads` [groups, MOST_HEADS] the query heads of a group, padded
-    with -1, `column_bits` [column visits, WORDS] the lanes of a column tile that their own tile brings already.
+    dimension of every tensor has stride 1. The plan's arrays are as `BlockPlan` says, the order of the work as
+    `work_order.py` does.
     """
-    # Heads of one tile are neighbours, so that those of one KV head find its keys in the L2 cache.
-    number = tl.program_id(0)
-    strip = number // MOST_HEADS % STRIPS
-    tile = tl.load(tile_order + number // MOST_HEADS // STRIPS)
-    head = tl.load(group_heads + tl.load(q_heads + tile) * MOST_HEADS + number % MOST_HEADS)
+    number, strip = tl.program_id(0) // STRIPS, tl.program_id(0) % STRIPS
+    tile, head = tl.load(work_tiles + number), tl.load(work_heads + number)
     first_row, end_row = tl.load(q_indptr + tile) + strip * BLOCK_M, tl.load(q_indptr + tile + 1)
-    if head < 0 or first_row >= end_row:
+    if first_row >= end_row:
         return
 
     rows_at = first_row + tl.arange(0, BLOCK_M)
@@ -164,18 +158,18 @@ def tile_attention(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, end = tl.load(block_indptr + tile), tl.load(block_indptr + tile + 1)
     masked_from = begin + tl.load(num_full + tile)
-    first_column = tl.load(column_indptr + tile)
-    columns_from = end - (tl.load(column_indptr + tile + 1) - first_column)
+    picked_from = end - tl.load(num_picked + tile)
+    first_hidden = tl.load(picked_start + tile)
 
-    for kind in tl.static_range(3):  # full, partial, columns: three loops, each compiled with the masks it needs
-        start = begin if kind == 0 else (masked_from if kind == 1 else columns_from)
-        stop = masked_from if kind == 0 else (columns_from if kind == 1 else end)
+    for kind in tl.static_range(3):  # full, partial, picked: three loops, each compiled with the masks it needs
+        start = begin if kind == 0 else (masked_from if kind == 1 else picked_from)
+        stop = masked_from if kind == 0 else (picked_from if kind == 1 else end)
         for i in range(start, stop):
             # fmt: off
             top, total, acc = visit(
-                tl.load(block_indices + i), first_column + i - columns_from, q_tile, q_stop, top, total, acc,
+                tl.load(block_indices + i), first_hidden + i - picked_from, q_tile, q_stop, top, total, acc,
                 k_head, v_head, stride_k, stride_v,
-                kv_slots, kv_pos, column_bits, scale, lanes, dims, in_tile, in_head,
+                kv_slots, kv_pos, hidden_lanes, scale, lanes, dims, in_tile, in_head,
                 BLOCK_K, WORDS, kind > 0, kind == 2, ALL_LANES, ALL_DIMS,
             )
             # fmt: on

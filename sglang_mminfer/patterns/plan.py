@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes_on_host
 from sglang_mminfer.kernels.threads import one_thread
 from sglang_mminfer.kernels.transfer import to_device
+from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns import vertical_slash
 from sglang_mminfer.patterns.boundary import row_classes
@@ -38,6 +40,11 @@ class RequestChunk:
     kv_len: int
     row_start: int
     slots: torch.Tensor  # int64 [kv_len]: cache row of every position
+
+    @cached_property
+    def slots32(self) -> torch.Tensor:
+        """`slots` as int32."""
+        return self.slots.to(torch.int32)
 
     @property
     def num_rows(self) -> int:
@@ -259,7 +266,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         start[order],
         count[order],
         ends,
-        pack_lanes(torch.from_numpy(hidden.astype(np.bool_))).numpy(),
+        pack_lanes_on_host(hidden),
         *(array for arrays in uploads for array in arrays),
     )
     return Tiles(
@@ -435,6 +442,16 @@ class Estimates:
         request, device = self.request, self.q.device
         rows = scope.row_members.clip(request.q_start, request.kv_len)
         q_pos = rows.select(np.arange(max(0, len(rows) - last_q), len(rows)))
+        first, stop = int(q_pos[0]), int(q_pos[-1]) + 1
+        side_by_side = stop - first == len(q_pos)
+        if (device.type == "cuda" or interpreted()) and scope.keys is None and side_by_side and len(q_pos) <= 64:
+            from sglang_mminfer.kernels.triton.estimate import estimate  # Triton: see prefill.py
+
+            (heads,) = to_device(device, np.array(self.heads))
+            q = self.q[first - request.q_start : stop - request.q_start]
+            masses = estimate(q, self.k_cache, request.slots32[:stop], heads, first + 1, self.sm_scale)
+            columns, diagonals = (torch.nn.functional.pad(x, (0, request.kv_len - stop)) for x in masses)
+            return columns, diagonals
         (positions,) = to_device(device, q_pos)
         positions = positions.long()
         keys = None if scope.keys is None else CompactOrder(scope.key_members, 1).positions(device).long()

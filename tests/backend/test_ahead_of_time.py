@@ -19,6 +19,15 @@ def test_builds_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim)
         assert build.tensor_cores == TENSOR_CORES[capability], build
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_builds_of_the_estimate_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim):
+    for build in ahead_of_time.compile_estimate(capability, "bf16", head_dim):
+        assert build.spills <= ROUNDING, build
+        assert build.shared <= SHARED_MEMORY[capability], build
+        assert build.tensor_cores == TENSOR_CORES[capability], build
+
+
 def test_a_head_dim_without_a_build_is_refused():
     with pytest.raises(ValueError, match=r"head_dim: expected one of \(64, 96, 128, 256\).*got 80"):
         configuration(80, 90)

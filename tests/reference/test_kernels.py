@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_mminfer.kernels import block_plan as block_plan_module
 from sglang_mminfer.kernels import reference, torch_gather
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes, unpack_lanes
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes, pack_lanes_on_host, unpack_lanes
 from support import D, any_pattern, batches, conversation
 
 from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash, prefill
@@ -338,6 +338,7 @@ def test_lanes_packed_into_words_come_out_as_they_were(lanes):
     words = pack_lanes(hidden)
     assert words.dtype == torch.int32 and words.shape == (len(lanes), -(-hidden.shape[1] // 32))
     assert torch.equal(unpack_lanes(words, hidden.shape[1]), hidden)
+    assert words.tolist() == pack_lanes_on_host(hidden.numpy()).tolist()
 
 
 def test_threads_change_nothing_but_rounding_and_repeat_to_the_bit():

@@ -1,0 +1,210 @@
+"""The estimate of vertical_slash in one go: the last queries against all keys, for all heads that need it.
+
+MInference (2407.02490) algorithm 1 sums the attention of the last queries by column and by diagonal. Nothing of
+the size queries x keys is written: a first kernel finds each row's LSE, a second one computes the weights again,
+tile by tile, and sums them both ways where they are. No atomics: a tile's diagonals are 64 of its own block and
+64 of the next one's, which the program that walks the tiles carries along, so that sums are the same every time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import interpreted
+from .configurations import Configuration
+
+LOG2_E = 1 / math.log(2)
+BLOCK = 64  # rows of the estimate, at most, and keys of a tile
+PROGRAMS = 1024  # enough for every multiprocessor to have several
+
+
+@triton.jit
+def _scores(q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num_rows, scale, dims, HEAD_DIM, BLOCK_N):
+    """[BLOCK_N, BLOCK_N] base-2 scores of the rows against one tile of keys, -inf where a row does not see a key."""
+    lanes = tl.arange(0, BLOCK_N)
+    key = tile * BLOCK_N + lanes
+    in_keys = key < num_keys
+    slot = tl.load(slots + key, mask=in_keys, other=0).to(tl.int64)
+    at = k_head + slot[:, None] * stride_k + dims[None, :]
+    k = tl.load(at, mask=in_keys[:, None] & (dims < HEAD_DIM)[None, :], other=0.0).to(q_tile.dtype)
+    scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale
+    rows = tl.arange(0, BLOCK_N)
+    visible = (key[None, :] < first_frontier + rows[:, None]) & (rows < num_rows)[:, None]
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, BLOCK_N):
+    """The head of this program and its queries, [BLOCK_N, BLOCK_D]."""
+    head = tl.load(heads + number)
+    rows = tl.arange(0, BLOCK_N)
+    at = q + rows[:, None].to(tl.int64) * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
+    return head, tl.load(at, mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def row_lse(
+    q,
+    k_cache,
+    slots,
+    heads,
+    lse,
+    num_rows,
+    num_keys,
+    first_frontier,
+    tiles_each,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (head number, part): lse[head number, part, row], base 2, over the keys of one part."""
+    number, part = tl.program_id(0), tl.program_id(1)
+    dims, rows = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    head, q_tile = _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, BLOCK_N)
+    k_head = k_cache + (head // GROUP).to(tl.int64) * stride_k_head
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    stop = tl.minimum((part + 1) * tiles_each, tl.cdiv(num_keys, BLOCK_N))
+    for tile in range(part * tiles_each, stop):
+        # fmt: off
+        scores = _scores(
+            q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num_rows, scale, dims, HEAD_DIM, BLOCK_N
+        )
+        # fmt: on
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+        top = new_top
+    some = total > 0
+    value = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    tl.store(lse + (number * tl.num_programs(1) + part) * BLOCK_N + rows, value)
+
+
+@triton.jit
+def masses(
+    q,
+    k_cache,
+    slots,
+    heads,
+    lse,
+    columns,
+    diagonals,
+    carried,
+    num_rows,
+    num_keys,
+    first_frontier,
+    tiles_each,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (head number, part): the sums of one part of the keys.
+
+    columns [heads, tiles * BLOCK_N]. diagonals [heads, tiles + 1, BLOCK_N]: entry (b, j) is the one at distance
+    first_frontier - 1 - b * BLOCK_N + j. carried [heads, parts, BLOCK_N]: what a part adds to the block after it.
+    """
+    number, part = tl.program_id(0), tl.program_id(1)
+    dims, rows, lanes = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N)
+    head, q_tile = _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, BLOCK_N)
+    k_head = k_cache + (head // GROUP).to(tl.int64) * stride_k_head
+    row_lse_ = tl.load(lse + number * BLOCK_N + rows)
+    tiles = tl.cdiv(num_keys, BLOCK_N)
+    stop = tl.minimum((part + 1) * tiles_each, tiles)
+    # Row i meets distance j of a tile's own block at key i - j, and that of the next block at key i - j + BLOCK_N.
+    back = rows[:, None] - lanes[None, :]
+    own = back >= 0
+    at = tl.where(own, back, back + BLOCK_N)
+    carry = tl.zeros([BLOCK_N], tl.float32)
+    for tile in range(part * tiles_each, stop):
+        # fmt: off
+        scores = _scores(
+            q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num_rows, scale, dims, HEAD_DIM, BLOCK_N
+        )
+        # fmt: on
+        weights = tl.exp2(scores - row_lse_[:, None])
+        tl.store(columns + (number * tiles + tile).to(tl.int64) * BLOCK_N + lanes, tl.sum(weights, 0))
+        skewed = tl.gather(weights, at, 1)
+        block = carry + tl.sum(tl.where(own, skewed, 0.0), 0)
+        tl.store(diagonals + (number * (tiles + 1) + tile).to(tl.int64) * BLOCK_N + lanes, block)
+        carry = tl.sum(tl.where(own, 0.0, skewed), 0)
+    tl.store(carried + (number * tl.num_programs(1) + part) * BLOCK_N + lanes, carry)
+
+
+def configuration(head_dim: int, capability: int) -> Configuration:
+    """How to compile both kernels. Not tuned: what compiles without spilling registers."""
+    return Configuration(BLOCK, num_warps=8, num_stages=2)
+
+
+def estimate(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    slots: torch.Tensor,
+    heads: torch.Tensor,
+    first_frontier: int,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mass of every column and diagonal, from a few queries that follow each other.
+
+    Args:
+        q: [rows, Hq, D], at most 64 rows; k_cache: [slots, Hkv, D]; slots: int32 [keys], the cache row of every
+            key; heads: int32, the query heads to estimate; the last dimension of q and k_cache has stride 1.
+        first_frontier: keys that the first row sees; each row sees one more than the row before it, and the
+            last one sees all. sm_scale: factor on q . k.
+
+    Returns:
+        float32 [heads, keys] twice: mass by column, and by distance back from the causal frontier.
+
+    Raises:
+        ValueError: more rows than that.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    if num_rows > BLOCK:
+        raise ValueError(f"q: expected at most {BLOCK} rows, got {num_rows}")
+    device, num_keys, count = q.device, len(slots), len(heads)
+    tiles = -(-num_keys // BLOCK)
+    tiles_each = max(4, -(-tiles * count // PROGRAMS))
+    parts = -(-tiles // tiles_each)
+    partial = torch.empty(count, parts, BLOCK, device=device)
+    columns = torch.empty(count, tiles * BLOCK, device=device)
+    diagonals = torch.zeros(count, tiles + 1, BLOCK, device=device)
+    carried = torch.empty(count, parts, BLOCK, device=device)
+    scalars = (num_rows, num_keys, first_frontier, tiles_each, q.stride(0), q.stride(1), *k_cache.stride()[:2])
+    shapes = {
+        "GROUP": num_heads // k_cache.shape[1],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_N": BLOCK,
+    }
+    options: dict[str, int] = {}
+    if not interpreted():
+        major, minor = torch.cuda.get_device_capability(device)
+        options = configuration(head_dim, 10 * major + minor).options
+    grid = (count, parts)
+    row_lse[grid](q, k_cache, slots, heads, partial, *scalars, sm_scale * LOG2_E, **shapes, **options)
+    lse = torch.logsumexp(partial / LOG2_E, dim=1) * LOG2_E
+    lse = lse.masked_fill(lse.isneginf(), 0)  # rows that are not there
+    masses[grid](
+        q, k_cache, slots, heads, lse, columns, diagonals, carried, *scalars, sm_scale * LOG2_E, **shapes, **options
+    )
+    # A part's carry belongs to the first block after it.
+    diagonals[:, tiles_each : parts * tiles_each : tiles_each] += carried[:, :-1]
+    diagonals[:, tiles] += carried[:, -1]
+    by_distance = diagonals.flip(1).flatten(1)
+    start = tiles * BLOCK + 1 - first_frontier  # distance 0
+    return columns[:, :num_keys], by_distance[:, start : start + num_keys]

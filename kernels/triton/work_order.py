@@ -1,0 +1,42 @@
+"""The order in which the kernel's programs take up their work.
+
+Two things pull: what runs at the same time should read the same keys, so that they come from the L2 cache, and
+nothing long should start when all else is done. So work of about one length (within a factor of two) goes
+together, the longest first; in it the heads of one KV head, then the tiles in the plan's own order, which is by
+phase and then by position, and innermost the heads that read the very same keys.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..block_plan import BlockPlan
+
+
+def work_order(plan: BlockPlan, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tile and the head of each piece of work, int32 [work] each: every head of every tile once.
+
+    Args:
+        group: query heads that share a KV head. Made once for a plan, without waiting for the device.
+    """
+    kept: tuple[torch.Tensor, torch.Tensor] | None = plan.__dict__.get("_work_order")
+    if kept is None:
+        kept = plan.__dict__["_work_order"] = _ordered(plan, group)
+    return kept
+
+
+def _ordered(plan: BlockPlan, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    device = plan.q_rows.device
+    sizes, first, heads = plan.group_arrays
+    of_tile = plan.q_heads.long()
+    shared_by = sizes[of_tile].long()
+    total = plan.num_work if plan.num_work is not None else int(shared_by.sum())
+    tile = torch.repeat_interleave(torch.arange(plan.num_tiles, device=device), shared_by, output_size=total)
+    begin = shared_by.cumsum(0) - shared_by
+    head = heads[(first[of_tile[tile]] + torch.arange(total, device=device) - begin[tile])].long()
+    blocks = plan.block_indptr.diff()[tile]
+    length = torch.frexp(blocks.float()).exponent  # the power of two above it
+    num_heads = max((head for heads in plan.head_groups for head in heads), default=0) + 1
+    key = ((32 - length).long() * num_heads + head // group) * plan.num_tiles + tile
+    order = (key * num_heads + head).argsort()
+    return tile[order].to(torch.int32), head[order].to(torch.int32)
