@@ -36,8 +36,8 @@ class KeyTable:
     """All key orders of a batch, one after the other, each padded to whole tiles. int32 throughout.
 
     kv_pos:   [tiles * block_k] absolute position in its request; PAD_POSITION for padding.
-    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding, and
-              for keys yet to come, that of the tile's nearest key: a weight of zero times what others left in the cache may be NaN.
+    kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]; for padding, and for
+              keys yet to come, that of the tile's nearest key: zero times what others left there may be NaN.
     """
 
     kv_pos: torch.Tensor
@@ -254,8 +254,8 @@ class TileBatch:
     """B tiles of one shape as a host executor wants them: rows, visited keys, and the mask of the last of these.
 
     Each has m `rows`, which are those of its tile after the first `skip`, visits n = blocks * block_k keys, and
-    of its key tiles the first `full` are visible to all rows and the last `picked` have hidden lanes. The tensors are made when first asked for, by
-    whichever thread runs the tiles, and kept for all layers.
+    of its key tiles the first `full` are visible to all rows and the last `picked` have hidden lanes. The
+    tensors are made when first asked for, by whichever thread runs the tiles, and kept for all layers.
     """
 
     plan: BlockPlan

@@ -9,8 +9,10 @@ without a sparse request runs the stock code and nothing else.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -19,8 +21,8 @@ from typing import Any
 
 import torch
 
-from sglang_mminfer import config
-from sglang_mminfer.kernels import torch_gather
+from sglang_mminfer import config, executors, self_check
+from sglang_mminfer.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
 from sglang_mminfer.modality.segments import ModalityMap
@@ -74,7 +76,12 @@ def _sparse_class(dense: Any) -> Any:
                 if save_kv_cache and k is not None and v is not None:
                     sparse.save_kv(k, v, layer, forward_batch)
                     save_kv_cache = False
-                o = sparse.run_layer(q, layer)
+                dense_forward = super().forward_extend
+
+                def stock(some_heads: torch.Tensor, view: Any) -> torch.Tensor:
+                    return dense_forward(some_heads, k, v, view, forward_batch, False)
+
+                o = sparse.run_layer(q, layer, stock)
             if o is None:
                 o = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
             sparse.layer_done(layer, start)
@@ -95,7 +102,7 @@ class _Request:
     prompt_stop: int = 0
     map: ModalityMap | None = None
     dense_reason: str | None = None
-    densities: list[float] = field(default_factory=list)
+    densities: list[torch.Tensor] = field(default_factory=list)  # one for each sparse layer, still on the device
 
     @property
     def seq_len(self) -> int:
@@ -150,7 +157,7 @@ class _Batch:
                     seq_len=request.seq_len,
                     segments=len(request.map.segments) if request.map else 0,
                     sparse_layers=self.sparse_layers if sparse else 0,
-                    density=fmean(request.densities) if sparse and request.densities else None,
+                    density=fmean(map(float, request.densities)) if sparse and request.densities else None,
                     dense_reason=reason,
                     plan_ms=self.plan_s * 1e3,
                     attn_ms=self.attn_s * 1e3,
@@ -158,6 +165,14 @@ class _Batch:
                 )
             )
         return records
+
+
+@dataclass(frozen=True)
+class _LayerHeads:
+    """Patterns of a layer's query heads, None for those that the stock backend runs: `dense`."""
+
+    planned: tuple[HeadPattern | None, ...]
+    dense: DenseHeads | None
 
 
 class SparsePrefill:
@@ -182,8 +197,32 @@ class SparsePrefill:
         self._num_layers = runner.model_config.num_hidden_layers
         self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self._num_layers))
-        self._heads: dict[tuple[int, int], tuple[HeadPattern, ...]] = {}
+        self._heads: dict[tuple[int, int], _LayerHeads] = {}
+        self._dense_backend = config.dense_backend_name(runner.server_args, runner.device)
+        self._executor = executors.name_for(config.executor(), self.device)
+        self._unfit = None if self._all_dense else self._why_unfit(runner)
         self._batch: _Batch | None = None
+
+    def _why_unfit(self, runner: Any) -> str | None:
+        """Why nothing can run sparse here, found out before the first request: the reason that is counted.
+
+        On a GPU the executor computes a small case first, in the model's shapes, which also compiles it.
+        """
+        if self.device.type == "cpu":
+            return None
+        model, tensor_parallel = runner.model_config, runner.server_args.tp_size
+        heads = model.num_attention_heads // tensor_parallel, model.get_num_kv_heads(tensor_parallel)
+        execute = executors.EXECUTORS[self._executor]
+        try:
+            answer = self_check.check(execute, self.device, runner.dtype, model.head_dim, *heads)
+        except Exception:
+            logger.exception("mminfer: the %s executor does not run here; everything runs dense", self._executor)
+            return "executor_failed"
+        if answer.good:
+            logger.info("mminfer: the %s executor was checked on %s: %s", self._executor, self.device, answer)
+            return None
+        logger.error("mminfer: the %s executor is wrong here (%s); everything runs dense", self._executor, answer)
+        return "executor_failed"
 
     # ---- a batch -------------------------------------------------------------------------------------------
 
@@ -246,6 +285,8 @@ class SparsePrefill:
         """The request's map, and why it runs dense (None: it runs sparse)."""
         if self._all_dense:
             return None, "dense_config"
+        if self._unfit is not None:
+            return None, self._unfit
         if mm_inputs is None:
             return None, "no_media"
         try:
@@ -296,26 +337,31 @@ class SparsePrefill:
 
         self.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
 
-    def run_layer(self, q: torch.Tensor, layer: Any) -> torch.Tensor | None:
-        """Attention of one layer over the pool, K and V of the batch already in it. None if planning failed."""
+    def run_layer(self, q: torch.Tensor, layer: Any, stock: Callable[..., torch.Tensor]) -> torch.Tensor | None:
+        """Attention of one layer over the pool, K and V of the batch already in it. None if that failed.
+
+        Dense heads are run by `stock`(q of these heads, a view of the layer that has only them), where it can.
+        """
         batch = self._batch
         assert batch is not None and batch.planner is not None
-        start = self.clock()
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
         try:
-            plan = batch.planner.plan(self._heads_of(layer), q, k_cache, layer.scaling)
+            start, heads = self.clock(), self._heads_of(layer)
+            plan = batch.planner.plan(heads.planned, q, k_cache, layer.scaling)
+            batch.plan_s += self.clock() - start
+            out = q.new_empty(q.shape)
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            executors.EXECUTORS[self._executor](q, k_cache, v_cache, plan, layer.scaling, out, lse)
+            if heads.dense is not None:
+                heads.dense.run(stock, q, layer, out)
         except Exception:
-            logger.exception("mminfer: planning layer %d failed; it runs dense", layer.layer_id)
+            logger.exception("mminfer: layer %d failed; it runs dense", layer.layer_id)
             batch.layer_reasons["internal_error"] += 1
             return None
-        batch.plan_s += self.clock() - start
-        out = q.new_empty(q.shape)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        torch_gather.run(q, k_cache, v_cache, plan, layer.scaling, out, lse)
         batch.sparse_layers += 1
         if self.trace.enabled or self.metrics is not None:
-            self._note_density(batch, plan)
+            self._note_density(batch, plan, heads)
         return out.flatten(1)
 
     def layer_done(self, layer: Any, start: float) -> None:
@@ -326,22 +372,30 @@ class SparsePrefill:
             if layer.layer_id == self._last_layer - 1:
                 self.end()
 
-    def _heads_of(self, layer: Any) -> tuple[HeadPattern, ...]:
-        """Patterns of the query heads that this rank holds."""
+    def _heads_of(self, layer: Any) -> _LayerHeads:
+        """The query heads that this rank holds."""
         count = layer.tp_q_head_num
         name = (layer.layer_id, count)
         if name not in self._heads:
             everything = self.head_config.patterns(layer.layer_id)
-            self._heads[name] = tuple(everything[self.rank * count : (self.rank + 1) * count])
+            own = tuple(everything[self.rank * count : (self.rank + 1) * count])
+            dense = None
+            when = config.dense_heads_on_stock(str(self.device))
+            if self._dense_backend in BACKENDS and when != "never":
+                limit = math.inf if when == "always" else MOST_REPEATED
+                dense = dense_heads(own, layer.tp_k_head_num, self.device, limit)
+            given_away = dense.heads if dense is not None else ()
+            planned = tuple(None if head in given_away else pattern for head, pattern in enumerate(own))
+            self._heads[name] = _LayerHeads(planned, dense)
         return self._heads[name]
 
-    def _note_density(self, batch: _Batch, plan: PrefillPlan) -> None:
-        visited = plan.visited_by_row
+    def _note_density(self, batch: _Batch, plan: PrefillPlan, heads: _LayerHeads) -> None:
+        visited, elsewhere = plan.visited_by_row, heads.planned.count(None)
         for request in batch.requests:
             if request.dense_reason is None and request.chunk_len:
                 rows = visited[request.row_start : request.row_start + request.chunk_len]
                 causal = (request.prefix_len + 1 + request.seq_len) * request.chunk_len // 2
-                request.densities.append(float(rows.sum()) / plan.num_heads / causal)
+                request.densities.append((rows.sum() / causal + elsewhere) / plan.num_heads)
 
     def clock(self) -> float:
         """Seconds. Launches are asynchronous on a GPU, so a trace costs it one synchronisation for each reading."""

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from sglang_mminfer.head_config import HeadConfig
@@ -24,6 +24,11 @@ FLAG = "--mminfer-config"
 ENVIRONMENT = "SGLANG_MMINFER_CONFIG"
 MODEL_KEY = "mminfer_config"
 DEFAULT = "default"
+
+EXECUTOR_ENVIRONMENT = "SGLANG_MMINFER_EXECUTOR"
+EXECUTOR_CHOICES = ("auto", "torch", "triton", "flashinfer")
+DENSE_HEADS_ENVIRONMENT = "SGLANG_MMINFER_DENSE_HEADS"
+DENSE_HEADS_CHOICES = ("auto", "stock", "own")
 
 ATTRIBUTE = "_mminfer_config"
 """Where the flag's value rides on ServerArgs. A real field cannot be added from outside; an attribute with an
@@ -95,6 +100,22 @@ def config_argument(name: str) -> str:
         except HeadConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return name
+
+
+def executor() -> str:
+    """The executor that the environment names for sparse layers, else "auto"."""
+    return os.environ.get(EXECUTOR_ENVIRONMENT) or "auto"
+
+
+def dense_heads_on_stock(device: str) -> Literal["never", "cheap", "always"]:
+    """Whether dense heads beside sparse ones go to the stock backend: on a GPU where it is cheap, if nobody says.
+
+    On a CPU stock `torch_native` computes rows of a cached prefix again, and our executor does not.
+    """
+    choice = os.environ.get(DENSE_HEADS_ENVIRONMENT) or "auto"
+    if choice == "auto":
+        return "never" if str(device).split(":")[0] == "cpu" else "cheap"
+    return "always" if choice == "stock" else "never"
 
 
 def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str) -> str:

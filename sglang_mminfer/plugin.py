@@ -293,6 +293,16 @@ def _needs_draft_backend(cfg: Any) -> bool:
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
+        "executor",
+        lambda cfg: config.executor() not in config.EXECUTOR_CHOICES,
+        f"{config.EXECUTOR_ENVIRONMENT} names no executor; expected one of {', '.join(config.EXECUTOR_CHOICES)}.",
+    ),
+    Refusal(
+        "dense_heads",
+        lambda cfg: (os.environ.get(config.DENSE_HEADS_ENVIRONMENT) or "auto") not in config.DENSE_HEADS_CHOICES,
+        f"{config.DENSE_HEADS_ENVIRONMENT}: expected one of {', '.join(config.DENSE_HEADS_CHOICES)}.",
+    ),
+    Refusal(
         "decode_only",
         lambda cfg: _backends(cfg)[0] != config.BACKEND_NAME,
         "mminfer is named for decoding only, and it works on the prefill; use "

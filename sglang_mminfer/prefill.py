@@ -6,27 +6,18 @@ BatchPrefillWithPagedKVCacheWrapper, so that its `merge_state` composes with wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer import executors
+from sglang_mminfer.executors import EXECUTORS
+from sglang_mminfer.kernels import reference
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.plan import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
-
-Executor = Callable[..., None]
-
-
-def _triton(*arguments: Any) -> None:
-    from sglang_mminfer.kernels.triton.launch import run  # Triton is slow to import, and only GPUs need it
-
-    run(*arguments)
-
-
-EXECUTORS: dict[str, Executor] = {"torch": torch_gather.run, "triton": _triton, "reference": reference.run}
 
 
 class SparsePrefillWithPagedKVCacheWrapper:
@@ -35,8 +26,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
     Args:
         float_workspace_buffer: as in FlashInfer; kept for the contract, no executor needs it yet.
         kv_layout: "NHD": pages of [page_size, Hkv, D]; or "HND": pages of [Hkv, page_size, D].
-        backend: "auto", "torch" (any device), "triton" (a GPU; not measured on one yet, so that "auto" is still
-        "torch" everywhere) or "reference" (float64, the oracle).
+        backend: "torch" (any device), "triton" (NVIDIA GPUs), "flashinfer" (the same plan on FlashInfer's own
+            wrappers: a cross-check), "reference" (float64, the oracle), or "auto": triton on a GPU, else torch.
         block_q, block_k: rows of a query tile and keys of a key tile.
 
     Raises:
@@ -53,12 +44,10 @@ class SparsePrefillWithPagedKVCacheWrapper:
         block_k: int = BLOCK_K,
     ) -> None:
         _expect(kv_layout in ("NHD", "HND"), "kv_layout", '"NHD" or "HND"', repr(kv_layout))
-        known = ("auto", *EXECUTORS)
-        _expect(backend in known, "backend", "one of " + ", ".join(known), repr(backend))
+        _expect(backend in executors.CHOICES, "backend", "one of " + ", ".join(executors.CHOICES), repr(backend))
         for name, value in (("block_q", block_q), ("block_k", block_k)):
             _expect(isinstance(value, int) and value >= 1, name, "an integer >= 1", repr(value))
-        self.backend = "torch" if backend == "auto" else backend
-        self._run = EXECUTORS[self.backend]
+        self.backend = backend
         self._kv_layout, self._block_q, self._block_k = kv_layout, block_q, block_k
         self._planner: BatchPlanner | None = None
         self._last_plan: PrefillPlan | None = None
@@ -228,7 +217,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
         self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale)
         # Executors write contiguous outputs; what the caller gives may be a part of something larger.
         written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (out, lse)]
-        self._run(q, k_cache, v_cache, self._last_plan, self._sm_scale, *written)
+        execute = EXECUTORS[executors.name_for(self.backend, q.device)]
+        execute(q, k_cache, v_cache, self._last_plan, self._sm_scale, *written)
         for given, whole in zip((out, lse), written):
             if whole is not given:
                 given.copy_(whole)

@@ -2,7 +2,8 @@
 
 Flash attention forward (Dao 2023, algorithm 1) over the key tiles that the plan lists for the query tile. Keys
 are found through the plan's slot table, so that neither the permutation nor the page table costs a second look.
-Full tiles run without any mask; partial ones compare positions; picked ones also leave out hidden lanes. No atomics: a pass visits a (row, head) once, and later passes join by LSE what stands in `out`.
+Full tiles run without any mask; partial ones compare positions; picked ones also leave out hidden lanes. No
+atomics: a pass visits a (row, head) once, and later passes join by LSE what stands in `out`.
 """
 
 from __future__ import annotations

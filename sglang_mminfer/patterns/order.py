@@ -45,9 +45,7 @@ class CompactOrder:
     def positions(self, device: torch.device) -> torch.Tensor:
         total = len(self.keys)
         out = torch.full((self.num_tiles * self.block_k,), PAD_POSITION, dtype=torch.int32, device=device)
-        first, lengths = to_device(
-            device, self.keys.starts - self.keys.before[:-1], self.keys.stops - self.keys.starts
-        )
+        first, lengths = to_device(device, self.keys.starts - self.keys.before[:-1], self.keys.stops - self.keys.starts)
         offset = torch.repeat_interleave(first, lengths, output_size=total)
         torch.add(offset, torch.arange(total, dtype=torch.int32, device=device), out=out[:total])
         return out

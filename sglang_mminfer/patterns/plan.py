@@ -28,6 +28,7 @@ from sglang_mminfer.patterns.tiles import FULL, PARTIAL, PICKED, ChunkTiler, Est
 
 BLOCK_Q, BLOCK_K = 128, 64
 
+
 @dataclass(frozen=True)
 class RequestChunk:
     """One request of a batch: its rows are q[row_start : row_start + kv_len - q_start].
@@ -86,11 +87,11 @@ class BatchPlanner:
         ]
         self._keys = KeyOrders(self.requests, block_k)
         self._tiles: dict[tuple[int, HeadPattern], list[Tiles]] = {}
-        self._static_plans: dict[tuple[HeadPattern, ...], PrefillPlan] = {}
+        self._static_plans: dict[tuple[HeadPattern | None, ...], PrefillPlan] = {}
 
     def plan(
         self,
-        heads: Sequence[HeadPattern],
+        heads: Sequence[HeadPattern | None],
         q: torch.Tensor | None = None,
         k_cache: torch.Tensor | None = None,
         sm_scale: float = 1.0,
@@ -98,7 +99,7 @@ class BatchPlanner:
         """The plan of one layer.
 
         Args:
-            heads: the pattern of every query head.
+            heads: the pattern of every query head; None for heads that somebody else computes.
             q [tokens, Hq, D], k_cache [slots, Hkv, D], sm_scale: for the heads whose pattern is estimated.
 
         Raises:
@@ -108,20 +109,26 @@ class BatchPlanner:
         if name not in self._static_plans:
             with one_thread():
                 plan = self._make(name, q, k_cache, sm_scale)
-            if not all(map(is_static, set(name))):
+            if not all(is_static(head) for head in set(name) if head is not None):
                 return plan
             self._static_plans[name] = plan
         return self._static_plans[name]
 
     def _make(
-        self, heads: tuple[HeadPattern, ...], q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float
+        self,
+        heads: tuple[HeadPattern | None, ...],
+        q: torch.Tensor | None,
+        k_cache: torch.Tensor | None,
+        sm_scale: float,
     ) -> PrefillPlan:
         sharing: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(heads):
-            sharing.setdefault(pattern, []).append(head)
+            if pattern is not None:
+                sharing.setdefault(pattern, []).append(head)
+        planned = tuple(head for head, pattern in enumerate(heads) if pattern is not None)
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
         without = [r for r in range(len(self.requests)) if r not in with_map]
-        items = [(r, tuple(range(len(heads))), self._tiles_of(r, Dense())) for r in without]
+        items = [(r, planned, self._tiles_of(r, Dense())) for r in without if planned]
         items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
         keys = self._keys.table()
         levels: list[list[tuple[HeadTiles, Tiles]]] = []
@@ -287,9 +294,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
     )
 
 
-def _with_estimate(
-    tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int
-) -> tuple[Tiles, KeyTable]:
+def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int) -> tuple[Tiles, KeyTable]:
     """A copy of `tiles` for each head, with what the head's estimate adds, and `keys` with the gathered columns."""
     heads, num_tiles, room = len(estimates.heads), tiles.num_tiles, len(estimates.heads) * tiles.room
     ranges = [[_padded(tiles, kind)] for kind in (FULL, PARTIAL, PICKED)]  # [heads or 1, T, most] start and count

@@ -276,9 +276,7 @@ class ChunkTiler:
             self._visit_lines(order, lines, first_key, blocks, tiles[number_of_tile], least[number_of_tile], out)
         return out
 
-    def _live_rows(
-        self, order: LineOrder, own: int, lines: Lines, bound: Ints, first_key: int
-    ) -> tuple[Ints, Ints]:
+    def _live_rows(self, order: LineOrder, own: int, lines: Lines, bound: Ints, first_key: int) -> tuple[Ints, Ints]:
         """This chunk's rows of a segment that have anything to see along their line: index and position, ascending."""
         before, so_far = order.count_below(own, self.q_start), order.count_below(own, self.kv_len)
         length = order.length[own]

@@ -111,9 +111,7 @@ class Diagonals:
         return self.far[:, None] - 1 - nearest >= blocks * self.block_k
 
 
-def column_lanes(
-    ranks: torch.Tensor, diagonals: Diagonals, block_k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def column_lanes(ranks: torch.Tensor, diagonals: Diagonals, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Visits of gathered columns: whether each of a head's column tiles is visited, and which lanes do not count.
 
     Args:

@@ -90,9 +90,7 @@ def test_diagonals_cross_what_they_cross(data, block_k):
         for key in range(max(0, (near - 1 - d) // block_k * block_k), far - d)
         if far - 1 - d >= 0
     }
-    diagonals = vertical_slash.Diagonals(
-        torch.tensor([distances]), torch.tensor([near]), torch.tensor([far]), block_k
-    )
+    diagonals = vertical_slash.Diagonals(torch.tensor([distances]), torch.tensor([near]), torch.tensor([far]), block_k)
     start, count = (x[0, 0].tolist() for x in diagonals.ranges(torch.tensor([below])))
     listed = [block for first, n in zip(start, count) for block in range(first, first + n)]
     assert listed == sorted(block for block in crossed if block < below), "ranges ascend and do not overlap"

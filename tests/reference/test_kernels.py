@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_mminfer.kernels import block_plan as block_plan_module
 from sglang_mminfer.kernels import reference, torch_gather
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes, pack_lanes_on_host, unpack_lanes
+from sglang_mminfer.kernels.block_plan import (
+    PAD_POSITION,
+    BlockPlan,
+    KeyTable,
+    PrefillPlan,
+    pack_lanes,
+    pack_lanes_on_host,
+    unpack_lanes,
+)
 from support import D, any_pattern, batches, conversation
 
 from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash, prefill
@@ -168,8 +176,7 @@ def raw_plans(draw):
                 full = [
                     b
                     for b in listed
-                    if b not in picked
-                    and all(p < min(stops) for p in positions[b * BLOCK_K : (b + 1) * BLOCK_K])
+                    if b not in picked and all(p < min(stops) for p in positions[b * BLOCK_K : (b + 1) * BLOCK_K])
                 ]
                 plan["q_rows"] += rows
                 plan["q_stop"] += stops
