@@ -44,7 +44,7 @@ bench: setup
 
 # What only a card can tell: the kernel in bf16 and fp16, at a million keys; and its speed against dense, resumable.
 test-gpu: setup
-	$(BIN)/python -m pytest tests/backend/test_gpu_kernel.py
+	$(BIN)/python -m pytest tests/backend/test_gpu_kernel.py tests/backend/test_gpu_flashinfer.py
 
 bench-gpu: setup
 	$(BIN)/python -m sglang_mminfer.kernels.benchmarks.tile_attention
