@@ -297,11 +297,9 @@ def _smoke(device: str, dtype: torch.dtype) -> Finding:
         answer = smoke.check(device, dtype)
     except Exception as error:  # a compiler that does not fit, for one
         return Finding("gpu", name, "error", f"does not run: {_brief(error)}", _OTHER_EXECUTOR)
-    text = f"largest error {answer.error:.1e} (of {answer.within:.0e}), of the LSE {answer.lse_error:.1e}"
     if answer.good:
-        return Finding("gpu", name, "ok", text)
-    text += "" if answer.repeatable else "; two runs differ"
-    return Finding("gpu", name, "error", f"wrong answers: {text}", _OTHER_EXECUTOR)
+        return Finding("gpu", name, "ok", str(answer))
+    return Finding("gpu", name, "error", f"wrong answers: {answer}", _OTHER_EXECUTOR)
 
 
 _OTHER_EXECUTOR = (

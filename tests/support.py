@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import strategies as st
+from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
 
 from sglang_mminfer import (
     AShape,
@@ -324,3 +325,39 @@ def cut_out(batch: Batch, request: int, start: int, stop: int, **changes) -> Bat
             **changes,
         },
     )
+
+
+# ---- plans -------------------------------------------------------------------------------------------------
+
+
+def part_of_pass(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
+    """The pass without some of its visits: `keep` bool [nnz]."""
+    tiles = torch.arange(plan.num_tiles, device=keep.device)
+    tile = torch.repeat_interleave(tiles, plan.block_indptr.diff())
+    number = torch.arange(len(tile), device=keep.device)
+    full = number < (plan.block_indptr[:-1] + plan.num_full)[tile]
+    picked = number >= (plan.block_indptr[1:] - plan.num_picked)[tile]
+
+    def count(visits: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(tile[visits], minlength=plan.num_tiles).int()
+
+    return replace(
+        plan,
+        block_indptr=torch.nn.functional.pad(count(keep).cumsum(0), (1, 0)).int(),
+        block_indices=plan.block_indices[: len(tile)][keep],
+        num_full=count(keep & full),
+        num_picked=count(keep & picked),
+        hidden_lanes=plan.hidden_lanes[: int(picked.sum())][keep[picked]],
+    )
+
+
+def halves(plan: PrefillPlan, seed: int = 0) -> list[PrefillPlan]:
+    """Two plans that share the visits of one, each visit in one of them by chance."""
+    random, out = torch.Generator().manual_seed(seed), []
+    owners = [
+        torch.randint(0, 2, (int(p.block_indptr[-1]),), generator=random).to(p.q_rows.device) for p in plan.passes
+    ]
+    for half in range(2):
+        passes = tuple(part_of_pass(p, owner == half) for p, owner in zip(plan.passes, owners))
+        out.append(PrefillPlan(passes, plan.num_rows, plan.num_heads))
+    return out

@@ -80,11 +80,11 @@ def _timed(inputs: Inputs, chosen: Configuration, block_k: int, device: str) -> 
             given = (inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse)
             timing = measure.timed(lambda given=given: launch.run(*given, chosen=chosen), device)  # type: ignore[misc]
             own = measure.visited_pairs(plan) * 4 * head_dim * heads
-            each[pattern] = round(own / timing.ms / 1e9, 1)
+            each[pattern] = float(f"{own / timing.ms / 1e9:.5g}")
             flop, ms = flop + own, ms + timing.ms
     except Exception as error:  # too much shared memory, for one: a build that does not fit is an answer
         return {"error": f"{type(error).__name__}: {error}"[:300]}
-    return {"tflops": round(flop / ms / 1e9, 1), "by_pattern": each}
+    return {"tflops": float(f"{flop / ms / 1e9:.5g}"), "by_pattern": each}
 
 
 def _said(figures: dict[str, Any]) -> str:

@@ -204,7 +204,13 @@ def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch):
 
 def test_aims():
     def case(tokens: int, rows: int, **figures: float) -> dict:
-        usual = {"density": 0.08, "tflops_on_visited_tiles": 500.0, "speedup": 10.0, "share_of_ideal": 0.8, "speedup_with_plan": 1.2}
+        usual = {
+            "density": 0.08,
+            "tflops_on_visited_tiles": 500.0,
+            "speedup": 10.0,
+            "share_of_ideal": 0.8,
+            "speedup_with_plan": 1.2,
+        }
         usual |= {"plan_share_of_attention": 0.01, "index_share_of_kv": 0.001}
         return {"tokens": tokens, "rows": rows, "pattern": cases.ROW, **usual, **figures}
 

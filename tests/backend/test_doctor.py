@@ -12,7 +12,7 @@ import pytest
 import torch
 from sglang_mminfer.kernels.benchmarks import smoke
 
-from sglang_mminfer import cli, config, doctor
+from sglang_mminfer import cli, config, doctor, self_check
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +124,9 @@ def test_a_kernel_that_does_not_run_is_an_error_with_a_fix() -> None:
 
 def test_wrong_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for answer in (
-        smoke.Answer(error=0.5, lse_error=0.0, repeatable=True, within=0.02),
-        smoke.Answer(error=float("inf"), lse_error=0.0, repeatable=True, within=0.02),
-        smoke.Answer(error=0.0, lse_error=0.0, repeatable=False, within=0.02),
+        self_check.Answer(error=0.5, lse_error=0.0, repeatable=True, within=0.02),
+        self_check.Answer(error=float("inf"), lse_error=0.0, repeatable=True, within=0.02),
+        self_check.Answer(error=0.0, lse_error=0.0, repeatable=False, within=0.02),
     ):
         monkeypatch.setattr(smoke, "check", lambda device, dtype, answer=answer: answer)
         found = doctor._smoke("cuda", torch.bfloat16)
