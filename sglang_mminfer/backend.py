@@ -191,7 +191,8 @@ class SparsePrefill:
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.kv_pool = runner.token_to_kv_pool
         self.device = torch.device(runner.device)
-        self.rank, self.leads = get_parallel().attn_tp_rank, get_parallel().tp_rank == 0
+        parallel = get_parallel()
+        self.rank, self.ranks, self.leads = parallel.attn_tp_rank, parallel.attn_tp_size, parallel.tp_rank == 0
         self.trace = TraceFile.from_environment() if self.leads else TraceFile(None)
         self.metrics = Metrics() if runner.server_args.enable_metrics and self.leads else None
         self._num_layers = runner.model_config.num_hidden_layers
@@ -210,8 +211,8 @@ class SparsePrefill:
         """
         if self.device.type == "cpu":
             return None
-        model, tensor_parallel = runner.model_config, runner.server_args.tp_size
-        heads = model.num_attention_heads // tensor_parallel, model.get_num_kv_heads(tensor_parallel)
+        model = runner.model_config
+        heads = model.num_attention_heads // self.ranks, model.get_num_kv_heads(self.ranks)
         execute = executors.EXECUTORS[self._executor]
         try:
             answer = self_check.check(execute, self.device, runner.dtype, model.head_dim, *heads)

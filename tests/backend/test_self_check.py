@@ -48,10 +48,9 @@ def test_an_executor_that_does_not_run_leaves_the_server_dense_and_says_so(caplo
     assert not torch.cuda.is_available() or pytest.skip("there is a GPU, on which it runs")
     runner = SimpleNamespace(
         model_config=SimpleNamespace(num_attention_heads=4, get_num_kv_heads=lambda ranks: 2, head_dim=16),
-        server_args=SimpleNamespace(tp_size=1),
         dtype=torch.bfloat16,
     )
-    backend = SimpleNamespace(device=torch.device("cuda"), _executor="triton")
+    backend = SimpleNamespace(device=torch.device("cuda"), _executor="triton", ranks=1)
     assert SparsePrefill._why_unfit(backend, runner) == "executor_failed"
     assert "the triton executor does not run here; everything runs dense" in caplog.text
     assert SparsePrefill._why_unfit(SimpleNamespace(device=torch.device("cpu")), runner) is None
