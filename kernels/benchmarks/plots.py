@@ -63,7 +63,7 @@ def _against_length(cases: list[dict[str, Any]]) -> Figure:
         for (pattern, shape), points in sorted(lines.items()):
             x, y = zip(*sorted(points))
             number = MEASURED.index(pattern)
-            style = {"color": f"C{number}", "marker": MARKS[number], "ls": STYLES.get(shape, "-")}
+            style: dict[str, Any] = {"color": f"C{number}", "marker": MARKS[number], "ls": STYLES.get(shape, "-")}
             ax.plot(x, y, ms=5, lw=1.4, label=f"{pattern}, {shape} heads", **style)
         ax.axhline(1, color="black", lw=1, ls="--")
         ax.set_xscale("log", base=2)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from sglang_mminfer.kernels import reference, torch_gather
-from sglang_mminfer.kernels.benchmarks import baselines, cases, inputs, measure, report, tile_attention
+from sglang_mminfer.kernels.benchmarks import baselines, cases, inputs, measure, report, tile_attention, tuning
+from sglang_mminfer.kernels.triton.configurations import Configuration
 from support import conversation
 
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, HeadConfig, Modality, ModalityMap, VerticalSlash
@@ -200,6 +201,26 @@ def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch):
     tile_attention.run_cases(chosen, "cpu", out, 1.0, retry=True)
     assert calls == [chosen[0].name]
     assert real is not tile_attention.Bench.run
+
+
+def test_tuning_names_the_fastest_and_keeps_what_did_not_fit(tmp_path: Path, monkeypatch, capsys):
+    """The torch executor stands in for the kernel: what is tried is how builds are chosen and kept."""
+
+    def stand_in(*arguments, chosen: Configuration) -> None:
+        if chosen.num_stages == 7:
+            raise RuntimeError("out of resource: shared memory")
+        torch_gather.run(*arguments)
+
+    monkeypatch.setattr(tuning.launch, "run", stand_in)
+    out = tmp_path / "tuning.json"
+    assert tuning.main(out, "cpu", tiny=True, minutes=1) == 0
+    (own,) = json.loads(out.read_text())["head_dims"].values()
+    names = [name for name, _, _ in tuning.candidates(128)]
+    assert set(own) == {*names, "best"}
+    assert "shared memory" in own[names[0]]["error"]
+    assert own["best"] == max(names[1:], key=lambda name: own[name]["tflops"])
+    assert {own[name]["block_k"] for name in names} == {64, 128}
+    assert "best:" in capsys.readouterr().out
 
 
 def test_aims():
