@@ -39,7 +39,10 @@ def candidates(head_dim: int) -> Iterator[tuple[str, Configuration, int]]:
     yield "C, 3 stages", Configuration(rows, 8, 3), 128
     yield "4 stages", Configuration(rows, 8, 4), 64
     yield "3 stages, 128 registers", Configuration(rows, 8, 3, maxnreg=128), 64
-    yield "64 rows, 4 warps, 4 stages", Configuration(64, 4, 4), 64
+    yield "3 stages", Configuration(rows, 8, 3), 64
+    yield "2 stages", Configuration(rows, 8, 2), 64
+    yield "64 rows, 4 warps, 4 stages", Configuration(64, 4, 4), 64  # two programs without a bound on registers
+    yield "64 rows, 4 warps, 3 stages", Configuration(64, 4, 3), 64
 
 
 def main(out: Path, device: str, tiny: bool, minutes: float) -> int:
