@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-interpreted test-fast test-gpu check bench bench-gpu soak clean
+.PHONY: setup ready demo test test-interpreted test-fast test-gpu test-gpu-sanitize check bench bench-gpu bench-gpu-tune \
+	bench-gpu-model soak clean
 
 setup: $(VENV)/.ready
 
@@ -42,12 +43,36 @@ check: setup
 bench: setup
 	$(BIN)/python -m sglang_mminfer.evaluation.prefill_bench
 
-# What only a card can tell: the kernel in bf16 and fp16, at a million keys; and its speed against dense, resumable.
-test-gpu: setup
-	$(BIN)/python -m pytest tests/backend/test_gpu_kernel.py tests/backend/test_gpu_flashinfer.py
+# What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch and triton: for a
+# machine without SGLang. The tests then need pytest and hypothesis in it.
+ifdef BARE
+RUN := PYTHONPATH=$(CURDIR)/build/bare$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -P
+ready:
+	rm -rf build/bare && mkdir -p build/bare
+	cp -rs $(CURDIR)/sglang_mminfer build/bare/ && cp -rs $(CURDIR)/kernels build/bare/sglang_mminfer/
+	cp -rs $(CURDIR)/head_configs build/bare/sglang_mminfer/
+else
+RUN := $(BIN)/python
+ready: setup
+endif
 
-bench-gpu: setup
-	$(BIN)/python -m sglang_mminfer.kernels.benchmarks.tile_attention
+# The kernel in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; then
+# a small case under compute-sanitizer.
+test-gpu: ready
+	$(RUN) -m pytest tests/backend/test_gpu_kernel.py tests/backend/test_gpu_flashinfer.py
+
+test-gpu-sanitize: ready
+	$(RUN) -m pytest tests/backend/test_gpu_sanitizer.py
+
+# Speed against dense and others, resumable, under 8 minutes each; into kernels/benchmarks/results/.
+bench-gpu: ready
+	$(RUN) -m sglang_mminfer.kernels.benchmarks.tile_attention
+
+bench-gpu-tune: ready
+	$(RUN) -m sglang_mminfer.kernels.benchmarks.tile_attention --tune
+
+bench-gpu-model: ready
+	$(RUN) -m sglang_mminfer.evaluation.model_prefill
 
 # 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
 soak: setup

@@ -16,9 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sglang_mminfer import config
+
+if TYPE_CHECKING:
+    import torch
 
 DISTRIBUTION = "sglang-mminfer"
 GROUPS = {"sglang.srt.plugins": "mminfer", "sglang.srt.platforms": "mminfer_cpu"}
@@ -63,6 +66,7 @@ def examine(
         ("installed", _versions),
         ("plugin", lambda: _plugin(problems)),
         ("machine", _machine),
+        ("gpu", _gpu),
         ("video", _video),
         ("model", lambda: _model(model_path, config_name)),
     ]
@@ -258,6 +262,65 @@ def _machine() -> Iterator[Finding]:
             "unset SGLANG_PLUGINS, SGLANG_PLATFORM and SGLANG_USE_CPU_ENGINE (SGLang's CPU engine needs a "
             "kernel package that is not on the package index).",
         )
+
+
+def _gpu() -> Iterator[Finding]:
+    """The card, whether the kernel that is compiled for it is right, and whether it is as fast as it should be."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "gpu", "note", "none that torch can use: the kernel is neither compiled nor timed")
+        return
+    card = torch.cuda.get_device_properties(0)
+    text = f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB"
+    if (card.major, card.minor) < (8, 0):
+        yield Finding("gpu", "gpu", "error", text, "the kernel needs compute capability 8.0 (A100) or newer.")
+        return
+    yield Finding("gpu", "gpu", "ok", text)
+    right = True
+    for dtype in (torch.bfloat16, torch.float16):
+        finding = _smoke("cuda", dtype)
+        right &= finding.status == "ok"
+        yield finding
+    if right:
+        from sglang_mminfer.kernels.benchmarks import smoke
+
+        yield _speed(smoke.throughput(), card.name, _version("triton") or "")
+
+
+def _smoke(device: str, dtype: torch.dtype) -> Finding:
+    """The kernel on a small case against float64."""
+    from sglang_mminfer.kernels.benchmarks import smoke
+
+    name = f"kernel, {str(dtype).removeprefix('torch.')}"
+    try:
+        answer = smoke.check(device, dtype)
+    except Exception as error:  # a compiler that does not fit, for one
+        return Finding("gpu", name, "error", f"does not run: {_brief(error)}", _OTHER_EXECUTOR)
+    if answer.good:
+        return Finding("gpu", name, "ok", str(answer))
+    return Finding("gpu", name, "error", f"wrong answers: {answer}", _OTHER_EXECUTOR)
+
+
+_OTHER_EXECUTOR = (
+    "install the triton that this torch requires; until then --mminfer-config dense serves without the kernel."
+)
+
+
+def _speed(measured: float, card: str, triton: str) -> Finding:
+    """TFLOP/s of one small case against what was recorded for this card."""
+    from sglang_mminfer.kernels.benchmarks import smoke
+
+    text = f"{measured:.0f} TFLOP/s on a small case"
+    expected = smoke.expected(card, triton)
+    if expected is None:
+        return Finding("gpu", "throughput", "note", f"{text}; no figure recorded for this card and Triton {triton}")
+    text += f", expected {expected:.0f}"
+    if measured >= smoke.SLOW * expected:
+        return Finding("gpu", "throughput", "ok", text)
+    return Finding(
+        "gpu", "throughput", "warning", text, "look for other work on the card and for a power or clock limit."
+    )
 
 
 def _video() -> Iterator[Finding]:

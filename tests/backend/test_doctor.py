@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sglang_mminfer.kernels.benchmarks import smoke
 
-from sglang_mminfer import cli, config, doctor
+from sglang_mminfer import cli, config, doctor, self_check
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,59 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     (found,) = doctor._model(str(tmp_path), None)
     assert found.status == "error"
     assert "latent attention" in (found.fix or "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so() -> None:
+    (found,) = doctor._gpu()
+    assert found.status == "note"
+    assert "none that torch can use" in found.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_named_tried_and_timed() -> None:
+    found = list(doctor._gpu())
+    assert [finding.name for finding in found] == ["gpu", "kernel, bfloat16", "kernel, float16", "throughput"]
+    assert not [finding for finding in found if finding.status == "error"], found
+    assert "compute capability" in found[0].text and "TFLOP/s" in found[-1].text
+
+
+def test_the_kernels_smoke_test_in_the_interpreter() -> None:
+    """What the GPU is asked, by the same code, where the kernel is not compiled."""
+    program = "import torch; from sglang_mminfer import doctor; print(doctor._smoke('cpu', torch.float16))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "status='ok'" in done.stdout and "largest error" in done.stdout, done.stdout
+
+
+def test_a_kernel_that_does_not_run_is_an_error_with_a_fix() -> None:
+    found = doctor._smoke("cpu", torch.float16)  # outside the interpreter the kernel refuses a CPU
+    assert found.status == "error" and found.fix
+    assert "does not run: ValueError: q: the triton executor needs a GPU" in found.text
+
+
+def test_wrong_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer in (
+        self_check.Answer(error=0.5, lse_error=0.0, repeatable=True, within=0.02),
+        self_check.Answer(error=float("inf"), lse_error=0.0, repeatable=True, within=0.02),
+        self_check.Answer(error=0.0, lse_error=0.0, repeatable=False, within=0.02),
+    ):
+        monkeypatch.setattr(smoke, "check", lambda device, dtype, answer=answer: answer)
+        found = doctor._smoke("cuda", torch.bfloat16)
+        assert found.status == "error" and found.fix
+        assert found.text.startswith("wrong answers")
+
+
+def test_throughput_against_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._speed(500.0, "Some Card", "3.6.0").status == "note"
+    assert "no figure recorded for this card" in doctor._speed(500.0, "Some Card", "3.6.0").text
+    monkeypatch.setitem(smoke.EXPECTED, ("Some Card", "3.6"), 480.0)
+    assert doctor._speed(470.0, "Some Card", "3.6.0").status == "ok"
+    slow = doctor._speed(300.0, "Some Card", "3.6.0")
+    assert slow.status == "warning" and slow.fix and "expected 480" in slow.text
+    assert doctor._speed(470.0, "Some Card", "3.7.1").status == "note", "another compiler, another figure"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""What `tile_attention` measures, most important first: shapes, patterns at their usual density, conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
+from sglang_mminfer.patterns.spec import (
+    AShape,
+    Boundary2D,
+    Dense,
+    Grid,
+    HeadPattern,
+    QBoundary,
+    TriShape,
+    VerticalSlash,
+)
+
+HEAD_DIM = 128
+CELLS = 256  # tokens of a frame, 16 x 16
+CHUNK = 8192
+K = 1024
+TARGET = 128 * K  # keys of the cell that the aim is set for
+LENGTHS = (32 * K, 64 * K, 128 * K, 256 * K, 512 * K, 1024 * K)
+SHORT = (2 * K, 4 * K, 8 * K, 16 * K)  # where sparse attention may not pay
+
+TEXT, VIDEO, VISION = Modality.TEXT, Modality.VIDEO, Modality.VISION
+ROW = "grid row"  # one key in sixteen at any length, so it is the one to show over length
+DEFAULT = "grid frame, default config"
+PATTERNS: dict[str, HeadPattern] = {
+    ROW: Grid("row", False, False, True, 0, 128, 1024),
+    "a_shape": AShape(1024, 8192),
+    "grid frame": Grid("frame", True, True, True, 0, 128, 8192),
+    "vertical_slash": VerticalSlash(1000, 6096),
+    "q-boundary": QBoundary({TEXT: AShape(1024, 8192), VIDEO: Grid("frame", True, False, True, 0, 128, 8192)}),
+    "2d-boundary": Boundary2D(
+        {
+            (VIDEO, VISION): Grid("row", False, False, True, 0, 128, 1024),
+            (VIDEO, TEXT): AShape(128, 1024),
+            (TEXT, VISION): AShape(128, 4096),
+        }
+    ),
+    "tri_shape": TriShape(1024, 8192, 128),
+    DEFAULT: Grid("frame", True, True, True, 0, 128, 1024),
+    "dense": Dense(),  # the kernel as it is where nothing is left out; not one of the cases
+}
+MEASURED = tuple(name for name in PATTERNS if name != "dense")
+FEW = (ROW, "a_shape", "grid frame")
+WITH_TURNS = ("q-boundary", "2d-boundary")  # these need text among the video
+SHAPES = {"28/4": (28, 4), "32/8": (32, 8), "2/1": (2, 1)}  # query and KV heads
+LAYERS = {"28/4": 28, "32/8": 32, "2/1": 1}  # that share one plan of a static pattern
+
+
+@dataclass(frozen=True)
+class Case:
+    """The `rows` last queries of a prompt of `tokens`, all heads with one pattern.
+
+    against: what runs beside our kernel: "dense", "flex_attention", "flashinfer", or a name of `baselines.OPTIONAL`.
+    slots: "shuffled", every token anywhere in the pool, the worst that a page table can do; or "ordered".
+    """
+
+    shape: str
+    tokens: int
+    rows: int
+    pattern: str
+    against: str = "dense"
+    slots: str = "shuffled"
+
+    @property
+    def name(self) -> str:
+        extra = "" if self.slots == "shuffled" else f", {self.slots} slots"
+        beside = "" if self.against == "dense" else f", against {self.against}"
+        return f"{self.shape} heads, {self.tokens} keys, {self.rows} rows, {self.pattern}{extra}{beside}"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.rows == self.tokens
+
+    @property
+    def inputs(self) -> tuple[str, int, int, str]:
+        """Cases where this is equal run on the same tensors."""
+        return self.shape, self.tokens, self.rows, self.slots
+
+
+def cases(optional: tuple[str, ...] = ()) -> Iterator[Case]:
+    """All of them, each once, in the order in which they are worth their time.
+
+    Args:
+        optional: the baselines of others that are installed.
+    """
+    yield from dict.fromkeys(_cases(optional))
+
+
+def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
+    qwen, longest = "28/4", LENGTHS[-1]
+    for pattern in MEASURED:
+        yield Case(qwen, TARGET, CHUNK, pattern)
+    for pattern in FEW:
+        yield Case(qwen, longest, CHUNK, pattern)
+    for tokens, pattern in product(SHORT, (ROW, DEFAULT)):
+        yield Case(qwen, tokens, tokens, pattern)
+    for tokens in LENGTHS[:-1]:
+        for pattern in FEW:
+            yield Case(qwen, tokens, CHUNK, pattern)
+        yield Case(qwen, tokens, tokens, ROW)
+    yield Case(qwen, longest, longest, ROW)
+    yield Case(qwen, TARGET, CHUNK, ROW, slots="ordered")
+    for against in (*optional, "flex_attention"):
+        yield Case(qwen, TARGET, CHUNK, "a_shape", against)
+        yield Case(qwen, TARGET, CHUNK, ROW, against)
+    for pattern in MEASURED:
+        yield Case("32/8", TARGET, CHUNK, pattern)
+    for tokens in (TARGET, longest):
+        yield Case(qwen, tokens, 2 * CHUNK, ROW)
+    for tokens, pattern in product(LENGTHS, FEW):
+        yield Case("32/8", tokens, CHUNK, pattern)
+    for tokens, pattern in product(LENGTHS[:4], MEASURED):
+        yield Case(qwen, tokens, tokens, pattern)
+    for tokens, pattern in product(reversed(LENGTHS), MEASURED):
+        yield Case(qwen, tokens, CHUNK, pattern)
+    for shape, tokens, pattern in product((qwen, "32/8"), LENGTHS, FEW):
+        yield Case(shape, tokens, 2 * CHUNK, pattern)
+    for tokens in LENGTHS:
+        yield Case("32/8", tokens, tokens, ROW)
+
+
+def tiny_cases() -> Iterator[Case]:
+    """For a CPU and Triton's interpreter: they show that the program works."""
+    yield Case("2/1", 512, 64, "grid frame")
+    yield Case("2/1", 512, 512, ROW)
+    yield Case("2/1", 512, 64, "vertical_slash")
+
+
+def conversation(case: Case) -> ModalityMap:
+    return turns_map(case.tokens) if case.pattern in WITH_TURNS else video_map(case.tokens)
+
+
+def video_map(tokens: int) -> ModalityMap:
+    """One video, with 64 tokens of text after it and what is left, at least as many, before it."""
+    frames = (tokens - 128) // CELLS
+    start = tokens - 64 - frames * CELLS
+    return ModalityMap([Segment(TEXT, 0, start), _video(start, frames), Segment(TEXT, tokens - 64, tokens)])
+
+
+def turns_map(tokens: int, turn: int = 8192, frames: int = 28) -> ModalityMap:
+    """Turns of `frames` frames of video and text; text is an eighth of a turn. What is left over is text."""
+    segments: list[Segment] = []
+    for start in range(0, tokens - turn + 1, turn):
+        video = _video(start + 64, frames)
+        segments += [Segment(TEXT, start, start + 64), video, Segment(TEXT, video.stop, start + turn)]
+    stop = segments[-1].stop if segments else 0
+    return ModalityMap([*segments, Segment(TEXT, stop, tokens)] if stop < tokens else segments)
+
+
+def _video(start: int, frames: int) -> Segment:
+    stop = start + frames * CELLS
+    return Segment(VIDEO, start, stop, VisionGrid(frames, 16, 16, tuple(range(start, stop, CELLS))))

@@ -1,0 +1,83 @@
+"""q, k and v that look enough like a model's for an estimate of columns and diagonals to mean something."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+PEAK = 8.0  # mean score of a query on its own key
+NOISE = 0.5  # standard deviation of what is added to every value of q and k
+PERIODS = (2048, 1 << 21)  # tokens in a full turn of the fastest and of the slowest pair of dimensions
+EVERY, HEAVY = 1024, 1.2  # one key in so many is longer by that factor: a column
+
+
+@dataclass
+class Inputs:
+    """q [rows, Hq, D], the last rows of a prompt; keys and values [tokens, Hkv, D] in the order of the prompt, and
+    the caches [tokens, Hkv, D] where token i lies in row slots[i], int64 [tokens]."""
+
+    q: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    slots: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[2] ** -0.5
+
+
+def make_inputs(
+    rows: int, tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: str, slots: str
+) -> Inputs:
+    """The same values for the same arguments.
+
+    q and k are noise on one direction, rotated slowly by position: attention falls off with distance, so that the
+    heaviest diagonals lie side by side, as in a model, and one key in `EVERY` is heavy for all rows.
+
+    Args:
+        heads: of q, and of k and v. slots: "shuffled" or "ordered", see `cases.Case`.
+    """
+    random = torch.Generator(device).manual_seed(0)
+    q = torch.empty(rows, heads[0], head_dim, device=device, dtype=dtype)
+    keys, values = (torch.empty(tokens, heads[1], head_dim, device=device, dtype=dtype) for _ in range(2))
+    turns = _turns(tokens, head_dim, device)
+    for head in range(heads[0]):
+        q[:, head] = _rotated(_noise(rows, head_dim, random), turns[tokens - rows :])
+    heavy = torch.arange(tokens, device=device) % EVERY == EVERY // 2
+    for head in range(heads[1]):
+        own = _noise(tokens, head_dim, random)
+        keys[:, head] = _rotated(torch.where(heavy[:, None], own * HEAVY, own), turns)
+        values[:, head] = torch.randn(tokens, head_dim, generator=random, device=device)
+    if slots == "ordered":
+        where, k_cache, v_cache = torch.arange(tokens, device=device), keys, values
+    else:
+        where = torch.randperm(tokens, generator=random, device=device)
+        k_cache, v_cache = torch.empty_like(keys), torch.empty_like(values)
+        k_cache[where], v_cache[where] = keys, values
+    lse = torch.empty(rows, heads[0], device=device)
+    return Inputs(q, keys, values, k_cache, v_cache, where, torch.empty_like(q), lse)
+
+
+def _noise(rows: int, head_dim: int, random: torch.Generator) -> torch.Tensor:
+    """float32 [rows, D]: noise around a direction that gives two of them a scaled score of PEAK."""
+    direction = (PEAK / head_dim**0.5) ** 0.5
+    return torch.randn(rows, head_dim, generator=random, device=random.device) * NOISE + direction
+
+
+def _turns(tokens: int, head_dim: int, device: str) -> torch.Tensor:
+    """float32 [tokens, D / 2]: how far each pair of dimensions is turned at each position, in radians."""
+    fastest, slowest = (math.log2(2 * math.pi / period) for period in PERIODS)
+    speed = torch.logspace(fastest, slowest, head_dim // 2, base=2, device=device)
+    return torch.arange(tokens, device=device)[:, None] * speed
+
+
+def _rotated(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    one, two = x.chunk(2, dim=1)
+    cos, sin = turns.cos(), turns.sin()
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=1)
