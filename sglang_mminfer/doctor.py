@@ -303,7 +303,8 @@ def _smoke(device: str, dtype: torch.dtype) -> Finding:
 
 
 _OTHER_EXECUTOR = (
-    "install the triton that this torch requires; until then --mminfer-config dense serves without the kernel."
+    "install the triton that this torch requires, or try SGLANG_MMINFER_EXECUTOR=flashinfer; until then a server finds "
+    "the same at start-up and runs dense."
 )
 
 

@@ -299,6 +299,8 @@ def test_dense_backend(models: dict[str, str], fields: dict[str, Any], device: s
 # Refusals
 
 REFUSED: dict[str, dict[str, Any]] = {
+    "executor": {"environ": {"SGLANG_MMINFER_EXECUTOR": "cutlass"}},
+    "dense_heads": {"environ": {"SGLANG_MMINFER_DENSE_HEADS": "1"}},
     "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
     "ray": {"use_ray": True},
     "deterministic": {"enable_deterministic_inference": True},
@@ -333,6 +335,8 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {},
+    {"environ": {"SGLANG_MMINFER_EXECUTOR": "flashinfer", "SGLANG_MMINFER_DENSE_HEADS": "stock"}},
+    {"environ": {"SGLANG_MMINFER_EXECUTOR": "", "SGLANG_MMINFER_DENSE_HEADS": ""}},
     {"attention_backend": None, "prefill_attention_backend": "mminfer"},
     {"attention_backend": "triton", "prefill_attention_backend": "mminfer"},
     {"kv_cache_dtype": "fp8_e4m3"},
@@ -346,12 +350,22 @@ ACCEPTED: list[dict[str, Any]] = [
 ]
 
 
+def with_environment(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The other fields; "environ" is set."""
+    for name, value in fields.get("environ", {}).items():
+        monkeypatch.setenv(name, value)
+    return {name: value for name, value in fields.items() if name != "environ"}
+
+
 def test_every_refusal_is_tried() -> None:
     assert [refusal.name for refusal in plugin.REFUSALS] == list(REFUSED)
 
 
 @pytest.mark.parametrize("name, fields", [*REFUSED.items(), *ALSO_REFUSED])
-def test_refused_with_its_own_words_only(models: dict[str, str], name: str, fields: dict[str, Any]) -> None:
+def test_refused_with_its_own_words_only(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, fields: dict[str, Any]
+) -> None:
+    fields = with_environment(fields, monkeypatch)
     message = next(refusal.message for refusal in plugin.REFUSALS if refusal.name == name)
     with pytest.raises(plugin.UnsupportedLaunch) as refused:
         plugin.refuse(arguments(models, **fields))
@@ -360,8 +374,8 @@ def test_refused_with_its_own_words_only(models: dict[str, str], name: str, fiel
 
 
 @pytest.mark.parametrize("fields", ACCEPTED, ids=str)
-def test_accepted(models: dict[str, str], fields: dict[str, Any]) -> None:
-    plugin.refuse(arguments(models, **fields))
+def test_accepted(models: dict[str, str], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
+    plugin.refuse(arguments(models, **with_environment(fields, monkeypatch)))
 
 
 def test_two_reasons_are_both_given(models: dict[str, str]) -> None:
@@ -371,10 +385,11 @@ def test_two_reasons_are_both_given(models: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_by_the_real_resolution(models: dict[str, str], name: str) -> None:
+def test_refused_by_the_real_resolution(models: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """In SGLang's own pipeline, before its checks by backend name and before any process is started."""
+    fields = with_environment(REFUSED[name], monkeypatch)
     with pytest.raises(plugin.UnsupportedLaunch) as refused:
-        arguments(models, **REFUSED[name]).resolve_once()
+        arguments(models, **fields).resolve_once()
     assert next(refusal.message for refusal in plugin.REFUSALS if refusal.name == name) in str(refused.value)
 
 

@@ -1,0 +1,17 @@
+"""What a user gets who installs the package, and not the checkout."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_package_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    homes = {"sglang_mminfer": "sglang_mminfer", "kernels": "sglang_mminfer.kernels"}
+    homes["head_configs"] = "sglang_mminfer.head_configs"
+    there = []
+    for folder, name in homes.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            there.append(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
+    assert sorted(listed) == sorted(there)
