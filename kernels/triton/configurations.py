@@ -1,6 +1,8 @@
-"""How the kernel is compiled: rows of a program, warps and pipeline stages for each head dim and dtype. Not tuned yet.
+"""How the kernel is compiled: rows of a program, warps and pipeline stages for each head dim and card. Not tuned yet.
 
-The starting point is compile evidence only (no spills, occupancy) until a GPU has timed the candidates.
+Until a GPU has timed the candidates these follow from what the compiler says of each build: no spills, shared memory
+that fits, and a pipeline that copies ahead. Block id, slot and key are three loads that wait for each other, and each
+takes its share of the stages: below 7 the full tiles' copy of the next keys is issued only after this tile's products.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEAD_DIMS = (64, 96, 128, 256)
+LITTLE_SHARED = (86, 89, 120, 121)  # cards with 99 KiB of shared memory for a program
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Configuration:
 
 
 def configuration(head_dim: int, capability: int) -> Configuration:
-    """What to run on a card of compute capability `capability` (80, 90, 100).
+    """What to run on a card of compute capability `capability`: 80 for 8.0.
 
     Raises:
         ValueError: a head dim the kernel is not compiled for.
@@ -35,10 +38,12 @@ def configuration(head_dim: int, capability: int) -> Configuration:
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim: expected one of {HEAD_DIMS} for the triton executor, got {head_dim}")
     # Without a warp group's own accumulators (sm_80), or with 256 dims, 128 rows spill registers.
+    little_shared = capability in LITTLE_SHARED
     if head_dim == 256:
-        return Configuration(rows=64, num_warps=8, num_stages=1 if capability < 90 else 2)
-    if capability < 90:
-        return Configuration(rows=128 if head_dim == 64 else 64, num_warps=8, num_stages=3)
+        return Configuration(rows=64, num_warps=8, num_stages=1 if capability < 90 or little_shared else 2)
+    if capability < 90 or little_shared:
+        stages = 5 if little_shared and head_dim > 64 else 7
+        return Configuration(rows=128 if head_dim == 64 else 64, num_warps=8, num_stages=stages)
     if capability >= 100 and head_dim == 64:  # two programs fit on a multiprocessor, if each takes 128 registers
-        return Configuration(rows=64, num_warps=8, num_stages=4)
-    return Configuration(rows=128, num_warps=8, num_stages=4)
+        return Configuration(rows=64, num_warps=8, num_stages=7)
+    return Configuration(rows=128, num_warps=8, num_stages=7)

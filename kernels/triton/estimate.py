@@ -176,6 +176,8 @@ def estimate(
     num_rows, num_heads, head_dim = q.shape
     if num_rows > BLOCK:
         raise ValueError(f"q: expected at most {BLOCK} rows, got {num_rows}")
+    if q.stride(2) != 1:
+        q = q.contiguous()
     device, num_keys, count = q.device, len(slots), len(heads)
     tiles = -(-num_keys // BLOCK)
     tiles_each = max(4, -(-tiles * count // PROGRAMS))

@@ -19,7 +19,14 @@ def test_builds_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim)
         assert build.tensor_cores == TENSOR_CORES[capability], build
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", [89, 120])
+def test_builds_for_cards_with_little_shared_memory_fit(capability):
+    for head_dim in (64, 128, 256):
+        build = ahead_of_time.compile_build(capability, "bf16", head_dim, True)
+        assert build.shared <= 99 << 10 and build.spills <= ROUNDING, build
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_builds_of_the_estimate_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim):
     for build in ahead_of_time.compile_estimate(capability, "bf16", head_dim):
