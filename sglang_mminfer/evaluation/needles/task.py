@@ -155,7 +155,7 @@ def mixed_conversation(
                 parts.append(_image(side, random))
         if pictures > 0:
             parts.append(_video(pictures, random, interval))
-        random.shuffle(parts)  # type: ignore[arg-type]
+        random.shuffle(parts)
         built.append(Turn(parts))
     return _ask(built, needles, relays, questions, random)
 
