@@ -282,7 +282,7 @@ def main() -> int:
                 setattr(progress, name, MEMORY * getattr(progress, name) + (1 - MEMORY) * new)
                 shown.setdefault(name, []).append(new)
         for name, value in found.items():
-            shown.setdefault("loss " + name, []).append(float(value))
+            shown.setdefault("loss " + name, []).append(float(value.detach()))
         passed = progress.plain > PASS and (progress.relay > PASS or progress.level == 0)
         if passed and progress.at_level >= 30 and progress.level + 1 < len(LEVELS):
             progress.level, progress.at_level, progress.plain, progress.relay = progress.level + 1, 0, 0.0, 0.0
