@@ -58,7 +58,7 @@ def main() -> int:
         tokens, begun = [], time.monotonic()
         while sum(len(values) for values in right.values()) < options.questions:
             # Files have 2 frames a second, so a pair of them lasts a second.
-            conversation = make(length // 16, options.needles, random, interval=1.0)
+            conversation = make(length // 16, options.needles, random)
             item = sequence.build(conversation, vocabulary, bank_seed=bank_seed)
             mask = None
             if options.mask == "tri-shape":
@@ -98,7 +98,7 @@ def through_files(options: argparse.Namespace, make: Any, bank_seed: int) -> int
         right: dict[str, list[bool]] = defaultdict(list)
         tokens = []
         for _ in range(options.files):
-            conversation = make(length // 16, options.needles, random, interval=1.0, questions=4)
+            conversation = make(length // 16, options.needles, random, questions=4)
             with tempfile.TemporaryDirectory() as folder:
                 said = media_files.messages(conversation, folder, bank_seed=bank_seed)
                 for i, turn in enumerate(conversation.turns):

@@ -85,7 +85,13 @@ class Bank:
 
 
 def batch(
-    kind: str, level: int, tokens: int, random: np.random.Generator, vocabulary: sequence.Vocabulary, bank: Bank
+    kind: str,
+    level: int,
+    tokens: int,
+    spacing: tuple[float, float],
+    random: np.random.Generator,
+    vocabulary: sequence.Vocabulary,
+    bank: Bank,
 ) -> list[sequence.Sequence]:
     """About `tokens` tokens of conversations of one length: most of them of this level, others of a lower one."""
     if level and random.random() < 0.3:
@@ -98,7 +104,7 @@ def batch(
     room = tokens
     while room > 0:
         needles = 1 if level == 0 else int(random.integers(2, min(MOST_NEEDLES, 2 * LEVELS[level]) + 1))
-        conversation = make(pairs, needles, random)
+        conversation = make(pairs, needles, random, interval=spacing)
         built.append(sequence.build(conversation, vocabulary, bank.hay, random))
         room -= max(len(built[-1].ids), len(built[0].ids))
         if room < len(built[-1].ids) // 2:
@@ -199,7 +205,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a small vision-language model to find needles.")
     parser.add_argument("task", choices=("video", "mixed"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--start-from", type=Path, help="checkpoint of a video model, for the mixed one")
+    parser.add_argument("--start-from", type=Path, help="checkpoint of the same size")
+    parser.add_argument("--words-from-cards", action="store_true", help="teaches it the words for needles, before all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -207,6 +214,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=checkpoint.SIZES["layers"])
     parser.add_argument("--hidden", type=int, default=checkpoint.SIZES["hidden"])
     parser.add_argument("--level", type=int, default=0, help="of the curriculum, to start at")
+    parser.add_argument("--spacing", type=float, nargs=2, default=(0.17, 16.0), help="seconds from pair to pair")
     parser.add_argument("--log-every", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -239,7 +247,8 @@ def main() -> int:
 
         old = transformers.AutoModelForImageTextToText.from_pretrained(options.start_from, dtype=torch.float32)
         model.load_state_dict(old.state_dict())
-        words_from_cards(model, vocabulary, options.seed)
+        if options.words_from_cards:
+            words_from_cards(model, vocabulary, options.seed)
 
     def keep() -> None:
         fresh = state_file.with_name(state_file.name + ".new")
@@ -260,7 +269,7 @@ def main() -> int:
     while progress.step < options.steps:
         random = np.random.default_rng((options.seed, 0, progress.step))
         bank.at(progress.step)
-        group = batch(options.task, progress.level, options.tokens, random, vocabulary, bank)
+        group = batch(options.task, progress.level, options.tokens, tuple(options.spacing), random, vocabulary, bank)
         found, right, relay = losses(model, helpers, group, vocabulary, random)
         share = progress.step / options.steps
         late = max(0.0, (share - 0.6) / 0.4)

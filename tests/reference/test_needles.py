@@ -19,7 +19,7 @@ def processor():
 
 def _conversation(kind: str, seed: int, pairs: int = 16, needles: int = 8) -> task.Conversation:
     random = np.random.default_rng(seed)
-    return MODELS[kind](pairs, needles, random, interval=1.0)
+    return MODELS[kind](pairs, needles, random)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -104,7 +104,7 @@ def video_conversation(
     *,
     relays: float = 0.4,
     videos: int | None = None,
-    interval: float | None = None,
+    interval: float | tuple[float, float] = 1.0,
     questions: int | None = None,
 ) -> Conversation:
     """A conversation about videos of `pairs` pairs of frames (16 tokens each) in all.
@@ -112,8 +112,8 @@ def video_conversation(
     Args:
         relays: share of the needles after the first that are relays.
         videos: each in a turn of its own; None: one, sometimes two.
-        interval: seconds from pair to pair; None: anything from 0.17 to 16 seconds, another one for each video, so that
-            short videos reach the positions of long ones.
+        interval: seconds from pair to pair, 1 in files of 2 frames a second; or a range, from which each video draws
+            its own, so that short videos reach the positions of long ones.
         questions: turns that ask; None: one for each needle.
     """
     count = videos or (2 if pairs >= 4 and random.random() < 0.25 else 1)
@@ -130,7 +130,7 @@ def mixed_conversation(
     *,
     relays: float = 0.4,
     turns: int | None = None,
-    interval: float | None = None,
+    interval: float | tuple[float, float] = 1.0,
     questions: int | None = None,
 ) -> Conversation:
     """Text, images and videos of about 16 * `pairs` tokens in all, a quarter of them text, over `turns` turns."""
@@ -160,9 +160,10 @@ def mixed_conversation(
     return _ask(built, needles, relays, questions, random)
 
 
-def _video(pairs: int, random: np.random.Generator, interval: float | None) -> Part:
-    spacing = float(np.exp(random.uniform(np.log(0.17), np.log(16)))) if interval is None else interval
-    return Part("video", pairs, int(random.integers(1 << 31)), spacing)
+def _video(pairs: int, random: np.random.Generator, interval: float | tuple[float, float]) -> Part:
+    low, high = interval if isinstance(interval, tuple) else (interval, interval)
+    spacing = low * (high / low) ** random.random()
+    return Part("video", pairs, int(random.integers(1 << 31)), float(spacing))
 
 
 def _image(side: int, random: np.random.Generator) -> Part:
