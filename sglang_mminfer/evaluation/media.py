@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 class Scene:
@@ -79,10 +79,18 @@ def make_video(
             name that does not end in .mp4.
         OSError: if the file cannot be written.
     """
+    _positive(frames=frames, width=width, height=height, fps=fps)
+    return write_video(path, video_frames(frames, width, height, fps, seed), width, height, fps)
+
+
+def write_video(
+    path: str | os.PathLike[str], frames: Iterable[np.ndarray], width: int, height: int, fps: float
+) -> Path:
+    """Encodes frames, uint8 [height, width, 3] each, to an mp4 file (H.264). Errors: as `make_video`."""
     import imageio_ffmpeg
 
     target = Path(path)
-    _positive(frames=frames, width=width, height=height, fps=fps)
+    _positive(width=width, height=height, fps=fps)
     if target.suffix.lower() != ".mp4":
         raise ValueError(f"{target}: expected a name that ends in .mp4")
     for name, value in (("width", width), ("height", height)):
@@ -107,7 +115,7 @@ def make_video(
     )
     try:
         writer.send(None)
-        for frame in video_frames(frames, width, height, fps, seed):
+        for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
         if not fresh.exists() or not fresh.stat().st_size:
