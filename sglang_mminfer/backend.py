@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sglang_mminfer import config, executors, self_check
+from sglang_mminfer import config, executors, observe, self_check
 from sglang_mminfer.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
@@ -84,7 +84,7 @@ def _sparse_class(dense: Any) -> Any:
                 o = sparse.run_layer(q, layer, stock)
             if o is None:
                 o = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-            sparse.layer_done(layer, start)
+            sparse.layer_done(q, layer, kwargs, o, start)
             return o
 
     Sparse.__name__ = Sparse.__qualname__ = f"MMInfer{dense.__name__}"
@@ -102,11 +102,25 @@ class _Request:
     prompt_stop: int = 0
     map: ModalityMap | None = None
     dense_reason: str | None = None
+    slots: torch.Tensor | None = None  # for observers
     densities: list[torch.Tensor] = field(default_factory=list)  # one for each sparse layer, still on the device
 
     @property
     def seq_len(self) -> int:
         return self.prefix_len + self.chunk_len
+
+    def view(self) -> observe.RequestView:
+        assert self.slots is not None
+        return observe.RequestView(
+            rid=self.rid,
+            prefix_len=self.prefix_len,
+            chunk_len=self.chunk_len,
+            row_start=self.row_start,
+            prompt_stop=self.prompt_stop,
+            map=self.map,
+            dense_reason=self.dense_reason,
+            slots=self.slots,
+        )
 
 
 def _prompt_stop(request: _Request, mm_inputs: Any, mixed: bool) -> int:
@@ -138,6 +152,7 @@ class _Batch:
         self.layer_reasons: Counter[str] = Counter()
         self.plan_s = self.attn_s = self.forward_s = 0.0
         self.started = 0.0
+        self.ran: tuple[PrefillPlan, torch.Tensor] | None = None  # plan and lse of the current layer, if sparse
 
     def run_dense(self, reason: str) -> None:
         self.planner = None
@@ -203,6 +218,9 @@ class SparsePrefill:
         self._executor = executors.name_for(config.executor(), self.device)
         self._unfit = None if self._all_dense else self._why_unfit(runner)
         self._batch: _Batch | None = None
+        self.observers = observe.from_environment(
+            observe.Place(self.rank, self.ranks, self._num_layers, runner.server_args)
+        )
 
     def _why_unfit(self, runner: Any) -> str | None:
         """Why nothing can run sparse here, found out before the first request: the reason that is counted.
@@ -243,10 +261,11 @@ class SparsePrefill:
     def end(self) -> None:
         """Give account of the batch, if there was one. Without this, a stale plan could outlive its batch."""
         batch, self._batch = self._batch, None
-        if batch is None or not self.leads:
+        if batch is None:
             return
-        if self.trace.enabled or self.metrics is not None:
+        if self.trace.enabled or self.metrics is not None or self.observers:
             records = batch.records()
+            self.observers.batch_done(records)
             self.trace.append(records)
             if self.metrics is not None:
                 self.metrics.add(records)
@@ -261,6 +280,9 @@ class SparsePrefill:
             request.prompt_stop = _prompt_stop(request, mm_inputs, mode.name == "MIXED")
             if request.dense_reason is None and request.prompt_stop <= request.prefix_len:
                 request.dense_reason = "decode"
+        if self.observers:
+            for i, request in enumerate(batch.requests):
+                request.slots = self._slots(forward_batch, i, request)
         if all(request.dense_reason for request in batch.requests):
             return None
         chunks = []
@@ -270,7 +292,7 @@ class SparsePrefill:
             middle = request.prefix_len
             if request.dense_reason is None:
                 middle = min(request.prompt_stop, request.seq_len)
-            slots = self.req_to_token[forward_batch.req_pool_indices[i], : request.seq_len].long()
+            slots = request.slots if request.slots is not None else self._slots(forward_batch, i, request)
             for own_map, start, stop in (
                 (request.map, request.prefix_len, middle),
                 (None, middle, request.seq_len),
@@ -282,12 +304,15 @@ class SparsePrefill:
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
         return None
 
+    def _slots(self, forward_batch: Any, i: int, request: _Request) -> torch.Tensor:
+        """int64 [seq_len]: the cache row of every position."""
+        return self.req_to_token[forward_batch.req_pool_indices[i], : request.seq_len].long()
+
     def _map(self, request: _Request, mm_inputs: Any) -> tuple[ModalityMap | None, str | None]:
         """The request's map, and why it runs dense (None: it runs sparse)."""
-        if self._all_dense:
-            return None, "dense_config"
-        if self._unfit is not None:
-            return None, self._unfit
+        all_dense = "dense_config" if self._all_dense else self._unfit
+        if all_dense is not None and (mm_inputs is None or not self.observers):
+            return None, all_dense
         if mm_inputs is None:
             return None, "no_media"
         try:
@@ -295,7 +320,9 @@ class SparsePrefill:
         except GeometryError as error:
             if not error.repeated:
                 logger.warning("mminfer: request %s runs dense: %s", request.rid, error)
-            return None, error.reason
+            return None, all_dense or error.reason
+        if all_dense is not None:
+            return modality_map, all_dense
         if not modality_map.has_vision:
             return modality_map, "no_media"
         if request.seq_len <= self.head_config.defaults.dense_below:
@@ -361,17 +388,53 @@ class SparsePrefill:
             batch.layer_reasons["internal_error"] += 1
             return None
         batch.sparse_layers += 1
+        batch.ran = plan, lse
         if self.trace.enabled or self.metrics is not None:
             self._note_density(batch, plan, heads)
         return out.flatten(1)
 
-    def layer_done(self, layer: Any, start: float) -> None:
-        if self._batch is not None:
-            now = self.clock()
-            self._batch.attn_s += now - start
-            self._batch.forward_s = now - self._batch.started
-            if layer.layer_id == self._last_layer - 1:
-                self.end()
+    def layer_done(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], o: torch.Tensor, start: float) -> None:
+        """The layer's answer `o` [tokens, Hq * D] is there."""
+        batch = self._batch
+        if batch is None:
+            return
+        now = self.clock()
+        batch.attn_s += now - start
+        batch.forward_s = now - batch.started
+        if self.observers:
+            self._show(batch, q, layer, kwargs, o)
+        batch.ran = None
+        if layer.layer_id == self._last_layer - 1:
+            self.end()
+
+    def _show(self, batch: _Batch, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], o: torch.Tensor) -> None:
+        """Show observers a layer that is plain causal attention over the pool, sparse or not."""
+        if self._layer_reason(q, layer, kwargs, batch) not in (None, "layer_dense_config"):
+            return
+        requests = tuple(request.view() for request in batch.requests if request.slots is not None)
+        if not requests:
+            return
+        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        count, heads = layer.tp_q_head_num, self._heads_of(layer)
+        plan, lse = batch.ran or (None, None)
+        first = self.rank * count
+        q = q.view(-1, count, layer.qk_head_dim)
+        self.observers.layer(
+            observe.LayerView(
+                layer_id=layer.layer_id,
+                first_head=first,
+                q=q,
+                k_cache=k_cache,
+                v_cache=v_cache,
+                sm_scale=layer.scaling,
+                requests=requests,
+                patterns=tuple(self.head_config.patterns(layer.layer_id)[first : first + count]),
+                stock_heads=tuple(h for h, pattern in enumerate(heads.planned) if pattern is None) if plan else (),
+                out=o.view(q.shape),
+                plan=plan,
+                lse=lse,
+            )
+        )
 
     def _heads_of(self, layer: Any) -> _LayerHeads:
         """The query heads that this rank holds."""
