@@ -27,7 +27,20 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor,)
+def _search(commands: argparse._SubParsersAction) -> None:
+    from sglang_mminfer.search.command import add_arguments, run
+
+    parser = commands.add_parser(
+        "search",
+        help="make a head config for a model from calibration videos or conversations",
+        description="Runs candidates of every pattern inside the model's own layers, in a real server, and shares one "
+        "budget out over all heads. Writes the config and a report with pictures beside it.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor, _search)
 """Each adds its own parser, whose default `run` takes the arguments and returns the exit status."""
 
 

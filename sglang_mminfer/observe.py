@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BY_ENVIRONMENT: dict[str, str] = {}
+BY_ENVIRONMENT: dict[str, str] = {"SGLANG_MMINFER_SEARCH": "sglang_mminfer.search.inside:observer"}
 """Environment variable -> `module:function` of ours that makes an observer of its value and a `Place`."""
 
 

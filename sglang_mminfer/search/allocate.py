@@ -1,0 +1,138 @@
+"""One budget for all heads: which candidate each head gets so that the errors are least in sum.
+
+Rows of different modalities do not mix: what a pattern does to the video rows of a head is the same whatever the
+head's text rows do. So each (head, row modality) chooses for itself, and a head whose modalities choose differently
+is a Q-Boundary. A candidate that is a boundary already is taken whole. Lagrange's multiplier makes the choices of all
+heads one: the price of a visited pair, raised until what they buy fits the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_mminfer.modality.segments import Modality
+from sglang_mminfer.patterns.spec import Boundary2D, HeadPattern, QBoundary
+
+STEPS = 60  # of the bisection: beyond the precision of the figures
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured. L layers, H heads, C candidates, M modalities.
+
+    patterns: [C][L][H]. error: [C, L, H, M], NaN for modalities that are not there. cost: [C, L, H, M], in the unit of
+    `whole`: [M], what dense costs for one head.
+    """
+
+    patterns: Sequence[Sequence[Sequence[HeadPattern]]]
+    error: np.ndarray
+    cost: np.ndarray
+    whole: np.ndarray
+    modalities: Sequence[Modality]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """heads: [L][H]. error, density: their means over heads, as far as single patterns tell (a re-measurement says
+    more)."""
+
+    heads: list[list[HeadPattern]]
+    error: float
+    density: float
+    by_head: np.ndarray
+    """float64 [L, H, 2]: error and density of each head."""
+
+
+def at_price(table: Table, price: float) -> Allocation:
+    """Every head's best where a density of 1 costs `price` in error."""
+    error = np.nan_to_num(table.error)
+    density = table.cost / table.whole.sum()
+    value = error + price * density  # [C, L, H, M]
+    candidates, layers, heads, modalities = value.shape
+    present = ~np.isnan(table.error).all(axis=(0, 1, 2))
+    heads_chosen: list[list[HeadPattern]] = []
+    by_head = np.zeros((layers, heads, 2))
+    for layer in range(layers):
+        row: list[HeadPattern] = []
+        for head in range(heads):
+            own = value[:, layer, head]
+            is_boundary = np.array(
+                [isinstance(table.patterns[c][layer][head], QBoundary | Boundary2D) for c in range(candidates)]
+            )
+            picks = np.where(is_boundary[:, None], np.inf, own).argmin(axis=0)  # [M]
+            parts = own[picks, np.arange(modalities)].sum()
+            whole = np.where(is_boundary, own.sum(axis=1), np.inf)
+            if whole.min() < parts:
+                picks = np.full(modalities, whole.argmin())
+            row.append(_head([table.patterns[c][layer][head] for c in picks], table.modalities, present))
+            by_head[layer, head] = [x[picks, layer, head, np.arange(modalities)].sum() for x in (error, density)]
+        heads_chosen.append(row)
+    return Allocation(heads_chosen, float(by_head[..., 0].mean()), float(by_head[..., 1].mean()), by_head)
+
+
+def _head(picked: list[HeadPattern], modalities: Sequence[Modality], present: np.ndarray) -> HeadPattern:
+    some = {m: p for m, p, there in zip(modalities, picked, present) if there}
+    first = next(iter(some.values()))
+    if all(pattern == first for pattern in some.values()):
+        return first
+    return QBoundary(some)  # type: ignore[arg-type]
+
+
+def within_density(table: Table, budget: float) -> Allocation:
+    """Least error at a mean density of at most `budget`. Raises ValueError where the cheapest choice is denser."""
+    cheapest = at_price(table, 1e9)
+    if cheapest.density > budget:
+        raise ValueError(f"budget: expected a density of at least {cheapest.density:.3f} here, got {budget}")
+    return _bisect(table, lambda found: found.density <= budget)
+
+
+def within_error(table: Table, budget: float) -> Allocation:
+    """Least density at a mean error of at most `budget`."""
+    low, high = 0.0, 1e6
+    best = at_price(table, low)
+    for _ in range(STEPS):
+        price = np.sqrt(max(low, 1e-9) * high)
+        found = at_price(table, price)
+        if found.error <= budget:
+            low, best = price, found
+        else:
+            high = price
+    return best
+
+
+def _bisect(table: Table, fits) -> Allocation:  # type: ignore[no-untyped-def]
+    low, high = 1e-9, 1e9
+    best = at_price(table, high)
+    free = at_price(table, 0.0)
+    if fits(free):
+        return free
+    for _ in range(STEPS):
+        price = float(np.sqrt(low * high))
+        found = at_price(table, price)
+        if fits(found):
+            high, best = price, found
+        else:
+            low = price
+    return best
+
+
+def equal_budget(table: Table, budget: float) -> Allocation:
+    """The paper's way (appendix A): every head by itself takes its best candidate of at most `budget` density."""
+    error, density = np.nan_to_num(table.error).sum(axis=3), table.cost.sum(axis=3) / table.whole.sum()
+    allowed = np.where(density <= budget, error, np.inf)
+    cheapest = density.argmin(axis=0)
+    picks = np.where(np.isfinite(allowed).any(axis=0), allowed.argmin(axis=0), cheapest)  # [L, H]
+    layers, heads = picks.shape
+    chosen = [[table.patterns[picks[i, j]][i][j] for j in range(heads)] for i in range(layers)]
+    index = (picks, *np.indices(picks.shape))
+    by_head = np.stack([error[index], density[index]], axis=-1)
+    return Allocation(chosen, float(by_head[..., 0].mean()), float(by_head[..., 1].mean()), by_head)
+
+
+def frontier(table: Table, points: int = 24) -> list[tuple[float, float]]:
+    """(density, error) along falling prices: the Pareto curve that a budget picks from."""
+    found = [at_price(table, price) for price in np.logspace(4, -4, points)]
+    return sorted({(round(a.density, 6), round(a.error, 6)) for a in found})

@@ -1,0 +1,124 @@
+"""The command line of `mminfer search`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from sglang_mminfer.search import job as jobs
+from sglang_mminfer.search.run import SERVER_FLAGS, Calibration, Found, Prober, SearchError, search
+
+DENSITY = 0.25
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_path", help="a model directory, or its name on the hub")
+    parser.add_argument("--video", type=Path, action="append", default=[], help="a calibration video; may be repeated")
+    parser.add_argument(
+        "--conversation", type=Path, action="append", default=[], help="a JSON list of OpenAI messages; may be repeated"
+    )
+    parser.add_argument("--held-out", type=Path, help="a video (or .json conversation) that only the report looks at")
+    parser.add_argument("--out", type=Path, default=Path("head_config.json"), help="where the config goes")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--density", type=_share, help="mean density of all heads, above 0 to 1 (default: 0.25)")
+    budget.add_argument("--error", type=float, help="mean error of all heads, in place of a density")
+    parser.add_argument("--dense-below", type=int, default=0, help="rows below this position see everything")
+    parser.add_argument(
+        "--work", type=Path, help="folder for what was measured (default: OUT.search); makes it resumable"
+    )
+    parser.add_argument(
+        "--server-args", nargs=argparse.REMAINDER, default=[], help="further flags of the SGLang server"
+    )
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a density above 0 and at most 1, got {text}")
+    return value
+
+
+def run(options: argparse.Namespace) -> int:
+    console = Console(stderr=True)
+    try:
+        found = _search(options, console)
+    except SearchError as error:
+        console.print(f"[red]mminfer search:[/red] {error}")
+        return 1
+    options.out.write_text(found.config.to_json())
+    report = options.out.with_suffix(".html")
+    from sglang_mminfer.search.report import page
+
+    report.write_text(page(found))
+    _print(found)
+    print(f"Head config: {options.out}   report: {report}")
+    return 0
+
+
+def _search(options: argparse.Namespace, console: Console) -> Found:
+    from transformers import AutoConfig
+
+    from sglang_mminfer.evaluation.server import Server, ServerError
+    from sglang_mminfer.head_config import fingerprint_of
+
+    for path in (*options.video, *options.conversation, *([options.held_out] if options.held_out else [])):
+        if not path.is_file():
+            raise SearchError(f"{path}: no such file")
+    calibrations = [Calibration.of_video(path) for path in options.video]
+    calibrations += [Calibration.of_file(path) for path in options.conversation]
+    if not calibrations:
+        raise SearchError("expected at least one --video or --conversation to calibrate on")
+    held_out = options.held_out
+    apart = None
+    if held_out is not None:
+        apart = Calibration.of_file(held_out) if held_out.suffix == ".json" else Calibration.of_video(held_out)
+    try:
+        model = fingerprint_of(AutoConfig.from_pretrained(options.model_path))
+    except (OSError, ValueError) as error:
+        raise SearchError(f"{options.model_path}: expected a model: {error}") from None
+    work = (options.work or options.out.with_suffix(".search")).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / jobs.JOB).unlink(missing_ok=True)
+    server = Server(
+        options.model_path, *SERVER_FLAGS, *options.server_args, env={jobs.ENVIRONMENT: str(work)}, timeout=3600
+    )
+    with console.status("the server starts") as status:
+        try:
+            server.start()
+        except ServerError as error:
+            raise SearchError(str(error)) from None
+        try:
+            return search(
+                Prober(server, work, model.layers, status.update),
+                model,
+                calibrations,
+                apart,
+                density=None if options.error is not None else options.density or DENSITY,
+                error=options.error,
+                dense_below=options.dense_below,
+                name=options.out.stem,
+                today=datetime.date.today(),
+            )
+        finally:
+            server.stop()
+
+
+def _print(found: Found) -> None:
+    from sglang_mminfer.search.report import rows_of
+
+    for scores, title in ((found.calibration, "calibration"), (found.held_out, "held-out")):
+        if scores is None:
+            continue
+        table = RichTable(title=f"On the {title} input")
+        for column in ("config", "density", "error", "ms"):
+            table.add_column(column, justify="left" if column == "config" else "right")
+        for name, density, error, ms in rows_of(scores):
+            table.add_row(name, f"{density:.1%}", f"{error:.4f}", f"{ms:,.0f}")
+        Console(file=sys.stdout).print(table)
+    for doubt in found.doubts:
+        print(f"Mind: {doubt}")

@@ -1,0 +1,103 @@
+"""What the search asks of a server, and what it gets back: files in one folder, so that nothing is lost in between.
+
+FOLDER/job.json says what to do with the prompts that come; FOLDER/RESULT/layer-LLL-rank-RR.json is what one layer of
+one rank found. A result that is there is not made again, so a search that was cut short goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from sglang_mminfer.head_config import HeadConfig, Provenance
+from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
+from sglang_mminfer.patterns.spec import HeadPattern
+
+ENVIRONMENT = "SGLANG_MMINFER_SEARCH"
+JOB = "job.json"
+
+
+class Job(msgspec.Struct, forbid_unknown_fields=True):
+    """stage "phases": the map and the attention by cell. "measure": every candidate, each a head config as JSON text.
+
+    result: the name of the folder that the prompt's results go to. modes: dense_below of each candidate.
+    """
+
+    stage: Literal["phases", "measure"]
+    result: str
+    candidates: list[tuple[str, str]] = []
+
+
+def write(folder: Path, job: Job) -> None:
+    """Put the job where the server looks for it, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f"{JOB}.new"
+    fresh.write_bytes(msgspec.json.encode(job))
+    fresh.replace(folder / JOB)
+
+
+def read(folder: Path) -> Job | None:
+    try:
+        return msgspec.json.decode((folder / JOB).read_bytes(), type=Job)
+    except FileNotFoundError:
+        return None
+
+
+def result_path(folder: Path, result: str, layer: int, rank: int) -> Path:
+    return folder / result / f"layer-{layer:03d}-rank-{rank:02d}.json"
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(found))
+    fresh.replace(path)
+
+
+def load(folder: Path, result: str, layers: int) -> list[list[dict[str, Any]]]:
+    """[layers][ranks] of what was found; layers that are missing have no ranks."""
+    rows = []
+    for layer in range(layers):
+        paths = sorted((folder / result).glob(f"layer-{layer:03d}-rank-*.json"))
+        rows.append([json.loads(path.read_text()) for path in paths])
+    return rows
+
+
+def as_config(name: str, heads: Sequence[Sequence[HeadPattern]], dense_below: int = 0) -> str:
+    """[layers][heads] patterns as the text of a head config."""
+    from sglang_mminfer.head_config import Defaults
+
+    note = Provenance("handwritten", f"A candidate of a search: {name}.")
+    rows = tuple(map(tuple, heads))
+    return HeadConfig(name, note, "layers", rows, defaults=Defaults(dense_below)).to_json()
+
+
+def map_to_json(modality_map: ModalityMap) -> list[dict[str, Any]]:
+    return [
+        {
+            "modality": s.modality.value,
+            "start": s.start,
+            "stop": s.stop,
+            "grid": s.grid and [s.grid.frames, s.grid.rows, s.grid.cols, list(s.grid.frame_starts)],
+        }
+        for s in modality_map.segments
+    ]
+
+
+def map_from_json(segments: list[dict[str, Any]]) -> ModalityMap:
+    return ModalityMap(
+        [
+            Segment(
+                Modality(s["modality"]),
+                s["start"],
+                s["stop"],
+                s["grid"] and VisionGrid(*s["grid"][:3], tuple(s["grid"][3])),
+            )
+            for s in segments
+        ]
+    )

@@ -1,0 +1,273 @@
+"""`mminfer search`: from a model and calibration conversations to a head config and a report of how good it is."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sglang_mminfer.evaluation.server import Server
+from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
+from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape
+from sglang_mminfer.search import job as jobs
+from sglang_mminfer.search.allocate import Allocation, Table, equal_budget, frontier, within_density, within_error
+from sglang_mminfer.search.candidates import Phases, candidates
+from sglang_mminfer.search.measure import MODALITIES
+
+Say = Callable[[str], None]
+Messages = list[dict[str, Any]]
+
+SERVER_FLAGS = (
+    *("--attention-backend", "mminfer", "--mminfer-config", "dense"),
+    *("--chunked-prefill-size", "-1", "--disable-radix-cache", "--max-running-requests", "1"),
+    *("--skip-server-warmup", "--sleep-on-idle"),
+)
+"""Answers are dense ones; the search looks into every layer beside them, at prompts that come whole."""
+
+
+class SearchError(RuntimeError):
+    """The search cannot go on; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A conversation in OpenAI messages and the name that its results go by."""
+
+    name: str
+    messages: Messages
+
+    @staticmethod
+    def of_video(path: Path, question: str = "What happens in this video?") -> Calibration:
+        url = str(path.resolve())
+        content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}]
+        return Calibration._named(path.stem, [{"role": "user", "content": content}])
+
+    @staticmethod
+    def of_file(path: Path) -> Calibration:
+        """A JSON file with a list of messages.
+
+        Raises:
+            SearchError: no such file, or no such list in it.
+        """
+        try:
+            messages = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise SearchError(f"{path}: expected a JSON file with a list of OpenAI messages: {error}") from None
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise SearchError(f"{path}: expected a list of OpenAI messages, each with a role")
+        return Calibration._named(path.stem, messages)
+
+    @staticmethod
+    def _named(stem: str, messages: Messages) -> Calibration:
+        digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:10]
+        return Calibration(f"{stem}-{digest}", messages)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What configs do on one or more prompts. C configs, L layers, H heads, M modalities.
+
+    names: [C]. error: [C, L, H, M], NaN where a prompt has no rows of a modality. visited: [C, L, H, M] pairs.
+    causal: [M] pairs of one head. ms: [C, L].
+    """
+
+    names: list[str]
+    error: np.ndarray
+    visited: np.ndarray
+    causal: np.ndarray
+    ms: np.ndarray
+
+    def density(self, config: int) -> float:
+        return float(self.visited[config].sum(axis=-1).mean() / self.causal.sum())
+
+    def mean_error(self, config: int) -> float:
+        return float(np.nansum(self.error[config], axis=-1).mean())
+
+
+class Prober:
+    """Asks a server in search mode. Results that the folder has already are not asked for again."""
+
+    def __init__(self, server: Server, folder: Path, layers: int, say: Say) -> None:
+        self.server, self.folder, self.layers, self.say = server, folder, layers, say
+
+    def ask(self, job: jobs.Job, calibration: Calibration) -> list[list[dict[str, Any]]]:
+        """[layers][ranks] of what was found.
+
+        Raises:
+            SearchError: a prompt without media, or one that did not run whole.
+        """
+        found = jobs.load(self.folder, job.result, self.layers)
+        if not all(found):
+            self.say(f"{calibration.name}: {job.stage} ({max(len(job.candidates), 1)} to do in {self.layers} layers)")
+            jobs.write(self.folder, job)
+            client = self.server.client(timeout=24 * 3600)
+            client.chat.completions.create(
+                model=self.server.model, messages=calibration.messages, max_tokens=1, temperature=0
+            )
+            found = jobs.load(self.folder, job.result, self.layers)
+        if missing := [layer for layer, ranks in enumerate(found) if not ranks]:
+            raise SearchError(
+                f"{calibration.name}: nothing was measured in layers {missing[:8]}: expected a prompt with an image or "
+                f"a video of known geometry, computed in one piece; the server's log is {self.server.log_path}"
+            )
+        return found
+
+    def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
+        found = self.ask(jobs.Job("phases", f"{calibration.name}-phases"), calibration)
+        heads = [[own for rank in ranks for own in rank["phases"]] for ranks in found]
+        return jobs.map_from_json(found[0][0]["map"]), heads
+
+    def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
+        digest = hashlib.sha256(json.dumps(configs).encode()).hexdigest()[:10]
+        job = jobs.Job("measure", f"{calibration.name}-{digest}", configs)
+        found = self.ask(job, calibration)
+
+        def table(name: str) -> np.ndarray:
+            """[C, L, H, M]; ranks hold the heads in order."""
+            layers = [np.concatenate([np.array(rank[name], dtype=float) for rank in ranks], axis=1) for ranks in found]
+            return np.stack(layers, axis=1)
+
+        ms = np.array([np.max([rank["ms"] for rank in ranks], axis=0) for ranks in found]).T
+        return Scores(
+            [name for name, _ in configs], table("error"), table("visited"), np.array(found[0][0]["causal"]), ms
+        )
+
+
+def joined(scores: Sequence[Scores]) -> Scores:
+    """Of several prompts: errors are averaged over those that have the modality, pairs add up."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a modality that no prompt has
+        error = np.nanmean([s.error for s in scores], axis=0)
+    first = scores[0]
+    return Scores(
+        first.names,
+        error,
+        np.sum([s.visited for s in scores], axis=0),
+        np.sum([s.causal for s in scores], axis=0),
+        np.sum([s.ms for s in scores], axis=0),
+    )
+
+
+def merged_phases(found: Sequence[list[list[Phases]]]) -> list[list[Phases]]:
+    """Phases that several prompts suggest, those of the first ranks first."""
+    merged: list[list[Phases]] = []
+    for rows in zip(*found):
+        merged.append([])
+        for heads in zip(*rows):
+            own: Phases = {}
+            for stride in ("frame", "row"):
+                ranked = [phase for rank in zip(*(h[stride] for h in heads)) for phase in rank]
+                own[stride] = list(dict.fromkeys(ranked))
+            merged[-1].append(own)
+    return merged
+
+
+def doubts(maps: Sequence[ModalityMap]) -> list[str]:
+    """What the calibration does not show, in sentences."""
+    said = []
+    kinds = {segment.modality for own in maps for segment in own.segments}
+    frames = sum(s.grid.frames for own in maps for s in own.segments if s.grid and s.modality is Modality.VIDEO)
+    if Modality.VIDEO not in kinds:
+        said.append("No calibration input has a video: what heads do with frames was not seen.")
+    elif frames < 16:
+        said.append(f"The calibration has only {frames} temporal patches of video: lines through frames are short.")
+    if Modality.IMAGE not in kinds:
+        said.append("No calibration input has an image: rows of images get what rows of text get.")
+    if (longest := max(own.length for own in maps)) < 4096:
+        said.append(f"The longest calibration input has {longest} tokens: sparsity pays at longer ones.")
+    if all(own.segments[-1].stop - own.segments[-1].start < 4 for own in maps):
+        said.append("No calibration input ends in text: the rows that answer were not seen.")
+    return said
+
+
+def baselines(layers: int, heads: int, local: int) -> list[tuple[str, list[list[HeadPattern]]]]:
+    """Patterns that need no search, for the report."""
+    own: list[tuple[str, HeadPattern]] = [
+        ("a_shape", AShape(128, local)),
+        ("tri_shape", TriShape(128, local, 0)),
+        ("grid v h s", Grid("frame", True, True, True, 0, 128, local)),
+    ]
+    return [(name, [[pattern] * heads] * layers) for name, pattern in own]
+
+
+@dataclass
+class Found:
+    """The result of a search."""
+
+    config: HeadConfig
+    allocation: Allocation
+    equal: Allocation
+    curve: list[tuple[float, float]]
+    doubts: list[str]
+    calibration: Scores
+    held_out: Scores | None
+
+
+def search(
+    prober: Prober,
+    model: Any,
+    calibrations: Sequence[Calibration],
+    held_out: Calibration | None,
+    *,
+    density: float | None,
+    error: float | None,
+    dense_below: int,
+    name: str,
+    today: datetime.date,
+) -> Found:
+    """Measure, allocate, measure what was chosen.
+
+    Args:
+        model: the `ModelFingerprint` of the config. density, error: the budget, one of the two.
+
+    Raises:
+        SearchError: a budget that nothing fits, or a prompt that cannot be measured.
+    """
+    looked = [prober.phases(calibration) for calibration in calibrations]
+    maps = [own for own, _ in looked]
+    longest = max(maps, key=lambda own: own.length)
+    tried = list(candidates(longest, merged_phases([phases for _, phases in looked])))
+    texts = [(label, jobs.as_config(label, heads)) for label, heads in tried]
+    scores = joined([prober.scores(calibration, texts) for calibration in calibrations])
+    table = Table([heads for _, heads in tried], scores.error, scores.visited, scores.causal, MODALITIES)
+    try:
+        chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
+    except ValueError as failed:
+        raise SearchError(str(failed)) from None
+    equal = equal_budget(table, density if density is not None else chosen.density)
+    budget = f"mean density {density}" if density is not None else f"mean error {error}"
+    note = Provenance(
+        "search",
+        f"Searched among {len(tried)} candidates; every head's error is that of its output on the calibration input.",
+        calibration=", ".join(c.name for c in calibrations),
+        budget=budget,
+        date=today.isoformat(),
+        details={"tokens": [own.length for own in maps], "doubts": doubts(maps)},
+    )
+    rows = tuple(map(tuple, chosen.heads))
+    config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))
+    finalists = [
+        ("searched", chosen.heads),
+        ("equal budget for each head", equal.heads),
+        *baselines(len(rows), len(rows[0]), 1024 if longest.length > 4096 else 256),
+        ("dense", [[Dense()] * len(rows[0])] * len(rows)),
+    ]
+    texts = [(label, jobs.as_config(label, heads)) for label, heads in finalists]
+    texts.append(("default", _default(len(rows), len(rows[0]))))
+    again = joined([prober.scores(calibration, texts) for calibration in calibrations])
+    apart = prober.scores(held_out, texts) if held_out is not None else None
+    return Found(config, chosen, equal, frontier(table), doubts(maps), again, apart)
+
+
+def _default(layers: int, heads: int) -> str:
+    own = HeadConfig.load("default")
+    return jobs.as_config("default", [own.patterns(layer, heads) for layer in range(layers)], own.defaults.dense_below)
