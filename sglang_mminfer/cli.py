@@ -27,7 +27,19 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor,)
+def _niah(commands: argparse._SubParsersAction) -> None:
+    from sglang_mminfer.evaluation import niah_command
+
+    parser = commands.add_parser(
+        "niah",
+        help="find needles in long videos and conversations, with any server: a heat map by length and depth",
+        description=niah_command.DESCRIPTION,
+    )
+    niah_command.add_options(parser)
+    parser.set_defaults(run=niah_command.run)
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor, _niah)
 """Each adds its own parser, whose default `run` takes the arguments and returns the exit status."""
 
 
