@@ -39,7 +39,19 @@ def _niah(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=niah_command.run)
 
 
-COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor, _niah)
+def _compare(commands: argparse._SubParsersAction) -> None:
+    from sglang_mminfer.evaluation import compare
+
+    parser = commands.add_parser(
+        "compare",
+        help="one table of head configs and baselines: needles found, density, prefill time",
+        description=compare.DESCRIPTION,
+    )
+    compare.add_options(parser)
+    parser.set_defaults(run=compare.run)
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor, _niah, _compare)
 """Each adds its own parser, whose default `run` takes the arguments and returns the exit status."""
 
 

@@ -121,28 +121,39 @@ def at_density(name: str, density: float, modality_map: ModalityMap) -> HeadConf
     Raises:
         ValueError: for a name that does not exist, or a density outside 0 .. 1.
     """
+    return sized_for(name, density, modality_map)[0]
+
+
+def sized_for(name: str, density: float, modality_map: ModalityMap) -> tuple[HeadConfig, int]:
+    """`at_density` and the budget that it found, in tokens."""
     if name not in _SIZED:
         raise ValueError(f"no baseline is named {name!r}; there are: {', '.join(_SIZED)}")
     if not 0 < density < 1:
         raise ValueError(f"density: expected a number between 0 and 1, got {density!r}")
-    rasters = [s.grid for s in modality_map.segments if s.grid is not None]
-    cells = max(rasters, key=lambda grid: grid.frames * grid.cells).cells if rasters else 1
-
-    def sized(budget: int) -> HeadPattern:
-        return _SIZED[name](budget, cells)
-
     low, high = 1, max(2, modality_map.length)
-    found = {low: density_of(sized(low), modality_map)}
+    found = {low: density_of(_pattern(name, low, modality_map), modality_map)}
     while high - low > 1 and found[low] < density:
         middle = (low + high) // 2
-        found[middle] = density_of(sized(middle), modality_map)
+        found[middle] = density_of(_pattern(name, middle, modality_map), modality_map)
         if found[middle] <= density:
             low = middle
         else:
             high = middle
     budget = min(found, key=lambda b: (abs(found[b] - density), b))
+    return with_budget(name, budget, modality_map), budget
+
+
+def with_budget(name: str, budget: int, modality_map: ModalityMap) -> HeadConfig:
+    """A baseline of so many tokens: of its window, or of its columns and of its diagonals."""
+    pattern = _pattern(name, budget, modality_map)
     note = (
-        f"A baseline for comparisons, not a recommendation: {name} at density {found[budget]:.3f} (wished: "
-        f"{density:g}) for a prompt of {modality_map.length} tokens; no search produced it."
+        f"A baseline for comparisons, not a recommendation: {name}, budget {budget}, planned density "
+        f"{density_of(pattern, modality_map):.3f} for a prompt of {modality_map.length} tokens; no search produced it."
     )
-    return HeadConfig(f"baseline_{name}", Provenance("handwritten", note), "all", ((sized(budget),),))
+    return HeadConfig(f"baseline_{name}", Provenance("handwritten", note), "all", ((pattern,),))
+
+
+def _pattern(name: str, budget: int, modality_map: ModalityMap) -> HeadPattern:
+    rasters = [s.grid for s in modality_map.segments if s.grid is not None]
+    cells = max(rasters, key=lambda grid: grid.frames * grid.cells).cells if rasters else 1
+    return _SIZED[name](budget, cells)

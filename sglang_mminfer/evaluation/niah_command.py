@@ -122,9 +122,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         for name in options.config or ["default"]:
             label = unique(Path(name).stem, heard)
             flags = ["--attention-backend", "mminfer", "--mminfer-config", name, *server_flags(options, kit)]
-            with shown_wait(f"{label}: server starts") as wait:
-                server = Server(options.model_path, *flags, progress=wait, log=options.out / f"{label}.log").start()
-            with server:
+            with contextlib.ExitStack() as stack:
+                with shown_wait(f"{label}: server starts") as wait:
+                    log = options.out / f"{label}.log"
+                    server = stack.enter_context(Server(options.model_path, *flags, progress=wait, log=log))
                 target = Target(label, server.client(options.timeout), server.model)
                 heard[label] = ask_with_progress(target, media, options.concurrency, console)
     else:
