@@ -40,7 +40,31 @@ def _search(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor, _search)
+def _niah(commands: argparse._SubParsersAction) -> None:
+    from sglang_mminfer.evaluation import niah_command
+
+    parser = commands.add_parser(
+        "niah",
+        help="find needles in long videos and conversations, with any server: a heat map by length and depth",
+        description=niah_command.DESCRIPTION,
+    )
+    niah_command.add_options(parser)
+    parser.set_defaults(run=niah_command.run)
+
+
+def _compare(commands: argparse._SubParsersAction) -> None:
+    from sglang_mminfer.evaluation import compare
+
+    parser = commands.add_parser(
+        "compare",
+        help="one table of head configs and baselines: needles found, density, prefill time",
+        description=compare.DESCRIPTION,
+    )
+    compare.add_options(parser)
+    parser.set_defaults(run=compare.run)
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor, _search, _niah, _compare)
 """Each adds its own parser, whose default `run` takes the arguments and returns the exit status."""
 
 
