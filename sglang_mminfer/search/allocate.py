@@ -8,13 +8,14 @@ heads one: the price of a visited pair, raised until what they buy fits the budg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from sglang_mminfer.modality.segments import Modality
-from sglang_mminfer.patterns.spec import Boundary2D, HeadPattern, QBoundary
+from sglang_mminfer.patterns.spec import Boundary2D, HeadPattern, Pattern, QBoundary
 
 STEPS = 60  # of the bisection: beyond the precision of the figures
 
@@ -78,7 +79,7 @@ def _head(picked: list[HeadPattern], modalities: Sequence[Modality], present: np
     first = next(iter(some.values()))
     if all(pattern == first for pattern in some.values()):
         return first
-    return QBoundary(some)  # type: ignore[arg-type]
+    return QBoundary(cast(dict[Modality, Pattern], some))  # boundaries are taken whole, so none is in here
 
 
 def within_density(table: Table, budget: float) -> Allocation:
@@ -103,7 +104,7 @@ def within_error(table: Table, budget: float) -> Allocation:
     return best
 
 
-def _bisect(table: Table, fits) -> Allocation:  # type: ignore[no-untyped-def]
+def _bisect(table: Table, fits: Callable[[Allocation], bool]) -> Allocation:
     low, high = 1e-9, 1e9
     best = at_price(table, high)
     free = at_price(table, 0.0)

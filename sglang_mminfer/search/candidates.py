@@ -59,8 +59,7 @@ def _grids(locals_: Sequence[int], phases: Sequence[Sequence[Phases]]) -> Iterat
             for rank in ranks:
                 for local in locals_[:2] if rank == 0 else locals_[:1]:
                     heads = [
-                        [Grid(stride, v, h, s, _phase(own, stride, rank), 64, local) for own in row]  # type: ignore[arg-type]
-                        for row in phases
+                        [Grid(stride, v, h, s, _phase(own, stride, rank), 64, local) for own in row] for row in phases
                     ]
                     yield f"grid {stride} {lines} {local} phase #{rank + 1}", heads
 
@@ -79,7 +78,7 @@ def _boundaries(locals_: Sequence[int], phases: Sequence[Sequence[Phases]]) -> I
                 [
                     Boundary2D(
                         {
-                            (VISION, VISION): Grid(stride, True, False, True, _phase(own, stride, 0), 64, small),  # type: ignore[arg-type]
+                            (VISION, VISION): Grid(stride, True, False, True, _phase(own, stride, 0), 64, small),
                             (VISION, TEXT): to_text,
                         }
                     )

@@ -90,14 +90,10 @@ def map_to_json(modality_map: ModalityMap) -> list[dict[str, Any]]:
 
 
 def map_from_json(segments: list[dict[str, Any]]) -> ModalityMap:
-    return ModalityMap(
-        [
-            Segment(
-                Modality(s["modality"]),
-                s["start"],
-                s["stop"],
-                s["grid"] and VisionGrid(*s["grid"][:3], tuple(s["grid"][3])),
-            )
-            for s in segments
-        ]
-    )
+    def grid(of: list[Any] | None) -> VisionGrid | None:
+        if of is None:
+            return None
+        frames, rows, cols, starts = of
+        return VisionGrid(frames, rows, cols, tuple(starts))
+
+    return ModalityMap([Segment(Modality(s["modality"]), s["start"], s["stop"], grid(s["grid"])) for s in segments])

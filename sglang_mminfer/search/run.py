@@ -255,7 +255,7 @@ def search(
     )
     rows = tuple(map(tuple, chosen.heads))
     config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))
-    finalists = [
+    finalists: list[tuple[str, list[list[HeadPattern]]]] = [
         ("searched", chosen.heads),
         ("equal budget for each head", equal.heads),
         *baselines(len(rows), len(rows[0]), 1024 if longest.length > 4096 else 256),
