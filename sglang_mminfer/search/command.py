@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 def _search(options: argparse.Namespace, console: Console) -> Found:
     from transformers import AutoConfig
 
-    from sglang_mminfer.evaluation.server import Server, ServerError
+    from sglang_mminfer.evaluation.server import Server
     from sglang_mminfer.head_config import fingerprint_of
 
     for path in (*options.video, *options.conversation, *([options.held_out] if options.held_out else [])):
@@ -87,11 +87,7 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
     server = Server(
         options.model_path, *SERVER_FLAGS, *options.server_args, env={jobs.ENVIRONMENT: str(work)}, timeout=3600
     )
-    with console.status("the server starts") as status:
-        try:
-            server.start()
-        except ServerError as error:
-            raise SearchError(str(error)) from None
+    with console.status("") as status:
         try:
             return search(
                 Prober(server, work, model.layers, status.update),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_mminfer.evaluation.server import Server
+from sglang_mminfer.evaluation.server import Server, ServerError
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape
@@ -92,10 +92,20 @@ class Scores:
 
 
 class Prober:
-    """Asks a server in search mode. Results that the folder has already are not asked for again."""
+    """Asks a server in search mode, which is started for the first question. What the folder has already is not
+    asked for again."""
 
     def __init__(self, server: Server, folder: Path, layers: int, say: Say) -> None:
         self.server, self.folder, self.layers, self.say = server, folder, layers, say
+
+    def _started(self) -> Server:
+        if not self.server.running:
+            self.say("the server starts")
+            try:
+                self.server.start()
+            except ServerError as error:
+                raise SearchError(str(error)) from None
+        return self.server
 
     def ask(self, job: jobs.Job, calibration: Calibration) -> list[list[dict[str, Any]]]:
         """[layers][ranks] of what was found.
@@ -105,12 +115,10 @@ class Prober:
         """
         found = jobs.load(self.folder, job.result, self.layers)
         if not all(found):
+            server = self._started()
             self.say(f"{calibration.name}: {job.stage} ({max(len(job.candidates), 1)} to do in {self.layers} layers)")
             jobs.write(self.folder, job)
-            client = self.server.client(timeout=24 * 3600)
-            client.chat.completions.create(
-                model=self.server.model, messages=calibration.messages, max_tokens=1, temperature=0
-            )
+            self._prefill(server, calibration)
             found = jobs.load(self.folder, job.result, self.layers)
         if missing := [layer for layer, ranks in enumerate(found) if not ranks]:
             raise SearchError(
@@ -118,6 +126,19 @@ class Prober:
                 f"a video of known geometry, computed in one piece; the server's log is {self.server.log_path}"
             )
         return found
+
+    def _prefill(self, server: Server, calibration: Calibration) -> None:
+        import openai
+
+        try:
+            server.client(timeout=24 * 3600).chat.completions.create(
+                model=server.model,
+                messages=calibration.messages,
+                max_tokens=1,
+                temperature=0,
+            )
+        except openai.APIError as error:
+            raise SearchError(f"{calibration.name}: the server refused it: {error}") from None
 
     def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
         found = self.ask(jobs.Job("phases", f"{calibration.name}-phases"), calibration)
