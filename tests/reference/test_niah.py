@@ -106,7 +106,7 @@ def test_a_card_stands_in_its_pair_of_frames_and_no_other():
             ("4217", True),
             ("The number is 4217.", True),
             ("4,217", True),
-            ("OCEAN is like ANCHOR: 4217, so 4217", True),
+            ("Like ANCHOR: 4217, so 4217", True),
         ),
         *(("4218", False), ("42170", False), ("", False), ("4217 or 5000", False)),
     ],
