@@ -37,6 +37,8 @@ def test_needles_lie_at_their_depths_and_are_asked_for_after_they_were_shown(nam
         conversation = found.conversation
         assert sorted(asked.depth for asked in found.asked) == list(range(len(DEPTHS)))
         assert len({needle.key for needle in conversation.needles}) == placed.NEEDLES
+        named = [needle.same_as for needle in conversation.needles if needle.same_as]
+        assert len(named) == len(set(named)) == (len(DEPTHS) if "relay" in name else 0)
         where, before, shown, total = {}, {}, {}, sum(part.tokens for part in conversation.parts)
         at = 0
         for i, turn in enumerate(conversation.turns):
@@ -194,7 +196,7 @@ def test_a_server_that_only_fails_is_an_error(tmp_path, capsys):
         (("--url", "http://127.0.0.1:9", "--config", "dense"), "--config is for servers that are started"),
         (("--model-path", "x", "--config", "defualt"), "no built-in config has this name"),
         (("--model-path", "x", "--lengths", "10"), "--lengths: expected 512 to"),
-        (("--model-path", "x", "--depths", "40"), "--depths: expected 2 to 10, got 40"),
+        (("--model-path", "x", "--depths", "40"), "--depths: expected 2 to 8, got 40"),
         (("--model-path", "x", "--concurrency", "0"), "--concurrency: expected 1 or more"),
     ],
 )
