@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sglang_mminfer.evaluation import baselines, machine, niah
+from sglang_mminfer.evaluation import baselines, niah
 from sglang_mminfer.evaluation.needles import kits
 from sglang_mminfer.evaluation.niah import Answer, Cell, Media, Settings, Target
 from sglang_mminfer.evaluation.niah_command import (
@@ -29,6 +29,7 @@ from sglang_mminfer.evaluation.niah_command import (
     check_config,
     kit_of,
     percent,
+    provenance,
     server_flags,
     settings_of,
     unique,
@@ -138,7 +139,7 @@ class Comparison:
             "server_flags": self.options.server_flags,
         }
         if not self.file.exists():
-            return {**machine.describe(), **asked, "configs": {}}
+            return {**provenance("compare"), **asked, "configs": {}}
         try:
             result = json.loads(self.file.read_text())
             differing = [key for key, value in asked.items() if result[key] != value]
