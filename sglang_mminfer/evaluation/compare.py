@@ -35,7 +35,7 @@ from sglang_mminfer.evaluation.niah_command import (
     unique,
     write_json,
 )
-from sglang_mminfer.evaluation.niah_figure import TITLES
+from sglang_mminfer.evaluation.niah_figure import TITLES, draw
 from sglang_mminfer.evaluation.server import Server, ServerError, shown_wait
 from sglang_mminfer.figures import density_of_records
 from sglang_mminfer.head_config import HeadConfig
@@ -81,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-relays", dest="relays", action="store_false", help="plain needles only")
     parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds for an answer; 1800")
-    parser.add_argument("--out", type=Path, default=Path("compare-out"), help="folder for compare.json and compare.md")
+    parser.add_argument("--out", type=Path, default=Path("compare-out"), help="folder for compare.json, .md and .png")
     add_question_options(parser)
 
 
@@ -128,7 +128,12 @@ class Comparison:
         rows = table_of(shown, self.settings)
         (self.out / "compare.md").write_text(markdown(rows))
         self.console.print(rich_table(rows))
-        self.console.print(f"written: {self.file}, {self.out / 'compare.md'}", highlight=False)
+        grids = {
+            name: niah.cells([Answer(**answer) for answer in found["answers"]], self.settings)
+            for name, found in shown.items()
+        }
+        picture = draw(grids, self.settings, self.out / "compare.png")
+        self.console.print(f"written: {self.file}, {self.out / 'compare.md'}, {picture}", highlight=False)
 
     def _begin(self) -> dict[str, Any]:
         asked = {

@@ -83,6 +83,7 @@ def test_it_goes_on_where_it_was_stopped(stand_in, monkeypatch, tmp_path, capsys
     table = (tmp_path / "compare.md").read_text().splitlines()
     assert table[0] == "| config | density, 512 | V-NIAH, 512 | prefill ms, 512 | errors |"
     assert len(table) == 5 and table[2].startswith("| dense | 0.333 | ")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     # Other questions are another table.
     assert _compare(tmp_path, *configs, "--seed", "9") == 2
     assert "was made with other settings; name another --out" in " ".join(capsys.readouterr().out.split())
