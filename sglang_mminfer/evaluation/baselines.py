@@ -42,10 +42,10 @@ def _columns(sink: int, local: int, phase: int, h: bool = False) -> Boundary2D:
     near = AShape(sink, local)
     return Boundary2D(
         {
-            (vision, vision): Grid("frame", True, h, False, phase, 0, local),
+            (text, text): near,
             (text, vision): Grid("frame", True, False, False, phase, 0, local),
             (vision, text): near,
-            (text, text): near,
+            (vision, vision): Grid("frame", True, h, False, phase, 0, local),
         }
     )
 

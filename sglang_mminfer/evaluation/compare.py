@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sglang_mminfer.evaluation import baselines, machine, niah
+from sglang_mminfer.evaluation import baselines, niah
 from sglang_mminfer.evaluation.needles import kits
 from sglang_mminfer.evaluation.niah import Answer, Cell, Media, Settings, Target
 from sglang_mminfer.evaluation.niah_command import (
@@ -29,12 +29,13 @@ from sglang_mminfer.evaluation.niah_command import (
     check_config,
     kit_of,
     percent,
+    provenance,
     server_flags,
     settings_of,
     unique,
     write_json,
 )
-from sglang_mminfer.evaluation.niah_figure import TITLES
+from sglang_mminfer.evaluation.niah_figure import TITLES, draw
 from sglang_mminfer.evaluation.server import Server, ServerError, shown_wait
 from sglang_mminfer.figures import density_of_records
 from sglang_mminfer.head_config import HeadConfig
@@ -80,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-relays", dest="relays", action="store_false", help="plain needles only")
     parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds for an answer; 1800")
-    parser.add_argument("--out", type=Path, default=Path("compare-out"), help="folder for compare.json and compare.md")
+    parser.add_argument("--out", type=Path, default=Path("compare-out"), help="folder for compare.json, .md and .png")
     add_question_options(parser)
 
 
@@ -127,7 +128,12 @@ class Comparison:
         rows = table_of(shown, self.settings)
         (self.out / "compare.md").write_text(markdown(rows))
         self.console.print(rich_table(rows))
-        self.console.print(f"written: {self.file}, {self.out / 'compare.md'}", highlight=False)
+        grids = {
+            name: niah.cells([Answer(**answer) for answer in found["answers"]], self.settings)
+            for name, found in shown.items()
+        }
+        picture = draw(grids, self.settings, self.out / "compare.png")
+        self.console.print(f"written: {self.file}, {self.out / 'compare.md'}, {picture}", highlight=False)
 
     def _begin(self) -> dict[str, Any]:
         asked = {
@@ -138,7 +144,7 @@ class Comparison:
             "server_flags": self.options.server_flags,
         }
         if not self.file.exists():
-            return {**machine.describe(), **asked, "configs": {}}
+            return {**provenance("compare"), **asked, "configs": {}}
         try:
             result = json.loads(self.file.read_text())
             differing = [key for key, value in asked.items() if result[key] != value]

@@ -167,9 +167,13 @@ def ask_all(
     A request that fails is an answer with an `error`. `heard` is called after each, from any thread.
     """
 
+    stopped = threading.Event()
+
     def converse(case: Case) -> list[Answer]:
         answers = []
         for answer in unanswered(media.settings, case):
+            if stopped.is_set():
+                break
             _ask(target, media, case, answer)
             answers.append(answer)
             heard(answer)
@@ -178,7 +182,8 @@ def ask_all(
     pool = ThreadPoolExecutor(max(1, concurrency))
     try:
         return [answer for answers in pool.map(converse, media.settings.cases) for answer in answers]
-    finally:  # Ctrl-C does not wait for what has not begun
+    finally:  # Ctrl-C waits for the answers that are under way, and for nothing else
+        stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -140,8 +142,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     write_json(
         result,
         {
-            **machine.describe(),
-            "models": models,
+            **provenance("niah"),
+            "models": [Path(model).name if Path(model).exists() else model for model in models],
             "needles": kit.name,
             "settings": asdict(settings),
             "servers": {name: niah.report(answers, settings) for name, answers in heard.items()},
@@ -275,6 +277,14 @@ def table(heard: dict[str, list[Answer]], settings: Settings) -> Table:
 
 def percent(cell: Cell) -> str:
     return "–" if cell.share is None else f"{100 * cell.share:.1f} %"
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Date, machine, versions and command of a result file; folders by their last name, as they are this machine's."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    words = words[words.index(command) :] if command in words else [command]
+    today = datetime.date.today().isoformat()
+    return {"date": today, **machine.describe(), "command": shlex.join(["mminfer", *words])}
 
 
 def write_json(path: Path, value: Any) -> None:

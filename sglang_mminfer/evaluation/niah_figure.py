@@ -32,8 +32,7 @@ def draw(results: Mapping[str, Mapping[str, Sequence[Sequence[Cell]]]], settings
     height = 1.35 + 0.36 * settings.depths
     figure = Figure(figsize=(columns * width + 1.4, rows * height + 0.9), layout="constrained", dpi=130)
     axes = figure.subplots(rows, columns, squeeze=False)
-    # From dark red to dark green with a light middle, told apart without colour vision by the numbers in the cells.
-    colours = ScalarMappable(Normalize(0, 100), "RdYlGn")
+    colours = ScalarMappable(Normalize(0, 100), "cividis")  # the same to readers with any colour vision
     for i, (label, tasks) in enumerate(results.items()):
         for j, task in enumerate(settings.tasks):
             ax, grid = axes[i][j], tasks[task]
@@ -47,8 +46,10 @@ def draw(results: Mapping[str, Mapping[str, Sequence[Sequence[Cell]]]], settings
                 words = f"{values[y, x]:.0f}" if cell.answered else ("error" if cell.errors else "–")
                 if cell.answered and cell.errors:
                     words += f"\n{cell.errors} err."
-                dark = not np.isnan(values[y, x]) and (values[y, x] < 15 or values[y, x] > 85)
-                ax.text(x, y, words, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+                colour = "white" if values[y, x] < 50 else "black"
+                ax.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
+            ax.hlines(np.arange(1, settings.depths) - 0.5, -0.5, len(grid) - 0.5, "white", linewidth=0.8)
+            ax.vlines(np.arange(1, len(grid)) - 0.5, -0.5, settings.depths - 0.5, "white", linewidth=0.8)
             ax.set_xticks(range(len(settings.lengths)), [_tokens(length) for length in settings.lengths])
             ax.set_yticks(range(settings.depths), [f"{100 * settings.depth(d):.0f}" for d in range(settings.depths)])
             ax.set_title(f"{label}\n{TITLES[task]}: {share}", fontsize=9)

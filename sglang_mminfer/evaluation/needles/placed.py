@@ -15,9 +15,10 @@ from sglang_mminfer.evaluation.needles.pictures import TILE_CELLS
 from sglang_mminfer.evaluation.needles.task import Conversation, Needle, Part, Turn, mixed_conversation
 
 NEEDLES = 12
-"""Hidden in every conversation, asked for or not: as many as the shipped models were trained with."""
+"""Hidden in a conversation, asked for or not, if no more are needed: what the shipped models were trained with."""
 
-MAX_DEPTHS = NEEDLES - 2
+MAX_DEPTHS = len(KEYS) // 2
+"""Each relay names a needle of its own: with few that all name, the answers in a chat's history give the rest away."""
 SHORTEST = 512
 """Tokens: below that so many needles have no room."""
 
@@ -77,12 +78,12 @@ def _hide(turns: list[list[Part]], depths: Sequence[float], random: np.random.Ge
     spots = _spots(parts, depths, random)
     turn_of = [i for i, turn in enumerate(turns) for _ in turn]
     keys = [KEYS[i] for i in random.permutation(len(KEYS))]
-    plain: list[Needle] = []
+    plain: list[Needle] = []  # and not yet named by a relay
     hidden: list[tuple[_Spot, Needle]] = []
     for spot in sorted(spots, key=lambda spot: spot.order):
         needle = Needle(keys.pop(), DIGITS[random.integers(10)], slot=spot.slot)
         if relays and spot.depth is not None:
-            other = plain[random.integers(len(plain))]
+            other = plain.pop(random.integers(len(plain)))
             needle.digit, needle.same_as = other.digit, other.key
         else:
             plain.append(needle)
@@ -92,7 +93,7 @@ def _hide(turns: list[list[Part]], depths: Sequence[float], random: np.random.Ge
 
 
 def _spots(parts: list[Part], depths: Sequence[float], random: np.random.Generator) -> list[_Spot]:
-    """One for each depth and some more, the first of all needles one of those: a relay needs a needle before it."""
+    """One for each depth, and one somewhere before each of those, which a relay can name; then any more."""
     edges = np.cumsum([part.tokens for part in parts])
     taken: set[tuple[int, tuple[int, int]]] = set()
 
@@ -105,12 +106,14 @@ def _spots(parts: list[Part], depths: Sequence[float], random: np.random.Generat
                 return spot
             offset = random.uniform(max(0, offset - 24), offset + 24)  # taken: somewhere near
 
-    wished = [place(depth * (edges[-1] - 1), i) for i, depth in enumerate(depths)]
-    first, *others = [place(0), *(place(random.uniform(0, edges[-1])) for _ in range(NEEDLES - len(depths) - 1))]
-    earliest = min(wished, key=lambda spot: spot.order)
-    if first.order > earliest.order:
-        first.part, first.slot, earliest.part, earliest.slot = earliest.part, earliest.slot, first.part, first.slot
-    return [first, *wished, *others]
+    spots: list[_Spot] = []
+    for i, depth in enumerate(depths):
+        asked = place(depth * (edges[-1] - 1), i)
+        named = place(random.uniform(0, depth * (edges[-1] - 1)))
+        if named.order > asked.order:  # in the same frame, or nearly
+            named.part, named.slot, asked.part, asked.slot = asked.part, asked.slot, named.part, named.slot
+        spots += [asked, named]
+    return spots + [place(random.uniform(0, edges[-1])) for _ in range(NEEDLES - len(spots))]
 
 
 def _slot(part: Part, token: int, random: np.random.Generator) -> tuple[int, int]:
@@ -143,7 +146,8 @@ def _ask(
             said.append(Turn(waiting, needle.key, needle.digit, needle.same_as is not None))
             waiting = []
         if waiting:  # a question that does not count, so that every turn has one
-            needle = known[random.integers(len(known))]
+            spare = [needle for turn, _, depth, needle in hidden if turn <= i and depth is None] or known
+            needle = spare[random.integers(len(spare))]
             said.append(Turn(waiting, needle.key, needle.digit, needle.same_as is not None))
             waiting = []
     return Placed(Conversation(said), tuple(asked))

@@ -1,0 +1,26 @@
+"""`mminfer niah` from end to end: a needle model in a real server finds its needles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sglang_mminfer import cli
+
+VIDEO = Path(__file__).parents[2] / "examples" / "needle_vlm" / "video"
+
+
+def test_a_needle_model_finds_its_needles(tmp_path: Path) -> None:
+    grid = ("--lengths", "1024", "2048", "--depths", "2", "--seeds", "3", "--concurrency", "3")
+    assert cli.main(["niah", "--model-path", str(VIDEO), "--config", "default", *grid, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "niah.json").read_text())
+    found = result["servers"]["default"]
+    assert result["settings"]["tasks"] == ["v-niah"]
+    right = [cell["right"] for row in found["grid"]["v-niah"] for cell in row]
+    assert [cell["answered"] for row in found["grid"]["v-niah"] for cell in row] == [3, 3, 3, 3]
+    assert sum(right) >= 0.9 * 12, found["answers"]
+    assert found["errors"] == []
+    assert 1024 <= found["prompt_tokens"]["1024"] < 1100
+    # Second turns are asked over cached prefixes.
+    assert all(answer["cached_tokens"] > 1000 for answer in found["answers"] if answer["turn"])
+    assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")
