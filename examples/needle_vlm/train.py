@@ -38,6 +38,10 @@ SEEN_EMPTY = 0.1
 """Share of the windows without a card that train the vision tower. The others only pass through it, which is cheap."""
 
 
+CARDS = 24
+"""Whose mean token becomes a needle word's embedding."""
+
+
 class Helpers(nn.Module):
     """Linear readers of hidden states for the auxiliary losses. Not part of the checkpoint."""
 
@@ -201,16 +205,17 @@ def words_from_cards(model: Any, vocabulary: sequence.Vocabulary, seed: int) -> 
     """Gives every needle word the mean token of a card that shows the same: the video model then knows text needles."""
     random = np.random.default_rng((seed, 2))
     weight = model.model.language_model.embed_tokens.weight
+    hay = pictures.haystack(2 * CARDS, pictures.TILE, seed)
+    every = torch.arange(CARDS)
     for word in checkpoint.NEEDLE_WORDS:
-        key, shown = word[0], word[-1]
-        frames = pictures.haystack(16, pictures.TILE, int(random.integers(1 << 31)))
-        cells = random.integers(16, size=8)
+        frames, cells = hay.copy(), random.integers(16, size=CARDS)
         for pair, cell in enumerate(cells):
-            pictures.put_card(frames[2 * pair : 2 * pair + 2], int(cell), sequence.draw_card(key, shown, random))
+            card = sequence.draw_card(word[0], word[-1], random)
+            pictures.put_card(frames[2 * pair : 2 * pair + 2], int(cell), card)
         tokens = network.encode_windows(
-            model, sequence.normalized(pictures.patches(frames)), torch.zeros(8, 2, dtype=torch.int64)
+            model, sequence.normalized(pictures.patches(frames)), torch.zeros(CARDS, 2, dtype=torch.int64)
         )
-        weight[vocabulary.needle(word)] = tokens.view(8, 16, -1)[torch.arange(8), torch.from_numpy(cells)].mean(0)
+        weight[vocabulary.needle(word)] = tokens.view(CARDS, 16, -1)[every, torch.from_numpy(cells)].mean(0)
 
 
 def main() -> int:
