@@ -38,6 +38,10 @@ SEEN_EMPTY = 0.1
 """Share of the windows without a card that train the vision tower. The others only pass through it, which is cheap."""
 
 
+CARDS = 24
+"""Whose mean token becomes a needle word's embedding."""
+
+
 class Helpers(nn.Module):
     """Linear readers of hidden states for the auxiliary losses. Not part of the checkpoint."""
 
@@ -118,6 +122,7 @@ def losses(
     group: list[sequence.Sequence],
     vocabulary: sequence.Vocabulary,
     random: np.random.Generator,
+    crowd: float,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Named losses; and for each question whether it was answered right, and whether it was about a relay."""
     length = max(len(item.ids) for item in group)
@@ -157,7 +162,18 @@ def losses(
             trained = network.encode_windows(model, windows[learned], corners[learned])
             cells = cells.index_put((learned.nonzero()[:, 0],), trained.view(-1, 16, embeddings.shape[-1]))
         embeddings = embeddings.index_put((vision,), cells.flatten(0, 1))
-    states = network.run_layers(model, embeddings.view(len(group), length, -1), positions)
+    mask = None
+    if crowd > 1:
+        # Each token of haystack weighs as much as up to `crowd`, in every softmax: a long haystack for little time.
+        hay = torch.isin(ids, torch.tensor([vocabulary.image_pad, vocabulary.video_pad, *vocabulary.hay]))
+        hay.view(-1)[needles[:, 0]] = False
+        weight = hay.float() * math.log(crowd ** random.random())
+        mask = (
+            weight[:, None, None]
+            .expand(-1, 1, length, -1)
+            .masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+        )
+    states = network.run_layers(model, embeddings.view(len(group), length, -1), positions, mask)
     first, middle, last = (state.flatten(0, 1) for state in (states[1], states[-2], states[-1]))
 
     digits = torch.tensor([vocabulary.digit[digit] for digit in task.DIGITS])
@@ -189,16 +205,17 @@ def words_from_cards(model: Any, vocabulary: sequence.Vocabulary, seed: int) -> 
     """Gives every needle word the mean token of a card that shows the same: the video model then knows text needles."""
     random = np.random.default_rng((seed, 2))
     weight = model.model.language_model.embed_tokens.weight
+    hay = pictures.haystack(2 * CARDS, pictures.TILE, seed)
+    every = torch.arange(CARDS)
     for word in checkpoint.NEEDLE_WORDS:
-        key, shown = word[0], word[-1]
-        frames = pictures.haystack(16, pictures.TILE, int(random.integers(1 << 31)))
-        cells = random.integers(16, size=8)
+        frames, cells = hay.copy(), random.integers(16, size=CARDS)
         for pair, cell in enumerate(cells):
-            pictures.put_card(frames[2 * pair : 2 * pair + 2], int(cell), sequence.draw_card(key, shown, random))
+            card = sequence.draw_card(word[0], word[-1], random)
+            pictures.put_card(frames[2 * pair : 2 * pair + 2], int(cell), card)
         tokens = network.encode_windows(
-            model, sequence.normalized(pictures.patches(frames)), torch.zeros(8, 2, dtype=torch.int64)
+            model, sequence.normalized(pictures.patches(frames)), torch.zeros(CARDS, 2, dtype=torch.int64)
         )
-        weight[vocabulary.needle(word)] = tokens.view(8, 16, -1)[torch.arange(8), torch.from_numpy(cells)].mean(0)
+        weight[vocabulary.needle(word)] = tokens.view(CARDS, 16, -1)[every, torch.from_numpy(cells)].mean(0)
 
 
 def main() -> int:
@@ -215,6 +232,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=checkpoint.SIZES["hidden"])
     parser.add_argument("--level", type=int, default=0, help="of the curriculum, to start at")
     parser.add_argument("--spacing", type=float, nargs=2, default=(0.17, 16.0), help="seconds from pair to pair")
+    parser.add_argument("--crowd", type=float, default=1.0, help="tokens of haystack that one stands for, at most")
     parser.add_argument("--log-every", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -270,7 +288,7 @@ def main() -> int:
         random = np.random.default_rng((options.seed, 0, progress.step))
         bank.at(progress.step)
         group = batch(options.task, progress.level, options.tokens, tuple(options.spacing), random, vocabulary, bank)
-        found, right, relay = losses(model, helpers, group, vocabulary, random)
+        found, right, relay = losses(model, helpers, group, vocabulary, random, options.crowd)
         share = progress.step / options.steps
         late = max(0.0, (share - 0.6) / 0.4)
         loss = sum(value * (WEIGHTS[name][late > 0]) for name, value in found.items())

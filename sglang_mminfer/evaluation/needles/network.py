@@ -46,7 +46,8 @@ def run_layers(
 
     Args:
         positions: int64 [3, batch, tokens].
-        mask: bool, True where a row may look, broadcast to [batch, heads, tokens, tokens]; None: causal.
+        mask: bool, True where a row may look, or what is added to its logits; broadcast to
+            [batch, heads, tokens, tokens]. None: causal.
     """
     language = model.model.language_model
     rotation = language.rotary_emb(embeddings, positions)
