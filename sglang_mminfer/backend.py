@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from sglang_mminfer import config, executors, observe, self_check
+from sglang_mminfer.audit import Audit
 from sglang_mminfer.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
-from sglang_mminfer.trace import Metrics, PrefillRecord, TraceFile
+from sglang_mminfer.trace import AuditMetrics, Metrics, PrefillRecord, TraceFile
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +222,8 @@ class SparsePrefill:
         self.observers = observe.from_environment(
             observe.Place(self.rank, self.ranks, self._num_layers, runner.server_args)
         )
+        if rate := config.audit_rate(runner.server_args):
+            self.observers.add(Audit(rate, AuditMetrics() if runner.server_args.enable_metrics else None))
 
     def _why_unfit(self, runner: Any) -> str | None:
         """Why nothing can run sparse here, found out before the first request: the reason that is counted.

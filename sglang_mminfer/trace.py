@@ -12,14 +12,33 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = "SGLANG_MMINFER_TRACE"
 
 
-class PrefillRecord(msgspec.Struct, kw_only=True):
+class LayerAudit(msgspec.Struct, kw_only=True):
+    """How far one layer's sparse attention was from dense on sampled rows; see audit.py. Heads are this rank's.
+
+    error_mean, error_max: |o - o_dense| / |o_dense| over the rows of a head, mean and worst over heads.
+    worst_head: the head of error_max, counted over the whole model. recall_mean, recall_min: share of the dense
+    attention's mass that was visited, mean over a head's rows, mean and worst over heads.
+    """
+
+    layer: int
+    rows: int
+    error_mean: float
+    error_max: float
+    worst_head: int
+    recall_mean: float
+    recall_min: float
+
+
+class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One request in one prefill batch. Lengths in tokens; times in milliseconds, of the whole batch.
 
     segments: segments of the request's modality map, 0 without one. sparse_layers: layers that ran sparse.
     density: visited over causal pairs, mean over those layers and this rank's heads; None where dense.
     dense_reason: why the request ran dense; None where it ran sparse.
     forward_ms: from the start of planning to the end of the last attention layer, so all of the model but its
-    last MLP and head; the vision tower too, unless SGLang had the embeddings cached.
+    last MLP and head; the vision tower too, unless SGLang had the embeddings cached, and the audit.
+    audit: one entry for each sparse layer, if the request is audited. audit_ms: what that took, of the whole
+    batch; not in attn_ms. audit_failures: (request, layer) audits of the batch that failed.
     """
 
     rid: str
@@ -33,6 +52,9 @@ class PrefillRecord(msgspec.Struct, kw_only=True):
     plan_ms: float
     attn_ms: float
     forward_ms: float
+    audit: list[LayerAudit] | None = None
+    audit_ms: float = 0.0
+    audit_failures: int = 0
 
 
 class TraceFile:
@@ -94,6 +116,33 @@ class Metrics:
         if records:
             self._plan_ms.inc(records[0].plan_ms)
             self._attn_ms.inc(records[0].attn_ms)
+
+
+class AuditMetrics:
+    """The audit's figures for the Prometheus endpoint, by layer. With tensor parallelism every rank adds its own."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter  # late: see Metrics
+
+        self._rows, self._error, self._lost = (
+            Counter(f"sglang:mminfer_audit_{name}", text, labelnames=("layer",))
+            for name, text in (
+                ("rows", "Query rows of sparse prefills that were computed again densely, by layer."),
+                ("error_rows", "Relative output error times audited rows: over the rows it is the mean error."),
+                ("lost_rows", "Attention mass not visited times audited rows: 1 minus this over the rows is recall."),
+            )
+        )
+        self._ms = Counter("sglang:mminfer_audit_ms", "Milliseconds spent on audits.")
+        self._failures = Counter("sglang:mminfer_audit_failures", "Audits of a request's layer that failed.")
+
+    def add(self, audited: list[LayerAudit], milliseconds: float, failures: int) -> None:
+        for finding in audited:
+            layer = str(finding.layer)
+            self._rows.labels(layer).inc(finding.rows)
+            self._error.labels(layer).inc(finding.error_mean * finding.rows)
+            self._lost.labels(layer).inc((1.0 - finding.recall_mean) * finding.rows)
+        self._ms.inc(milliseconds)
+        self._failures.inc(failures)
 
 
 def read_trace(path: str | os.PathLike[str]) -> list[PrefillRecord]:
