@@ -29,7 +29,7 @@ from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_o
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
-from sglang_mminfer.trace import AuditMetrics, Metrics, PrefillRecord, TraceFile
+from sglang_mminfer.trace import AuditMetrics, Metrics, PrefillRecord, TraceFile, map_entries
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,11 @@ class _Request:
     def seq_len(self) -> int:
         return self.prefix_len + self.chunk_len
 
+    @property
+    def ends_prompt(self) -> bool:
+        """The chunk that holds the prompt's last token."""
+        return self.map is not None and self.prefix_len < self.map.length <= self.seq_len
+
     def view(self) -> observe.RequestView:
         assert self.slots is not None
         return observe.RequestView(
@@ -172,6 +177,7 @@ class _Batch:
                     chunk_len=request.chunk_len,
                     seq_len=request.seq_len,
                     segments=len(request.map.segments) if request.map else 0,
+                    map=map_entries(request.map) if request.ends_prompt and request.map else None,
                     sparse_layers=self.sparse_layers if sparse else 0,
                     density=fmean(map(float, request.densities)) if sparse and request.densities else None,
                     dense_reason=reason,

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BY_ENVIRONMENT: dict[str, str] = {}
+INSPECT = "SGLANG_MMINFER_INSPECT"
+
+BY_ENVIRONMENT: dict[str, str] = {INSPECT: "sglang_mminfer.inspect_capture:create"}
 """Environment variable -> `module:function` of ours that makes an observer of its value and a `Place`."""
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from sglang_mminfer.modality.segments import ModalityMap
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,47 @@ class LayerAudit(msgspec.Struct, kw_only=True):
     recall_min: float
 
 
+class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A segment of a modality map: tokens [start, stop); grid: [frames, rows, cols] in tokens, if known.
+
+    apart: the frames do not follow one another (timestamps between them), so where each begins is not told.
+    """
+
+    modality: str
+    start: int
+    stop: int
+    grid: tuple[int, int, int] | None = None
+    apart: bool = False
+
+
+def map_entries(modality_map: ModalityMap) -> list[MapEntry]:
+    """A map as the trace has it."""
+    entries = []
+    for segment in modality_map.segments:
+        grid, entry = segment.grid, MapEntry(modality=segment.modality.value, start=segment.start, stop=segment.stop)
+        if grid is not None:
+            entry.grid = (grid.frames, grid.rows, grid.cols)
+            entry.apart = (
+                grid.frame_starts[0] != segment.start or grid.frames * grid.cells != segment.stop - segment.start
+            )
+        entries.append(entry)
+    return entries
+
+
+def map_of_entries(entries: Sequence[MapEntry]) -> ModalityMap:
+    """The map again, without the rasters whose frames stand apart."""
+    from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
+
+    segments = []
+    for entry in entries:
+        grid = None
+        if entry.grid is not None and not entry.apart:
+            frames, rows, cols = entry.grid
+            grid = VisionGrid(frames, rows, cols, tuple(entry.start + i * rows * cols for i in range(frames)))
+        segments.append(Segment(Modality(entry.modality), entry.start, entry.stop, grid))
+    return ModalityMap(segments)
+
+
 class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One request in one prefill batch. Lengths in tokens; times in milliseconds, of the whole batch.
 
@@ -37,6 +83,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     dense_reason: why the request ran dense; None where it ran sparse.
     forward_ms: from the start of planning to the end of the last attention layer, so all of the model but its
     last MLP and head; the vision tower too, unless SGLang had the embeddings cached, and the audit.
+    map: the request's modality map, with the last chunk of its prompt only.
     audit: one entry for each sparse layer, if the request is audited. audit_ms: what that took, of the whole
     batch; not in attn_ms. audit_failures: (request, layer) audits of the batch that failed.
     """
@@ -52,6 +99,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     plan_ms: float
     attn_ms: float
     forward_ms: float
+    map: list[MapEntry] | None = None
     audit: list[LayerAudit] | None = None
     audit_ms: float = 0.0
     audit_failures: int = 0
