@@ -27,7 +27,20 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor,)
+def _inspect(commands: argparse._SubParsersAction) -> None:
+    from sglang_mminfer.inspect_command import add_arguments, run
+
+    parser = commands.add_parser(
+        "inspect",
+        help="see what the heads do with a prompt, or what a server's trace tells",
+        description="Draws the modality map, the real attention of heads against the tiles they visit, recall, density "
+        "and why rows see everything: PNG files and one HTML page with everything in it. With --trace, what that has.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor, _inspect)
 """Each adds its own parser, whose default `run` takes the arguments and returns the exit status."""
 
 
