@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from sglang_mminfer import config, executors, observe, self_check
+from sglang_mminfer.audit import Audit
 from sglang_mminfer.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
-from sglang_mminfer.trace import Metrics, PrefillRecord, TraceFile
+from sglang_mminfer.trace import AuditMetrics, Metrics, PrefillRecord, TraceFile, map_entries
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,11 @@ class _Request:
     def seq_len(self) -> int:
         return self.prefix_len + self.chunk_len
 
+    @property
+    def ends_prompt(self) -> bool:
+        """The chunk that holds the prompt's last token."""
+        return self.map is not None and self.prefix_len < self.map.length <= self.seq_len
+
     def view(self) -> observe.RequestView:
         assert self.slots is not None
         return observe.RequestView(
@@ -171,6 +177,7 @@ class _Batch:
                     chunk_len=request.chunk_len,
                     seq_len=request.seq_len,
                     segments=len(request.map.segments) if request.map else 0,
+                    map=map_entries(request.map) if request.ends_prompt and request.map else None,
                     sparse_layers=self.sparse_layers if sparse else 0,
                     density=fmean(map(float, request.densities)) if sparse and request.densities else None,
                     dense_reason=reason,
@@ -221,6 +228,8 @@ class SparsePrefill:
         self.observers = observe.from_environment(
             observe.Place(self.rank, self.ranks, self._num_layers, runner.server_args)
         )
+        if rate := config.audit_rate(runner.server_args):
+            self.observers.add(Audit(rate, AuditMetrics() if runner.server_args.enable_metrics else None))
 
     def _why_unfit(self, runner: Any) -> str | None:
         """Why nothing can run sparse here, found out before the first request: the reason that is counted.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 
+Parser = argparse.ArgumentParser
 
-def _doctor(commands: argparse._SubParsersAction) -> None:
+
+def _doctor(parser: Parser) -> None:
     from sglang_mminfer import config
 
-    parser = commands.add_parser(
-        "doctor",
-        help="check the installation, and what would happen with a model",
-        description="Says what is installed, whether SGLang sees the plugin, what would run for a model, and "
-        "how to mend what is wrong. Exit status 0 if all that is needed is fine, else 1.",
+    parser.description = (
+        "Says what is installed, whether SGLang sees the plugin, what would run for a model, and "
+        "how to mend what is wrong. Exit status 0 if all that is needed is fine, else 1."
     )
     parser.add_argument("--model-path", metavar="P", help="a model directory, or its name on the hub")
     parser.add_argument(config.FLAG, metavar="NAME|PATH", help="head config, as for the server")
@@ -27,45 +28,53 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-def _search(commands: argparse._SubParsersAction) -> None:
+def _search(parser: Parser) -> None:
     from sglang_mminfer.search.command import add_arguments, run
 
-    parser = commands.add_parser(
-        "search",
-        help="make a head config for a model from calibration videos or conversations",
-        description="Runs candidates of every pattern inside the model's own layers, in a real server, and shares one "
-        "budget out over all heads. Writes the config and a report with pictures beside it.",
+    parser.description = (
+        "Runs candidates of every pattern inside the model's own layers, in a real server, and shares one "
+        "budget out over all heads. Writes the config and a report with pictures beside it."
     )
     add_arguments(parser)
     parser.set_defaults(run=run)
 
 
-def _niah(commands: argparse._SubParsersAction) -> None:
+def _niah(parser: Parser) -> None:
     from sglang_mminfer.evaluation import niah_command
 
-    parser = commands.add_parser(
-        "niah",
-        help="find needles in long videos and conversations, with any server: a heat map by length and depth",
-        description=niah_command.DESCRIPTION,
-    )
+    parser.description = niah_command.DESCRIPTION
     niah_command.add_options(parser)
     parser.set_defaults(run=niah_command.run)
 
 
-def _compare(commands: argparse._SubParsersAction) -> None:
+def _compare(parser: Parser) -> None:
     from sglang_mminfer.evaluation import compare
 
-    parser = commands.add_parser(
-        "compare",
-        help="one table of head configs and baselines: needles found, density, prefill time",
-        description=compare.DESCRIPTION,
-    )
+    parser.description = compare.DESCRIPTION
     compare.add_options(parser)
     parser.set_defaults(run=compare.run)
 
 
-COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_doctor, _search, _niah, _compare)
-"""Each adds its own parser, whose default `run` takes the arguments and returns the exit status."""
+def _inspect(parser: Parser) -> None:
+    from sglang_mminfer.inspect_command import add_arguments, run
+
+    parser.description = (
+        "Draws the modality map, the real attention of heads against the tiles they visit, recall, density "
+        "and why rows see everything: PNG files and one HTML page with everything in it. With --trace, what that has."
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
+    "doctor": ("check the installation, and what would happen with a model", _doctor),
+    "search": ("make a head config for a model from calibration videos or conversations", _search),
+    "niah": ("find needles in long videos and conversations, with any server: a heat map by length and depth", _niah),
+    "compare": ("one table of head configs and baselines: needles found, density, prefill time", _compare),
+    "inspect": ("see what the heads do with a prompt, or what a server's trace tells", _inspect),
+}
+"""Each adds its own arguments and the default `run`, which takes the arguments and returns the exit status. Only the
+command that was asked for does so: the doctor must run where the others cannot even be imported."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,8 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in COMMANDS:
-        add(commands)
+    words = sys.argv[1:] if arguments is None else arguments
+    asked = next((word for word in words if not word.startswith("-")), None)
+    for name, (text, add) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name == asked:
+            add(command)
     parsed = parser.parse_args(arguments)
     return parsed.run(parsed)
 

@@ -30,6 +30,10 @@ EXECUTOR_CHOICES = ("auto", "torch", "triton", "flashinfer")
 DENSE_HEADS_ENVIRONMENT = "SGLANG_MMINFER_DENSE_HEADS"
 DENSE_HEADS_CHOICES = ("auto", "stock", "own")
 
+AUDIT_FLAG = "--mminfer-audit"
+AUDIT_ENVIRONMENT = "SGLANG_MMINFER_AUDIT"
+AUDIT_ATTRIBUTE = "_mminfer_audit"
+
 ATTRIBUTE = "_mminfer_config"
 """Where the flag's value rides on ServerArgs. A real field cannot be added from outside; an attribute with an
 underscore is pickled into SGLang's child processes all the same."""
@@ -100,6 +104,38 @@ def config_argument(name: str) -> str:
         except HeadConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return name
+
+
+def audit_argument(text: str) -> float:
+    """argparse type of the audit flag: a share of requests."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0.0 <= rate <= 1.0:  # NaN is refused too
+        raise argparse.ArgumentTypeError(f"expected a share of requests from 0 to 1, got {text!r}")
+    return rate
+
+
+def audit_rate(server_args: Any, environ: Mapping[str, str] | None = None) -> float:
+    """The share of requests to audit: the flag's, else the environment's, else 0.
+
+    Raises:
+        argparse.ArgumentTypeError: if the environment names no share.
+    """
+    rate = getattr(server_args, AUDIT_ATTRIBUTE, None)
+    if rate is not None:
+        return rate
+    return audit_argument((os.environ if environ is None else environ).get(AUDIT_ENVIRONMENT) or "0")
+
+
+def audit_environment_is_bad() -> bool:
+    """True if the environment names something that is no share of requests."""
+    try:
+        audit_rate(None)
+    except argparse.ArgumentTypeError:
+        return True
+    return False
 
 
 def executor() -> str:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, PrefillPlan, unpack_lanes
+from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
 from sglang_mminfer.modality.geometry import map_from_mm_inputs
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.visits import tile_positions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,14 +169,7 @@ def _add_tile(
     row, stop = row[inside] - rows[0], stop[inside]
     if not len(row):
         return
-    blocks = plan.block_indices[int(plan.block_indptr[tile]) : int(plan.block_indptr[tile + 1])].long()
-    lanes = (blocks[:, None] * plan.block_k + torch.arange(plan.block_k, device=blocks.device)).flatten()
-    position = plan.keys.kv_pos[lanes]
-    picked = int(plan.num_picked[tile])
-    if picked:
-        first = int(plan.picked_start[tile])
-        hidden = unpack_lanes(plan.hidden_lanes[first : first + picked], plan.block_k).flatten()
-        position[-len(hidden) :].masked_fill_(hidden, PAD_POSITION)
+    position = tile_positions(plan, tile)
     counted = (position >= keys[0]) & (position < min(int(stop.max()), keys[1]))
     # A row sees the keys before its bound: with keys in order, that is a count for each bin of keys.
     position = position[counted].sort().values

@@ -311,7 +311,7 @@ class HeadConfig:
     def describe(self) -> str:
         """One line for the log."""
         distinct = list(dict.fromkeys(head for row in self.rows for head in row))
-        first = _words(distinct[0])
+        first = words_of(distinct[0])
         if self.form == "all":
             heads = f"all heads {first}"
         else:
@@ -532,11 +532,12 @@ def _names(heads: Iterator[HeadPattern]) -> dict[HeadPattern, str]:
     return names
 
 
-def _words(head: HeadPattern) -> str:
+def words_of(head: HeadPattern) -> str:
+    """A head's pattern in a few words."""
     if isinstance(head, QBoundary):
-        return "q(" + ", ".join(f"{m}: {_words(p)}" for m, p in head.patterns.items()) + ")"
+        return "q(" + ", ".join(f"{m}: {words_of(p)}" for m, p in head.patterns.items()) + ")"
     if isinstance(head, Boundary2D):
-        return "2d(" + ", ".join(f"{q}/{k}: {_words(p)}" for (q, k), p in head.patterns.items()) + ")"
+        return "2d(" + ", ".join(f"{q}/{k}: {words_of(p)}" for (q, k), p in head.patterns.items()) + ")"
     values = [
         (f.name if value is True else f"{f.name} {value}")
         for f in dataclasses.fields(head)

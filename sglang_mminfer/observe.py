@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BY_ENVIRONMENT: dict[str, str] = {"SGLANG_MMINFER_SEARCH": "sglang_mminfer.search.inside:observer"}
+INSPECT = "SGLANG_MMINFER_INSPECT"
+
+SEARCH = "SGLANG_MMINFER_SEARCH"
+
+BY_ENVIRONMENT: dict[str, str] = {
+    INSPECT: "sglang_mminfer.inspect_capture:create",
+    SEARCH: "sglang_mminfer.search.inside:observer",
+}
 """Environment variable -> `module:function` of ours that makes an observer of its value and a `Place`."""
 
 

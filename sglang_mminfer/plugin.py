@@ -80,13 +80,13 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.server_args.ServerArgs.add_cli_args",
         "after",
         f"{_HERE}:add_cli_args",
-        "The flag --mminfer-config; SGLang has no way for a plugin to declare one.",
+        "The flags --mminfer-config and --mminfer-audit; SGLang has no way for a plugin to declare one.",
     ),
     Hook(
         "sglang.srt.server_args.ServerArgs.from_cli_args",
         "around",
         f"{_HERE}:from_cli_args",
-        "ServerArgs takes only its own fields from the command line; this carries the flag over.",
+        "ServerArgs takes only its own fields from the command line; this carries the flags over.",
     ),
     Hook(
         "handle_model_specific_adjustments",
@@ -211,12 +211,22 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         f"file. Overrides {config.ENVIRONMENT} and {config.MODEL_KEY} in --json-model-override-args. "
         f"Default: {config.DEFAULT}.",
     )
+    parser.add_argument(
+        config.AUDIT_FLAG,
+        type=config.audit_argument,
+        default=None,
+        metavar="RATE",
+        help="Share of requests, 0 to 1, of which --attention-backend mminfer computes sampled query rows again, "
+        "densely, and records error and recall of every sparse layer in trace and metrics. Answers stay the same. "
+        f"Overrides {config.AUDIT_ENVIRONMENT}. Default: 0, off.",
+    )
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """AROUND ServerArgs.from_cli_args."""
     server_args = original(cls, args)
     setattr(server_args, config.ATTRIBUTE, getattr(args, "mminfer_config", None))
+    setattr(server_args, config.AUDIT_ATTRIBUTE, getattr(args, "mminfer_audit", None))
     return server_args
 
 
@@ -301,6 +311,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "dense_heads",
         lambda cfg: (os.environ.get(config.DENSE_HEADS_ENVIRONMENT) or "auto") not in config.DENSE_HEADS_CHOICES,
         f"{config.DENSE_HEADS_ENVIRONMENT}: expected one of {', '.join(config.DENSE_HEADS_CHOICES)}.",
+    ),
+    Refusal(
+        "audit",
+        lambda cfg: config.audit_environment_is_bad(),
+        f"{config.AUDIT_ENVIRONMENT}: expected a share of requests from 0 to 1.",
     ),
     Refusal(
         "decode_only",
@@ -448,11 +463,13 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
         config.load_for_model(server_args, model.hf_config)
         if not model.is_multimodal:
             logger.warning("mminfer: this model takes no images or video, so every request will run dense.")
-    elif getattr(server_args, config.ATTRIBUTE, None):
-        logger.warning(
-            "%s has no effect without --attention-backend mminfer or --prefill-attention-backend mminfer.",
-            config.FLAG,
-        )
+    else:
+        for flag, attribute in ((config.FLAG, config.ATTRIBUTE), (config.AUDIT_FLAG, config.AUDIT_ATTRIBUTE)):
+            if getattr(server_args, attribute, None):
+                logger.warning(
+                    "%s has no effect without --attention-backend mminfer or --prefill-attention-backend mminfer.",
+                    flag,
+                )
     previous(server_args)
 
 

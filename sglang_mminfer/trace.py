@@ -4,22 +4,88 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from sglang_mminfer.modality.segments import ModalityMap
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "SGLANG_MMINFER_TRACE"
 
 
-class PrefillRecord(msgspec.Struct, kw_only=True):
+class LayerAudit(msgspec.Struct, kw_only=True):
+    """How far one layer's sparse attention was from dense on sampled rows; see audit.py. Heads are this rank's.
+
+    error_mean, error_max: |o - o_dense| / |o_dense| over the rows of a head, mean and worst over heads.
+    worst_head: the head of error_max, counted over the whole model. recall_mean, recall_min: share of the dense
+    attention's mass that was visited, mean over a head's rows, mean and worst over heads.
+    """
+
+    layer: int
+    rows: int
+    error_mean: float
+    error_max: float
+    worst_head: int
+    recall_mean: float
+    recall_min: float
+
+
+class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A segment of a modality map: tokens [start, stop); grid: [frames, rows, cols] in tokens, if known.
+
+    apart: the frames do not follow one another (timestamps between them), so where each begins is not told.
+    """
+
+    modality: str
+    start: int
+    stop: int
+    grid: tuple[int, int, int] | None = None
+    apart: bool = False
+
+
+def map_entries(modality_map: ModalityMap) -> list[MapEntry]:
+    """A map as the trace has it."""
+    entries = []
+    for segment in modality_map.segments:
+        grid, entry = segment.grid, MapEntry(modality=segment.modality.value, start=segment.start, stop=segment.stop)
+        if grid is not None:
+            entry.grid = (grid.frames, grid.rows, grid.cols)
+            entry.apart = (
+                grid.frame_starts[0] != segment.start or grid.frames * grid.cells != segment.stop - segment.start
+            )
+        entries.append(entry)
+    return entries
+
+
+def map_of_entries(entries: Sequence[MapEntry]) -> ModalityMap:
+    """The map again, without the rasters whose frames stand apart."""
+    from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
+
+    segments = []
+    for entry in entries:
+        grid = None
+        if entry.grid is not None and not entry.apart:
+            frames, rows, cols = entry.grid
+            grid = VisionGrid(frames, rows, cols, tuple(entry.start + i * rows * cols for i in range(frames)))
+        segments.append(Segment(Modality(entry.modality), entry.start, entry.stop, grid))
+    return ModalityMap(segments)
+
+
+class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One request in one prefill batch. Lengths in tokens; times in milliseconds, of the whole batch.
 
     segments: segments of the request's modality map, 0 without one. sparse_layers: layers that ran sparse.
     density: visited over causal pairs, mean over those layers and this rank's heads; None where dense.
     dense_reason: why the request ran dense; None where it ran sparse.
     forward_ms: from the start of planning to the end of the last attention layer, so all of the model but its
-    last MLP and head; the vision tower too, unless SGLang had the embeddings cached.
+    last MLP and head; the vision tower too, unless SGLang had the embeddings cached, and the audit.
+    map: the request's modality map, with the last chunk of its prompt only.
+    audit: one entry for each sparse layer, if the request is audited. audit_ms: what that took, of the whole
+    batch; not in attn_ms. audit_failures: (request, layer) audits of the batch that failed.
     """
 
     rid: str
@@ -33,6 +99,10 @@ class PrefillRecord(msgspec.Struct, kw_only=True):
     plan_ms: float
     attn_ms: float
     forward_ms: float
+    map: list[MapEntry] | None = None
+    audit: list[LayerAudit] | None = None
+    audit_ms: float = 0.0
+    audit_failures: int = 0
 
 
 class TraceFile:
@@ -94,6 +164,33 @@ class Metrics:
         if records:
             self._plan_ms.inc(records[0].plan_ms)
             self._attn_ms.inc(records[0].attn_ms)
+
+
+class AuditMetrics:
+    """The audit's figures for the Prometheus endpoint, by layer. With tensor parallelism every rank adds its own."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter  # late: see Metrics
+
+        self._rows, self._error, self._lost = (
+            Counter(f"sglang:mminfer_audit_{name}", text, labelnames=("layer",))
+            for name, text in (
+                ("rows", "Query rows of sparse prefills that were computed again densely, by layer."),
+                ("error_rows", "Relative output error times audited rows: over the rows it is the mean error."),
+                ("lost_rows", "Attention mass not visited times audited rows: 1 minus this over the rows is recall."),
+            )
+        )
+        self._ms = Counter("sglang:mminfer_audit_ms", "Milliseconds spent on audits.")
+        self._failures = Counter("sglang:mminfer_audit_failures", "Audits of a request's layer that failed.")
+
+    def add(self, audited: list[LayerAudit], milliseconds: float, failures: int) -> None:
+        for finding in audited:
+            layer = str(finding.layer)
+            self._rows.labels(layer).inc(finding.rows)
+            self._error.labels(layer).inc(finding.error_mean * finding.rows)
+            self._lost.labels(layer).inc((1.0 - finding.recall_mean) * finding.rows)
+        self._ms.inc(milliseconds)
+        self._failures.inc(failures)
 
 
 def read_trace(path: str | os.PathLike[str]) -> list[PrefillRecord]:

@@ -6,12 +6,12 @@ import argparse
 import datetime
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table as RichTable
+if TYPE_CHECKING:
+    from rich.console import Console
 
-from sglang_mminfer.search import job as jobs
-from sglang_mminfer.search.run import SERVER_FLAGS, Calibration, Found, Prober, SearchError, search
+    from sglang_mminfer.search.run import Found
 
 DENSITY = 0.25
 
@@ -44,6 +44,10 @@ def _share(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_mminfer.search.run import SearchError
+
     console = Console(stderr=True)
     try:
         found = _search(options, console)
@@ -65,6 +69,8 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
 
     from sglang_mminfer.evaluation.server import Server
     from sglang_mminfer.head_config import fingerprint_of
+    from sglang_mminfer.search import job as jobs
+    from sglang_mminfer.search.run import SERVER_FLAGS, Calibration, Prober, SearchError, search
 
     for path in (*options.video, *options.conversation, *([options.held_out] if options.held_out else [])):
         if not path.is_file():
@@ -105,6 +111,9 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
 
 
 def _print(found: Found) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
     from sglang_mminfer.search.report import rows_of
 
     for scores, title in ((found.calibration, "calibration"), (found.held_out, "held-out")):

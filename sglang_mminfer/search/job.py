@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from sglang_mminfer import observe
 from sglang_mminfer.head_config import HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.spec import HeadPattern
 
-ENVIRONMENT = "SGLANG_MMINFER_SEARCH"
+ENVIRONMENT = observe.SEARCH
 JOB = "job.json"
 
 

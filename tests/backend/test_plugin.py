@@ -147,6 +147,7 @@ def test_help_of_the_server_lists_flag_and_choice() -> None:
         [sys.executable, "-m", "sglang.launch_server", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert "--mminfer-config NAME|PATH" in out
+    assert "--mminfer-audit RATE" in out
     backends = out[out.index("--attention-backend {") :]
     assert "mminfer" in backends[: backends.index("}")]
 
@@ -301,6 +302,7 @@ def test_dense_backend(models: dict[str, str], fields: dict[str, Any], device: s
 REFUSED: dict[str, dict[str, Any]] = {
     "executor": {"environ": {"SGLANG_MMINFER_EXECUTOR": "cutlass"}},
     "dense_heads": {"environ": {"SGLANG_MMINFER_DENSE_HEADS": "1"}},
+    "audit": {"environ": {"SGLANG_MMINFER_AUDIT": "1.5"}},
     "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
     "ray": {"use_ray": True},
     "deterministic": {"enable_deterministic_inference": True},
@@ -401,6 +403,17 @@ def test_launch_without_mminfer_is_not_touched(models: dict[str, str], caplog: p
     assert resolving_view(server_args).attention_backend == "torch_native"
     assert "--mminfer-config has no effect" in caplog.text
     assert not plugin.splits_videos({})
+
+
+def test_audit_flag_arrives_and_a_bad_one_is_a_usage_error(
+    models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert config.audit_rate(parse(models, "--mminfer-audit", "0.05"), {config.AUDIT_ENVIRONMENT: "1"}) == 0.05
+    assert config.audit_rate(parse(models), {config.AUDIT_ENVIRONMENT: "0.5"}) == 0.5
+    assert config.audit_rate(parse(models), {}) == 0.0
+    with pytest.raises(SystemExit):
+        parse(models, "--mminfer-audit", "2")
+    assert "argument --mminfer-audit: expected a share of requests from 0 to 1, got '2'" in capsys.readouterr().err
 
 
 def test_text_model_is_served_with_a_warning(models: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:

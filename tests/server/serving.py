@@ -64,7 +64,11 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *(*_SPLIT, "--mminfer-config", "{sparse}", "--chunked-prefill-size", "128", "--page-size", str(PAGE)),
         *("--max-total-tokens", "2304", "--schedule-conservativeness", "0.05"),
     ),
-    "main": (*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
+    # Audited: all answers of this server are held against references, so they also show that an audit changes none.
+    "main": (
+        *(*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
+        *("--mminfer-audit", "1"),
+    ),
 }
 
 

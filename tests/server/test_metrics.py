@@ -19,16 +19,19 @@ def figures(served: Served) -> dict[tuple[str, str], float]:
 
 def traced(served: Served) -> dict[tuple[str, str], float]:
     sums: dict[tuple[str, str], float] = defaultdict(float)
-    batches = set()
+    batches, audits = set(), set()
     for record in served.records():
         ran = record.dense_reason or "sparse"
         sums["prefill_requests", ran] += 1
         sums["prefill_tokens", ran] += record.chunk_len
         sums["density_tokens", ""] += (record.density or 0.0) * record.chunk_len
         batches.add((record.plan_ms, record.attn_ms))
+        audits.add(record.audit_ms)
     for plan_ms, attn_ms in batches:
         sums["plan_ms", ""] += plan_ms
         sums["attn_ms", ""] += attn_ms
+    sums["audit_ms", ""] = sum(audits)
+    sums["audit_failures", ""] = 0.0
     return sums
 
 
@@ -47,8 +50,32 @@ def test_figures_equal_the_trace(worked: Served) -> None:
         assert shown[name] == pytest.approx(value, rel=1e-6), name
 
 
+AUDIT = re.compile(r'^sglang:mminfer_audit_(\w+?)_total\{layer="(\d+)"\} ([\d.e+-]+)$', re.MULTILINE)
+
+
+def test_every_sparse_layer_is_audited(worked: Served) -> None:
+    """And nothing else is; trace and metrics agree by layer."""
+    expected: dict[tuple[str, str], float] = defaultdict(float)
+    for record in worked.records():
+        assert (record.audit is not None) == (record.dense_reason is None), record
+        assert record.audit_failures == 0
+        for found in record.audit or []:
+            assert 0 < found.rows <= 64 and 0 <= found.recall_min <= found.recall_mean <= 1
+            assert 0 <= found.error_mean <= found.error_max and 0 <= found.worst_head < 8
+            expected["rows", str(found.layer)] += found.rows
+            expected["error_rows", str(found.layer)] += found.error_mean * found.rows
+            expected["lost_rows", str(found.layer)] += (1 - found.recall_mean) * found.rows
+    assert {layer for _, layer in expected} == {"0", "1"}
+    shown = {(name, layer): float(v) for name, layer, v in AUDIT.findall(worked.get("/metrics").decode())}
+    assert shown == pytest.approx(dict(expected), rel=1e-6)
+    assert expected["error_rows", "0"] > 0  # a sparse config does lose something
+
+
 def test_every_figure_explains_itself(worked: Served) -> None:
     page = worked.get("/metrics").decode()
-    for name in ("prefill_requests", "prefill_tokens", "density_tokens", "plan_ms", "attn_ms"):
+    for name in (
+        *("prefill_requests", "prefill_tokens", "density_tokens", "plan_ms", "attn_ms"),
+        *("audit_rows", "audit_error_rows", "audit_lost_rows", "audit_ms", "audit_failures"),
+    ):
         assert re.search(rf"^# HELP sglang:mminfer_{name}(_total)? \w", page, re.MULTILINE), name
         assert re.search(rf"^# TYPE sglang:mminfer_{name}(_total)? counter$", page, re.MULTILINE), name

@@ -1,0 +1,70 @@
+"""What a head really visits of sampled rows, and in which order its pattern looks at the tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, PrefillPlan, unpack_lanes
+from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.spec import Boundary2D, Grid, HeadPattern, QBoundary
+
+_RANK = {Modality.TEXT: 0, Modality.IMAGE: 1, Modality.VIDEO: 2}
+
+
+def tile_positions(plan: BlockPlan, tile: int) -> torch.Tensor:
+    """int32 [lanes]: positions of all keys a query tile visits; PAD_POSITION for lanes that do not count."""
+    blocks = plan.block_indices[int(plan.block_indptr[tile]) : int(plan.block_indptr[tile + 1])].long()
+    lanes = (blocks[:, None] * plan.block_k + torch.arange(plan.block_k, device=blocks.device)).flatten()
+    position = plan.keys.kv_pos[lanes]
+    if picked := int(plan.num_picked[tile]):
+        first = int(plan.picked_start[tile])
+        hidden = unpack_lanes(plan.hidden_lanes[first : first + picked], plan.block_k).flatten()
+        position[-len(hidden) :].masked_fill_(hidden, PAD_POSITION)
+    return position
+
+
+def visited_rows(plan: PrefillPlan, head: int, rows: torch.Tensor, kv_len: int) -> torch.Tensor:
+    """bool [R, kv_len]: the keys that `head` visits for `rows` (int64 [R], rows of q, of one request)."""
+    device = rows.device
+    place = torch.full((plan.num_rows,), -1, dtype=torch.int64, device=device)
+    place[rows] = torch.arange(len(rows), device=device)
+    out = torch.zeros(len(rows), kv_len, dtype=torch.bool, device=device)
+    for block_plan in plan.passes:
+        indptr, groups = block_plan.q_indptr.tolist(), block_plan.q_heads.tolist()
+        where = place[block_plan.q_rows.long()]
+        wanted = torch.nn.functional.pad((where >= 0).long().cumsum(0), (1, 0)).tolist()
+        for tile, group in enumerate(groups):
+            first, stop = indptr[tile], indptr[tile + 1]
+            if wanted[first] == wanted[stop] or head not in block_plan.head_groups[group]:
+                continue
+            at, bound = where[first:stop], block_plan.q_stop[first:stop]
+            at, bound = at[at >= 0], bound[at >= 0]
+            position = tile_positions(block_plan, tile)
+            position = position[position < kv_len].long()
+            row, lane = (position < bound[:, None]).nonzero(as_tuple=True)
+            out[at[row], position[lane]] = True
+    return out
+
+
+def order_of(modality_map: ModalityMap, head: HeadPattern) -> tuple[str, np.ndarray]:
+    """In which order a head's pattern lays the tokens out: its name, and int64 [length] the positions in that order.
+
+    Boundaries sort by modality. A grid sorts each image and video by cell, so that what it sees of it is blocks.
+    """
+    patterns = list(head.patterns.values()) if isinstance(head, QBoundary | Boundary2D) else [head]
+    strides = [pattern.stride for pattern in patterns if isinstance(pattern, Grid)]
+    by_modality = isinstance(head, QBoundary | Boundary2D)
+    segment = modality_map.segment_ids.numpy()
+    rank = np.array([_RANK[s.modality] for s in modality_map.segments])[segment] if by_modality else 0 * segment
+    cell = modality_map.cells(strides[0]).numpy() if strides else 0 * segment
+    order = np.lexsort((np.arange(len(segment)), cell, segment, rank))
+    words = [
+        *(["modality by modality"] if by_modality else []),
+        *(
+            [f"each image and video {'cell by cell' if strides[0] == 'frame' else 'column by column'}"]
+            if strides
+            else []
+        ),
+    ]
+    return ", ".join(words) or "as it is: this pattern moves nothing", order
