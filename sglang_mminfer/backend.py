@@ -42,13 +42,14 @@ def create_backend(runner: Any) -> Any:
     """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    backend = ATTENTION_BACKENDS[config.dense_backend_name(runner.server_args, runner.device)](runner)
+    name = config.dense_backend_name(runner.server_args, runner.device)
+    backend = ATTENTION_BACKENDS[name](runner)
     if runner.is_draft_worker:  # a draft model's head config would be another one: dense
         return backend
     config.announce_once(runner)
     dense: Any = type(backend)
     backend.__class__ = _sparse_class(dense)
-    backend.mminfer = SparsePrefill(runner)
+    backend.mminfer = SparsePrefill(runner, name)
     return backend
 
 
@@ -204,7 +205,7 @@ class SparsePrefill:
     first layer). A layer's plan is made when the layer runs, and shared with all layers whose heads do the same.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, dense_backend: str) -> None:
         from sglang.srt.runtime_context import get_parallel
 
         hf_config = runner.model_config.hf_config
@@ -221,7 +222,7 @@ class SparsePrefill:
         self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self._num_layers))
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
-        self._dense_backend = config.dense_backend_name(runner.server_args, runner.device)
+        self._dense_backend = dense_backend
         self._executor = executors.name_for(config.executor(), self.device)
         self._unfit = None if self._all_dense else self._why_unfit(runner)
         self._batch: _Batch | None = None

@@ -40,7 +40,10 @@ QUIET_ENVIRONMENT = {
 """What every server gets. Whoever serves a model by its hub name overrides the first two."""
 
 # What the caller's shell may have set for a server of its own, and must not leak into one of ours.
-NOT_INHERITED = ("SGLANG_MMINFER_CONFIG", "SGLANG_MMINFER_TRACE", "SGLANG_MMINFER_AUDIT", "SGLANG_MMINFER_INSPECT")
+NOT_INHERITED = (
+    *("SGLANG_MMINFER_CONFIG", "SGLANG_MMINFER_TRACE", "SGLANG_MMINFER_AUDIT", "SGLANG_MMINFER_INSPECT"),
+    *("SGLANG_MMINFER_EXECUTOR", "SGLANG_MMINFER_DENSE_HEADS", "SGLANG_MMINFER_SEARCH"),
+)
 
 # Ends a process group as soon as its own standard input closes, which it does when whoever holds it dies.
 WATCHER = 'read _; kill -s KILL -- "-$0" 2>/dev/null'

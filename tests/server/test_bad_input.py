@@ -247,7 +247,8 @@ def prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "trace.jsonl"))
     monkeypatch.setenv("SGLANG_MMINFER_CONFIG", "test_grid_frame")
     monkeypatch.setattr(
-        "sglang.srt.runtime_context.get_parallel", lambda: SimpleNamespace(attn_tp_rank=0, tp_rank=0, tp_size=1)
+        "sglang.srt.runtime_context.get_parallel",
+        lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1, tp_rank=0, tp_size=1),
     )
     runner = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(model), num_hidden_layers=2),
@@ -256,7 +257,7 @@ def prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
         token_to_kv_pool=None,
         device="cpu",
     )
-    return SparsePrefill(runner)
+    return SparsePrefill(runner, "torch_native")
 
 
 @pytest.mark.parametrize("name", BAD_GEOMETRY)
