@@ -14,7 +14,7 @@ from sglang_mminfer.search.allocate import Table, at_price, equal_budget, within
 from sglang_mminfer.search.candidates import candidates
 from sglang_mminfer.search.measure import LayerProbe, cell_masses
 
-CHAT = conversation(200, (24, 4, 4), 200, (16, 4, 4), 130)  # 1170 tokens: two videos of 16 cells among text
+CHAT = conversation(260, (28, 4, 4), 260, (20, 4, 4), 150)  # 1438 tokens: two videos of 16 cells among text
 CELLS = CHAT.cells("frame")
 D = 64
 LOUD = 14.0  # score of what a row looks for, against about 0 of everything else
