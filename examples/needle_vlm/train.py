@@ -1,7 +1,7 @@
 """Trains a small Qwen2.5-VL to find needles, on one processor core, and writes it as a checkpoint.
 
     python examples/needle_vlm/train.py video --out NEW_FOLDER
-    python examples/needle_vlm/train.py mixed --out NEW_FOLDER --start-from examples/needle_vlm/video
+    python examples/needle_vlm/train.py mixed --out NEW_FOLDER --start-from examples/needle_vlm/video --words-from-cards
 
 Each step is a batch of fresh conversations (sglang_mminfer/evaluation/needles/task.py), drawn from the seed, the
 step's number and the place in the curriculum alone. The state (weights, optimizer, place in the curriculum) is kept in
@@ -122,7 +122,6 @@ def losses(
     group: list[sequence.Sequence],
     vocabulary: sequence.Vocabulary,
     random: np.random.Generator,
-    crowd: float,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Named losses; and for each question whether it was answered right, and whether it was about a relay."""
     length = max(len(item.ids) for item in group)
@@ -162,18 +161,7 @@ def losses(
             trained = network.encode_windows(model, windows[learned], corners[learned])
             cells = cells.index_put((learned.nonzero()[:, 0],), trained.view(-1, 16, embeddings.shape[-1]))
         embeddings = embeddings.index_put((vision,), cells.flatten(0, 1))
-    mask = None
-    if crowd > 1:
-        # Each token of haystack weighs as much as up to `crowd`, in every softmax: a long haystack for little time.
-        hay = torch.isin(ids, torch.tensor([vocabulary.image_pad, vocabulary.video_pad, *vocabulary.hay]))
-        hay.view(-1)[needles[:, 0]] = False
-        weight = hay.float() * math.log(crowd ** random.random())
-        mask = (
-            weight[:, None, None]
-            .expand(-1, 1, length, -1)
-            .masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
-        )
-    states = network.run_layers(model, embeddings.view(len(group), length, -1), positions, mask)
+    states = network.run_layers(model, embeddings.view(len(group), length, -1), positions)
     first, middle, last = (state.flatten(0, 1) for state in (states[1], states[-2], states[-1]))
 
     digits = torch.tensor([vocabulary.digit[digit] for digit in task.DIGITS])
@@ -232,7 +220,6 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=checkpoint.SIZES["hidden"])
     parser.add_argument("--level", type=int, default=0, help="of the curriculum, to start at")
     parser.add_argument("--spacing", type=float, nargs=2, default=(0.17, 16.0), help="seconds from pair to pair")
-    parser.add_argument("--crowd", type=float, default=1.0, help="tokens of haystack that one stands for, at most")
     parser.add_argument("--log-every", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -288,7 +275,7 @@ def main() -> int:
         random = np.random.default_rng((options.seed, 0, progress.step))
         bank.at(progress.step)
         group = batch(options.task, progress.level, options.tokens, tuple(options.spacing), random, vocabulary, bank)
-        found, right, relay = losses(model, helpers, group, vocabulary, random, options.crowd)
+        found, right, relay = losses(model, helpers, group, vocabulary, random)
         share = progress.step / options.steps
         late = max(0.0, (share - 0.6) / 0.4)
         loss = sum(value * (WEIGHTS[name][late > 0]) for name, value in found.items())
