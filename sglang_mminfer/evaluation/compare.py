@@ -33,6 +33,7 @@ from sglang_mminfer.evaluation.niah_command import (
     server_flags,
     settings_of,
     unique,
+    wide_console,
     write_json,
 )
 from sglang_mminfer.evaluation.niah_figure import TITLES, draw
@@ -87,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0, 1 if a server did not start or did not answer, 2 for wrong arguments."""
-    console = Console()
+    console = wide_console()
     try:
         Comparison(options, console).run()
         return 0
@@ -312,7 +313,7 @@ def markdown(rows: list[list[str]]) -> str:
 def rich_table(rows: list[list[str]]) -> Table:
     shown = Table(title="Needles found, and what it took", title_justify="left")
     for i, name in enumerate(rows[0]):
-        shown.add_column(name.replace(", ", "\n"), justify="right" if i else "left")
+        shown.add_column(name.replace(", ", "\n"), justify="right" if i else "left", no_wrap=True)
     for row in rows[1:]:
         shown.add_row(*row)
     return shown

@@ -91,7 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0, or 1 if a server gave no answer at all or could not be asked, or 2 for wrong arguments."""
-    console = Console()
+    console = wide_console()
     try:
         return _run(options, console)
     except Refused as error:
@@ -154,6 +154,11 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     for name in silent:
         console.print(f"error: {name} answered nothing: {heard[name][0].error}", style="bold red", markup=False)
     return 1 if silent else 0
+
+
+def wide_console() -> Console:
+    """Room for a table where the output is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 180)
 
 
 def server_flags(options: argparse.Namespace, kit: kits.Kit) -> list[str]:
@@ -260,10 +265,10 @@ def ask_with_progress(target: Target, media: Media, concurrency: int, console: C
 def table(heard: dict[str, list[Answer]], settings: Settings) -> Table:
     """Right answers by server, task and length."""
     shown = Table(title="Needles found", title_justify="left")
-    shown.add_column("server")
+    shown.add_column("server", no_wrap=True)
     for task in settings.tasks:
         for length in settings.lengths:
-            shown.add_column(f"{TITLES[task]}\n{length:,}", justify="right")
+            shown.add_column(f"{TITLES[task]}\n{length:,}", justify="right", no_wrap=True)
     shown.add_column("errors", justify="right")
     for name, answers in heard.items():
         row = [
