@@ -152,6 +152,7 @@ def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Pa
             shown_wait("starting the server") as progress,
             Server(options.model_path, *flags, env=env, progress=progress) as server,
         ):
+            server.flush_cache()  # the warm-up left the beginning of the chat template there
             server.client().chat.completions.create(
                 model="default", messages=messages, max_tokens=1, temperature=0, extra_body={"rid": RID}
             )
@@ -202,6 +203,10 @@ def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path,
     path = save(figures.overview_figure(*overview, layers=layers), out / "overview.png", dpi=130)
     page.picture(path, "density, recall and error of all heads")
 
+    page.note(
+        "The pictures of single heads follow. Above the tokens stand in the order of the prompt, below in the order in "
+        "which the head's pattern lays them out, rows and keys alike. White: no causal pairs. Bands: the modality."
+    )
     for layer, head in heads:
         source = folder / f"head-{layer}-{head}.npz"
         pattern = config.patterns(layer)[head]
@@ -217,7 +222,8 @@ def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path,
         )
         path = save(figures.head_figure(data, modality_map), out / f"head-{layer}-{head}.png", dpi=110)
         page.picture(path, f"attention and visited tiles of layer {layer}, head {head}")
-        reasons = reasons_by_row(modality_map, pattern, config.defaults.dense_below, data.visited_by_row, ran_dense)
+        below = config.defaults.dense_below
+        reasons = reasons_by_row(modality_map, pattern, below, data.visited_by_row, data.first_row, ran_dense)
         path = save(figures.rows_figure(data, modality_map, reasons), out / f"rows-{layer}-{head}.png", dpi=110)
         page.picture(path, f"recall and density along the prompt, layer {layer}, head {head}")
         page.table(
@@ -236,7 +242,8 @@ def _load(source: Path, layer: int, head: int, words: str, order: np.ndarray) ->
             for key in ("original", "permuted")
         }
         rows = {what: saved[what] for what in ("position", "recall", "error", "norm", "visited_by_row")}
-        return HeadData(layer, head, words, str(saved["order_name"]), order, squares, **rows)
+        first = int(saved["first_row"])
+        return HeadData(layer, head, words, str(saved["order_name"]), order, squares, **rows, first_row=first)
 
 
 def _overview(folder: Path) -> tuple[list[int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
