@@ -219,7 +219,7 @@ class Capture:
         if self.place.rank == 0:
             (self.folder / MAP).write_bytes(msgspec.json.encode(self._map.segments))
         # Last of all, and whole at once: the other side waits for it.
-        target = self.folder / f"overview-{self.place.rank}.json"
+        target = self.folder / f"overview-{self.place.rank}-of-{self.place.ranks}.json"
         partial = target.with_suffix(".part")
         partial.write_bytes(msgspec.json.encode(overview))
         os.replace(partial, target)

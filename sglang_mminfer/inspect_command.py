@@ -164,12 +164,22 @@ def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Pa
 def _wait_for_answer(folder: Path) -> None:
     """The server answers a moment before the last rank has written."""
     until = time.monotonic() + 30
-    while not (folder / "overview-0.json").exists():
+    while not _complete(folder):
         if time.monotonic() > until:
             records = [r for r in read_trace(folder / "trace.jsonl") if r.rid == RID]
             reasons = sorted({r.dense_reason or "sparse" for r in records})
             raise InspectError(f"nothing was taken down of this prompt; it ran: {', '.join(reasons) or 'not at all'}")
         time.sleep(0.1)
+
+
+def _overviews(folder: Path) -> list[Path]:
+    """What the ranks wrote, in their order."""
+    return sorted(folder.glob("overview-*.json"), key=lambda path: int(path.stem.split("-")[1]))
+
+
+def _complete(folder: Path) -> bool:
+    found = _overviews(folder)
+    return bool(found) and len(found) == int(found[0].stem.split("-")[3])
 
 
 def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path, title: str) -> Path:
@@ -248,7 +258,7 @@ def _load(source: Path, layer: int, head: int, words: str, order: np.ndarray) ->
 
 def _overview(folder: Path) -> tuple[list[int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The layers, and density, recall and error [layers, heads], of all ranks."""
-    ranks = [json.loads(p.read_text()) for p in sorted(folder.glob("overview-*.json"), key=lambda p: int(p.stem[9:]))]
+    ranks = [json.loads(path.read_text()) for path in _overviews(folder)]
     layers = sorted(int(layer) for layer in ranks[0])
 
     def mosaic(what: str) -> np.ndarray:
