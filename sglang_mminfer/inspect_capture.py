@@ -61,6 +61,7 @@ class _Head:
 
     order_name: str
     sides: dict[str, _Side]
+    first_row: int  # below it, tokens came from the cache
     position: list[torch.Tensor] = field(default_factory=list)
     recall: list[torch.Tensor] = field(default_factory=list)
     error: list[torch.Tensor] = field(default_factory=list)
@@ -138,7 +139,7 @@ class Capture:
         name = (view.layer_id, view.first_head + head)
         device = view.q.device
         if name not in self._heads:
-            self._heads[name] = self._new_head(view.patterns[head], device)
+            self._heads[name] = self._new_head(view.patterns[head], own.prefix_len, device)
         taken = self._heads[name]
         everything = torch.arange(own.prefix_len + 1, own.seq_len + 1, device=device)
         dense = view.plan is None or head in view.stock_heads
@@ -181,7 +182,7 @@ class Capture:
         taken.error.append((view.out[rows, head].float() - o).norm(dim=1).cpu())
         taken.norm.append(o.norm(dim=1).cpu())
 
-    def _new_head(self, pattern: HeadPattern, device: torch.device) -> _Head:
+    def _new_head(self, pattern: HeadPattern, first_row: int, device: torch.device) -> _Head:
         assert self._map is not None
         length = self._map.length
         bins = min(self.request.bins, length)
@@ -192,7 +193,7 @@ class Capture:
             bin_of[torch.from_numpy(positions)] = torch.arange(length) * bins // length
             zeros = [torch.zeros(bins, bins, dtype=torch.float64, device=device) for _ in range(4)]
             sides[key] = _Side(bin_of.to(device), *zeros)
-        return _Head(name, sides)
+        return _Head(name, sides, first_row)
 
     def _write(self) -> None:
         assert self._map is not None
@@ -205,7 +206,7 @@ class Capture:
             for what in ("position", "recall", "error", "norm"):
                 arrays[what] = torch.cat(getattr(taken, what)).numpy()
             arrays["visited_by_row"] = torch.cat(self._visited[name]).numpy()
-            arrays["order_name"] = taken.order_name
+            arrays["order_name"], arrays["first_row"] = taken.order_name, taken.first_row
             np.savez_compressed(self.folder / f"head-{name[0]}-{name[1]}.npz", **arrays)
         overview = {}
         for number, layer in self._layers.items():
@@ -218,7 +219,7 @@ class Capture:
         if self.place.rank == 0:
             (self.folder / MAP).write_bytes(msgspec.json.encode(self._map.segments))
         # Last of all, and whole at once: the other side waits for it.
-        target = self.folder / f"overview-{self.place.rank}.json"
+        target = self.folder / f"overview-{self.place.rank}-of-{self.place.ranks}.json"
         partial = target.with_suffix(".part")
         partial.write_bytes(msgspec.json.encode(overview))
         os.replace(partial, target)

@@ -152,6 +152,7 @@ def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Pa
             shown_wait("starting the server") as progress,
             Server(options.model_path, *flags, env=env, progress=progress) as server,
         ):
+            server.flush_cache()  # the warm-up left the beginning of the chat template there
             server.client().chat.completions.create(
                 model="default", messages=messages, max_tokens=1, temperature=0, extra_body={"rid": RID}
             )
@@ -163,12 +164,22 @@ def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Pa
 def _wait_for_answer(folder: Path) -> None:
     """The server answers a moment before the last rank has written."""
     until = time.monotonic() + 30
-    while not (folder / "overview-0.json").exists():
+    while not _complete(folder):
         if time.monotonic() > until:
             records = [r for r in read_trace(folder / "trace.jsonl") if r.rid == RID]
             reasons = sorted({r.dense_reason or "sparse" for r in records})
             raise InspectError(f"nothing was taken down of this prompt; it ran: {', '.join(reasons) or 'not at all'}")
         time.sleep(0.1)
+
+
+def _overviews(folder: Path) -> list[Path]:
+    """What the ranks wrote, in their order."""
+    return sorted(folder.glob("overview-*.json"), key=lambda path: int(path.stem.split("-")[1]))
+
+
+def _complete(folder: Path) -> bool:
+    found = _overviews(folder)
+    return bool(found) and len(found) == int(found[0].stem.split("-")[3])
 
 
 def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path, title: str) -> Path:
@@ -202,6 +213,10 @@ def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path,
     path = save(figures.overview_figure(*overview, layers=layers), out / "overview.png", dpi=130)
     page.picture(path, "density, recall and error of all heads")
 
+    page.note(
+        "The pictures of single heads follow. Above the tokens stand in the order of the prompt, below in the order in "
+        "which the head's pattern lays them out, rows and keys alike. White: no causal pairs. Bands: the modality."
+    )
     for layer, head in heads:
         source = folder / f"head-{layer}-{head}.npz"
         pattern = config.patterns(layer)[head]
@@ -217,7 +232,8 @@ def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path,
         )
         path = save(figures.head_figure(data, modality_map), out / f"head-{layer}-{head}.png", dpi=110)
         page.picture(path, f"attention and visited tiles of layer {layer}, head {head}")
-        reasons = reasons_by_row(modality_map, pattern, config.defaults.dense_below, data.visited_by_row, ran_dense)
+        below = config.defaults.dense_below
+        reasons = reasons_by_row(modality_map, pattern, below, data.visited_by_row, data.first_row, ran_dense)
         path = save(figures.rows_figure(data, modality_map, reasons), out / f"rows-{layer}-{head}.png", dpi=110)
         page.picture(path, f"recall and density along the prompt, layer {layer}, head {head}")
         page.table(
@@ -236,12 +252,13 @@ def _load(source: Path, layer: int, head: int, words: str, order: np.ndarray) ->
             for key in ("original", "permuted")
         }
         rows = {what: saved[what] for what in ("position", "recall", "error", "norm", "visited_by_row")}
-        return HeadData(layer, head, words, str(saved["order_name"]), order, squares, **rows)
+        first = int(saved["first_row"])
+        return HeadData(layer, head, words, str(saved["order_name"]), order, squares, **rows, first_row=first)
 
 
 def _overview(folder: Path) -> tuple[list[int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The layers, and density, recall and error [layers, heads], of all ranks."""
-    ranks = [json.loads(p.read_text()) for p in sorted(folder.glob("overview-*.json"), key=lambda p: int(p.stem[9:]))]
+    ranks = [json.loads(path.read_text()) for path in _overviews(folder)]
     layers = sorted(int(layer) for layer in ranks[0])
 
     def mosaic(what: str) -> np.ndarray:

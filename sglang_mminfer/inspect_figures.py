@@ -24,7 +24,7 @@ LEAST = 1e-4
 """Shares of a row's attention below this are drawn as this."""
 
 REASON_COLOURS = dict(
-    zip(REASONS, ("#7f7f7f", "#222222", "#aaaaaa", "#bcbd22", "#e69f00", "#d55e00", "#cc79a7", "#8c564b", "#56b4e9"))
+    zip(REASONS, ("#7f7f7f", "#222222", "#aaaaaa", "#bcbd22", "#6a51a3", "#d55e00", "#cc79a7", "#8c564b", "#56b4e9"))
 )
 ROW_BINS = 160
 
@@ -44,6 +44,8 @@ class HeadData:
     error: np.ndarray
     norm: np.ndarray
     visited_by_row: np.ndarray
+    """int64: keys visited by each row from `first_row` on; rows before it came from the cache."""
+    first_row: int = 0
 
     @property
     def title(self) -> str:
@@ -52,8 +54,12 @@ class HeadData:
     @property
     def density(self) -> float:
         """Visited over causal pairs, of all rows."""
-        rows = len(self.visited_by_row)
-        return float(self.visited_by_row.sum() / (rows * (rows + 1) / 2)) if rows else 1.0
+        return float(self.visited_by_row.sum() / max(int(self.causal_by_row.sum()), 1))
+
+    @property
+    def causal_by_row(self) -> np.ndarray:
+        """int64: keys that each of these rows may see."""
+        return self.first_row + 1 + np.arange(len(self.visited_by_row))
 
     @property
     def mean_recall(self) -> float:
@@ -134,7 +140,7 @@ def head_figure(data: HeadData, modality_map: ModalityMap) -> Figure:
     columns: tuple[tuple[str, str, Any, Any, str], ...] = (
         ("real attention", "mass", "magma", LogNorm(LEAST, 1), "share of a row's attention in the square"),
         ("visited", "visited", visited_colours, PowerNorm(0.5, 0, 1), "share of the causal pairs that is visited"),
-        ("attention that was not visited", "lost", "Reds", LogNorm(LEAST, 1), "share of a row's attention, lost"),
+        ("lost attention", "lost", "Reds", LogNorm(LEAST, 1), "share of a row's attention, lost"),
     )
     axes = figure.subplots(2, 3)
     length = modality_map.length
@@ -185,8 +191,9 @@ def rows_figure(data: HeadData, modality_map: ModalityMap, reasons: np.ndarray) 
     recall.set_title("each dot is a sampled row", fontsize=9, loc="left")
     edges = np.unique(np.linspace(0, length, min(ROW_BINS, length) + 1).astype(int))
     left, width = edges[:-1], np.diff(edges)
-    visited = data.visited_by_row / np.arange(1, length + 1)
-    share.bar(left, np.add.reduceat(visited, left) / width, width, align="edge", color="#0b3c6f", lw=0)
+    places = left + data.first_row
+    visited = data.visited_by_row / data.causal_by_row
+    share.bar(places, np.add.reduceat(visited, left) / width, width, align="edge", color="#0b3c6f", lw=0)
     share.set_ylim(0, 1.05)
     share.set_ylabel("keys visited\n(share of\ncausal)", fontsize=9)
     bottom = np.zeros(len(left))
@@ -194,7 +201,7 @@ def rows_figure(data: HeadData, modality_map: ModalityMap, reasons: np.ndarray) 
     for reason in REASONS:
         part = np.add.reduceat((reasons == reason).astype(float), left) / width
         if part.any():
-            why.bar(left, part, width, bottom=bottom, align="edge", color=REASON_COLOURS[reason], lw=0)
+            why.bar(places, part, width, bottom=bottom, align="edge", color=REASON_COLOURS[reason], lw=0)
             bottom, seen = bottom + part, [*seen, reason]
     why.set_ylim(0, 1.05)
     why.set_ylabel("rows that see\neverything\n(share)", fontsize=9)

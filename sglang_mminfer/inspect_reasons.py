@@ -35,16 +35,17 @@ class Why:
 
 
 def reasons_by_row(
-    modality_map: ModalityMap, head: HeadPattern, dense_below: int, visited: np.ndarray, ran_dense: bool
+    modality_map: ModalityMap, head: HeadPattern, dense_below: int, visited: np.ndarray, first_row: int, ran_dense: bool
 ) -> np.ndarray:
-    """str [length]: for each row the reason why it saw all keys, or SPARSE.
+    """str [rows]: for each row the reason why it saw all keys, or SPARSE.
 
     Args:
-        visited: int64 [length], how many keys each row visited. ran_dense: nothing ran sparse here.
+        visited: int64 [rows], how many keys each row visited, from position `first_row` on.
+        ran_dense: nothing ran sparse here.
     """
-    position = np.arange(len(visited))
+    position = first_row + np.arange(len(visited))
     everything = visited >= position + 1
-    text = modality_map.members(Modality.TEXT).numpy()[: len(visited)]
+    text = modality_map.members(Modality.TEXT).numpy()[position]
     after_vision = text & (position > modality_map.first_vision)
     never = np.zeros(len(visited), dtype=bool)
     holds = {
@@ -61,7 +62,7 @@ def reasons_by_row(
     if isinstance(head, AShape | TriShape | Grid):
         holds[START] = position < head.sink + head.local + BLOCK_K + BLOCK_Q
     if isinstance(head, Grid):
-        cells = modality_map.cells(head.stride).numpy()[: len(visited)]
+        cells = modality_map.cells(head.stride).numpy()[position]
         holds[PHASE] = (cells == head.phase) if head.h else never
         holds[NO_RASTER] = ~text & (cells < 0)
     order = REASONS

@@ -94,7 +94,7 @@ def prefill(config: str, monkeypatch: pytest.MonkeyPatch, *observers: observe.Ob
         token_to_kv_pool=pool,
         device="cpu",
     )
-    found = SparsePrefill(runner)
+    found = SparsePrefill(runner, "torch_native")
     for observer in observers:
         found.observers.add(observer)
     return found
