@@ -11,7 +11,7 @@ from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.plan import BLOCK_K, BLOCK_Q
 from sglang_mminfer.patterns.spec import AShape, Boundary2D, Dense, Grid, HeadPattern, Pattern, QBoundary, TriShape
 
-SPARSE = "sparse"
+SPARSE = "no reason: these left keys out"
 ALL_DENSE = "the whole layer or request ran dense"
 BELOW = "below dense_below"
 HEAD = "dense by config"
