@@ -412,38 +412,38 @@ class SparsePrefill:
         batch.attn_s += now - start
         batch.forward_s = now - batch.started
         if self.observers:
-            self._show(batch, q, layer, kwargs, o)
+            self.observers.show(lambda: self._view(batch, q, layer, kwargs, o))
         batch.ran = None
         if layer.layer_id == self._last_layer - 1:
             self.end()
 
-    def _show(self, batch: _Batch, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], o: torch.Tensor) -> None:
-        """Show observers a layer that is plain causal attention over the pool, sparse or not."""
+    def _view(
+        self, batch: _Batch, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], o: torch.Tensor
+    ) -> observe.LayerView | None:
+        """What observers see of a layer that is plain causal attention over the pool, sparse or not; else None."""
         if self._layer_reason(q, layer, kwargs, batch) not in (None, "layer_dense_config"):
-            return
+            return None
         requests = tuple(request.view() for request in batch.requests if request.slots is not None)
         if not requests:
-            return
+            return None
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
         count, heads = layer.tp_q_head_num, self._heads_of(layer)
         plan, lse = batch.ran or (None, None)
         first = self.rank * count
         q = q.view(-1, count, layer.qk_head_dim)
-        self.observers.layer(
-            observe.LayerView(
-                layer_id=layer.layer_id,
-                first_head=first,
-                q=q,
-                k_cache=k_cache,
-                v_cache=v_cache,
-                sm_scale=layer.scaling,
-                requests=requests,
-                patterns=tuple(self.head_config.patterns(layer.layer_id)[first : first + count]),
-                stock_heads=tuple(h for h, pattern in enumerate(heads.planned) if pattern is None) if plan else (),
-                out=o.view(q.shape),
-                plan=plan,
-                lse=lse,
-            )
+        return observe.LayerView(
+            layer_id=layer.layer_id,
+            first_head=first,
+            q=q,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            sm_scale=layer.scaling,
+            requests=requests,
+            patterns=tuple(self.head_config.patterns(layer.layer_id)[first : first + count]),
+            stock_heads=tuple(h for h, pattern in enumerate(heads.planned) if pattern is None) if plan else (),
+            out=o.view(q.shape),
+            plan=plan,
+            lse=lse,
         )
 
     def _heads_of(self, layer: Any) -> _LayerHeads:

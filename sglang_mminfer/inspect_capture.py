@@ -178,7 +178,7 @@ class Capture:
                 _add(into, what, side.bin_of[position], side.bin_of[: own.seq_len])
         o = weights @ v
         taken.position.append(position.cpu())
-        taken.recall.append((1 - lost.sum(dim=1)).cpu())
+        taken.recall.append((1 - lost.sum(dim=1)).clamp(0, 1).cpu())
         taken.error.append((view.out[rows, head].float() - o).norm(dim=1).cpu())
         taken.norm.append(o.norm(dim=1).cpu())
 

@@ -131,7 +131,7 @@ def from_model(options: argparse.Namespace) -> Path:
         folder = Path(name)
         (folder / REQUEST).write_bytes(msgspec.json.encode(Request(RID, list(heads), rows=options.rows)))
         _ask(options, messages, folder)
-        return draw(folder, config, heads, options.out, f"{options.model_path}, {config.name}")
+        return draw(folder, config, heads, options.out, f"{Path(options.model_path).name}, {config.name}")
 
 
 def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Path) -> None:
@@ -237,7 +237,7 @@ def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path,
         path = save(figures.rows_figure(data, modality_map, reasons), out / f"rows-{layer}-{head}.png", dpi=110)
         page.picture(path, f"recall and density along the prompt, layer {layer}, head {head}")
         page.table(
-            ["rows that saw everything because of", "rows", "share of the visited pairs"],
+            ["why rows saw everything", "rows", "share of the visited pairs"],
             [[why.reason, why.rows, why.pairs] for why in account(reasons, data.visited_by_row)],
         )
     return page.write(out / "inspect.html")

@@ -24,7 +24,10 @@ LEAST = 1e-4
 """Shares of a row's attention below this are drawn as this."""
 
 REASON_COLOURS = dict(
-    zip(REASONS, ("#7f7f7f", "#222222", "#aaaaaa", "#bcbd22", "#6a51a3", "#d55e00", "#cc79a7", "#8c564b", "#56b4e9"))
+    zip(
+        REASONS,
+        ("#7f7f7f", "#222222", "#17becf", "#aaaaaa", "#bcbd22", "#6a51a3", "#d55e00", "#cc79a7", "#8c564b", "#56b4e9"),
+    )
 )
 ROW_BINS = 160
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.plan import BLOCK_K, BLOCK_Q
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape
+from sglang_mminfer.patterns.spec import AShape, Boundary2D, Dense, Grid, HeadPattern, Pattern, QBoundary, TriShape
 
-SPARSE = "sparse"
+SPARSE = "no reason: these left keys out"
 ALL_DENSE = "the whole layer or request ran dense"
 BELOW = "below dense_below"
 HEAD = "dense by config"
+MODALITY = "rows of this modality are dense"
 START = "early: within sink, window and their tiles"
 TEXT = "text after vision"
 PHASE = "grid row on the phase (h)"
 NO_RASTER = "no raster known"
 TAIL = "tail of tri_shape"
-TILES = "rounded up to whole tiles, or all of its pairs"
+TILES = "rounded up to whole tiles, or all pairs together"
 
-REASONS = (BELOW, HEAD, ALL_DENSE, START, TEXT, PHASE, NO_RASTER, TAIL, TILES)
+REASONS = (BELOW, HEAD, MODALITY, ALL_DENSE, START, TEXT, PHASE, NO_RASTER, TAIL, TILES)
 """In the order in which they are looked for: a row counts under the first that holds."""
 
 
@@ -45,29 +47,46 @@ def reasons_by_row(
     """
     position = first_row + np.arange(len(visited))
     everything = visited >= position + 1
-    text = modality_map.members(Modality.TEXT).numpy()[position]
-    after_vision = text & (position > modality_map.first_vision)
-    never = np.zeros(len(visited), dtype=bool)
-    holds = {
-        BELOW: position < dense_below,
-        HEAD: ~never if isinstance(head, Dense) else never,
-        ALL_DENSE: ~never if ran_dense else never,
-        START: never,
-        TEXT: after_vision if isinstance(head, Grid | TriShape) else never,
-        PHASE: never,
-        NO_RASTER: never,
-        TAIL: position >= modality_map.length - head.tail if isinstance(head, TriShape) else never,
-        TILES: ~never,
-    }
-    if isinstance(head, AShape | TriShape | Grid):
-        holds[START] = position < head.sink + head.local + BLOCK_K + BLOCK_Q
-    if isinstance(head, Grid):
-        cells = modality_map.cells(head.stride).numpy()[position]
-        holds[PHASE] = (cells == head.phase) if head.h else never
-        holds[NO_RASTER] = ~text & (cells < 0)
-    order = REASONS
-    found = np.select([holds[reason] for reason in order], list(order), default=TILES)
+    holds = {reason: np.zeros(len(visited), dtype=bool) for reason in REASONS}
+    holds[BELOW] = position < dense_below
+    holds[ALL_DENSE][:] = ran_dense
+    holds[TILES][:] = True
+    for modality in (Modality.TEXT, Modality.IMAGE, Modality.VIDEO):
+        mine = modality_map.members(modality).numpy()[position]
+        patterns = _patterns_of(head, modality)
+        if all(isinstance(pattern, Dense) for pattern in patterns):
+            holds[HEAD if isinstance(head, Dense) else MODALITY] |= mine
+        for pattern in patterns:
+            for reason, rows in _rules(modality_map, pattern, position, modality, pattern is head):
+                holds[reason] |= mine & rows
+    found = np.select([holds[reason] for reason in REASONS], list(REASONS), default=TILES)
     return np.where(everything, found, SPARSE)
+
+
+def _patterns_of(head: HeadPattern, modality: Modality) -> list[Pattern]:
+    """What rows of a modality run; of a boundary that does not name it nothing, which is dense."""
+    if isinstance(head, QBoundary):
+        return [pattern for rows, pattern in head.patterns.items() if rows.covers(modality)]
+    if isinstance(head, Boundary2D):
+        return [pattern for (rows, _), pattern in head.patterns.items() if rows.covers(modality)]
+    return [head]
+
+
+def _rules(
+    modality_map: ModalityMap, pattern: Pattern, position: np.ndarray, modality: Modality, alone: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Rules of a pattern by which rows see everything; `alone`: no boundary speaks before them."""
+    if isinstance(pattern, AShape | TriShape | Grid):
+        yield START, position < pattern.sink + pattern.local + BLOCK_K + BLOCK_Q
+    if isinstance(pattern, TriShape):
+        yield TAIL, position >= modality_map.length - pattern.tail
+    if isinstance(pattern, TriShape | Grid) and alone and modality is Modality.TEXT:
+        yield TEXT, position > modality_map.first_vision
+    if isinstance(pattern, Grid) and modality is not Modality.TEXT:
+        cells = modality_map.cells(pattern.stride).numpy()[position]
+        yield NO_RASTER, cells < 0
+        if pattern.h:
+            yield PHASE, cells == pattern.phase
 
 
 def account(reasons: np.ndarray, visited: np.ndarray) -> list[Why]:

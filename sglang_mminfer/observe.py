@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -118,7 +118,7 @@ class Observers:
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._all = list(observers)
         self.failures = 0
-        self._said: set[type] = set()
+        self._said: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._all)
@@ -126,9 +126,15 @@ class Observers:
     def add(self, observer: Observer) -> None:
         self._all.append(observer)
 
-    def layer(self, view: LayerView) -> None:
-        for observer in self._all:
+    def show(self, make: Callable[[], LayerView | None]) -> None:
+        """Show all of them the view that `make` gives; None: there is nothing to see."""
+        try:
+            view = make()
+        except Exception:
+            return self._failed("the look into a layer")
+        for observer in self._all if view is not None else ():
             self._call(observer, observer.layer, view)
+        return None
 
     def batch_done(self, records: Sequence[PrefillRecord]) -> None:
         for observer in self._all:
@@ -138,10 +144,13 @@ class Observers:
         try:
             what(argument)
         except Exception:
-            self.failures += 1
-            if type(observer) not in self._said:
-                self._said.add(type(observer))
-                logger.exception("mminfer: %s failed; answers are not affected", type(observer).__name__)
+            self._failed(type(observer).__name__)
+
+    def _failed(self, what: str) -> None:
+        self.failures += 1
+        if what not in self._said:
+            self._said.add(what)
+            logger.exception("mminfer: %s failed; answers are not affected", what)
 
 
 def from_environment(place: Place, environ: Mapping[str, str] | None = None) -> Observers:

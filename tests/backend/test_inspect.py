@@ -16,7 +16,7 @@ import pytest
 import torch
 from sglang_mminfer.kernels import reference
 
-from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, audit, inspect_reasons, observe
+from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, QBoundary, audit, inspect_reasons, observe
 from sglang_mminfer import inspect_command as command
 from sglang_mminfer.inspect_capture import REQUEST, Capture, Request, create
 from sglang_mminfer.trace import ENVIRONMENT as TRACE
@@ -126,6 +126,10 @@ def test_reasons_are_those_of_the_config(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(inspect_reasons.reasons_by_row(modality_map, AShape(1, 1), 0, everything, 0, True)) == {
         inspect_reasons.ALL_DENSE
     }
+    boundary = QBoundary({Modality.VIDEO: pattern})
+    found_q = inspect_reasons.reasons_by_row(modality_map, boundary, 50, visited[start:], start, False)
+    assert (found_q[phase[start:]] == inspect_reasons.PHASE).all()
+    assert (found_q[observed.VIDEO[1] + 1 - start :] == inspect_reasons.MODALITY).all()
     account = inspect_reasons.account(found, visited[start:])
     assert sum(why.rows for why in account) == len(found)
     assert sum(why.pairs for why in account) == pytest.approx(1)

@@ -40,7 +40,8 @@ def test_every_layer_is_shown_as_it_ran(config: str, monkeypatch: pytest.MonkeyP
 
 def test_without_an_observer_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = observed.prefill("dense", monkeypatch)
-    monkeypatch.setattr(prefill, "_show", lambda *_: pytest.fail("shown to nobody"))
+    monkeypatch.setattr(prefill, "_view", lambda *_: pytest.fail("shown to nobody"))
+    monkeypatch.setattr(prefill, "_slots", lambda *_: pytest.fail("looked up for nobody"))
     observed.run(prefill, observed.batch())
     assert not prefill.observers
 
@@ -63,6 +64,17 @@ def test_a_failing_observer_is_logged_once_and_counted(
     assert all(torch.equal(a, b) for a, b in zip(good, out))
     assert prefill.observers.failures == 3  # two layers and the batch
     assert sum("Fails failed" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_view_that_cannot_be_made_costs_no_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = observed.Keeps()
+    prefill = observed.prefill("test_a_shape", monkeypatch, watch)
+    monkeypatch.setattr(prefill, "_view", lambda *_: 1 / 0)
+    assert len(observed.run(prefill, observed.batch())) == prefill.observers.failures == 2
+    assert not watch.views and len(watch.records) == 1
+    assert "the look into a layer failed" in caplog.text
 
 
 def test_observer_that_cannot_be_made_is_left_out(
