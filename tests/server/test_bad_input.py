@@ -250,7 +250,6 @@ def prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
         "sglang.srt.runtime_context.get_parallel",
         lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1, tp_rank=0, tp_size=1),
     )
-    monkeypatch.setattr("sglang_mminfer.config.dense_backend_name", lambda *_: "torch_native")
     runner = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(model), num_hidden_layers=2),
         server_args=SimpleNamespace(enable_metrics=False),
