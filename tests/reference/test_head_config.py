@@ -129,7 +129,7 @@ def test_available_hides_the_ones_for_tests():
 
 @pytest.mark.parametrize("name", ["defualt", "", "..", "README", "default\n", "__init__"])
 def test_an_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(HeadConfigError, match="no built-in config has this name; available: .*default, dense"):
+    with pytest.raises(HeadConfigError, match=r"no built-in config has this name; available: .*default, dense"):
         HeadConfig.load(name)
 
 
