@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -124,7 +125,8 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         fields = {k: v for k, v in asdict(self).items() if k not in ("prompt_ids", "records")}
-        prefills = [{name: getattr(r, name) for name in r.__struct_fields__ if name != "rid"} for r in self.records]
+        records = [msgspec.to_builtins(record) for record in self.records]
+        prefills = [{name: value for name, value in record.items() if name != "rid"} for record in records]
         return {**fields, "new_tokens": self.new_tokens, "density": self.density, "prefills": prefills}
 
 
