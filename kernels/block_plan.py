@@ -112,25 +112,36 @@ class BlockPlan:
         """int32 [T]: the row of `hidden_lanes` that belongs to a tile's first picked key tile."""
         return (self.num_picked.cumsum(0) - self.num_picked).to(torch.int32)
 
+    def visits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [nnz] twice: the query tile of each visit, and the visit's number in its tile. Waits for the device."""
+        counts = self.block_indptr.diff().long()
+        tile = torch.repeat_interleave(torch.arange(self.num_tiles, device=counts.device), counts)
+        return tile, torch.arange(len(tile), device=tile.device) - self.block_indptr[:-1].long()[tile]
+
+    def visited_blocks(self, tile: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """int64, shaped like `number`: the key tiles of these visits."""
+        return self.block_indices[self.block_indptr[tile].long() + number].long()
+
+    def visited_positions(self, tile: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """int32 [visits, block_k]: positions of the keys of these visits; PAD_POSITION for lanes that do not count."""
+        positions = self.keys.kv_pos.view(-1, self.block_k)[self.visited_blocks(tile, number)]
+        picked = number - (self.block_indptr.diff() - self.num_picked)[tile]  # from 0 on for picked key tiles
+        lanes = self.hidden_lanes[(self.picked_start[tile] + picked).long()[picked >= 0]]
+        positions[picked >= 0] = positions[picked >= 0].masked_fill(unpack_lanes(lanes, self.block_k), PAD_POSITION)
+        return positions
+
     def count_masked(self, tile_of_row: torch.Tensor) -> torch.Tensor:
         """int64 [R]: how many keys of its partial and picked key tiles each row sees."""
-        tiles = torch.arange(self.num_tiles, device=self.q_rows.device)
-        masked = self.block_indptr.diff() - self.num_full
-        tile = torch.repeat_interleave(tiles, masked)
-        if not len(tile):
-            return torch.zeros_like(tile_of_row)
-        indptr = torch.nn.functional.pad(masked.cumsum(0), (1, 0))
-        number = torch.arange(len(tile), device=tile.device) - indptr[tile]  # of a masked visit in its tile
-        visit = self.block_indptr[:-1].long()[tile] + self.num_full[tile] + number
-        bounds = self.keys.kv_pos.view(-1, self.block_k)[self.block_indices[visit].long()]
-        picked = number - (masked - self.num_picked)[tile]
-        lanes = self.hidden_lanes[(self.picked_start[tile] + picked).long()[picked >= 0]]
-        bounds[picked >= 0] = bounds[picked >= 0].masked_fill(unpack_lanes(lanes, self.block_k), PAD_POSITION)
+        tile, number = self.visits()
+        masked = number >= self.num_full[tile]
+        tile, bounds = tile[masked], self.visited_positions(tile[masked], number[masked])
+        count = torch.bincount(tile, minlength=self.num_tiles)
+        before = count.cumsum(0) - count
         # Sort the bounds of each tile's keys at once: a row's count is where its own bound falls among them.
         size = PAD_POSITION + 1
         packed = (tile[:, None] * size + bounds).flatten().sort().values
         below = torch.searchsorted(packed, tile_of_row * size + self.q_stop)
-        return below - indptr[tile_of_row] * self.block_k
+        return below - before[tile_of_row] * self.block_k
 
     @cached_property
     def batches(self) -> list[TileBatch]:

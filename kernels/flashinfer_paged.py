@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from .block_plan import PAD_POSITION, BlockPlan, PrefillPlan, unpack_lanes
+from .block_plan import PAD_POSITION, BlockPlan, PrefillPlan
 
 BACKENDS = ("auto", "fa2", "fa3")
 HEAD_DIMS = (64, 128, 256)  # those that both fa2 and fa3 are instantiated for
@@ -334,17 +334,9 @@ def _visited_lanes(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
     Hidden lanes are given the position of padding, which no row sees.
     """
-    counts = plan.block_indptr.diff()
-    tiles = torch.arange(plan.num_tiles, device=counts.device)
-    tile = torch.repeat_interleave(tiles, counts)
-    visit = torch.arange(len(tile), device=counts.device)
-    blocks = plan.block_indices[: len(tile)].long()
-    slots, position = (x.view(-1, plan.block_k)[blocks] for x in (plan.keys.kv_slots, plan.keys.kv_pos))
-    picked = visit - (plan.block_indptr[1:] - plan.num_picked)[tile]  # from 0 on for picked key tiles
-    lanes = (plan.picked_start[tile] + picked)[picked >= 0]
-    hidden = unpack_lanes(plan.hidden_lanes[lanes], plan.block_k)
-    position[picked >= 0] = position[picked >= 0].masked_fill(hidden, PAD_POSITION)
-    return tile, slots, position
+    tile, number = plan.visits()
+    slots = plan.keys.kv_slots.view(-1, plan.block_k)[plan.visited_blocks(tile, number)]
+    return tile, slots, plan.visited_positions(tile, number)
 
 
 def _requests_of(

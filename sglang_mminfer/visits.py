@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, PrefillPlan, unpack_lanes
+from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.spec import Boundary2D, Grid, HeadPattern, QBoundary
 
@@ -14,14 +14,8 @@ _RANK = {Modality.TEXT: 0, Modality.IMAGE: 1, Modality.VIDEO: 2}
 
 def tile_positions(plan: BlockPlan, tile: int) -> torch.Tensor:
     """int32 [lanes]: positions of all keys a query tile visits; PAD_POSITION for lanes that do not count."""
-    blocks = plan.block_indices[int(plan.block_indptr[tile]) : int(plan.block_indptr[tile + 1])].long()
-    lanes = (blocks[:, None] * plan.block_k + torch.arange(plan.block_k, device=blocks.device)).flatten()
-    position = plan.keys.kv_pos[lanes]
-    if picked := int(plan.num_picked[tile]):
-        first = int(plan.picked_start[tile])
-        hidden = unpack_lanes(plan.hidden_lanes[first : first + picked], plan.block_k).flatten()
-        position[-len(hidden) :].masked_fill_(hidden, PAD_POSITION)
-    return position
+    number = torch.arange(int(plan.block_indptr[tile + 1] - plan.block_indptr[tile]), device=plan.q_rows.device)
+    return plan.visited_positions(torch.full_like(number, tile), number).flatten()
 
 
 def visited_rows(plan: PrefillPlan, head: int, rows: torch.Tensor, kv_len: int) -> torch.Tensor:

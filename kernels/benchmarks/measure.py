@@ -122,12 +122,10 @@ def index_bytes(plan: PrefillPlan) -> int:
 
 def visits(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """int64 [visits] three times: the query tile, the key tile, and 0 for full, 1 for partial, 2 for picked."""
-    counts = plan.block_indptr.diff().long()
-    total = int(counts.sum())
-    tile = torch.repeat_interleave(torch.arange(plan.num_tiles, device=counts.device), counts)
-    number = torch.arange(total, device=counts.device) - plan.block_indptr[:-1].long()[tile]
-    kind = (number >= plan.num_full[tile]).long() + (number >= (counts - plan.num_picked)[tile]).long()
-    return tile, plan.block_indices[:total].long(), kind
+    tile, number = plan.visits()
+    visited = plan.block_indptr.diff()
+    kind = (number >= plan.num_full[tile]).long() + (number >= (visited - plan.num_picked)[tile]).long()
+    return tile, plan.visited_blocks(tile, number), kind
 
 
 def describe_card() -> dict[str, Any]:

@@ -8,16 +8,14 @@ tile by tile, and sums them both ways where they are. No atomics: a tile's diago
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
+from ..torch_gather import LOG2_E
 from . import interpreted
 from .configurations import Configuration
 
-LOG2_E = 1 / math.log(2)
 BLOCK = 64  # rows of the estimate, at most, and keys of a tile
 PROGRAMS = 1024  # enough for every multiprocessor to have several
 

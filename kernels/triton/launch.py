@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 
 from ..block_plan import BlockPlan, PrefillPlan
+from ..torch_gather import LOG2_E
 from . import interpreted
 from .configurations import Configuration, configuration
 from .tile_attention import tile_attention
 from .work_order import work_order
-
-LOG2_E = 1 / math.log(2)
 
 
 def run(

@@ -32,6 +32,7 @@ from sglang_mminfer.evaluation.niah_command import (
     provenance,
     server_flags,
     settings_of,
+    status_of,
     unique,
     wide_console,
     write_json,
@@ -89,18 +90,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit status 0, 1 if a server did not start or did not answer, 2 for wrong arguments."""
     console = wide_console()
-    try:
+
+    def work() -> int:
         Comparison(options, console).run()
         return 0
-    except Refused as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    except (ServerError, OSError) as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", style="bold")
-        return 130
+
+    return status_of(work, console, "the same command goes on from here")
 
 
 class Comparison:

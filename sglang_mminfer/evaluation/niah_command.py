@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit status 0, or 1 if a server gave no answer at all or could not be asked, or 2 for wrong arguments."""
     console = wide_console()
+    return status_of(lambda: _run(options, console), console, "every server that was started is stopped")
+
+
+def status_of(work: Callable[[], int], console: Console, if_interrupted: str) -> int:
+    """The exit status of a command: that of `work`, or what ended it said in one line."""
     try:
-        return _run(options, console)
+        return work()
     except Refused as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -101,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted; every server that was started is stopped", style="bold")
+        console.print(f"interrupted; {if_interrupted}", style="bold")
         return 130
 
 

@@ -225,14 +225,13 @@ class Tiles:
 
 @dataclass
 class EstimatedTiles:
-    """`EstimatedVisits` on the device: int64 [T'] near, far, sure, and stop, the key tiles up to the last row."""
+    """`EstimatedVisits` on the device: int64 [T'] near, far and sure."""
 
     visits: EstimatedVisits
     first_tile: int  # of the base order in the table
     near: torch.Tensor
     far: torch.Tensor
     sure: torch.Tensor
-    stop: torch.Tensor
 
     @property
     def most_partial(self) -> int:
@@ -264,7 +263,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
     ends = np.stack([ends[:-1:3], ends[1::3], ends[2::3], ends[3::3]], axis=1)
     rows, stop = joined(tile_pass.q_pos), joined(tile_pass.q_stop)
     estimated = tile_pass.estimated
-    uploads = [[e.near, e.far, e.sure, -(-e.far // keys.block_k)] for e in estimated]
+    uploads = [[e.near, e.far, e.sure] for e in estimated]
     q_rows, q_stop, rows_per_tile, *parts = to_device(
         device,
         rows - chunk.q_start + chunk.row_start,
@@ -288,7 +287,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         most=tuple(by_kind.max(axis=0, initial=0).tolist()),
         room=int(count.sum()),
         estimated=tuple(
-            EstimatedTiles(e, keys.first_tile(request, e.base), *(x.long() for x in parts[4 + 4 * i : 8 + 4 * i]))
+            EstimatedTiles(e, keys.first_tile(request, e.base), *(x.long() for x in parts[4 + 3 * i : 7 + 3 * i]))
             for i, e in enumerate(estimated)
         ),
     )
@@ -317,7 +316,7 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
         room += heads * estimated.room(distances.shape[1])
         lanes = torch.arange(estimated.most_partial, device=start.device)
         blocks = (estimated.sure[:, None] + lanes)[None]
-        crossed = diagonals.cross(blocks) & (blocks < estimated.stop[:, None])
+        crossed = diagonals.cross(blocks)
         ranges[PARTIAL].append((placed(blocks + estimated.first_tile), placed(crossed.long())))
         room += heads * blocks.numel()
         if not ranks.shape[1]:

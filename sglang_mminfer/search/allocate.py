@@ -8,7 +8,7 @@ heads one: the price of a visited pair, raised until what they buy fits the budg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -87,7 +87,18 @@ def within_density(table: Table, budget: float) -> Allocation:
     cheapest = at_price(table, 1e9)
     if cheapest.density > budget:
         raise ValueError(f"budget: expected a density of at least {cheapest.density:.3f} here, got {budget}")
-    return _bisect(table, lambda found: found.density <= budget)
+    free = at_price(table, 0.0)
+    if free.density <= budget:
+        return free
+    low, high, best = 1e-9, 1e9, cheapest
+    for _ in range(STEPS):
+        price = float(np.sqrt(low * high))
+        found = at_price(table, price)
+        if found.density <= budget:
+            high, best = price, found
+        else:
+            low = price
+    return best
 
 
 def within_error(table: Table, budget: float) -> Allocation:
@@ -101,22 +112,6 @@ def within_error(table: Table, budget: float) -> Allocation:
             low, best = price, found
         else:
             high = price
-    return best
-
-
-def _bisect(table: Table, fits: Callable[[Allocation], bool]) -> Allocation:
-    low, high = 1e-9, 1e9
-    best = at_price(table, high)
-    free = at_price(table, 0.0)
-    if fits(free):
-        return free
-    for _ in range(STEPS):
-        price = float(np.sqrt(low * high))
-        found = at_price(table, price)
-        if fits(found):
-            high, best = price, found
-        else:
-            low = price
     return best
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from sglang_mminfer import observe
-from sglang_mminfer.head_config import HeadConfig, Provenance
+from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.spec import HeadPattern
 
@@ -26,7 +26,7 @@ JOB = "job.json"
 class Job(msgspec.Struct, forbid_unknown_fields=True):
     """stage "phases": the map and the attention by cell. "measure": every candidate, each a head config as JSON text.
 
-    result: the name of the folder that the prompt's results go to. modes: dense_below of each candidate.
+    result: the name of the folder that the prompt's results go to.
     """
 
     stage: Literal["phases", "measure"]
@@ -71,8 +71,6 @@ def load(folder: Path, result: str, layers: int) -> list[list[dict[str, Any]]]:
 
 def as_config(name: str, heads: Sequence[Sequence[HeadPattern]], dense_below: int = 0) -> str:
     """[layers][heads] patterns as the text of a head config."""
-    from sglang_mminfer.head_config import Defaults
-
     note = Provenance("handwritten", f"A candidate of a search: {name}.")
     rows = tuple(map(tuple, heads))
     return HeadConfig(name, note, "layers", rows, defaults=Defaults(dense_below)).to_json()

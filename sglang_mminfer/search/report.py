@@ -29,10 +29,6 @@ def rows_of(scores: Scores) -> list[tuple[str, float, float, float]]:
     return [(scores.names[c], scores.density(c), scores.mean_error(c), float(scores.ms[c].sum())) for c in every]
 
 
-def kind_of(head: HeadPattern) -> str:
-    return head.kind
-
-
 def label_of(head: HeadPattern) -> str:
     """A few characters for a cell of the mosaic."""
     if isinstance(head, QBoundary):
@@ -122,7 +118,7 @@ def mosaic(found: Found) -> Any:
     figure, axes = _figure(max(5.0, min(18.0, 1.6 * count if count <= 8 else 0.5 * count)), max(2.5, 0.55 * layers + 1))
     for layer, row in enumerate(heads):
         for head, pattern in enumerate(row):
-            axes.add_patch(_square(head, layer, COLOURS[kind_of(pattern)]))
+            axes.add_patch(_square(head, layer, COLOURS[pattern.kind]))
             if count <= 16:
                 axes.text(
                     head,
@@ -136,7 +132,7 @@ def mosaic(found: Found) -> Any:
     axes.set(xlim=(-0.5, count - 0.5), ylim=(layers - 0.5, -0.5), xlabel="head", ylabel="layer")
     axes.set_xticks(range(0, count, 1 if count <= 32 else 4))
     axes.set_yticks(range(0, layers, 1 if layers <= 32 else 4))
-    present = [kind for kind in COLOURS if any(kind_of(p) == kind for row in heads for p in row)]
+    present = [kind for kind in COLOURS if any(p.kind == kind for row in heads for p in row)]
     names = {"q": "Q-Boundary", "2d": "2D-Boundary"}
     axes.legend(
         handles=[Patch(color=COLOURS[kind], label=names.get(kind, kind)) for kind in present],

@@ -255,7 +255,7 @@ def search(
     """
     looked = [prober.phases(calibration) for calibration in calibrations]
     maps = [own for own, _ in looked]
-    longest = max(maps, key=lambda own: own.length)
+    longest, unsure = max(maps, key=lambda own: own.length), doubts(maps)
     tried = list(candidates(longest, merged_phases([phases for _, phases in looked])))
     texts = [(label, jobs.as_config(label, heads)) for label, heads in tried]
     scores = joined([prober.scores(calibration, texts) for calibration in calibrations])
@@ -272,7 +272,7 @@ def search(
         calibration=", ".join(c.name for c in calibrations),
         budget=budget,
         date=today.isoformat(),
-        details={"tokens": [own.length for own in maps], "doubts": doubts(maps)},
+        details={"tokens": [own.length for own in maps], "doubts": unsure},
     )
     rows = tuple(map(tuple, chosen.heads))
     config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))
@@ -286,7 +286,7 @@ def search(
     texts.append(("default", _default(len(rows), len(rows[0]))))
     again = joined([prober.scores(calibration, texts) for calibration in calibrations])
     apart = prober.scores(held_out, texts) if held_out is not None else None
-    return Found(config, chosen, equal, frontier(table), doubts(maps), again, apart)
+    return Found(config, chosen, equal, frontier(table), unsure, again, apart)
 
 
 def _default(layers: int, heads: int) -> str:
