@@ -14,11 +14,6 @@ Said in our patterns, some are not to the letter what their papers have:
   It holds what both of those hold.
 * wrong_phase (no published numbers): lines through a cell that nobody asked for. What a grid is worth when its phase
   is not the model's.
-
-Rounding up to tiles matters for sparse_fixed and wrong_phase: under a boundary, text rows on both sides of a video
-share a tile while there are fewer than a tile of them (128), and a tile's window reaches from its first row's to its
-last row's. With short questions their text rows therefore see everything, and only rows of the video are held to the
-pattern: plain needles are found, relays are not.
 """
 
 from __future__ import annotations

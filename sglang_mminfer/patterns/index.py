@@ -68,6 +68,12 @@ class PairIndex:
     lines: Lines | None = None
     estimated: VerticalSlash | None = None
 
+    @property
+    def reach(self) -> int:
+        """Keys that one more query tile would visit, about; columns apart."""
+        found = self.estimated.vertical + self.estimated.slash if self.estimated else 0
+        return self.sink + self.local + found
+
 
 @dataclass(frozen=True)
 class Lines:

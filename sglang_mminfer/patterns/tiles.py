@@ -1,9 +1,9 @@
 """From what a pattern wants (`PairIndex`) to visits of tiles, for one chunk of one request.
 
-Rows of a class are grouped by which of their pairs they see whole, each group is cut into query tiles by the
-rows' index in the group's order, and each tile names the ranges of key tiles that any of its rows wants. A row's
-group, its tile and that tile's rows so far depend only on what comes before the row, which is why neither chunks
-nor cached prefixes nor later turns change what it sees.
+Rows of a class are grouped by which of their pairs they see whole, each group is cut into query tiles by the rows'
+index in the group's order, anew where rows are far apart, and each tile names the ranges of key tiles that any of its
+rows wants. A row's group, its tile and that tile's rows so far depend only on what comes before the row, which is why
+neither chunks nor cached prefixes nor later turns change what it sees.
 
 All of this is arithmetic on runs and ranges, done on the host while the device is busy with what came before: it
 costs what segments, frames, and tiles of the chunk cost, not what the prompt's tokens do. `plan.py` spells it out
@@ -177,9 +177,8 @@ class ChunkTiler:
         out: TilePass,
         bounds: list[Ints],
     ) -> None:
-        low, high = int(order.rank(self.q_start)), len(order)
-        tile_ids = np.arange(low // self.block_q, -(-high // self.block_q))
-        begin, end = tile_ids * self.block_q, np.minimum((tile_ids + 1) * self.block_q, high)
+        low = int(order.rank(self.q_start))
+        begin, end = self._query_tiles(order, low, sees_whole, pairs)
         live_begin = np.maximum(begin, low)
         first_row, last_row, first_live = order.select(begin), order.select(end - 1), order.select(live_begin)
         live = order.clip(self.q_start, self.kv_len).members()
@@ -210,6 +209,28 @@ class ChunkTiler:
                 # local >= 1, so the window starts inside the order
                 starts = np.where(window == 0, 0, base.keys.select(window * self.block_k))
                 bounds[j][live - self.q_start] = np.repeat(starts, rows_per_tile)
+
+    def _query_tiles(
+        self, order: Runs, low: int, sees_whole: tuple[bool, ...], pairs: list[tuple[Scope, PairIndex]]
+    ) -> tuple[Ints, Ints]:
+        """First and last + 1 of the rows of each tile, by their index in the order, from the one that has `low` on.
+
+        A window reaches from a tile's first row to its last, so that a tile with text from both sides of a video would
+        visit the video. Where rows are further apart than what one more tile would visit, a tile begins.
+        """
+        gap, row = order.starts[1:] - order.stops[:-1], order.starts[1:]
+        more = self.block_q + sum(
+            self._base_order(scope).keys.rank(row) if whole else index.reach
+            for whole, (scope, index) in zip(sees_whole, pairs)
+        )
+        starts_tiles = np.concatenate([[True], gap > more])
+        start = order.before[:-1][starts_tiles]
+        stop = np.concatenate([start[1:], [len(order)]])
+        start, stop = start[stop > low], stop[stop > low]
+        start = start + np.maximum(low - start, 0) // self.block_q * self.block_q
+        count = -(-(stop - start) // self.block_q)
+        begin = np.repeat(start, count) + expand(np.zeros_like(count), count) * self.block_q
+        return begin, np.minimum(begin + self.block_q, np.repeat(stop, count))
 
     def _visit_columns(
         self,

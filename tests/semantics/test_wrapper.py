@@ -43,6 +43,7 @@ from sglang_mminfer import (
     TriShape,
     VerticalSlash,
 )
+from sglang_mminfer.patterns.tiles import ChunkTiler
 
 
 def causal(batch: Batch, request: int) -> torch.Tensor:
@@ -275,6 +276,23 @@ def test_density_at_real_tile_sizes_is_that_of_the_pattern(head, least, most):
         batch.run(wrapper)
     assert least <= float(wrapper.density[0]) <= most
     assert wrapper.density[0] >= batch.exact_mask(0, 0).sum() / causal(batch, 0).sum()
+
+
+def test_text_on_both_sides_of_a_video_does_not_see_the_video_because_it_shares_a_tile():
+    head = Boundary2D({(TEXT, VIDEO): AShape(64, 128), (TEXT, TEXT): AShape(64, 128)})
+    batch = alone(VIDEO_CHAT, head, tiles=(128, 64))  # 30 + 40 rows of text: less than a tile
+    visited = batch.planned().visited_mask(0, 0)
+    asked = visited[30 + 24 * 64 :, 30 : 30 + 24 * 64].sum(1)
+    assert asked.max() <= 64 + 128 + 64
+    later = replace(alone(VIDEO_CHAT, head, tiles=(128, 64)), q_lens=[12], qs=[], ks=[], vs=[])  # ends in the question
+    assert torch.equal(later.planned().visited_mask(0, 0), visited[-12:])
+
+
+def test_rows_that_are_not_further_apart_than_their_windows_share_tiles():
+    chat = conversation(4, *[(1, 8, 8), 4] * 12)  # captions between images: one tile, not twelve
+    head = Boundary2D({(TEXT, VISION): AShape(64, 256), (TEXT, TEXT): AShape(64, 256)})
+    tiles = ChunkTiler(chat, 0, chat.length, 0, 128, 64).tile(head)[0]
+    assert tiles.rows_per_tile[0].tolist() == [52]
 
 
 # ---- patterns that cover everything ------------------------------------------------------------------------
