@@ -241,6 +241,7 @@ def search(
     *,
     density: float | None,
     error: float | None,
+    boundaries: Sequence[str],
     dense_below: int,
     name: str,
     today: datetime.date,
@@ -248,7 +249,8 @@ def search(
     """Measure, allocate, measure what was chosen.
 
     Args:
-        model: the `ModelFingerprint` of the config. density, error: the budget, one of the two.
+        model: the `ModelFingerprint` of the config. density, error: the budget, one of the two. boundaries: which of
+            `search.BOUNDARIES` a head may have.
 
     Raises:
         SearchError: a budget that nothing fits, or a prompt that cannot be measured.
@@ -259,7 +261,9 @@ def search(
     tried = list(candidates(longest, merged_phases([phases for _, phases in looked])))
     texts = [(label, jobs.as_config(label, heads)) for label, heads in tried]
     scores = joined([prober.scores(calibration, texts) for calibration in calibrations])
-    table = Table([heads for _, heads in tried], scores.error, scores.visited, scores.causal, MODALITIES)
+    table = Table([heads for _, heads in tried], scores.error, scores.visited, scores.causal, MODALITIES).only(
+        boundaries
+    )
     try:
         chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
     except ValueError as failed:
@@ -268,11 +272,11 @@ def search(
     budget = f"mean density {density}" if density is not None else f"mean error {error}"
     note = Provenance(
         "search",
-        f"Searched among {len(tried)} candidates; every head's error is that of its output on the calibration input.",
+        f"Searched among {len(table.patterns)} candidates; errors are of attention outputs on the calibration input.",
         calibration=", ".join(c.name for c in calibrations),
         budget=budget,
         date=today.isoformat(),
-        details={"tokens": [own.length for own in maps], "doubts": unsure},
+        details={"tokens": [own.length for own in maps], "doubts": unsure, "boundaries": list(boundaries)},
     )
     rows = tuple(map(tuple, chosen.heads))
     config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))
