@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dense-below", type=int, default=0, help="rows below this position see everything")
     parser.add_argument(
+        "--max-memory",
+        type=_gib,
+        metavar="GIB",
+        help="what measuring may take in each rank, beside the server's own (default: a quarter of the machine, "
+        "shared by the ranks; of a GPU a twentieth); heads that do not fit are measured one after the other",
+    )
+    parser.add_argument(
         "--work", type=Path, help="folder for what was measured (default: OUT.search); makes it resumable"
     )
     parser.add_argument(
@@ -50,6 +57,17 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a density above 0 and at most 1, got {text}")
     return value
+
+
+def _gib(text: str) -> int:
+    """Bytes."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB above 0, got {text!r}")
+    return int(value * 2**30)
 
 
 def _boundaries(text: str) -> tuple[str, ...]:
@@ -112,7 +130,7 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
     with console.status("") as status:
         try:
             return search(
-                Prober(server, work, model.layers, status.update),
+                Prober(server, work, model.layers, status.update, options.max_memory),
                 model,
                 calibrations,
                 apart,

@@ -95,8 +95,9 @@ class Prober:
     """Asks a server in search mode, which is started for the first question. What the folder has already is not
     asked for again."""
 
-    def __init__(self, server: Server, folder: Path, layers: int, say: Say) -> None:
+    def __init__(self, server: Server, folder: Path, layers: int, say: Say, max_memory: int | None = None) -> None:
         self.server, self.folder, self.layers, self.say = server, folder, layers, say
+        self.max_memory = max_memory
 
     def _started(self) -> Server:
         if not self.server.running:
@@ -111,7 +112,7 @@ class Prober:
         """[layers][ranks] of what was found.
 
         Raises:
-            SearchError: a prompt without media, or one that did not run whole.
+            SearchError: a prompt without media, or one that did not run whole; a limit of memory that it breaks.
         """
         found = jobs.load(self.folder, job.result, self.layers)
         if not all(found):
@@ -120,6 +121,8 @@ class Prober:
             jobs.write(self.folder, job)
             self._prefill(server, calibration)
             found = jobs.load(self.folder, job.result, self.layers)
+            if why := jobs.refused(self.folder, job.result, found):
+                raise SearchError(f"{calibration.name}: {why}")
         if missing := [layer for layer, ranks in enumerate(found) if not ranks]:
             raise SearchError(
                 f"{calibration.name}: nothing was measured in layers {missing[:8]}: expected a prompt with an image or "
@@ -141,13 +144,13 @@ class Prober:
             raise SearchError(f"{calibration.name}: the server refused it: {error}") from None
 
     def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
-        found = self.ask(jobs.Job("phases", f"{calibration.name}-phases"), calibration)
+        found = self.ask(jobs.Job("phases", f"{calibration.name}-phases", max_memory=self.max_memory), calibration)
         heads = [[own for rank in ranks for own in rank["phases"]] for ranks in found]
         return jobs.map_from_json(found[0][0]["map"]), heads
 
     def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
         digest = hashlib.sha256(json.dumps(configs).encode()).hexdigest()[:10]
-        job = jobs.Job("measure", f"{calibration.name}-{digest}", configs)
+        job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory)
         found = self.ask(job, calibration)
 
         def table(name: str) -> np.ndarray:
