@@ -278,6 +278,12 @@ class TileBatch:
     picked: int
     skip: int = 0
 
+    def forget(self) -> None:
+        """Drop the tensors. They are made again when asked for."""
+        for name, what in vars(type(self)).items():
+            if isinstance(what, cached_property):
+                self.__dict__.pop(name, None)
+
     def pairs(self) -> int:
         """(row, key) pairs to compute for one head, masked ones included."""
         return len(self.tiles) * self.rows * self.blocks * self.plan.block_k
@@ -375,11 +381,15 @@ class TileBatch:
 
 @dataclass
 class PrefillPlan:
-    """The passes of one layer over one ragged batch; `num_rows` rows of q in all."""
+    """The passes of one layer over one ragged batch; `num_rows` rows of q in all.
+
+    once: it runs once, so an executor drops what it makes of a tile as soon as it has run it.
+    """
 
     passes: tuple[BlockPlan, ...]
     num_rows: int
     num_heads: int
+    once: bool = False
 
     @cached_property
     def visited_by_row(self) -> torch.Tensor:

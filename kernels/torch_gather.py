@@ -45,6 +45,8 @@ def run(
 
         def run_tiles(tiles: TileBatch, layouts: dict = layouts, merge: bool = number > 0) -> None:
             _run_tiles(q, k_cache, v_cache, tiles, layouts[tiles.heads], sm_scale, out, lse, merge)
+            if plan.once:
+                tiles.forget()
 
         if q.device.type != "cpu":
             for tiles in block_plan.batches:

@@ -67,7 +67,11 @@ def is_static(head: HeadPattern) -> bool:
 
 
 class BatchPlanner:
-    """Plans for one batch. What is static is made once, whatever layer asks for it."""
+    """Plans for one batch. What is static is made once, whatever layer asks for it.
+
+    Args:
+        keep: False: a plan is asked for and run once; it is not kept, and keeps little while it runs.
+    """
 
     def __init__(
         self,
@@ -77,8 +81,9 @@ class BatchPlanner:
         dense_below: int = 0,
         block_q: int = BLOCK_Q,
         block_k: int = BLOCK_K,
+        keep: bool = True,
     ) -> None:
-        self.requests, self.num_rows = tuple(requests), num_rows
+        self.requests, self.num_rows, self.keep = tuple(requests), num_rows, keep
         self.block_q, self.block_k = block_q, block_k
         self.device = self.requests[0].slots.device if self.requests else torch.device("cpu")
         self._tilers = [
@@ -109,7 +114,7 @@ class BatchPlanner:
         if name not in self._static_plans:
             with one_thread():
                 plan = self._make(name, q, k_cache, sm_scale)
-            if not all(is_static(head) for head in set(name) if head is not None):
+            if not self.keep or not all(is_static(head) for head in set(name) if head is not None):
                 return plan
             self._static_plans[name] = plan
         return self._static_plans[name]
@@ -147,7 +152,7 @@ class BatchPlanner:
                 tiles, keys = _with_estimate(tiles, estimates, keys, self.block_k)
                 levels[number].append((tuple((head,) for head in own), tiles))
         passes_of_all = tuple(_assemble(level, keys, self.block_q, self.block_k) for level in levels if level)
-        return PrefillPlan(passes_of_all, self.num_rows, len(heads))
+        return PrefillPlan(passes_of_all, self.num_rows, len(heads), once=not self.keep)
 
     def _tiles_of(self, request: int, pattern: HeadPattern) -> list[Tiles]:
         name = (request, pattern)

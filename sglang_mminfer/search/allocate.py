@@ -2,20 +2,21 @@
 
 Rows of different modalities do not mix: what a pattern does to the video rows of a head is the same whatever the
 head's text rows do. So each (head, row modality) chooses for itself, and a head whose modalities choose differently
-is a Q-Boundary. A candidate that is a boundary already is taken whole. Lagrange's multiplier makes the choices of all
-heads one: the price of a visited pair, raised until what they buy fits the budget.
+is a Q-Boundary. A candidate that is a boundary already is taken whole, as all are where no Q-Boundary is wanted.
+Lagrange's multiplier makes the choices of all heads one: the price of a visited pair, raised until what they buy fits
+the budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 
 from sglang_mminfer.modality.segments import Modality
-from sglang_mminfer.patterns.spec import Boundary2D, HeadPattern, Pattern, QBoundary
+from sglang_mminfer.patterns.spec import Boundary2D, Dense, HeadPattern, Pattern, QBoundary
 
 STEPS = 60  # of the bisection: beyond the precision of the figures
 
@@ -25,7 +26,7 @@ class Table:
     """What was measured. L layers, H heads, C candidates, M modalities.
 
     patterns: [C][L][H]. error: [C, L, H, M], NaN for modalities that are not there. cost: [C, L, H, M], in the unit of
-    `whole`: [M], what dense costs for one head.
+    `whole`: [M], what dense costs for one head. mixes: whether modalities of a head may choose differently.
     """
 
     patterns: Sequence[Sequence[Sequence[HeadPattern]]]
@@ -33,6 +34,23 @@ class Table:
     cost: np.ndarray
     whole: np.ndarray
     modalities: Sequence[Modality]
+    mixes: bool = True
+
+    def only(self, boundaries: Sequence[str]) -> Table:
+        """What there is to choose from among some of `search.BOUNDARIES`. Dense stays; "q" mixes single patterns."""
+
+        def allowed(head: HeadPattern) -> bool:
+            boundary = boundary_of(head)
+            return boundary in boundaries or (boundary == "none" and "q" in boundaries) or isinstance(head, Dense)
+
+        kept = [c for c, of in enumerate(self.patterns) if all(allowed(head) for row in of for head in row)]
+        patterns = [self.patterns[c] for c in kept]
+        return replace(self, patterns=patterns, error=self.error[kept], cost=self.cost[kept], mixes="q" in boundaries)
+
+
+def boundary_of(head: HeadPattern) -> str:
+    """One of `search.BOUNDARIES`."""
+    return head.kind if isinstance(head, QBoundary | Boundary2D) else "none"
 
 
 @dataclass(frozen=True)
@@ -60,12 +78,12 @@ def at_price(table: Table, price: float) -> Allocation:
         row: list[HeadPattern] = []
         for head in range(heads):
             own = value[:, layer, head]
-            is_boundary = np.array(
-                [isinstance(table.patterns[c][layer][head], QBoundary | Boundary2D) for c in range(candidates)]
+            is_whole = np.array(
+                [not table.mixes or boundary_of(table.patterns[c][layer][head]) != "none" for c in range(candidates)]
             )
-            picks = np.where(is_boundary[:, None], np.inf, own).argmin(axis=0)  # [M]
-            parts = own[picks, np.arange(modalities)].sum()
-            whole = np.where(is_boundary, own.sum(axis=1), np.inf)
+            whole = np.where(is_whole, own.sum(axis=1), np.inf)
+            picks = np.where(is_whole[:, None], np.inf, own).argmin(axis=0)  # [M]
+            parts = own[picks, np.arange(modalities)].sum() if table.mixes else np.inf
             if whole.min() < parts:
                 picks = np.full(modalities, whole.argmin())
             row.append(_head([table.patterns[c][layer][head] for c in picks], table.modalities, present))

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sglang_mminfer.search import BOUNDARIES
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,7 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--density", type=_share, help="mean density of all heads, above 0 to 1 (default: 0.25)")
     budget.add_argument("--error", type=float, help="mean error of all heads, in place of a density")
+    parser.add_argument(
+        "--boundaries",
+        type=_boundaries,
+        default=BOUNDARIES,
+        metavar="none,q,2d",
+        help="which a head may have; all are measured, so that with the same --work an ablation measures once",
+    )
     parser.add_argument("--dense-below", type=int, default=0, help="rows below this position see everything")
+    parser.add_argument(
+        "--max-memory",
+        type=_gib,
+        metavar="GIB",
+        help="what measuring may take in each rank, beside the server's own (default: a quarter of the machine, "
+        "shared by the ranks; of a GPU a twentieth); heads that do not fit are measured one after the other",
+    )
     parser.add_argument(
         "--work", type=Path, help="folder for what was measured (default: OUT.search); makes it resumable"
     )
@@ -41,6 +57,24 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a density above 0 and at most 1, got {text}")
     return value
+
+
+def _gib(text: str) -> int:
+    """Bytes."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB above 0, got {text!r}")
+    return int(value * 2**30)
+
+
+def _boundaries(text: str) -> tuple[str, ...]:
+    given = text.split(",")
+    if unknown := [name for name in given if name not in BOUNDARIES]:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(BOUNDARIES)}, got {unknown[0]!r}")
+    return tuple(name for name in BOUNDARIES if name in given)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,12 +130,13 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
     with console.status("") as status:
         try:
             return search(
-                Prober(server, work, model.layers, status.update),
+                Prober(server, work, model.layers, status.update, options.max_memory),
                 model,
                 calibrations,
                 apart,
                 density=None if options.error is not None else options.density or DENSITY,
                 error=options.error,
+                boundaries=options.boundaries,
                 dense_below=options.dense_below,
                 name=options.out.stem,
                 today=datetime.date.today(),

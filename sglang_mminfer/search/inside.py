@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 
 from sglang_mminfer import config, executors
 from sglang_mminfer.head_config import HeadConfig
-from sglang_mminfer.observe import LayerView, Place
+from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.observe import LayerView, Place, RequestView
 from sglang_mminfer.patterns.plan import RequestChunk
+from sglang_mminfer.patterns.spec import HeadPattern
 from sglang_mminfer.search import job as jobs
-from sglang_mminfer.search.measure import LayerProbe, cell_masses
+from sglang_mminfer.search import memory
+from sglang_mminfer.search.measure import LayerProbe, Measured, cell_masses
+from sglang_mminfer.search.memory import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +28,14 @@ MOST_PHASES = 3
 
 def observer(value: str, place: Place) -> SearchObserver:
     """For `observe.BY_ENVIRONMENT`: the value is the folder of the search."""
-    return SearchObserver(Path(value), place.rank)
+    return SearchObserver(Path(value), place.rank, place.ranks)
 
 
 class SearchObserver:
     """Does what the job in the folder says with every prompt that comes whole: one request, nothing of it cached."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, rank: int, ranks: int = 1) -> None:
+        self.folder, self.rank, self.ranks = folder, rank, ranks
         self._configs: tuple[str, list[HeadConfig]] = ("", [])
 
     def layer(self, view: LayerView) -> None:
@@ -41,35 +46,56 @@ class SearchObserver:
         path = jobs.result_path(self.folder, job.result, view.layer_id, self.rank)
         if request.map is None or request.prefix_len or request.chunk_len < 2 or path.exists():
             return
-        chunk = RequestChunk(request.map, 0, request.seq_len, 0, request.slots)
-        q = view.q[request.rows]
-        if job.stage == "phases":
-            k = view.k_cache[request.slots]
-            masses = {s: cell_masses(request.map, q, k, view.sm_scale, s) for s in ("frame", "row")}
-            found: dict[str, Any] = {
-                "map": jobs.map_to_json(request.map),
-                "phases": [{s: _heaviest(mass[head]) for s, mass in masses.items()} for head in range(q.shape[1])],
-            }
-        else:
-            found = self._measured(job, view, chunk, q)
+        look = self._phases if job.stage == "phases" else self._measured
+        try:
+            found = look(job, view, request, request.map)
+        except MemoryError as refused:
+            found = {jobs.REFUSED: str(refused)}
         jobs.save(path, found)
 
     def batch_done(self, records: Sequence[Any]) -> None:
         pass
 
-    def _measured(self, job: jobs.Job, view: LayerView, chunk: RequestChunk, q: torch.Tensor) -> dict[str, Any]:
-        execute = executors.EXECUTORS[executors.name_for(config.executor(), q.device)]
-        probe = LayerProbe(chunk, q, view.k_cache, view.v_cache, view.sm_scale, execute)
-        heads = slice(view.first_head, view.first_head + q.shape[1])
-        measured = []
-        for candidate in self._parsed(job):
-            patterns = candidate.patterns(view.layer_id)[heads]
-            measured.append(probe.measure(patterns, candidate.defaults.dense_below))
+    def _pieces(self, job: jobs.Job, view: LayerView, tokens: int, patterns: Iterable[HeadPattern]) -> list[Piece]:
+        """The heads in pieces that fit into the memory that the job allows."""
+        limit = job.max_memory
+        if limit is None:
+            limit = memory.default_limit(view.q.device, self.ranks)
+        threads = 1 if view.q.is_cuda else torch.get_num_threads()
+        itemsize = max(view.q.element_size(), view.k_cache.element_size())
+        picked = memory.most_picked(patterns, tokens)
+        footprint = memory.Footprint(tokens, view.q.shape[2], itemsize, threads, picked)
+        return memory.pieces(view.num_heads, view.k_cache.shape[1], footprint, limit)
+
+    def _phases(
+        self, job: jobs.Job, view: LayerView, request: RequestView, modality_map: ModalityMap
+    ) -> dict[str, Any]:
+        q, phases = view.q[request.rows], []
+        for piece in self._pieces(job, view, len(q), []):
+            k = view.k_cache[request.slots, piece.kv_heads]
+            masses = {s: cell_masses(modality_map, q[:, piece.heads], k, view.sm_scale, s) for s in ("frame", "row")}
+            heads = range(piece.heads.stop - piece.heads.start)
+            phases += [{s: _heaviest(mass[head]) for s, mass in masses.items()} for head in heads]
+        return {"map": jobs.map_to_json(modality_map), "phases": phases}
+
+    def _measured(
+        self, job: jobs.Job, view: LayerView, request: RequestView, modality_map: ModalityMap
+    ) -> dict[str, Any]:
+        execute = executors.EXECUTORS[executors.name_for(config.executor(), view.q.device)]
+        own = slice(view.first_head, view.first_head + view.num_heads)
+        tried = [(c.patterns(view.layer_id)[own], c.defaults.dense_below) for c in self._parsed(job)]
+        chunk = RequestChunk(modality_map, 0, request.seq_len, 0, request.slots)
+        q = view.q[request.rows]
+        of_pieces: list[list[Measured]] = []
+        for piece in self._pieces(job, view, len(q), chain.from_iterable(heads for heads, _ in tried)):
+            caches = view.k_cache[:, piece.kv_heads], view.v_cache[:, piece.kv_heads]
+            probe = LayerProbe(chunk, q[:, piece.heads], *caches, view.sm_scale, execute)
+            of_pieces.append([probe.measure(heads[piece.heads], dense_below) for heads, dense_below in tried])
+        candidates = list(zip(*of_pieces))
         return {
-            "error": [m.error.tolist() for m in measured],
-            "visited": [m.visited.tolist() for m in measured],
-            "ms": [m.ms for m in measured],
-            "dense_ms": probe.dense_ms,
+            "error": [torch.cat([m.error for m in parts]).tolist() for parts in candidates],
+            "visited": [torch.cat([m.visited for m in parts]).tolist() for parts in candidates],
+            "ms": [sum(m.ms for m in parts) for parts in candidates],
             "causal": probe.causal.tolist(),
         }
 

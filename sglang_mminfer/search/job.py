@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,17 +22,20 @@ from sglang_mminfer.patterns.spec import HeadPattern
 
 ENVIRONMENT = observe.SEARCH
 JOB = "job.json"
+REFUSED = "refused"  # the key, in a result, of why there is none
 
 
 class Job(msgspec.Struct, forbid_unknown_fields=True):
     """stage "phases": the map and the attention by cell. "measure": every candidate, each a head config as JSON text.
 
-    result: the name of the folder that the prompt's results go to.
+    result: the name of the folder that the prompt's results go to. max_memory: bytes that measuring may take in each
+    rank, beside what the server has; None: as `memory.default_limit` says.
     """
 
     stage: Literal["phases", "measure"]
     result: str
     candidates: list[tuple[str, str]] = []
+    max_memory: int | None = None
 
 
 def write(folder: Path, job: Job) -> None:
@@ -67,6 +71,14 @@ def load(folder: Path, result: str, layers: int) -> list[list[dict[str, Any]]]:
         paths = sorted((folder / result).glob(f"layer-{layer:03d}-rank-*.json"))
         rows.append([json.loads(path.read_text()) for path in paths])
     return rows
+
+
+def refused(folder: Path, result: str, found: list[list[dict[str, Any]]]) -> str | None:
+    """Why something was not measured, if so; such results are taken away, so that they are made again."""
+    reasons = [rank[REFUSED] for ranks in found for rank in ranks if REFUSED in rank]
+    if reasons:
+        shutil.rmtree(folder / result)
+    return reasons[0] if reasons else None
 
 
 def as_config(name: str, heads: Sequence[Sequence[HeadPattern]], dense_below: int = 0) -> str:

@@ -63,9 +63,8 @@ class LayerProbe:
         self.chunk, self.sm_scale, self._execute = chunk, sm_scale, execute
         self._tensors = (q, k_cache, v_cache)
         self.strata = row_strata(chunk.map, chunk.q_start, chunk.kv_len).to(q.device)
-        self._planner = BatchPlanner([chunk], len(q))
-        self.dense, self.dense_ms = self._run(self._planner.plan([Dense()] * q.shape[1]))
-        norm = self.dense.square().sum(dim=2).mean(dim=0).sqrt()
+        self.dense, self.dense_ms = self._run(self._plan([Dense()] * q.shape[1]))
+        norm = torch.linalg.vector_norm(self.dense, dim=(0, 2)) / len(q) ** 0.5
         self._unit = norm.clamp_min(torch.finfo(torch.float32).tiny)
 
     @property
@@ -77,13 +76,9 @@ class LayerProbe:
 
     def measure(self, heads: Sequence[HeadPattern], dense_below: int = 0) -> Measured:
         """One candidate: a pattern for each head."""
-        q, k_cache, _ = self._tensors
-        planner = self._planner
-        if dense_below:
-            planner = BatchPlanner([self.chunk], len(q), dense_below=dense_below)
-        plan = planner.plan(heads, q, k_cache, self.sm_scale)
+        plan = self._plan(heads, dense_below)
         out, ms = self._run(plan)
-        off = (out - self.dense).square().sum(dim=2).sqrt() / self._unit  # [rows, heads]
+        off = torch.linalg.vector_norm(out.sub_(self.dense), dim=2) / self._unit  # [rows, heads]
         size = len(MODALITIES) * STRETCHES
         total = off.new_zeros(size, off.shape[1]).index_add_(0, self.strata, off.pow(SHARPNESS))
         count = torch.bincount(self.strata, minlength=size)[:, None]
@@ -92,6 +87,12 @@ class LayerProbe:
         visited.index_add_(0, self.strata // STRETCHES, plan.visited_by_row.double())
         visited = visited.T.cpu() + torch.stack([self._estimate_pairs(head) for head in heads])
         return Measured(error.T.cpu(), visited, ms)
+
+    def _plan(self, heads: Sequence[HeadPattern], dense_below: int = 0) -> PrefillPlan:
+        """Of a planner that is gone with the plan: one that is kept would hold the orders of all candidates."""
+        q, k_cache, _ = self._tensors
+        planner = BatchPlanner([self.chunk], len(q), dense_below=dense_below, keep=False)
+        return planner.plan(heads, q, k_cache, self.sm_scale)
 
     def _estimate_pairs(self, head: HeadPattern) -> torch.Tensor:
         """float64 [modalities]: pairs computed, twice, to pick columns and diagonals for the rows of a modality."""

@@ -95,8 +95,9 @@ class Prober:
     """Asks a server in search mode, which is started for the first question. What the folder has already is not
     asked for again."""
 
-    def __init__(self, server: Server, folder: Path, layers: int, say: Say) -> None:
+    def __init__(self, server: Server, folder: Path, layers: int, say: Say, max_memory: int | None = None) -> None:
         self.server, self.folder, self.layers, self.say = server, folder, layers, say
+        self.max_memory = max_memory
 
     def _started(self) -> Server:
         if not self.server.running:
@@ -111,7 +112,7 @@ class Prober:
         """[layers][ranks] of what was found.
 
         Raises:
-            SearchError: a prompt without media, or one that did not run whole.
+            SearchError: a prompt without media, or one that did not run whole; a limit of memory that it breaks.
         """
         found = jobs.load(self.folder, job.result, self.layers)
         if not all(found):
@@ -120,6 +121,8 @@ class Prober:
             jobs.write(self.folder, job)
             self._prefill(server, calibration)
             found = jobs.load(self.folder, job.result, self.layers)
+            if why := jobs.refused(self.folder, job.result, found):
+                raise SearchError(f"{calibration.name}: {why}")
         if missing := [layer for layer, ranks in enumerate(found) if not ranks]:
             raise SearchError(
                 f"{calibration.name}: nothing was measured in layers {missing[:8]}: expected a prompt with an image or "
@@ -141,13 +144,13 @@ class Prober:
             raise SearchError(f"{calibration.name}: the server refused it: {error}") from None
 
     def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
-        found = self.ask(jobs.Job("phases", f"{calibration.name}-phases"), calibration)
+        found = self.ask(jobs.Job("phases", f"{calibration.name}-phases", max_memory=self.max_memory), calibration)
         heads = [[own for rank in ranks for own in rank["phases"]] for ranks in found]
         return jobs.map_from_json(found[0][0]["map"]), heads
 
     def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
         digest = hashlib.sha256(json.dumps(configs).encode()).hexdigest()[:10]
-        job = jobs.Job("measure", f"{calibration.name}-{digest}", configs)
+        job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory)
         found = self.ask(job, calibration)
 
         def table(name: str) -> np.ndarray:
@@ -241,6 +244,7 @@ def search(
     *,
     density: float | None,
     error: float | None,
+    boundaries: Sequence[str],
     dense_below: int,
     name: str,
     today: datetime.date,
@@ -248,7 +252,8 @@ def search(
     """Measure, allocate, measure what was chosen.
 
     Args:
-        model: the `ModelFingerprint` of the config. density, error: the budget, one of the two.
+        model: the `ModelFingerprint` of the config. density, error: the budget, one of the two. boundaries: which of
+            `search.BOUNDARIES` a head may have.
 
     Raises:
         SearchError: a budget that nothing fits, or a prompt that cannot be measured.
@@ -259,7 +264,9 @@ def search(
     tried = list(candidates(longest, merged_phases([phases for _, phases in looked])))
     texts = [(label, jobs.as_config(label, heads)) for label, heads in tried]
     scores = joined([prober.scores(calibration, texts) for calibration in calibrations])
-    table = Table([heads for _, heads in tried], scores.error, scores.visited, scores.causal, MODALITIES)
+    table = Table([heads for _, heads in tried], scores.error, scores.visited, scores.causal, MODALITIES).only(
+        boundaries
+    )
     try:
         chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
     except ValueError as failed:
@@ -268,11 +275,11 @@ def search(
     budget = f"mean density {density}" if density is not None else f"mean error {error}"
     note = Provenance(
         "search",
-        f"Searched among {len(tried)} candidates; every head's error is that of its output on the calibration input.",
+        f"Searched among {len(table.patterns)} candidates; errors are of attention outputs on the calibration input.",
         calibration=", ".join(c.name for c in calibrations),
         budget=budget,
         date=today.isoformat(),
-        details={"tokens": [own.length for own in maps], "doubts": unsure},
+        details={"tokens": [own.length for own in maps], "doubts": unsure, "boundaries": list(boundaries)},
     )
     rows = tuple(map(tuple, chosen.heads))
     config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))

@@ -10,7 +10,8 @@ from support import IMAGE, TEXT, VIDEO, VISION, conversation
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VerticalSlash
 from sglang_mminfer.executors import EXECUTORS
 from sglang_mminfer.patterns.plan import RequestChunk
-from sglang_mminfer.search.allocate import Table, at_price, equal_budget, within_density, within_error
+from sglang_mminfer.search import BOUNDARIES
+from sglang_mminfer.search.allocate import Table, at_price, boundary_of, equal_budget, within_density, within_error
 from sglang_mminfer.search.candidates import candidates
 from sglang_mminfer.search.measure import LayerProbe, cell_masses
 
@@ -152,3 +153,29 @@ def test_modalities_that_choose_differently_make_a_q_boundary_and_missing_ones_d
     found = at_price(Table(patterns, error, cost, np.array([5.0, 0.0, 5.0]), (TEXT, IMAGE, VIDEO)), 1.0)
     assert found.heads == [[QBoundary({TEXT: AShape(1, 1), VIDEO: TriShape(1, 1, 0)})]]
     assert found.error == 0 and found.density == pytest.approx(0.2)
+
+
+# ---- one budget among some boundaries ----------------------------------------------------------------------
+
+
+def kinds(found) -> set[str]:
+    return {boundary_of(head) for row in found.heads for head in row}
+
+
+def test_only_the_boundaries_asked_for_are_found():
+    """On planted heads, one of each boundary: without its boundary a head gets another, and errs more."""
+    made = [planted(kind, 1, 5) for kind in ("grid v", "q-boundary", "2d-boundary")]
+    table, _ = table_of(*(torch.cat(x, dim=1) for x in zip(*made)), 1)
+    free = at_price(table, 1.0)
+    assert kinds(free) >= {"q", "2d"}
+    for some in (("none",), ("q",), ("2d",), ("none", "q"), ("none", "2d"), ("q", "2d")):
+        within = table.only(some)
+        found = at_price(within, 1.0)
+        assert kinds(found) <= {*some, "none"}
+        if "none" not in some and "q" not in some:
+            single = {head for head in found.heads[0] if boundary_of(head) == "none"}
+            assert single <= {Dense()}, "2D-Boundaries alone leave dense as the only pattern without one"
+        assert found.error + found.density >= free.error + free.density - 1e-9
+    assert at_price(table.only(BOUNDARIES), 1.0).heads == free.heads
+    bare = at_price(table.only(("none",)), 1.0)
+    assert bare.error + bare.density > free.error + free.density + 0.01
