@@ -82,6 +82,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--server-flags", default="--chunked-prefill-size -1", metavar="'FLAGS'", help="of every server; %(default)s"
     )
     parser.add_argument("--no-relays", dest="relays", action="store_false", help="plain needles only")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=1,
+        metavar="N",
+        help="conversations side by side; above 1, prefill times are those of a busy server; 1",
+    )
     parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds for an answer; 1800")
     parser.add_argument("--out", type=Path, default=Path("compare-out"), help="folder for compare.json, .md and .png")
     add_question_options(parser)
@@ -107,6 +114,8 @@ class Comparison:
         self.settings = settings_of(options, self.kit, options.model_path, options.relays)
         if options.density is not None and not 0 < options.density < 1:
             raise Refused(f"--density: expected a number between 0 and 1, got {options.density:g}")
+        if options.concurrency < 1:
+            raise Refused(f"--concurrency: expected 1 or more, got {options.concurrency}")
         self.entries = entries_of(options.configs, options.add, options.density)
         self.media = Media(self.settings, self.kit, self.out / "media")
         self.file = self.out / "compare.json"
@@ -138,6 +147,7 @@ class Comparison:
             "settings": json.loads(json.dumps(asdict(self.settings))),
             "density": self.options.density,
             "server_flags": self.options.server_flags,
+            "concurrency": self.options.concurrency,
         }
         if not self.file.exists():
             return {**provenance("compare"), **asked, "configs": {}}
@@ -180,7 +190,7 @@ class Comparison:
                     self.console.print(f"{entry.name}: visited {visited:.3f}, again with {budget}", highlight=False)
                     continue
                 server.flush_cache()
-                answers = ask_with_progress(target, self.media, 1, self.console)
+                answers = ask_with_progress(target, self.media, self.options.concurrency, self.console)
                 return self._figures(entry, config, answers, read_trace(trace) if trace.exists() else [])
         raise AssertionError("the last fit is taken as it is")
 

@@ -101,6 +101,7 @@ def test_an_estimated_baseline_is_fitted_by_what_a_server_visits(stand_in, monke
         (("--configs", "wrong_phase"), "wrong_phase has no published sizes; give --density"),
         (("--configs", "swan"), "no built-in config has this name"),
         (("--density", "2"), "--density: expected a number between 0 and 1, got 2"),
+        (("--concurrency", "0"), "--concurrency: expected 1 or more, got 0"),
         (("--seeds", "0"), "--seeds: expected 1 to"),
     ],
 )
