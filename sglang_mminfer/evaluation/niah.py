@@ -116,6 +116,11 @@ class Answer:
     seconds: float = 0.0
     request_id: str = ""
 
+    @property
+    def mostly_cached(self) -> bool:
+        """A later turn, in contrast to a prompt that shares a system prompt with others."""
+        return self.cached_tokens > self.prompt_tokens / 2
+
 
 @dataclass
 class Target:
@@ -265,11 +270,18 @@ def cells(answers: Sequence[Answer], settings: Settings) -> dict[str, list[list[
 
 
 def report(answers: Sequence[Answer], settings: Settings) -> dict[str, Any]:
-    """What a result file keeps of one server."""
+    """What a result file keeps of one server; `over_cached_prefix`: of prompts of which most was cached."""
     return {
         "accuracy": {
             task: {
                 str(n): asdict(Cell.of(a for a in answers if (a.task, a.length) == (task, n))) for n in settings.lengths
+            }
+            for task in settings.tasks
+        },
+        "over_cached_prefix": {
+            task: {
+                str(n): asdict(Cell.of(a for a in answers if (a.task, a.length) == (task, n) and a.mostly_cached))
+                for n in settings.lengths
             }
             for task in settings.tasks
         },

@@ -23,4 +23,5 @@ def test_a_needle_model_finds_its_needles(tmp_path: Path) -> None:
     assert 1024 <= found["prompt_tokens"]["1024"] < 1100
     # Second turns are asked over cached prefixes.
     assert all(answer["cached_tokens"] > 1000 for answer in found["answers"] if answer["turn"])
+    assert [cell["answered"] for cell in found["over_cached_prefix"]["v-niah"].values()] == [3, 3]
     assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")
