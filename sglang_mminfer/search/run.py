@@ -28,6 +28,7 @@ SERVER_FLAGS = (
     *("--attention-backend", "mminfer", "--mminfer-config", "dense"),
     *("--chunked-prefill-size", "-1", "--disable-radix-cache", "--max-running-requests", "1"),
     *("--skip-server-warmup", "--sleep-on-idle"),
+    *("--watchdog-timeout", "86400"),  # one forward pass measures all candidates; SGLang ends a server after 5 minutes
 )
 """Answers are dense ones; the search looks into every layer beside them, at prompts that come whole."""
 
