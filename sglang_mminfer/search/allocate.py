@@ -3,8 +3,9 @@
 Rows of different modalities do not mix: what a pattern does to the video rows of a head is the same whatever the
 head's text rows do. So each (head, row modality) chooses for itself, and a head whose modalities choose differently
 is a Q-Boundary. A candidate that is a boundary already is taken whole, as all are where no Q-Boundary is wanted.
-Lagrange's multiplier makes the choices of all heads one: the price of a visited pair, raised until what they buy fits
-the budget.
+Lagrange's multiplier makes the choices of all heads one: the price of time, raised until what they buy fits the
+budget. A head's time is its tile visits times what a visit of each kind takes, so that of two candidates that visit as
+many pairs the quicker one is cheaper; the budget is a density or an error, which no machine changes.
 """
 
 from __future__ import annotations
@@ -25,16 +26,28 @@ STEPS = 60  # of the bisection: beyond the precision of the figures
 class Table:
     """What was measured. L layers, H heads, C candidates, M modalities.
 
-    patterns: [C][L][H]. error: [C, L, H, M], NaN for modalities that are not there. cost: [C, L, H, M], in the unit of
-    `whole`: [M], what dense costs for one head. mixes: whether modalities of a head may choose differently.
+    patterns: [C][L][H]. error: [C, L, H, M], NaN for modalities that are not there. pairs: [C, L, H, M] visited, of
+    `causal`: [M], those of one head. time: [C, L, H, M], as a share of what dense takes for one head; None: a pair
+    takes what any other takes. mixes: whether modalities of a head may choose differently.
     """
 
     patterns: Sequence[Sequence[Sequence[HeadPattern]]]
     error: np.ndarray
-    cost: np.ndarray
-    whole: np.ndarray
+    pairs: np.ndarray
+    causal: np.ndarray
     modalities: Sequence[Modality]
+    time: np.ndarray | None = None
     mixes: bool = True
+
+    @property
+    def density(self) -> np.ndarray:
+        """[C, L, H, M]: of one head; its sum over modalities is the head's."""
+        return self.pairs / self.causal.sum()
+
+    @property
+    def cost(self) -> np.ndarray:
+        """[C, L, H, M]: what an error is weighed against, 1 for a dense head."""
+        return self.density if self.time is None else self.time
 
     def only(self, boundaries: Sequence[str]) -> Table:
         """What there is to choose from among some of `search.BOUNDARIES`. Dense stays; "q" mixes single patterns."""
@@ -44,8 +57,14 @@ class Table:
             return boundary in boundaries or (boundary == "none" and "q" in boundaries) or isinstance(head, Dense)
 
         kept = [c for c, of in enumerate(self.patterns) if all(allowed(head) for row in of for head in row)]
-        patterns = [self.patterns[c] for c in kept]
-        return replace(self, patterns=patterns, error=self.error[kept], cost=self.cost[kept], mixes="q" in boundaries)
+        return replace(
+            self,
+            patterns=[self.patterns[c] for c in kept],
+            error=self.error[kept],
+            pairs=self.pairs[kept],
+            time=None if self.time is None else self.time[kept],
+            mixes="q" in boundaries,
+        )
 
 
 def boundary_of(head: HeadPattern) -> str:
@@ -66,10 +85,9 @@ class Allocation:
 
 
 def at_price(table: Table, price: float) -> Allocation:
-    """Every head's best where a density of 1 costs `price` in error."""
-    error = np.nan_to_num(table.error)
-    density = table.cost / table.whole.sum()
-    value = error + price * density  # [C, L, H, M]
+    """Every head's best where what dense costs is worth `price` in error."""
+    error, density = np.nan_to_num(table.error), table.density
+    value = error + price * table.cost  # [C, L, H, M]
     candidates, layers, heads, modalities = value.shape
     present = ~np.isnan(table.error).all(axis=(0, 1, 2))
     heads_chosen: list[list[HeadPattern]] = []
@@ -102,7 +120,7 @@ def _head(picked: list[HeadPattern], modalities: Sequence[Modality], present: np
 
 def within_density(table: Table, budget: float) -> Allocation:
     """Least error at a mean density of at most `budget`. Raises ValueError where the cheapest choice is denser."""
-    cheapest = at_price(table, 1e9)
+    cheapest = at_price(replace(table, time=None), 1e9)
     if cheapest.density > budget:
         raise ValueError(f"budget: expected a density of at least {cheapest.density:.3f} here, got {budget}")
     free = at_price(table, 0.0)
@@ -135,7 +153,7 @@ def within_error(table: Table, budget: float) -> Allocation:
 
 def equal_budget(table: Table, budget: float) -> Allocation:
     """The paper's way (appendix A): every head by itself takes its best candidate of at most `budget` density."""
-    error, density = np.nan_to_num(table.error).sum(axis=3), table.cost.sum(axis=3) / table.whole.sum()
+    error, density = np.nan_to_num(table.error).sum(axis=3), table.density.sum(axis=3)
     allowed = np.where(density <= budget, error, np.inf)
     cheapest = density.argmin(axis=0)
     picks = np.where(np.isfinite(allowed).any(axis=0), allowed.argmin(axis=0), cheapest)  # [L, H]

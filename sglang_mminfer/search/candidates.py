@@ -15,6 +15,7 @@ from sglang_mminfer.patterns.spec import (
     VerticalSlash,
 )
 
+DENSE = "dense"  # the first candidate's name
 TEXT, VIDEO, VISION = Modality.TEXT, Modality.VIDEO, Modality.VISION
 LOCALS = (64, 256, 1024, 4096)
 PAPER_VERTICAL_SLASH = ((1000, 1024), (1000, 2048), (1000, 6096), (3500, 100))
@@ -38,7 +39,7 @@ def candidates(modality_map: ModalityMap, phases: Sequence[Sequence[Phases]]) ->
     def everywhere(pattern: HeadPattern) -> list[list[HeadPattern]]:
         return [[pattern] * len(row) for row in phases]
 
-    yield "dense", everywhere(Dense())
+    yield DENSE, everywhere(Dense())
     for local in locals_:
         for sink in (64, 1024) if local >= 1024 and tokens > 8192 else (64,):
             yield f"a_shape {sink} {local}", everywhere(AShape(sink, local))

@@ -36,6 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="none,q,2d",
         help="which a head may have; all are measured, so that with the same --work an ablation measures once",
     )
+    parser.add_argument(
+        "--cost",
+        choices=("time", "pairs"),
+        default="time",
+        help="what an error is weighed against: what the tile visits take on this machine (default), or the pairs they "
+        "hold. Times are measured once and kept in --work; measured again they may differ a little, and the config too",
+    )
+    parser.add_argument(
+        "--tile-times", type=Path, metavar="FILE", help="another search's WORK/tile_times.json, to decide as it did"
+    )
     parser.add_argument("--dense-below", type=int, default=0, help="rows below this position see everything")
     parser.add_argument(
         "--max-memory",
@@ -104,7 +114,7 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
     from sglang_mminfer.evaluation.server import Server
     from sglang_mminfer.head_config import fingerprint_of
     from sglang_mminfer.search import job as jobs
-    from sglang_mminfer.search.run import SERVER_FLAGS, Calibration, Prober, SearchError, search
+    from sglang_mminfer.search.run import SERVER_FLAGS, Calibration, Prober, SearchError, read_times, search
 
     for path in (*options.video, *options.conversation, *([options.held_out] if options.held_out else [])):
         if not path.is_file():
@@ -117,6 +127,7 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
     apart = None
     if held_out is not None:
         apart = Calibration.of_file(held_out) if held_out.suffix == ".json" else Calibration.of_video(held_out)
+    times = read_times(options.tile_times) if options.tile_times else None
     try:
         model = fingerprint_of(AutoConfig.from_pretrained(options.model_path))
     except (OSError, ValueError) as error:
@@ -137,6 +148,8 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
                 density=None if options.error is not None else options.density or DENSITY,
                 error=options.error,
                 boundaries=options.boundaries,
+                times=times,
+                by_time=options.cost == "time",
                 dense_below=options.dense_below,
                 name=options.out.stem,
                 today=datetime.date.today(),
@@ -160,5 +173,6 @@ def _print(found: Found) -> None:
         for name, density, error, ms in rows_of(scores):
             table.add_row(name, f"{density:.1%}", f"{error:.4f}", f"{ms:,.0f}")
         Console(file=sys.stdout).print(table)
+    print(found.cost_words)
     for doubt in found.doubts:
         print(f"Mind: {doubt}")

@@ -17,7 +17,7 @@ from sglang_mminfer.observe import LayerView, Place, RequestView
 from sglang_mminfer.patterns.plan import RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
 from sglang_mminfer.search import job as jobs
-from sglang_mminfer.search import memory
+from sglang_mminfer.search import memory, tile_times
 from sglang_mminfer.search.measure import LayerProbe, Measured, cell_masses
 from sglang_mminfer.search.memory import Piece
 
@@ -76,7 +76,9 @@ class SearchObserver:
             masses = {s: cell_masses(modality_map, q[:, piece.heads], k, view.sm_scale, s) for s in ("frame", "row")}
             heads = range(piece.heads.stop - piece.heads.start)
             phases += [{s: _heaviest(mass[head]) for s, mass in masses.items()} for head in heads]
-        return {"map": jobs.map_to_json(modality_map), "phases": phases}
+        name = executors.name_for(config.executor(), q.device)
+        times = tile_times.measured(executors.EXECUTORS[name], q.shape[2], q.dtype, q.device)
+        return {"map": jobs.map_to_json(modality_map), "phases": phases, "tile_us": times, "executor": name}
 
     def _measured(
         self, job: jobs.Job, view: LayerView, request: RequestView, modality_map: ModalityMap
@@ -95,6 +97,7 @@ class SearchObserver:
         return {
             "error": [torch.cat([m.error for m in parts]).tolist() for parts in candidates],
             "visited": [torch.cat([m.visited for m in parts]).tolist() for parts in candidates],
+            "visits": [torch.cat([m.visits for m in parts]).tolist() for parts in candidates],
             "ms": [sum(m.ms for m in parts) for parts in candidates],
             "causal": probe.causal.tolist(),
         }

@@ -22,11 +22,13 @@ from sglang_mminfer.patterns.spec import HeadPattern
 
 ENVIRONMENT = observe.SEARCH
 JOB = "job.json"
+FORMAT = "2"  # of results, in their folders' names
 REFUSED = "refused"  # the key, in a result, of why there is none
 
 
 class Job(msgspec.Struct, forbid_unknown_fields=True):
-    """stage "phases": the map and the attention by cell. "measure": every candidate, each a head config as JSON text.
+    """stage "phases": the map, the attention by cell, and what visits of tiles take. "measure": every candidate, each a
+    head config as JSON text.
 
     result: the name of the folder that the prompt's results go to. max_memory: bytes that measuring may take in each
     rank, beside what the server has; None: as `memory.default_limit` says.

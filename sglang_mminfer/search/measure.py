@@ -17,8 +17,9 @@ from sglang_mminfer.executors import Executor
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.boundary import row_classes
-from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
+from sglang_mminfer.patterns.plan import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
+from sglang_mminfer.patterns.tiles import FULL
 
 MODALITIES = (Modality.TEXT, Modality.IMAGE, Modality.VIDEO)
 STRETCHES = 3  # the early, middle and late rows of a modality count the same
@@ -34,11 +35,14 @@ class Measured:
     error: float32 [heads, modalities], of rows of each modality, in units of the head's root-mean-square output;
         NaN where the prompt has no such rows.
     visited: float64 [heads, modalities], (row, key) pairs visited, those of an estimate included.
+    visits: float64 [heads, modalities, kinds], visits of tiles by `tile_times.KINDS`, an estimate's pairs as full
+        ones; a query tile with rows of several modalities counts for each by its share of the rows.
     ms: time of the executor's run, all heads.
     """
 
     error: torch.Tensor
     visited: torch.Tensor
+    visits: torch.Tensor
     ms: float
 
 
@@ -85,8 +89,10 @@ class LayerProbe:
         error = (total / count).pow(1 / SHARPNESS).view(len(MODALITIES), STRETCHES, -1).nanmean(dim=1)
         visited = torch.zeros(len(MODALITIES), off.shape[1], dtype=torch.float64, device=off.device)
         visited.index_add_(0, self.strata // STRETCHES, plan.visited_by_row.double())
-        visited = visited.T.cpu() + torch.stack([self._estimate_pairs(head) for head in heads])
-        return Measured(error.T.cpu(), visited, ms)
+        estimates = torch.stack([self._estimate_pairs(head) for head in heads])
+        visits = visits_by_modality(plan, self.strata // STRETCHES)
+        visits[..., FULL] += estimates / (BLOCK_Q * BLOCK_K)
+        return Measured(error.T.cpu(), visited.T.cpu() + estimates, visits, ms)
 
     def _plan(self, heads: Sequence[HeadPattern], dense_below: int = 0) -> PrefillPlan:
         """Of a planner that is gone with the plan: one that is kept would hold the orders of all candidates."""
@@ -115,6 +121,24 @@ class LayerProbe:
         self._execute(q, k_cache, v_cache, plan, self.sm_scale, out, lse)
         wait()
         return out.float(), (time.perf_counter() - start) * 1e3
+
+
+def visits_by_modality(plan: PrefillPlan, modality_of_row: torch.Tensor) -> torch.Tensor:
+    """float64 [heads, modalities, kinds], on the host: see `Measured.visits`. modality_of_row: int64 [rows]."""
+    device = modality_of_row.device
+    total = torch.zeros(plan.num_heads, len(MODALITIES), 3, dtype=torch.float64, device=device)
+    for own in plan.passes:
+        rows = own.q_indptr.diff().long()
+        tile = torch.repeat_interleave(torch.arange(own.num_tiles, device=device), rows)
+        share = torch.zeros(own.num_tiles, len(MODALITIES), dtype=torch.float64, device=device)
+        share.index_put_((tile, modality_of_row[own.q_rows.long()]), 1 / rows[tile].double(), accumulate=True)
+        every, full, picked = own.block_indptr.diff(), own.num_full, own.num_picked
+        kinds = torch.stack([full, every - full - picked, picked], dim=1).double()  # FULL, PARTIAL, PICKED
+        of_group = total.new_zeros(len(own.head_groups), len(MODALITIES), 3)
+        of_group.index_add_(0, own.q_heads.long(), share[:, :, None] * kinds[:, None])
+        for group, heads in enumerate(own.head_groups):
+            total[list(heads)] += of_group[group]
+    return total.cpu()
 
 
 def row_strata(modality_map: ModalityMap, start: int, stop: int) -> torch.Tensor:

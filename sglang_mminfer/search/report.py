@@ -72,6 +72,7 @@ def page(found: Found) -> str:
         "<p>Error: difference of a head's attention output from dense, in units of the head's root-mean-square "
         "output; near the worst rows of each modality, summed over modalities, the mean of all heads. Density: visited "
         "over causal pairs, estimates included. Time: the executor's, all layers, on the machine of the search.</p>",
+        f"<p>{html.escape(found.cost_words)}</p>",
         "<h2>What each head does</h2>",
         _image(mosaic(found)),
         "<h2>Error and density of each head</h2>",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sglang_mminfer.evaluation.server import Server, ServerError
@@ -17,9 +18,11 @@ from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape
 from sglang_mminfer.search import job as jobs
+from sglang_mminfer.search import tile_times
 from sglang_mminfer.search.allocate import Allocation, Table, equal_budget, frontier, within_density, within_error
-from sglang_mminfer.search.candidates import Phases, candidates
+from sglang_mminfer.search.candidates import DENSE, Phases, candidates
 from sglang_mminfer.search.measure import MODALITIES
+from sglang_mminfer.search.tile_times import TileTimes
 
 Say = Callable[[str], None]
 Messages = list[dict[str, Any]]
@@ -73,20 +76,26 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Scores:
-    """What configs do on one or more prompts. C configs, L layers, H heads, M modalities.
+    """What configs do on one or more prompts. C configs, L layers, H heads, M modalities, K kinds of visits.
 
     names: [C]. error: [C, L, H, M], NaN where a prompt has no rows of a modality. visited: [C, L, H, M] pairs.
-    causal: [M] pairs of one head. ms: [C, L].
+    visits: [C, L, H, M, K] of tiles, see `tile_times.KINDS`. causal: [M] pairs of one head. ms: [C, L].
     """
 
     names: list[str]
     error: np.ndarray
     visited: np.ndarray
+    visits: np.ndarray
     causal: np.ndarray
     ms: np.ndarray
 
     def density(self, config: int) -> float:
         return float(self.visited[config].sum(axis=-1).mean() / self.causal.sum())
+
+    def time(self, times: TileTimes) -> np.ndarray:
+        """[C, L, H, M]: what the visits take, as a share of what those of the config `DENSE` take in all of a head."""
+        spent = self.visits @ times.by_kind
+        return spent / spent[self.names.index(DENSE)].sum(axis=-1).mean()
 
     def mean_error(self, config: int) -> float:
         return float(np.nansum(self.error[config], axis=-1).mean())
@@ -144,25 +153,45 @@ class Prober:
         except openai.APIError as error:
             raise SearchError(f"{calibration.name}: the server refused it: {error}") from None
 
+    def _first_look(self, calibration: Calibration) -> list[list[dict[str, Any]]]:
+        result = f"{calibration.name}-phases-{jobs.FORMAT}"
+        return self.ask(jobs.Job("phases", result, max_memory=self.max_memory), calibration)
+
     def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
-        found = self.ask(jobs.Job("phases", f"{calibration.name}-phases", max_memory=self.max_memory), calibration)
+        found = self._first_look(calibration)
         heads = [[own for rank in ranks for own in rank["phases"]] for ranks in found]
         return jobs.map_from_json(found[0][0]["map"]), heads
 
+    def tile_times(self, calibrations: Sequence[Calibration]) -> TileTimes:
+        """Those in the folder; else what the first looks measured, which is put there."""
+        path = self.folder / tile_times.FILE
+        if not path.exists():
+            ranks = [rank for own in calibrations for ranks in self._first_look(own) for rank in ranks]
+            agreed = tile_times.agreed([rank["tile_us"] for rank in ranks], ranks[0]["executor"])
+            path.write_bytes(msgspec.json.encode(agreed))
+        return read_times(path)
+
     def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
-        digest = hashlib.sha256(json.dumps(configs).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(json.dumps([jobs.FORMAT, configs]).encode()).hexdigest()[:10]
         job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory)
         found = self.ask(job, calibration)
 
         def table(name: str) -> np.ndarray:
-            """[C, L, H, M]; ranks hold the heads in order."""
+            """[C, L, H, ...]; ranks hold the heads in order."""
             layers = [np.concatenate([np.array(rank[name], dtype=float) for rank in ranks], axis=1) for ranks in found]
             return np.stack(layers, axis=1)
 
         ms = np.array([np.max([rank["ms"] for rank in ranks], axis=0) for ranks in found]).T
-        return Scores(
-            [name for name, _ in configs], table("error"), table("visited"), np.array(found[0][0]["causal"]), ms
-        )
+        names, causal = [name for name, _ in configs], np.array(found[0][0]["causal"])
+        return Scores(names, table("error"), table("visited"), table("visits"), causal, ms)
+
+
+def read_times(path: Path) -> TileTimes:
+    """Raises SearchError where the file is not there, or holds something else."""
+    try:
+        return tile_times.load(path)
+    except (OSError, ValueError) as error:
+        raise SearchError(str(error)) from None
 
 
 def joined(scores: Sequence[Scores]) -> Scores:
@@ -177,6 +206,7 @@ def joined(scores: Sequence[Scores]) -> Scores:
         first.names,
         error,
         np.sum([s.visited for s in scores], axis=0),
+        np.sum([s.visits for s in scores], axis=0),
         np.sum([s.causal for s in scores], axis=0),
         np.sum([s.ms for s in scores], axis=0),
     )
@@ -233,8 +263,16 @@ class Found:
     equal: Allocation
     curve: list[tuple[float, float]]
     doubts: list[str]
+    times: TileTimes
+    by_time: bool
     calibration: Scores
     held_out: Scores | None
+
+    @property
+    def cost_words(self) -> str:
+        """What an error was weighed against, for a reader."""
+        weighed = "against these times" if self.by_time else "against visited pairs, whatever they take"
+        return f"One visit of a tile: {self.times}. Errors were weighed {weighed}."
 
 
 def search(
@@ -246,6 +284,8 @@ def search(
     density: float | None,
     error: float | None,
     boundaries: Sequence[str],
+    times: TileTimes | None,
+    by_time: bool,
     dense_below: int,
     name: str,
     today: datetime.date,
@@ -254,7 +294,8 @@ def search(
 
     Args:
         model: the `ModelFingerprint` of the config. density, error: the budget, one of the two. boundaries: which of
-            `search.BOUNDARIES` a head may have.
+            `search.BOUNDARIES` a head may have. times: of tile visits; None: measured here. by_time: False: every
+            visited pair costs the same.
 
     Raises:
         SearchError: a budget that nothing fits, or a prompt that cannot be measured.
@@ -265,9 +306,10 @@ def search(
     tried = list(candidates(longest, merged_phases([phases for _, phases in looked])))
     texts = [(label, jobs.as_config(label, heads)) for label, heads in tried]
     scores = joined([prober.scores(calibration, texts) for calibration in calibrations])
-    table = Table([heads for _, heads in tried], scores.error, scores.visited, scores.causal, MODALITIES).only(
-        boundaries
-    )
+    tile_us = times or prober.tile_times(calibrations)
+    time = scores.time(tile_us) if by_time else None
+    patterns = [heads for _, heads in tried]
+    table = Table(patterns, scores.error, scores.visited, scores.causal, MODALITIES, time).only(boundaries)
     try:
         chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
     except ValueError as failed:
@@ -280,7 +322,13 @@ def search(
         calibration=", ".join(c.name for c in calibrations),
         budget=budget,
         date=today.isoformat(),
-        details={"tokens": [own.length for own in maps], "doubts": unsure, "boundaries": list(boundaries)},
+        details={
+            "tokens": [own.length for own in maps],
+            "doubts": unsure,
+            "boundaries": list(boundaries),
+            "cost": "time" if by_time else "pairs",
+            "tile_us": msgspec.to_builtins(tile_us),
+        },
     )
     rows = tuple(map(tuple, chosen.heads))
     config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))
@@ -288,13 +336,13 @@ def search(
         ("searched", chosen.heads),
         ("equal budget for each head", equal.heads),
         *baselines(len(rows), len(rows[0]), 1024 if longest.length > 4096 else 256),
-        ("dense", [[Dense()] * len(rows[0])] * len(rows)),
+        (DENSE, [[Dense()] * len(rows[0])] * len(rows)),
     ]
     texts = [(label, jobs.as_config(label, heads)) for label, heads in finalists]
     texts.append(("default", _default(len(rows), len(rows[0]))))
     again = joined([prober.scores(calibration, texts) for calibration in calibrations])
     apart = prober.scores(held_out, texts) if held_out is not None else None
-    return Found(config, chosen, equal, frontier(table), unsure, again, apart)
+    return Found(config, chosen, equal, frontier(table), unsure, tile_us, by_time, again, apart)
 
 
 def _default(layers: int, heads: int) -> str:

@@ -121,7 +121,7 @@ def test_no_other_choice_of_the_same_density_errs_less(seed):
     table = small_table(seed, layers=1)
     for price in (0.05, 0.3, 1.0, 3.0):
         found = at_price(table, price)
-        density = table.cost[:, 0] / table.whole.sum()
+        density = table.pairs[:, 0] / table.causal.sum()
         for picks in product(range(4), repeat=4):
             index = (np.array(picks).reshape(2, 2), *np.indices((2, 2)))
             error, dense = table.error[:, 0][index].sum() / 2, density[index].sum() / 2

@@ -13,6 +13,7 @@ from sglang_mminfer.evaluation.needles import media_files, task
 from sglang_mminfer.evaluation.needles.checkpoint import MM_PROCESS_CONFIG
 from sglang_mminfer.evaluation.server import Server
 from sglang_mminfer.head_config import HeadConfig
+from sglang_mminfer.search.tile_times import KINDS
 
 MODEL = Path(__file__).parents[2] / "examples" / "needle_vlm" / "video"
 
@@ -54,6 +55,13 @@ def test_a_config_and_a_report_come_out_and_a_second_run_measures_nothing_again(
     page = out.with_suffix(".html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("<h1>")[0]
 
+    details, kept = (
+        config.provenance.details or {},
+        json.loads((tmp_path / "found.search" / "tile_times.json").read_text()),
+    )
+    assert details["cost"] == "time" and details["tile_us"] == kept and min(kept[kind] for kind in KINDS) > 0
+    assert f"full {kept['full']:g}" in said and f"full {kept['full']:g}" in page
+
     first = out.read_bytes()
     measured = sorted((tmp_path / "found.search").rglob("layer-*.json"))
     # Phases and candidates of two prompts' three layers, and the finalists on both.
@@ -63,6 +71,10 @@ def test_a_config_and_a_report_come_out_and_a_second_run_measures_nothing_again(
     code, _ = searched(tmp_path)
     assert code == 0 and out.read_bytes() == first, "the same measurements gave another config"
     assert {path: path.stat().st_mtime_ns for path in measured} == times
+    # What times decided, the same times decide again.
+    (tmp_path / "found.search" / "tile_times.json").rename(tmp_path / "other.json")
+    code, _ = searched(tmp_path, "--tile-times", str(tmp_path / "other.json"))
+    assert code == 0 and out.read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -71,6 +83,8 @@ def test_a_config_and_a_report_come_out_and_a_second_run_measures_nothing_again(
         (["--video", "nowhere.mp4"], "nowhere.mp4: no such file"),
         ([], "expected at least one --video or --conversation"),
         (["--conversation", "{broken}"], "expected a JSON file with a list of OpenAI messages"),
+        (["--conversation", "{good}", "--tile-times", "{broken}"], "broken.json: expected times of tile visits"),
+        (["--conversation", "{good}", "--tile-times", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
     ],
 )
 def test_wrong_input_is_said_before_any_server_starts(
@@ -78,5 +92,6 @@ def test_wrong_input_is_said_before_any_server_starts(
 ) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{not json")
-    code = cli.main(["search", str(MODEL), *(a.format(broken=broken) for a in arguments)])
+    (good := tmp_path / "good.json").write_text("[]")
+    code = cli.main(["search", str(MODEL), *(a.format(broken=broken, good=good) for a in arguments)])
     assert code == 1 and words in " ".join(capsys.readouterr().err.split())
