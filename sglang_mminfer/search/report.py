@@ -174,7 +174,7 @@ def pareto(found: Found) -> Any:
     figure, axes = _figure(8, 4.5)
     density, error = zip(*found.curve)
     axes.plot(density, error, "-", color="#4c78a8", label="allocation over all heads")
-    marks = ["o", "s", "^", "v", "D", "P", "X", "*"]
+    marks = ["o", "s", "^", "v", "D", "P", "X", "*", "<", ">"]
     for mark, (name, its_density, its_error, _) in zip(marks, rows_of(found.calibration)):
         axes.plot([its_density], [its_error], mark, markersize=8, linestyle="none", label=name)
     axes.set(xlabel="density: visited over causal pairs", ylabel="mean error of a head", ylim=(0, None))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,17 @@ class Scores:
 
     def density(self, config: int) -> float:
         return float(self.visited[config].sum(axis=-1).mean() / self.causal.sum())
+
+    def first(self, count: int) -> Scores:
+        """Those of the first configs."""
+        return replace(
+            self,
+            names=self.names[:count],
+            error=self.error[:count],
+            visited=self.visited[:count],
+            visits=self.visits[:count],
+            ms=self.ms[:count],
+        )
 
     def time(self, times: TileTimes) -> np.ndarray:
         """[C, L, H, M]: what the visits take, as a share of what those of the config `DENSE` take in all of a head."""
@@ -305,10 +317,12 @@ def search(
     longest, unsure = max(maps, key=lambda own: own.length), doubts(maps)
     tried = list(candidates(longest, merged_phases([phases for _, phases in looked])))
     texts = [(label, jobs.as_config(label, heads)) for label, heads in tried]
-    scores = joined([prober.scores(calibration, texts) for calibration in calibrations])
+    patterns = [heads for _, heads in tried]
+    default = ("default", _default(len(patterns[0]), len(patterns[0][0])))
+    everything = joined([prober.scores(calibration, [*texts, default]) for calibration in calibrations])
+    scores = everything.first(len(tried))
     tile_us = times or prober.tile_times(calibrations)
     time = scores.time(tile_us) if by_time else None
-    patterns = [heads for _, heads in tried]
     table = Table(patterns, scores.error, scores.visited, scores.causal, MODALITIES, time).only(boundaries)
     try:
         chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
@@ -335,14 +349,23 @@ def search(
     finalists: list[tuple[str, list[list[HeadPattern]]]] = [
         ("searched", chosen.heads),
         ("equal budget for each head", equal.heads),
+        *_as_dense_as(table, {"equal budget": equal.density, "default": everything.density(len(tried))}),
         *baselines(len(rows), len(rows[0]), 1024 if longest.length > 4096 else 256),
         (DENSE, [[Dense()] * len(rows[0])] * len(rows)),
     ]
-    texts = [(label, jobs.as_config(label, heads)) for label, heads in finalists]
-    texts.append(("default", _default(len(rows), len(rows[0]))))
+    texts = [*((label, jobs.as_config(label, heads)) for label, heads in finalists), default]
     again = joined([prober.scores(calibration, texts) for calibration in calibrations])
     apart = prober.scores(held_out, texts) if held_out is not None else None
     return Found(config, chosen, equal, frontier(table), unsure, tile_us, by_time, again, apart)
+
+
+def _as_dense_as(table: Table, densities: dict[str, float]) -> list[tuple[str, list[list[HeadPattern]]]]:
+    """What the search would have found at others' densities, so that errors can be compared at equal ones."""
+    found = []
+    for whose, density in densities.items():
+        with contextlib.suppress(ValueError):  # sparser than anything that may be chosen from
+            found.append((f"searched, as dense as {whose}", within_density(table, density).heads))
+    return found
 
 
 def _default(layers: int, heads: int) -> str:

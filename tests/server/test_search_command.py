@@ -50,7 +50,7 @@ def test_a_config_and_a_report_come_out_and_a_second_run_measures_nothing_again(
     assert config.provenance.how == "search" and config.provenance.budget == "mean density 0.7"
     assert config.model is not None and config.model.heads == 4
     rows = [line for line in said.splitlines() if "searched" in line or "a_shape" in line or "dense" in line]
-    assert len(rows) == 6, said  # of two tables
+    assert len(rows) == 2 * 5, said  # two tables: searched (also at two more densities), a_shape, dense
     assert "Mind: No calibration input has an image" in said and "Mind: The longest calibration input" in said
     page = out.with_suffix(".html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("<h1>")[0]
