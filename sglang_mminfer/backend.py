@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from sglang_mminfer import config, executors, observe, self_check
+from sglang_mminfer import config, embedding_cache, executors, observe, self_check
 from sglang_mminfer.audit import Audit
 from sglang_mminfer.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
+from sglang_mminfer.embedding_cache import EncodedAgain, EncoderWatch
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
 from sglang_mminfer.modality.segments import ModalityMap
@@ -166,7 +167,7 @@ class _Batch:
         for request in self.requests:
             request.dense_reason = request.dense_reason or reason
 
-    def records(self) -> list[PrefillRecord]:
+    def records(self, again: EncodedAgain) -> list[PrefillRecord]:
         records = []
         for request in self.requests:
             sparse = request.dense_reason is None and self.sparse_layers > 0
@@ -185,6 +186,8 @@ class _Batch:
                     plan_ms=self.plan_s * 1e3,
                     attn_ms=self.attn_s * 1e3,
                     forward_ms=self.forward_s * 1e3,
+                    encoded_again=again.times,
+                    encoded_again_ms=again.milliseconds,
                 )
             )
         return records
@@ -218,6 +221,9 @@ class SparsePrefill:
         self.rank, self.ranks, self.leads = parallel.attn_tp_rank, parallel.attn_tp_size, parallel.tp_rank == 0
         self.trace = TraceFile.from_environment() if self.leads else TraceFile(None)
         self.metrics = Metrics() if runner.server_args.enable_metrics and self.leads else None
+        self._encoder = EncoderWatch()
+        if self.leads:
+            embedding_cache.watch = self._encoder
         self._num_layers = runner.model_config.num_hidden_layers
         self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self._num_layers))
@@ -273,8 +279,9 @@ class SparsePrefill:
         batch, self._batch = self._batch, None
         if batch is None:
             return
+        again = self._encoder.take()
         if self.trace.enabled or self.metrics is not None or self.observers:
-            records = batch.records()
+            records = batch.records(again)
             self.observers.batch_done(records)
             self.trace.append(records)
             if self.metrics is not None:

@@ -110,6 +110,13 @@ HOOKS: tuple[Hook, ...] = (
         "second video changes the radix keys of the first and the whole conversation is prefilled again.",
     ),
     Hook(
+        "sglang.srt.managers.mm_schedule.get_embedding_and_mask",
+        "around",
+        "sglang_mminfer.embedding_cache:watch_encoder",
+        "SGLang's embedding cache silently refuses a video that is larger than the cache, and the vision encoder "
+        "then runs again for every chunk: this sees it, says what to set, and counts it. Nothing else changes.",
+    ),
+    Hook(
         "sglang.srt.utils.video_decoder.VideoDecoderWrapper.__init__",
         "around",
         f"{_HERE}:decode_without_ffmpeg",

@@ -86,6 +86,8 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     map: the request's modality map, with the last chunk of its prompt only.
     audit: one entry for each sparse layer, if the request is audited. audit_ms: what that took, of the whole
     batch; not in attn_ms. audit_failures: (request, layer) audits of the batch that failed.
+    encoded_again: media of the batch that the vision encoder ran on once more, because SGLang's embedding cache
+    had refused them; see embedding_cache.py. encoded_again_ms: how long that took, part of forward_ms.
     """
 
     rid: str
@@ -103,6 +105,8 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     audit: list[LayerAudit] | None = None
     audit_ms: float = 0.0
     audit_failures: int = 0
+    encoded_again: int = 0
+    encoded_again_ms: float = 0.0
 
 
 class TraceFile:
@@ -153,6 +157,11 @@ class Metrics:
         )
         self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
         self._attn_ms = Counter("sglang:mminfer_attn_ms", "Milliseconds spent in attention of prefill batches.")
+        self._again = Counter(
+            "sglang:mminfer_encoded_again",
+            "Media that the vision encoder ran on once more, because SGLang's embedding cache had refused them.",
+        )
+        self._again_ms = Counter("sglang:mminfer_encoded_again_ms", "Milliseconds that the encoder spent so.")
 
     def add(self, records: list[PrefillRecord]) -> None:
         for record in records:
@@ -164,6 +173,8 @@ class Metrics:
         if records:
             self._plan_ms.inc(records[0].plan_ms)
             self._attn_ms.inc(records[0].attn_ms)
+            self._again.inc(records[0].encoded_again)
+            self._again_ms.inc(records[0].encoded_again_ms)
 
 
 class AuditMetrics:

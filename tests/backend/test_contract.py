@@ -67,6 +67,20 @@ CALLABLES: list[tuple[str, tuple[str, ...], str]] = [
     ("sglang.srt.configs.hybrid_arch.mambaish_config", ("model_config",), "plugin.py"),
     ("sglang.srt.configs.model_config.is_minimax_sparse", ("config",), "plugin.py"),
     ("sglang.srt.managers.mm_utils.get_new_expanded_mm_items", ("original_mm_items",), "plugin.py"),
+    (
+        "sglang.srt.managers.mm_schedule.get_embedding_and_mask",
+        (
+            *("data_embedding_func", "embedding_items", "placeholder_tensor", "input_ids"),
+            *("items_size", "prefix_length", "extend_length", "items_offset_list"),
+        ),
+        "embedding_cache.py",
+    ),
+    ("sglang.srt.mem_cache.multimodal_cache.MultiModalStaticCache.has", ("self", "mm_hash"), "embedding_cache.py"),
+    (
+        "sglang.srt.mem_cache.multimodal_cache.MultiModalStaticCache.combine_hashes",
+        ("mm_hashes",),
+        "embedding_cache.py",
+    ),
     ("sglang.srt.plugins.load_plugins", (), "doctor.py"),
     (
         "sglang.srt.plugins.hook_registry.HookRegistry.register",

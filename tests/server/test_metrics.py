@@ -31,7 +31,7 @@ def traced(served: Served) -> dict[tuple[str, str], float]:
         sums["plan_ms", ""] += plan_ms
         sums["attn_ms", ""] += attn_ms
     sums["audit_ms", ""] = sum(audits)
-    sums["audit_failures", ""] = 0.0
+    sums["audit_failures", ""] = sums["encoded_again", ""] = sums["encoded_again_ms", ""] = 0.0
     return sums
 
 
@@ -75,6 +75,7 @@ def test_every_figure_explains_itself(worked: Served) -> None:
     page = worked.get("/metrics").decode()
     for name in (
         *("prefill_requests", "prefill_tokens", "density_tokens", "plan_ms", "attn_ms"),
+        *("encoded_again", "encoded_again_ms"),
         *("audit_rows", "audit_error_rows", "audit_lost_rows", "audit_ms", "audit_failures"),
     ):
         assert re.search(rf"^# HELP sglang:mminfer_{name}(_total)? \w", page, re.MULTILINE), name
