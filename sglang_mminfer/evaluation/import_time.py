@@ -1,0 +1,90 @@
+"""What the plugin costs a process of SGLang that does not need it: importing its entry point, and registering it.
+
+    python -m sglang_mminfer.evaluation.import_time [--before REVISION] [--runs 15]
+
+SGLang loads plugins in each of its processes. `import` is a fresh interpreter up to `import sglang_mminfer.plugin`;
+`register` is `register()` in a process that has imported SGLang's own part of it, so the plugin's share alone. Each is
+the median of several processes, taking turns with the files of an earlier git revision, if one is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+
+IMPORT = """
+import time
+start = time.perf_counter()
+import sglang_mminfer.plugin
+print(time.perf_counter() - start)
+"""
+
+REGISTER = """
+import time
+import sglang.srt.arg_groups.choices, sglang.srt.arg_groups.resolution_hooks, sglang.srt.plugins.hook_registry
+import sglang.srt.layers.attention.attention_registry, sglang.srt.platforms
+import sglang_mminfer.plugin
+start = time.perf_counter()
+sglang_mminfer.plugin.register()
+print(time.perf_counter() - start)
+"""
+
+
+def milliseconds(root: Path, program: str) -> float:
+    """What one fresh process prints, in seconds, for its time. `root` holds the folder sglang_mminfer."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return 1e3 * float(done.stdout.splitlines()[-1])
+
+
+def medians(roots: dict[str, Path], program: str, runs: int) -> dict[str, float]:
+    """Of each root, all taking turns; a first round, which fills the caches, is not counted."""
+    rounds = [{label: milliseconds(root, program) for label, root in roots.items()} for _ in range(runs + 1)]
+    return {label: median(each[label] for each in rounds[1:]) for label in roots}
+
+
+def _unpacked(revision: str, into: Path) -> Path:
+    """The package of a git revision, laid out as it is installed."""
+    top = subprocess.run(
+        ["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    archive = subprocess.run(
+        ["git", "archive", revision, "sglang_mminfer", "kernels", "head_configs"],
+        capture_output=True,
+        check=True,
+        cwd=top,
+    ).stdout
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        tar.extractall(into, filter="data")
+    for name in ("kernels", "head_configs"):
+        (into / name).rename(into / "sglang_mminfer" / name)
+    return into
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_mminfer.evaluation.import_time", description="What the plugin adds to a process's start."
+    )
+    parser.add_argument("--before", metavar="REVISION", help="a git revision to compare with")
+    parser.add_argument("--after", metavar="REVISION", default="HEAD", help="default: %(default)s")
+    parser.add_argument("--runs", type=int, default=15, help="processes for import; default: %(default)s")
+    parser.add_argument("--register-runs", type=int, default=3, help="for register; default: %(default)s")
+    options = parser.parse_args(arguments)
+    revisions = {name: getattr(options, name) for name in ("before", "after") if getattr(options, name)}
+    with tempfile.TemporaryDirectory() as scratch:
+        roots = {f"{name} ({rev})": _unpacked(rev, Path(scratch) / name) for name, rev in revisions.items()}
+        for name, program, runs in (("import", IMPORT, options.runs), ("register", REGISTER, options.register_runs)):
+            for label, value in medians(roots, program, runs).items() if runs else ():
+                print(f"{name}, {label}: {value:.2f} ms, median of {runs}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
