@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 Parser = argparse.ArgumentParser
 
@@ -19,13 +21,43 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--model-path", metavar="P", help="a model directory, or its name on the hub")
     parser.add_argument(config.FLAG, metavar="NAME|PATH", help="head config, as for the server")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--video", metavar="FILE", help="tokens, frames, grid, memory and density of this video with --model-path"
+    )
+    parser.add_argument(
+        "--mm-process-config", metavar="JSON", type=_json_object, help="of the server, for --video; default: SGLang's"
+    )
+    parser.add_argument(
+        "--chunked-prefill-size",
+        metavar="N",
+        type=int,
+        help="of the server, for --video; default: SGLang's choice here",
+    )
 
     def run(arguments: argparse.Namespace) -> int:
         from sglang_mminfer.doctor import run
 
-        return run(arguments.model_path, arguments.mminfer_config, as_json=arguments.json)
+        if arguments.video is None:
+            return run(arguments.model_path, arguments.mminfer_config, as_json=arguments.json)
+        if arguments.model_path is None:
+            parser.error("--video needs --model-path: tokens and frames differ from model to model")
+        from sglang_mminfer.doctor_video import VideoOptions
+
+        video = VideoOptions(arguments.video, arguments.mm_process_config, arguments.chunked_prefill_size)
+        return run(arguments.model_path, arguments.mminfer_config, as_json=arguments.json, video=video)
 
     parser.set_defaults(run=run)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """argparse type: a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return found
 
 
 def _search(parser: Parser) -> None:

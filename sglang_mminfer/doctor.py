@@ -16,12 +16,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_mminfer import config
 
 if TYPE_CHECKING:
     import torch
+
+    from sglang_mminfer.doctor_video import VideoOptions
 
 DISTRIBUTION = "sglang-mminfer"
 GROUPS = {"sglang.srt.plugins": "mminfer", "sglang.srt.platforms": "mminfer_cpu"}
@@ -43,12 +45,14 @@ class Finding:
     fix: str | None = None
 
 
-def run(model_path: str | None, config_name: str | None, *, as_json: bool = False) -> int:
-    """Print the report; the exit status."""
+def run(
+    model_path: str | None, config_name: str | None, *, as_json: bool = False, video: VideoOptions | None = None
+) -> int:
+    """Print the report; the exit status. `video` needs a model."""
     from rich.console import Console
 
     with Console(stderr=True).status("Asking SGLang ..."), _quiet() as problems:
-        findings = list(examine(model_path, config_name, problems))
+        findings = list(examine(model_path, config_name, problems, video))
     ok = all(finding.status != "error" for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
@@ -58,7 +62,10 @@ def run(model_path: str | None, config_name: str | None, *, as_json: bool = Fals
 
 
 def examine(
-    model_path: str | None = None, config_name: str | None = None, problems: list[str] | None = None
+    model_path: str | None = None,
+    config_name: str | None = None,
+    problems: list[str] | None = None,
+    video: VideoOptions | None = None,
 ) -> Iterator[Finding]:
     """All findings. `problems` is what SGLang logs as an error meanwhile; see `_quiet`."""
     problems = [] if problems is None else problems
@@ -70,6 +77,10 @@ def examine(
         ("video", _video),
         ("model", lambda: _model(model_path, config_name)),
     ]
+    if video is not None and model_path is not None:
+        from sglang_mminfer import doctor_video
+
+        sections.append((doctor_video.SECTION, lambda: doctor_video.examine_video(model_path, config_name, video)))
     for section, check in sections:
         try:
             yield from check()
@@ -78,7 +89,7 @@ def examine(
                 section,
                 section,
                 "error",
-                f"cannot be checked: {_brief(error)}",
+                f"cannot be checked: {brief(error)}",
                 f"mend the import or setting named here; `pip install --force-reinstall {DISTRIBUTION}` "
                 "restores the package and what it needs.",
             )
@@ -296,7 +307,7 @@ def _smoke(device: str, dtype: torch.dtype) -> Finding:
     try:
         answer = smoke.check(device, dtype)
     except Exception as error:  # a compiler that does not fit, for one
-        return Finding("gpu", name, "error", f"does not run: {_brief(error)}", _OTHER_EXECUTOR)
+        return Finding("gpu", name, "error", f"does not run: {brief(error)}", _OTHER_EXECUTOR)
     if answer.good:
         return Finding("gpu", name, "ok", str(answer))
     return Finding("gpu", name, "error", f"wrong answers: {answer}", _OTHER_EXECUTOR)
@@ -357,14 +368,11 @@ def _model(model_path: str | None, config_name: str | None) -> Iterator[Finding]
         return
 
     from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
-    from sglang.srt.server_args import ServerArgs
 
     from sglang_mminfer.plugin import UnsupportedLaunch
 
-    server_args = ServerArgs(model_path=model_path, attention_backend=config.BACKEND_NAME)
-    setattr(server_args, config.ATTRIBUTE, config_name)
     try:
-        server_args.resolve_once()
+        server_args = server_args_of(model_path, config_name)
     except UnsupportedLaunch as error:
         yield Finding("model", model_path, "error", "mminfer cannot serve it", str(error))
         return
@@ -376,7 +384,7 @@ def _model(model_path: str | None, config_name: str | None) -> Iterator[Finding]
             "model",
             model_path,
             "error",
-            f"SGLang does not accept it: {_brief(error)}",
+            f"SGLang does not accept it: {brief(error)}",
             "check the path and its config.json; a name on the hub needs network access or a filled cache.",
         )
         return
@@ -399,6 +407,16 @@ def _model(model_path: str | None, config_name: str | None) -> Iterator[Finding]
     yield Finding("model", "fingerprint", "ok", f"{fits}; {model.num_hidden_layers} layers")
     dense = config.dense_backend_name(server_args, view.device)
     yield Finding("model", "dense backend", "ok", f"{dense}, on {view.device} in {model.dtype}")
+
+
+def server_args_of(model_path: str, config_name: str | None, **fields: Any) -> Any:
+    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server. Raises what that raises."""
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(model_path=model_path, attention_backend=config.BACKEND_NAME, **fields)
+    setattr(server_args, config.ATTRIBUTE, config_name)
+    server_args.resolve_once()
+    return server_args
 
 
 def _bad_config(text: str) -> Finding:
@@ -439,7 +457,8 @@ def _torchcodec() -> tuple[bool, str]:
     return True, ""
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
+    """Type and first line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
 
@@ -453,7 +472,7 @@ class _Collect(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        self._into.append(record.getMessage() + (f" ({_brief(error)})" if error else ""))
+        self._into.append(record.getMessage() + (f" ({brief(error)})" if error else ""))
 
 
 @contextlib.contextmanager

@@ -95,20 +95,20 @@ def published(name: str) -> HeadConfig:
     return HeadConfig(f"baseline_{name}", Provenance("handwritten", note), "all", ((pattern,),))
 
 
-def density_of(pattern: HeadPattern, modality_map: ModalityMap) -> float:
-    """Visited over causal pairs when the whole prompt is prefilled at once.
+def density_of(pattern: HeadPattern, modality_map: ModalityMap, dense_below: int = 0) -> float:
+    """Visited over causal pairs when the whole prompt is prefilled at once, rows below `dense_below` densely.
 
     An estimated pattern is asked with random queries and keys, whose diagonals lie apart: real ones lie closer, so
     that a server visits less.
     """
     length = modality_map.length
     if is_static(pattern):
-        plan = plan_of(modality_map, [pattern])
+        plan = plan_of(modality_map, [pattern], dense_below)
     else:
         random = torch.Generator().manual_seed(0)
         q, k = torch.randn(2, length, 1, 16, generator=random)
         chunk = RequestChunk(modality_map, 0, length, 0, torch.arange(length))
-        plan = BatchPlanner([chunk], length).plan([pattern], q, k, 0.25)
+        plan = BatchPlanner([chunk], length, dense_below=dense_below).plan([pattern], q, k, 0.25)
     return float(plan.visited_by_row.sum()) / (length * (length + 1) / 2)
 
 
