@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer import config
@@ -88,8 +90,8 @@ def _findings(model_path: str, config_name: str | None, options: VideoOptions) -
         )
     frames, fps = _file(options.path)
     prompt = prompt_of(server_args, options.path)
-    assumed = f"--mm-process-config '{options.mm_process_config}'" if fields.get("mm_process_config") else "defaults"
-    yield Finding(SECTION, "file", "ok", f"{frames} frames, {fps:.4g} a second; SGLang samples them by: {assumed}")
+    sampled = json.dumps(options.mm_process_config) if options.mm_process_config else "none, so SGLang's defaults"
+    yield Finding(SECTION, "file", "ok", f"{frames} frames, {fps:.4g} a second; --mm-process-config: {sampled}")
     yield from _tokens(prompt, model)
     yield _embeddings(prompt, model, view)
     yield _kv_cache(len(prompt.input_ids), model, view)
@@ -133,7 +135,9 @@ def prompt_of(server_args: Any, path: str) -> Prompt:
     with contextlib.ExitStack() as stack:
         stack.callback(restore_context, snapshot_context())
         publish(server_args, role="tokenizer")
-        manager, templates = init_tokenizer_manager(server_args, PortArgs.init_new(server_args))
+        ports = PortArgs.init_new(server_args)
+        stack.callback(_remove_sockets, ports)
+        manager, templates = init_tokenizer_manager(server_args, ports)
         for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler):
             stack.callback(socket.close, 0)
         try:
@@ -147,15 +151,20 @@ def prompt_of(server_args: Any, path: str) -> Prompt:
                 "a server would answer the same; give a shorter video, another --mm-process-config or another model.",
             ) from None
         architecture = (manager.model_config.hf_config.architectures or ["this model"])[0]
-        mm_inputs = made.mm_inputs
-        if mm_inputs is not None and not isinstance(mm_inputs, MultimodalInputs):
-            mm_inputs = MultimodalInputs.from_processor_output(mm_inputs)
+        mm_inputs = made.mm_inputs and MultimodalInputs.from_processor_output(made.mm_inputs)
         if mm_inputs is None or not any(item.is_video() or item.is_image() for item in mm_inputs.mm_items):
             raise VideoError(
                 f"SGLang makes no media of it: its chat template or processor for {architecture} takes no video",
                 "name a model that takes video, or its --chat-template.",
             )
         return Prompt(list(made.input_ids), mm_inputs)
+
+
+def _remove_sockets(ports: Any) -> None:
+    """The files by which a server's processes would find each other."""
+    for name in vars(ports).values():
+        if isinstance(name, str) and name.startswith("ipc://"):
+            Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def map_of(prompt: Prompt, model: Any) -> ModalityMap:

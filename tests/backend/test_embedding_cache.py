@@ -185,6 +185,28 @@ def test_a_defect_of_the_watch_costs_no_request(
     assert sum("watching the vision encoder failed" in r.getMessage() for r in caplog.records) == 1
 
 
+class Event:
+    """What a GPU's event is asked: work that is done when somebody says so."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def elapsed_time(self, other: Event) -> float:
+        assert other.done, "not known before"
+        return 40.0
+
+
+def test_time_on_a_gpu_is_not_waited_for() -> None:
+    watch, start, stop = embedding_cache.EncoderWatch(), Event(), Event()
+    watch._times, watch._unread = 2, [(embedding_cache._Span(start, stop), 0.25)]
+    assert watch.take() == embedding_cache.EncodedAgain(2, 0.0)
+    stop.done = True
+    assert watch.take() == embedding_cache.EncodedAgain(0, pytest.approx(10.0))
+    assert watch.take() == embedding_cache.EncodedAgain()
+
+
 def test_the_trace_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend's own watch, between the metadata and the layers of each chunk."""
     monkeypatch.setattr(embedding_cache, "watch", None)
