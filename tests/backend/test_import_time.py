@@ -50,6 +50,6 @@ def test_the_measurement() -> None:
     root = Path(sglang_mminfer.__file__).parents[1]
     found = import_time.medians({"one": root, "other": root}, import_time.IMPORT, runs=3)
     assert set(found) == {"one", "other"}
-    assert all(0 < value < 5000 for value in found.values())
+    assert all(0 < processor < 2000 and clock > 0 for processor, clock in found.values())
     with pytest.raises(subprocess.CalledProcessError):
         import_time.milliseconds(root / "absent", "import sglang_mminfer_that_is_not_there")
