@@ -143,8 +143,7 @@ def prompt_of(server_args: Any, path: str) -> Prompt:
         try:
             chat = manager.serving_chat_class(manager, templates)
             asked, _ = chat._convert_to_internal_request(request)
-            asked.normalize_batch_and_arguments()
-            made = asyncio.run(manager._tokenize_one_request(asked))
+            made = asyncio.run(_tokenized(manager, asked))
         except Exception as error:
             raise VideoError(
                 f"SGLang refuses a request with it: {brief(error)}",
@@ -158,6 +157,13 @@ def prompt_of(server_args: Any, path: str) -> Prompt:
                 "name a model that takes video, or its --chat-template.",
             )
         return Prompt(list(made.input_ids), mm_inputs)
+
+
+async def _tokenized(manager: Any, request: Any) -> Any:
+    """What the manager would send to the scheduler; these are its own steps up to there."""
+    request.normalize_batch_and_arguments()
+    manager._init_req_state(request)
+    return await manager._tokenize_one_request(request)
 
 
 def _remove_sockets(ports: Any) -> None:

@@ -81,6 +81,20 @@ CALLABLES: list[tuple[str, tuple[str, ...], str]] = [
         ("mm_hashes",),
         "embedding_cache.py",
     ),
+    ("sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state", ("self", "obj"), "doctor_video.py"),
+    (
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
+        ("self", "obj"),
+        "doctor_video.py",
+    ),
+    (
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+        ("self", "request"),
+        "doctor_video.py",
+    ),
+    ("sglang.srt.entrypoints.engine.init_tokenizer_manager", ("server_args", "port_args"), "doctor_video.py"),
+    ("sglang.srt.managers.schedule_batch.MultimodalInputs.from_processor_output", ("obj",), "doctor_video.py"),
+    ("sglang.srt.runtime_context.publish", ("server_args", "role"), "doctor_video.py"),
     ("sglang.srt.plugins.load_plugins", (), "doctor.py"),
     (
         "sglang.srt.plugins.hook_registry.HookRegistry.register",
