@@ -216,7 +216,10 @@ class SparsePrefill:
         self.device = torch.device(runner.device)
         parallel = get_parallel()
         self.rank, self.ranks, self.leads = parallel.attn_tp_rank, parallel.attn_tp_size, parallel.tp_rank == 0
-        self.trace = TraceFile.from_environment() if self.leads else TraceFile(None)
+        audited = config.audit_rate(runner.server_args)
+        self.trace = TraceFile(None)
+        if self.leads or (audited and self.rank):
+            self.trace = TraceFile.from_environment(self.rank)
         self.metrics = Metrics() if runner.server_args.enable_metrics and self.leads else None
         self._num_layers = runner.model_config.num_hidden_layers
         self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
@@ -229,8 +232,8 @@ class SparsePrefill:
         self.observers = observe.from_environment(
             observe.Place(self.rank, self.ranks, self._num_layers, runner.server_args)
         )
-        if rate := config.audit_rate(runner.server_args):
-            self.observers.add(Audit(rate, AuditMetrics() if runner.server_args.enable_metrics else None))
+        if audited:
+            self.observers.add(Audit(audited, AuditMetrics() if runner.server_args.enable_metrics else None))
 
     def _why_unfit(self, runner: Any) -> str | None:
         """Why nothing can run sparse here, found out before the first request: the reason that is counted.
@@ -276,7 +279,7 @@ class SparsePrefill:
         if self.trace.enabled or self.metrics is not None or self.observers:
             records = batch.records()
             self.observers.batch_done(records)
-            self.trace.append(records)
+            self.trace.append(records if self.leads else [record for record in records if record.audit])
             if self.metrics is not None:
                 self.metrics.add(records)
 
