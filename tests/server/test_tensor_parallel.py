@@ -57,7 +57,7 @@ def test_audits_of_all_ranks_reach_trace_and_metrics(servers: Callable[[str], Se
     served.ask(prompt, rid="audited")
     wait_for(lambda: all(a.num_heads == HEADS for r in served.records("audited") for a in r.audit or []))
     records = served.records("audited")
-    assert ran_sparse(records)
+    assert any(record.dense_reason is None for record in records)
     for record in records:
         assert (record.audit is not None) == (record.dense_reason is None)
         for found in record.audit or []:
