@@ -12,7 +12,7 @@ from sglang_mminfer.modality.geometry import generic, qwen_vl
 from sglang_mminfer.modality.geometry._items import GeometryError, modality_of, offsets_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
-__all__ = ["FAMILIES", "GeometryError", "cached_map", "family_of", "map_from_mm_inputs", "prompt_length"]
+__all__ = ["FAMILIES", "GeometryError", "cached_map", "family_of", "has_raster", "map_from_mm_inputs", "prompt_length"]
 
 FAMILIES: dict[str, Any] = {"qwen_vl": qwen_vl}
 
@@ -31,6 +31,11 @@ def family_of(hf_config: Any) -> str | None:
             argument = family.argument_of(hf_config)
             return f"{name}:{argument}" if argument else name
     return None
+
+
+def has_raster(hf_config: Any) -> bool:
+    """False for a model that merges vision tokens until neither rows nor columns are left; its config says so."""
+    return getattr(hf_config, "vision_tokens_merged", False) is not True
 
 
 def prompt_length(mm_inputs: Any, known: int, rid: str = "") -> int:
