@@ -7,11 +7,10 @@ sizes of the three released towers stand here; a checkpoint with another one (a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
-MODEL_TYPE = "videochat_flash_qwen"
+from transformers import PretrainedConfig, Qwen2Config
 
 CLIP_TOKENS = 64
 """Language-model tokens of a clip of 4 frames, and of an image."""
@@ -76,8 +75,7 @@ def tower_config(hf_config: Any) -> TowerConfig:
     if getattr(hf_config, "mm_llm_compress", False):
         raise UnsupportedCheckpoint(
             "VideoChat-Flash: mm_llm_compress drops vision tokens between layers of the language model, which is not "
-            "served here; set it to false, as released checkpoints do (--json-model-override-args "
-            "'{\"mm_llm_compress\": false}')."
+            "served here; set it to false in config.json, as released checkpoints do."
         )
     for name, served in _EXPECTED.items():
         said = getattr(hf_config, name, served)
@@ -98,7 +96,7 @@ def tower_config(hf_config: Any) -> TowerConfig:
     layers = int(given.get("layers", tower.layers))
     select = int(getattr(hf_config, "mm_vision_select_layer", -2))
     used = layers + select + 1
-    tower = TowerConfig(**{**{f.name: getattr(tower, f.name) for f in fields(tower)}, **given, "layers_used": used})
+    tower = replace(tower, **given, layers_used=used)
     if not 0 < used <= layers:
         raise UnsupportedCheckpoint(
             f"VideoChat-Flash: mm_vision_select_layer is {select} of a tower of {layers} layers; expected a number "
@@ -115,3 +113,47 @@ def tower_config(hf_config: Any) -> TowerConfig:
             f"VideoChat-Flash: mm_hidden_size is {said}, and the tower {name!r} is {tower.hidden} wide."
         )
     return tower
+
+
+class VideoChatFlashConfig(PretrainedConfig):
+    """Fields of config.json under their own names, with the language model apart."""
+
+    model_type = "videochat_flash"
+    sub_configs = {"text_config": Qwen2Config}  # noqa: RUF012
+    vision_tokens_merged = True
+    """For head configs and geometry: a clip's tokens have neither rows nor columns."""
+
+    def __init__(self, text_config: Any = None, **fields: Any) -> None:
+        self.text_config = text_config if isinstance(text_config, Qwen2Config) else Qwen2Config(**(text_config or {}))
+        super().__init__(**{**_DEFAULTS, **fields})
+
+
+# What released checkpoints were trained with, for one whose config.json leaves it out.
+_DEFAULTS = {"image_aspect_ratio": "anyres_nopad", "image_grid_pinpoints": "(1x1),...,(6x6)", "mm_llm_compress": False}
+
+# Fields that the original code does not heed: it takes plain RoPE and full attention, whatever they say.
+_NOT_HEEDED = ("rope_scaling", "dual_chunk_attention_config")
+
+
+def read(root: dict[str, Any]) -> VideoChatFlashConfig:
+    """The config of a checkpoint whose config.json is `root`. Its own model type does not matter: released ones have
+    "videochat_flash_qwen", or "qwen2".
+
+    Raises:
+        UnsupportedCheckpoint: see `tower_config`.
+    """
+    own = {
+        name: value
+        for name, value in root.items()
+        if name.startswith(("mm_", "image_", "frame_", "llm_")) or name in ("vision_encode_type", "mminfer_config")
+    }
+    left_out = {*own, *_NOT_HEEDED, "architectures", "model_type", "auto_map"}
+    config = VideoChatFlashConfig(
+        text_config=Qwen2Config(**{name: value for name, value in root.items() if name not in left_out}),
+        architectures=["VideoChatFlashForConditionalGeneration"],
+        tie_word_embeddings=bool(root.get("tie_word_embeddings", False)),
+        dtype=root.get("torch_dtype") or root.get("dtype"),
+        **{name: value for name, value in own.items() if value is not None},
+    )
+    tower_config(config)
+    return config

@@ -9,8 +9,8 @@ from sglang_mminfer.models.videochat_flash.config import CLIP_TOKENS, TowerConfi
 from sglang_mminfer.models.videochat_flash.merging import merge_tokens
 from sglang_mminfer.models.videochat_flash.towers import build_tower
 
-# ImageNet's, of pixels in [0, 1].
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, of pixels in [0, 1]."""
 
 
 class Projector(nn.Module):
@@ -32,6 +32,13 @@ class VisionPath(nn.Module):
         self.config = config
         self.tower = build_tower(config)
         self.projector = Projector(config.hidden, hidden)
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
+
+    def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The same of uint8 pixels, on whatever device."""
+        weight = self.projector.mlp[0].weight
+        return self((((pixels.to(weight.device).float() / 255) - self.mean) / self.std).to(weight.dtype))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.projector(merge_tokens(self.tower(pixels), CLIP_TOKENS, self.config.heads))
