@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, str] = {
     "LlavaQwenForCausalLM": "llava_video",
+    "VideoChatFlashQwenForCausalLM": "videochat_flash",
 }
 """The architecture in a checkpoint's config.json: the folder here that may know it."""
 

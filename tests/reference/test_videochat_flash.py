@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from videochat_flash_original import (
     DATA,
     HEADS,
@@ -20,17 +21,25 @@ from videochat_flash_original import (
     MERGE_HIDDEN,
     MERGED,
     PATCH,
+    PICTURE,
+    PICTURES,
     ROWS,
+    SAMPLED,
     SIDE,
     TEXT_HIDDEN,
     TOKENS,
     draw_weights,
     drawn,
+    picture,
     pixels,
 )
 
+from sglang_mminfer.evaluation.families.videochat_flash import merged as merged_by_loops
+from sglang_mminfer.models.frames import resize
 from sglang_mminfer.models.videochat_flash.config import TowerConfig, UnsupportedCheckpoint, tower_config
 from sglang_mminfer.models.videochat_flash.merging import merge_tokens, rounds
+from sglang_mminfer.models.videochat_flash.sampling import by_clips
+from sglang_mminfer.models.videochat_flash.tiles import best_canvas, canvases, join
 from sglang_mminfer.models.videochat_flash.towers import sinusoid_positions
 from sglang_mminfer.models.videochat_flash.vision import VisionPath
 
@@ -79,30 +88,6 @@ def test_positions_at_released_sizes(original: dict[str, np.ndarray], size: int,
     np.testing.assert_allclose(table[0, ::97, ::64], original[f"positions_{size}_{frames}"], atol=1e-6)
 
 
-def merged_by_loops(x: torch.Tensor, target: int, heads: int) -> torch.Tensor:
-    """One clip, [tokens, hidden], pair by pair in fp64."""
-    tokens = [(row.double(), 1) for row in x]
-    while len(tokens) > target:
-        seen = [row.reshape(heads, -1).mean(0) for row, _ in tokens]
-        seen = [row / row.norm() for row in seen]
-        even, odd = range(0, len(tokens), 2), range(1, len(tokens), 2)
-        best = {}
-        for a in even:
-            alike = [float(seen[a] @ seen[b]) for b in odd]
-            best[a] = (max(alike), odd[int(np.argmax(alike))])
-        count = min(len(tokens) // 2, len(tokens) - target)
-        ranked = sorted(even, key=lambda a: -best[a][0])
-        groups = {b: [tokens[b]] for b in odd}
-        for a in ranked[:count]:
-            groups[best[a][1]].append(tokens[a])
-        joined = [
-            (sum(row * size for row, size in group) / sum(size for _, size in group), sum(size for _, size in group))
-            for group in groups.values()
-        ]
-        tokens = [tokens[a] for a in ranked[count:]] + joined
-    return torch.stack([row for row, _ in tokens])
-
-
 @settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(4, 70), share=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_merging_pair_by_pair(tokens: int, share: float, seed: int) -> None:
@@ -137,6 +122,68 @@ def test_too_few_tokens() -> None:
     assert rounds(3136, 64) == [1568, 784, 392, 196, 98, 34]
     with pytest.raises(ValueError, match=r"expected at least 64 tokens, got 63"):
         rounds(63, 64)
+
+
+@pytest.mark.parametrize(("frames", "rate", "most"), SAMPLED)
+def test_sampled_frames(original: dict[str, np.ndarray], frames: int, rate: float, most: int) -> None:
+    sampled = by_clips(frames, rate, least=64, most=most)
+    assert sampled.indices == original[f"sampled_{frames}_{rate}_{most}"].tolist()
+    assert sampled.duration == frames / rate
+
+
+@given(
+    total=st.integers(1, 5000),
+    rate=st.floats(0.1, 120),
+    clips=st.tuples(st.integers(1, 40), st.integers(0, 100)),
+)
+def test_samples_are_whole_clips_in_order(total: int, rate: float, clips: tuple[int, int]) -> None:
+    least, most = 4 * clips[0], 4 * sum(clips)
+    indices = by_clips(total, rate, least=least, most=most).indices
+    assert len(indices) % 4 == 0 and 4 <= len(indices) <= most
+    assert indices == sorted(indices) and indices[0] >= 0 and indices[-1] < total
+    assert len(indices) >= min(least, total // 4 * 4)
+
+
+def test_a_file_without_frames_or_rate() -> None:
+    with pytest.raises(ValueError, match=r"expected at least one frame"):
+        by_clips(0, 24.0, least=64, most=512)
+    assert by_clips(9, 0.0, least=4, most=512).indices == [0, 2, 4, 7]  # lasts a second, as far as anyone knows
+
+
+def test_canvases(original: dict[str, np.ndarray]) -> None:
+    allowed = canvases("(1x1),...,(6x6)", 224)
+    assert len(allowed) == 36
+    chosen = [best_canvas(*size, allowed, 224) for size in PICTURES]
+    assert [[224 * across, 224 * down] for across, down in chosen] == original["canvases"].tolist()
+    pixels_ = [[224 * across, 224 * down] for across, down in allowed]
+    assert canvases(pixels_, 224) == canvases(str(pixels_), 224) == allowed
+    assert canvases([[448, 224], [672, 336]], 224) == [(2, 1)]  # of others there is no whole number of tiles
+    for bad in ("6 by 6", [[1, 2, 3]], [[100, 100]], 7):
+        with pytest.raises(ValueError, match=r"image_grid_pinpoints: expected pairs of multiples of 224 pixels"):
+            canvases(bad, 224)
+
+
+@pytest.mark.parametrize(("across", "down"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+def test_tiles_are_joined_line_by_line(across: int, down: int) -> None:
+    tiles = torch.arange(across * down * 64.0).reshape(across * down, 64, 1)
+    expected = [
+        tiles[row * across + column, 8 * line + i, 0]
+        for row in range(down)
+        for line in range(8)
+        for column in range(across)
+        for i in range(8)
+    ]
+    assert join(tiles, across)[:, 0].tolist() == [float(value) for value in expected]
+
+
+def test_pictures_as_the_original_prepares_them(original: dict[str, np.ndarray]) -> None:
+    size = SIDE * PATCH["umt"]
+    seen: list[torch.Tensor] = []
+    path = VisionPath(tiny("umt"), TEXT_HIDDEN)
+    path.forward = lambda pixels: seen.append(pixels)  # type: ignore[method-assign, assignment, func-returns-value]
+    assert picture().shape == (*PICTURE, 3)
+    path.see(resize(Image.fromarray(picture()), size, size)[None, None])
+    np.testing.assert_allclose(seen[0][0, 0, :, ::16, ::16], original["picture"], atol=1e-6)
 
 
 # ---- config.json ---------------------------------------------------------------------------------------------

@@ -52,6 +52,19 @@ SAMPLED = [
 
 PICTURE = (50, 70)
 
+PICTURES = [
+    (70, 50),
+    (224, 224),
+    (225, 224),
+    (300, 200),
+    (640, 480),
+    (1920, 1080),
+    (1080, 1920),
+    (100, 4000),
+    (5000, 90),
+]
+"""Widths and heights for which a canvas is chosen."""
+
 
 def drawn(name: str, *shape: int) -> torch.Tensor:
     """Standard normal numbers that depend on the name and the shape alone."""
@@ -173,6 +186,12 @@ def main(checkout: str) -> None:
     size = SIDE * PATCH["umt"]
     squeezed = preprocess(size=(size, size)).preprocess([picture()], return_tensors="np")["pixel_values"][0]
     kept["picture"] = np.asarray(squeezed)[:, ::16, ::16].astype(np.float32)
+
+    sys.modules["llava.constants"] = _Anything("llava.constants")
+    choose = _load("mm_utils", root / "mm_utils.py").select_best_resolution
+    allowed = [(224 * across, 224 * down) for across in range(1, 7) for down in range(1, 7)]
+    best = [choose(size, allowed, max_resolutions=None, patch_size=224) for size in PICTURES]
+    kept["canvases"] = np.array(best, dtype=np.int16)
 
     DATA.parent.mkdir(exist_ok=True)
     np.savez_compressed(DATA, **kept)

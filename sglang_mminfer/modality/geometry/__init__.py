@@ -35,7 +35,7 @@ def family_of(hf_config: Any) -> str | None:
 
 
 def has_raster(hf_config: Any) -> bool:
-    """False for a model that merges vision tokens until neither rows nor columns are left; its config says so."""
+    """False for a model that merges vision tokens until neither rows nor columns are left; its config class says so."""
     return getattr(hf_config, "vision_tokens_merged", False) is not True
 
 

@@ -21,9 +21,13 @@ FRAME, FRAMES, ROWS, COLS, TAIL = KEYS = tuple(f"placed_{name}" for name in ("fr
 """Plain integers in an item's `model_specific_data`; `models/prompt.py` writes them."""
 
 
+MERGED = "merged"
+"""The argument of a model whose tokens have no raster."""
+
+
 def argument_of(hf_config: Any) -> str:
-    """Nothing: the items say it all."""
-    return ""
+    """`MERGED` for a model whose tokens have no raster; all else the items say."""
+    return MERGED if getattr(hf_config, "vision_tokens_merged", False) is True else ""
 
 
 def conversation(items: Sequence[tuple[Any, Modality, str]], argument: str) -> Iterator[tuple[Segment, str]]:
@@ -31,11 +35,13 @@ def conversation(items: Sequence[tuple[Any, Modality, str]], argument: str) -> I
 
     Args:
         items: with their modality and name, in any order.
+        argument: `MERGED`, whose items have one row, or nothing.
 
     Raises:
         GeometryError: "grid_mismatch" where an item's numbers do not fit its span or its neighbours.
     """
-    placed = sorted(((*_read(item, name), modality) for item, modality, name in items), key=lambda one: one[0].start)
+    read = [(*_read(item, name, argument), modality) for item, modality, name in items]
+    placed = sorted(read, key=lambda one: one[0].start)
     at = 0
     while at < len(placed):
         span, (frame, frames, rows, cols, _), modality = placed[at]
@@ -49,11 +55,12 @@ def conversation(items: Sequence[tuple[Any, Modality, str]], argument: str) -> I
                 f"frames {[shape[0] for _, shape, _ in medium][:8]}",
             )
         starts = tuple(one[0].start for one in medium)
-        yield Segment(modality, span.start, medium[-1][0].stop, VisionGrid(frames, rows, cols, starts)), span.name
+        grid = VisionGrid(frames, rows, cols, starts, raster=argument != MERGED)
+        yield Segment(modality, span.start, medium[-1][0].stop, grid), span.name
         at += frames
 
 
-def _read(item: Any, name: str) -> tuple[Span, tuple[int, ...]]:
+def _read(item: Any, name: str, argument: str) -> tuple[Span, tuple[int, ...]]:
     """The span of an item, and its numbers in the order of `KEYS`."""
     data = data_of(item)
     try:
@@ -66,6 +73,8 @@ def _read(item: Any, name: str) -> tuple[Span, tuple[int, ...]]:
     if len(spans) != 1:
         raise GeometryError("grid_mismatch", f"{name}: expected one span for each frame, got {len(spans)}")
     span, (_, frames, rows, cols, tail) = spans[0], shape
+    if rows != 1 and argument == MERGED:
+        raise GeometryError("grid_mismatch", f"{span.name}: expected one row of merged tokens, got {rows}")
     if frames < 1:
         raise GeometryError("zero_frames", f"{name}: expected at least one frame, got {frames}")
     if min(rows, cols) < 1 or tail < 0 or rows * cols + tail != span.stop - span.start:

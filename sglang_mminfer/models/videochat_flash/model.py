@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import MultimodalDataItem
-from sglang_mminfer.models.vision_language import VisionLanguageModel
 
 from sglang_mminfer.models.videochat_flash.config import CLIP_TOKENS, tower_config
 from sglang_mminfer.models.videochat_flash.tiles import ACROSS, join
 from sglang_mminfer.models.videochat_flash.vision import VisionPath
+from sglang_mminfer.models.vision_language import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,6 @@ class VideoChatFlashForConditionalGeneration(VisionLanguageModel):
             return self.vision.see(item.feature[None])[0]
         tiles = torch.cat([self.vision.see(tile[None, None]) for tile in item.feature])
         return join(tiles, item.model_specific_data.get(ACROSS, 1))
-
-    def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("clips, not pictures, go through this tower")
-
-    def encode(self, item: MultimodalDataItem, features: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("clips, not pictures, go through this tower")
 
     def own_name(self, name: str) -> str | None:
         for theirs, ours in _OWN.items():

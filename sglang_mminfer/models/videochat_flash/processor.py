@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+
 from sglang_mminfer.models.frames import decode, length_and_rate, resize
 from sglang_mminfer.models.processor import MediaProcessor
 from sglang_mminfer.models.prompt import Medium, Raster
 from sglang_mminfer.models.sampling import Sampled
-
 from sglang_mminfer.models.videochat_flash.config import CLIP_TOKENS, tower_config
 from sglang_mminfer.models.videochat_flash.sampling import CLIP, by_clips
 from sglang_mminfer.models.videochat_flash.tiles import ACROSS, best_canvas, canvases

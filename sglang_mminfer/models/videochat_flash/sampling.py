@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
+
 from sglang_mminfer.models.sampling import Sampled, check
 
 CLIP = 4
@@ -24,6 +27,6 @@ def by_clips(total: int, rate: float, *, least: int, most: int) -> Sampled:
     wanted = min(CLIP * max(1, int(total / rate // CLIP)), most)
     wanted = max(wanted, least if least <= total else total // CLIP * CLIP)
     ends = np.linspace(0, total, min(wanted, total) + 1).astype(int)
-    indices = [(int(start) + int(stop) - 1) // 2 for start, stop in zip(ends, ends[1:])]
+    indices = [(start + stop - 1) // 2 for start, stop in pairwise(ends.tolist())]
     indices += indices[-1:] * (wanted - len(indices))  # of a file with less than a frame a second
     return Sampled(indices, [i / rate for i in indices], total / rate)
