@@ -91,9 +91,8 @@ def _write(path: Path, fields: dict[str, Any]) -> None:
     tiny_model.draw_weights(language, 0, tiny_model.spoken_tokens(tokenizer, rows))
     sizes = {**SHARED_SIZES, **TOWERS[fields["mm_vision_tower"]]}
     tensors = {name: tensor.contiguous().clone() for name, tensor in language.state_dict().items()}
-    for i, (name, shape) in enumerate(
-        sorted(vision_tensors(fields["mm_vision_tower"], LANGUAGE["hidden_size"]).items())
-    ):  # type: ignore[arg-type]
+    seen = vision_tensors(fields["mm_vision_tower"], language.config.hidden_size)
+    for i, (name, shape) in enumerate(sorted(seen.items())):
         tensors[name] = _drawn(name, shape, torch.Generator().manual_seed(1000 + i))
     # As released: in two files, and an index beside them.
     names = sorted(tensors)

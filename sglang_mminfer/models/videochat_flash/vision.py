@@ -27,6 +27,9 @@ class Projector(nn.Module):
 class VisionPath(nn.Module):
     """[clips, frames, 3, size, size], normalised, `frames` 4 or 1 -> [clips, 64, hidden of the language model]."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, config: TowerConfig, hidden: int) -> None:
         super().__init__()
         self.config = config
@@ -37,8 +40,9 @@ class VisionPath(nn.Module):
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
         """The same of uint8 pixels, on whatever device."""
-        weight = self.projector.mlp[0].weight
-        return self((((pixels.to(weight.device).float() / 255) - self.mean) / self.std).to(weight.dtype))
+        weight = next(self.projector.parameters())
+        scaled = pixels.to(weight.device).float() / 255
+        return self(((scaled - self.mean) / self.std).to(weight.dtype))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.projector(merge_tokens(self.tower(pixels), CLIP_TOKENS, self.config.heads))
