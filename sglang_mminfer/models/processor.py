@@ -16,7 +16,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
-from sglang_mminfer.models.prompt import IMAGE, VIDEO, Medium, Placed, lay_out, split
+from sglang_mminfer.models.prompt import IMAGE, VIDEO, Medium, Placed, fill_id, lay_out, split
 
 _MODALITIES = {"image": Modality.IMAGE, "video": Modality.VIDEO}
 
@@ -107,18 +107,6 @@ class MediaProcessor(BaseMultimodalProcessor):
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-
-def fill_id(config: Any, tokenizer: Any) -> int:
-    """The id that stands for media tokens: the model's own where the vocabulary has it, else the padding token.
-
-    It is never embedded, but SGLang wants ids of the vocabulary, and some of these models name one beyond.
-    """
-    vocabulary = config.text_config.vocab_size
-    for candidate in (getattr(config, "image_token_index", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None and 0 <= candidate < vocabulary:
-            return int(candidate)
-    raise ValueError(f"the tokenizer has no padding token within the model's vocabulary of {vocabulary}")
 
 
 def _item(placed: Placed) -> MultimodalDataItem:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, str] = {
     "LlavaQwenForCausalLM": "llava_video",
+    "LlavaLlamaModel": "longvila",
+    "VILAForCausalLM": "longvila",  # LongVILA-R1
 }
 """The architecture in a checkpoint's config.json: the folder here that may know it."""
 
