@@ -7,7 +7,9 @@ next only if it fits its cache, so a long video in one item is encoded again for
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
+import threading
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -45,6 +47,8 @@ class MediaProcessor(BaseMultimodalProcessor):
         self.mm_tokens = MultimodalSpecialTokens(
             image_token=IMAGE, video_token=VIDEO, image_token_id=self.fill, video_token_id=self.fill
         ).build(_processor)
+        # Of its own, for one thread at a time: fast tokenizers cannot be used by two.
+        self._encoder, self._encoding = copy.deepcopy(self._tokenizer), threading.Lock()
         _check_options("video", self.video_config, self.VIDEO_OPTIONS)
         _check_options("image", self.image_config, {})
 
@@ -106,7 +110,8 @@ class MediaProcessor(BaseMultimodalProcessor):
         )
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        with self._encoding:
+            return list(self._encoder.encode(text, add_special_tokens=False))
 
 
 def _item(placed: Placed) -> MultimodalDataItem:

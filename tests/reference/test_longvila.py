@@ -44,7 +44,7 @@ class Parts:
         self.rasters = LongVilaRasters(self.config, video)
         folders = {f"{name}.": path / name for name in ("vision_tower", "mm_projector")}
         self.encoder = loaded(LongVilaEncoder(self.config), folders)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path / tokenizer_folder({}))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path / tokenizer_folder(self.config))
 
     def laid_out(self, messages: list[Any]) -> LaidOut:
         fill = fill_id(self.config, self.tokenizer)
