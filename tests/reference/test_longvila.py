@@ -111,6 +111,10 @@ def test_rope_of_the_million(tmp_path: Path) -> None:
     text = read_config(files.json("config.json") or {}, files).text_config
     assert text.rope_parameters["rope_theta"] == 1062356830.0
     assert (text.rope_parameters["rope_type"], text.rope_parameters["factor"]) == ("linear", 4.0)
+    # SGLang multiplies the two; the checkpoint's million is the product.
+    from sglang.srt.utils.hf_transformers_utils import get_context_length
+
+    assert get_context_length(text) == 1048576
 
 
 def test_media_tokens_beyond_the_vocabulary_are_not_used(tmp_path: Path) -> None:

@@ -123,7 +123,13 @@ def _text_config(values: dict[str, Any]) -> PretrainedConfig:
     kind = values.get("model_type", "qwen2")
     if kind not in LANGUAGE:
         raise ValueError(f"llm/config.json: model_type: expected one of {', '.join(LANGUAGE)}, got {kind!r}")
-    return LANGUAGE[kind](**{k: v for k, v in values.items() if k != "model_type"})
+    text: Any = LANGUAGE[kind](**{k: v for k, v in values.items() if k != "model_type"})
+    rope = text.rope_parameters
+    if rope.get("rope_type") == "linear":
+        # Their max_position_embeddings is the stretched length. SGLang would stretch it again, and reserve a table of
+        # every request's tokens for it, unless the length before is named.
+        rope.setdefault("original_max_position_embeddings", int(text.max_position_embeddings / rope["factor"]))
+    return text
 
 
 def _part(name: str, vila: dict[str, Any], files: Checkpoint) -> dict[str, Any]:
