@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+MEAN = 0.5
+"""Of pixel values in 0..1, as these models reckon it; of every channel."""
+
 BATCH = 32
 """Frames that are decoded at a time, so that a long video of large frames does not fill the memory."""
 
@@ -19,6 +22,14 @@ def resize(picture: Image.Image, width: int, height: int) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def squared(picture: Image.Image) -> Image.Image:
+    """With a border of the pixels' mean, so that it is not stretched where a model sees squares."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), (int(MEAN * 255),) * 3)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
 def length_and_rate(video: Any) -> tuple[int, float]:
     """Frames and frames a second of what SGLang makes of a video: a decoder, or the frames themselves."""
     if hasattr(video, "get_frames_at"):
@@ -26,8 +37,13 @@ def length_and_rate(video: Any) -> tuple[int, float]:
     return len(video), 1.0
 
 
-def decode(video: Any, indices: Sequence[int], width: int, height: int) -> list[torch.Tensor]:
+def decode(
+    video: Any, indices: Sequence[int], width: int, height: int, *, bordered: bool = False
+) -> list[torch.Tensor]:
     """The frames of the given indices, each uint8 [3, height, width]; the same tensor where an index repeats.
+
+    Args:
+        bordered: make them square by a border before they are resized.
 
     Raises:
         ValueError: if the file breaks off or cannot be decoded.
@@ -47,7 +63,8 @@ def decode(video: Any, indices: Sequence[int], width: int, height: int) -> list[
         if len(pictures) != len(part):
             raise ValueError(f"video: expected {len(part)} frames from {part[0]} on, got {len(pictures)}")
         for index, picture in zip(part, pictures):
-            frames[index] = resize(_as_image(picture), width, height)
+            whole = _as_image(picture)
+            frames[index] = resize(squared(whole) if bordered else whole, width, height)
     return [frames[i] for i in indices]
 
 

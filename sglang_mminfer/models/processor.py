@@ -7,7 +7,9 @@ next only if it fits its cache, so a long video in one item is encoded again for
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
+import threading
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,7 +18,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
-from sglang_mminfer.models.prompt import IMAGE, VIDEO, Medium, Placed, lay_out, split
+from sglang_mminfer.models.prompt import IMAGE, VIDEO, Medium, Placed, fill_id, lay_out, split
 
 _MODALITIES = {"image": Modality.IMAGE, "video": Modality.VIDEO}
 
@@ -45,6 +47,8 @@ class MediaProcessor(BaseMultimodalProcessor):
         self.mm_tokens = MultimodalSpecialTokens(
             image_token=IMAGE, video_token=VIDEO, image_token_id=self.fill, video_token_id=self.fill
         ).build(_processor)
+        # Of its own, for one thread at a time: fast tokenizers cannot be used by two.
+        self._encoder, self._encoding = copy.deepcopy(self._tokenizer), threading.Lock()
         _check_options("video", self.video_config, self.VIDEO_OPTIONS)
         _check_options("image", self.image_config, {})
 
@@ -106,19 +110,8 @@ class MediaProcessor(BaseMultimodalProcessor):
         )
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-
-def fill_id(config: Any, tokenizer: Any) -> int:
-    """The id that stands for media tokens: the model's own where the vocabulary has it, else the padding token.
-
-    It is never embedded, but SGLang wants ids of the vocabulary, and some of these models name one beyond.
-    """
-    vocabulary = config.text_config.vocab_size
-    for candidate in (getattr(config, "image_token_index", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None and 0 <= candidate < vocabulary:
-            return int(candidate)
-    raise ValueError(f"the tokenizer has no padding token within the model's vocabulary of {vocabulary}")
+        with self._encoding:
+            return list(self._encoder.encode(text, add_special_tokens=False))
 
 
 def _item(placed: Placed) -> MultimodalDataItem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -68,6 +68,18 @@ class Placed:
             geometry.TAIL: self.raster.tail,
             **self.raster.values,
         }
+
+
+def fill_id(config: Any, tokenizer: Any) -> int:
+    """The id that stands for media tokens: the model's own where the vocabulary has it, else the padding token.
+
+    It is never embedded, but SGLang wants ids of the vocabulary, and some of these models name one beyond.
+    """
+    vocabulary = config.text_config.vocab_size
+    for candidate in (getattr(config, "image_token_index", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None and 0 <= candidate < vocabulary:
+            return int(candidate)
+    raise ValueError(f"the tokenizer has no padding token within the model's vocabulary of {vocabulary}")
 
 
 def split(text: str, images: int, videos: int) -> list[str]:

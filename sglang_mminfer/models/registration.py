@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, str] = {
     "LlavaQwenForCausalLM": "llava_video",
+    "LlavaLlamaModel": "longvila",
+    "VILAForCausalLM": "longvila",  # LongVILA-R1
     "VideoChatFlashQwenForCausalLM": "videochat_flash",
 }
 """The architecture in a checkpoint's config.json: the folder here that may know it."""
@@ -46,30 +48,23 @@ class Family(Protocol):
     def chat_template(self, config: Any) -> str:
         """Jinja source; a media part becomes `<image>` or `<video>`."""
 
-    def tokenizer_folder(self, root: dict[str, Any]) -> str:
+    def tokenizer_folder(self, config: Any) -> str:
         """The sub-folder that holds the tokenizer, "" if it is the checkpoint's own."""
 
 
-def _family_of(path: str, revision: str | None) -> tuple[Family, dict[str, Any], Checkpoint] | None:
+def _read(path: Any, revision: str | None) -> tuple[Family, Any, Checkpoint] | None:
+    """The family of a checkpoint, its config and its files; None for all that are not ours."""
     from sglang_mminfer.models.checkpoint import Checkpoint
 
-    files = Checkpoint(path, revision)
-    root = files.json("config.json")
-    architectures = (root or {}).get("architectures") or [None]
-    if root is None or not isinstance(architectures, list) or architectures[0] not in FAMILIES:
+    files = Checkpoint(str(path), revision)
+    root = files.json("config.json") or {}
+    architectures = root.get("architectures")
+    name = FAMILIES.get(architectures[0]) if isinstance(architectures, list) and architectures else None
+    if name is None:
         return None
-    family: Any = importlib.import_module(f"{__package__}.{FAMILIES[architectures[0]]}")
-    return family, root, files
-
-
-def _read(path: Any, revision: str | None) -> tuple[Family, Any] | None:
-    """The family of a checkpoint and its config; None for all that are not ours."""
-    found = _family_of(str(path), revision)
-    if found is None:
-        return None
-    family, root, files = found
+    family: Any = importlib.import_module(f"{__package__}.{name}")
     config = family.read_config(root, files)
-    return None if config is None else (family, config)
+    return None if config is None else (family, config, files)
 
 
 def parse_config(
@@ -84,7 +79,7 @@ def parse_config(
     ours = _read(model, revision)
     if ours is None:
         return original(self, model, trust_remote_code, revision=revision, **kwargs)
-    family, config = ours
+    family, config, _ = ours
     _register(family)
     return config
 
@@ -107,7 +102,7 @@ def load_processor(original: Callable[..., Any], tokenizer_name: str, *args: Any
         return original(tokenizer_name, *args, **kwargs)
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-    family, config = ours
+    family, config, _ = ours
     wanted = ("tokenizer_mode", "trust_remote_code", "tokenizer_backend")
     tokenizer = get_tokenizer(
         tokenizer_name, tokenizer_revision=revision, **{name: kwargs[name] for name in wanted if name in kwargs}
@@ -134,8 +129,8 @@ def resolve_tokenizer(server_args: Any, previous: Callable[[Any], None]) -> None
     cfg = resolving_view(server_args)
     if cfg.tokenizer_path != cfg.model_path:
         return  # the user knows better
-    found = _family_of(str(cfg.model_path), cfg.revision)
-    if found is not None:
-        family, root, files = found
-        if folder := family.tokenizer_folder(root):
+    ours = _read(cfg.model_path, cfg.revision)
+    if ours is not None:
+        family, config, files = ours
+        if folder := family.tokenizer_folder(config):
             declare_resolution(server_args, __name__, tokenizer_path=files.folder(folder))

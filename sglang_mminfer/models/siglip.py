@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-MEAN = STD = 0.5
-"""Of pixel values in 0..1, for all channels and every published SigLIP."""
+from sglang_mminfer.models.frames import MEAN
+
+STD = MEAN
+"""Of every published SigLIP."""
 
 
 class SiglipTower(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,8 @@ from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.utils import add_prefix
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 LANGUAGE_MODELS = {"qwen2": Qwen2ForCausalLM, "llama": LlamaForCausalLM}
 
@@ -55,10 +58,12 @@ class VisionLanguageModel(nn.Module):
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> list[torch.Tensor]:
         """One embedding for each item; SGLang's name for it."""
+        logger.debug("mminfer: %d items go through the vision tower.", len(items))
         pixels = [self._pictures(item) for item in items]
         features = torch.cat([self.see(part) for part in torch.cat(pixels).split(ENCODED_AT_ONCE)])
         parts = features.split([len(one) for one in pixels])
-        return [self.encode(item, part) for item, part in zip(items, parts)]
+        # Copies: SGLang caches them one by one, and a view would keep the features of all in memory.
+        return [self.encode(item, part).clone() for item, part in zip(items, parts)]
 
     get_video_feature = get_image_feature
 

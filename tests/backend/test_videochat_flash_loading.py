@@ -18,7 +18,7 @@ from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
-from sglang_mminfer import ModalityMap, Segment, VisionGrid
+from sglang_mminfer import ModalityMap, Segment, VisionGrid, config
 from sglang_mminfer.evaluation.families import videochat_flash
 from sglang_mminfer.head_config import HeadConfigError
 from sglang_mminfer.modality.geometry import GeometryError, family_of, has_raster, map_from_mm_inputs
@@ -37,13 +37,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def variant(checkpoint: Path, folder: Path, **fields: Any) -> str:
     """A folder with the same config, but for some fields, and nothing else."""
-    config = {**json.loads((checkpoint / "config.json").read_text()), **fields}
-    (folder / "config.json").write_text(json.dumps(config))
+    content = {**json.loads((checkpoint / "config.json").read_text()), **fields}
+    (folder / "config.json").write_text(json.dumps(content))
     return str(folder)
 
 
 def launched(path: str, **fields: Any) -> Any:
-    """The model's config after the arguments of a launch are resolved."""
+    """The model's config as a launch reads it."""
     return model_config_of(resolving_view(ServerArgs(model_path=path, attention_backend="mminfer", **fields)))
 
 
@@ -55,7 +55,7 @@ def test_the_checkpoint_is_ours(checkpoint: Path, tmp_path: Path, model_type: st
     model = launched(path)
     assert model.is_multimodal and model.hf_config.architectures == ["VideoChatFlashForConditionalGeneration"]
     assert (model.hf_text_config.model_type, model.head_dim, model.num_attention_heads) == ("qwen2", 16, 8)
-    assert model.context_len == 32768 and model.dtype is torch.float32  # the CPU's
+    assert model.context_len == 32768
     assert not hasattr(model.hf_text_config, "dual_chunk_attention_config")
     served = ModelRegistry.models["VideoChatFlashForConditionalGeneration"]
     assert PROCESSOR_MAPPING[served].__name__ == "VideoChatFlashProcessor"
@@ -71,10 +71,11 @@ def test_dropping_tokens_inside_the_language_model_is_refused(checkpoint: Path, 
 
 
 def test_a_row_grid_is_refused_at_start_up(checkpoint: Path) -> None:
-    name = "test_grid_row"
+    hf_config = launched(str(checkpoint)).hf_config
     with pytest.raises(HeadConfigError, match=r'grid of stride "row" needs columns.*use stride "frame"'):
-        launched(str(checkpoint), json_model_override_args=json.dumps({"mminfer_config": name}))
-    launched(str(checkpoint), json_model_override_args=json.dumps({"mminfer_config": "test_grid_frame"}))
+        config.load_for_model(None, hf_config, {config.ENVIRONMENT: "test_grid_row"})
+    for name in ("test_grid_frame", "default"):
+        config.load_for_model(None, hf_config, {config.ENVIRONMENT: name})
 
 
 pieces = st.lists(

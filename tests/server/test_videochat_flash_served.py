@@ -119,7 +119,10 @@ def test_four_turns(
         assert map_of_entries(records[-1].map or ()) == map_from_ids(prompt, got.prompt_ids, fill)
         known = len(got.prompt_ids)
     if kind == "umt-large":  # clips of both videos, and of each picture the whole and its tiles
-        assert sum(map(int, re.findall(r"VideoChat-Flash: encoded (\d+) clips", server.server.log()))) == 3 + 2 + 2 + 1
+        assert (
+            sum(map(int, re.findall(r"mminfer: (\d+) items go through the vision tower", server.server.log())))
+            == 3 + 2 + 2 + 1
+        )
 
 
 def test_all_turns_at_once(server: Served, dialogue: Dialogue) -> None:

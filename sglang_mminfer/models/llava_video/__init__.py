@@ -29,5 +29,5 @@ def chat_template(config: Any) -> str:
     return chatml("You are a helpful assistant.", after_image="\\n")
 
 
-def tokenizer_folder(root: dict[str, Any]) -> str:
+def tokenizer_folder(config: Any) -> str:
     return ""

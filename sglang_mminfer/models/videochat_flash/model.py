@@ -36,7 +36,7 @@ class VideoChatFlashForConditionalGeneration(VisionLanguageModel):
         Each goes through the tower by itself: what else is encoded with it moves its features by a rounding
         error, and where two pairs of tokens are nearly as alike, that can change which of them are merged.
         """
-        logger.debug("VideoChat-Flash: encoded %d clips and views.", len(items))
+        logger.debug("mminfer: %d items go through the vision tower.", len(items))
         return [self._embed(item) for item in items]
 
     get_video_feature = get_image_feature
