@@ -24,6 +24,7 @@ SPLIT_VIDEOS_ENVIRONMENT = "SGLANG_MMINFER_SPLIT_VIDEOS"
 
 _HERE = __name__
 _CPU = "sglang_mminfer.cpu_platform"
+_MODELS = "sglang_mminfer.models.registration"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,25 @@ HOOKS: tuple[Hook, ...] = (
         f"{_HERE}:decode_without_ffmpeg",
         "SGLang takes decord if torchcodec cannot be imported, but torchcodec looks for FFmpeg's libraries "
         "only with the first video: without them every video request fails.",
+    ),
+    Hook(
+        "sglang.srt.utils.hf_transformers.config.HfModelConfigParser.parse",
+        "around",
+        f"{_MODELS}:parse_config",
+        "SGLang reads a config by its model type, and the checkpoints of `models` have one that transformers does "
+        "not know (LongVILA) or takes for another model (LLaVA-Video).",
+    ),
+    Hook(
+        "sglang.srt.utils.hf_transformers.processor.get_processor",
+        "around",
+        f"{_MODELS}:load_processor",
+        "The same checkpoints have no processor that transformers could load.",
+    ),
+    Hook(
+        "handle_missing_default_values",
+        "resolution",
+        f"{_MODELS}:resolve_tokenizer",
+        "LongVILA keeps its tokenizer in a sub-folder; this step names the tokenizer's path if the user did not.",
     ),
     Hook(
         "handle_hardware_runtime_validation",

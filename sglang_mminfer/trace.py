@@ -58,6 +58,7 @@ class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A segment of a modality map: tokens [start, stop); grid: [frames, rows, cols] in tokens, if known.
 
     apart: the frames do not follow one another (timestamps between them), so where each begins is not told.
+    raster: False where the tokens of a frame have an order, and no rows and columns.
     """
 
     modality: str
@@ -65,6 +66,7 @@ class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     stop: int
     grid: tuple[int, int, int] | None = None
     apart: bool = False
+    raster: bool = True
 
 
 def map_entries(modality_map: ModalityMap) -> list[MapEntry]:
@@ -74,6 +76,7 @@ def map_entries(modality_map: ModalityMap) -> list[MapEntry]:
         grid, entry = segment.grid, MapEntry(modality=segment.modality.value, start=segment.start, stop=segment.stop)
         if grid is not None:
             entry.grid = (grid.frames, grid.rows, grid.cols)
+            entry.raster = grid.raster
             entry.apart = (
                 grid.frame_starts[0] != segment.start or grid.frames * grid.cells != segment.stop - segment.start
             )
@@ -90,7 +93,8 @@ def map_of_entries(entries: Sequence[MapEntry]) -> ModalityMap:
         grid = None
         if entry.grid is not None and not entry.apart:
             frames, rows, cols = entry.grid
-            grid = VisionGrid(frames, rows, cols, tuple(entry.start + i * rows * cols for i in range(frames)))
+            starts = tuple(entry.start + i * rows * cols for i in range(frames))
+            grid = VisionGrid(frames, rows, cols, starts, entry.raster)
         segments.append(Segment(Modality(entry.modality), entry.start, entry.stop, grid))
     return ModalityMap(segments)
 
