@@ -153,6 +153,14 @@ HOOKS: tuple[Hook, ...] = (
         cpu_only=True,
     ),
     Hook(
+        "sglang.srt.utils.common.get_device",
+        "around",
+        f"{_CPU}:get_device",
+        "SGLang names a device only for its own CPU engine or an accelerator and raises elsewhere; InternVL's "
+        "processor and the Transformers fallback ask for it.",
+        cpu_only=True,
+    ),
+    Hook(
         "sglang.srt.layers.attention.vision.VisionSdpaAttention.forward",
         "around",
         f"{_CPU}:attend_by_sequence",

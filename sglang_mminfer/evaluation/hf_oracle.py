@@ -123,12 +123,17 @@ class HFOracle:
             from sglang.srt.multimodal.processors.qwen_vl import QWEN_VIDEO_PREPROCESS_CONFIG_KEYS
 
             options = self.config.get("video", {})
-            arguments["videos"] = [_load_video(url, options) for url in videos]
+            loaded = [_load_video(url, options) for url in videos]
+            arguments["videos"] = [frames for frames, _ in loaded]
+            if self.model.config.model_type.startswith("qwen3"):  # writes the time of each frame into the prompt
+                arguments["video_metadata"] = [metadata for _, metadata in loaded]
+                arguments["do_sample_frames"] = False
             # The rest is what `preprocess_video` has used up.
             arguments["videos_kwargs"] = {
                 key: value for key, value in options.items() if key not in QWEN_VIDEO_PREPROCESS_CONFIG_KEYS
             }
         inputs = self.processor(text=[text], padding=True, return_tensors="pt", **arguments)
+        inputs.pop("video_metadata", None)
         for name, value in inputs.items():
             if not isinstance(value, torch.Tensor):
                 inputs[name] = torch.as_tensor(value)
@@ -297,15 +302,14 @@ def _load_image(url: str) -> Any:
     return image.convert("RGB")
 
 
-def _load_video(url: str, options: Mapping[str, Any]) -> torch.Tensor:
+def _load_video(url: str, options: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     import asyncio
 
     from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
     from sglang.srt.utils import load_video
 
     with _no_pinning():
-        frames, _ = asyncio.run(preprocess_video(load_video(url, use_gpu=False), video_config=dict(options)))
-    return frames
+        return asyncio.run(preprocess_video(load_video(url, use_gpu=False), video_config=dict(options)))
 
 
 @contextlib.contextmanager

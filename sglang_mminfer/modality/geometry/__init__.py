@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_mminfer.modality.geometry import generic, placed, qwen_vl
+from sglang_mminfer.modality.geometry import generic, placed, qwen3_vl, qwen_vl
 from sglang_mminfer.modality.geometry._items import GeometryError, modality_of, offsets_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
 __all__ = ["FAMILIES", "GeometryError", "cached_map", "family_of", "has_raster", "map_from_mm_inputs", "prompt_length"]
 
-FAMILIES: dict[str, Any] = {"qwen_vl": qwen_vl, "placed": placed}
+FAMILIES: dict[str, Any] = {
+    "qwen_vl": qwen_vl,
+    "qwen3_vl": qwen3_vl,
+    "placed": placed,
+}
 """A family reads item by item (`segments`), or, where a medium has several items, all of them (`conversation`)."""
 
 # No "_id" in this name: SGLang's MultimodalInputs.merge copies attributes that have it to other requests.
