@@ -117,6 +117,14 @@ def test_rope_of_the_million(tmp_path: Path) -> None:
     assert get_context_length(text) == 1048576
 
 
+def test_the_ends_of_an_answer_are_those_beside_the_language_model(tmp_path: Path) -> None:
+    path = make(tmp_path / "model")
+    files = Checkpoint(str(path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path / "llm")
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert read_config(files.json("config.json") or {}, files).eos_token_id == ends
+
+
 def test_media_tokens_beyond_the_vocabulary_are_not_used(tmp_path: Path) -> None:
     path = make(tmp_path / "model", "1M")
     files = Checkpoint(str(path))

@@ -83,6 +83,7 @@ def read(root: dict[str, Any]) -> LlavaVideoConfig:
         vision_config=vision_config(_tower(root)),
         architectures=["LlavaVideoForConditionalGeneration"],
         tie_word_embeddings=bool(root.get("tie_word_embeddings", False)),
+        eos_token_id=root.get("eos_token_id"),
         dtype=root.get("torch_dtype") or root.get("dtype"),
         **{name: value for name, value in own.items() if value is not None},
     )

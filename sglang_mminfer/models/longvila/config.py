@@ -99,6 +99,9 @@ def read(vila: dict[str, Any], files: Checkpoint) -> LongVilaConfig:
         },
     )
     config.tie_word_embeddings = config.text_config.tie_word_embeddings
+    # SGLang looks for what ends an answer at the root, where this checkpoint has nothing.
+    generation = files.json("llm/generation_config.json") or {}
+    config.eos_token_id = generation.get("eos_token_id", config.text_config.eos_token_id)
     check(config)
     return config
 
