@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_mminfer.modality.geometry import generic, qwen3_vl, qwen_vl
-from sglang_mminfer.modality.geometry._items import GeometryError, modality_of, offsets_of
+from sglang_mminfer.modality.geometry import generic, internvl, llava_hf, qwen3_vl, qwen_vl
+from sglang_mminfer.modality.geometry._items import VIDEO_KEY, GeometryError, modality_of, offsets_of, whole_videos
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
-__all__ = ["FAMILIES", "GeometryError", "cached_map", "family_of", "map_from_mm_inputs", "prompt_length"]
+__all__ = ["FAMILIES", "VIDEO_KEY", "GeometryError", "cached_map", "family_of", "map_from_mm_inputs", "prompt_length"]
 
 FAMILIES: dict[str, Any] = {
     "qwen_vl": qwen_vl,
     "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "llava_hf": llava_hf,
 }
 
 # No "_id" in this name: SGLang's MultimodalInputs.merge copies attributes that have it to other requests.
@@ -81,7 +83,7 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
     reader = FAMILIES[name] if name else generic
 
     found: list[tuple[Segment, str]] = []
-    for index, item in enumerate(mm_inputs.mm_items if mm_inputs is not None else ()):
+    for index, item in enumerate(whole_videos(mm_inputs.mm_items) if mm_inputs is not None else ()):
         modality = modality_of(item, index)
         if modality is not Modality.TEXT:
             found.extend(reader.segments(item, modality, f"mm_items[{index}] ({modality})", argument))
