@@ -111,6 +111,14 @@ HOOKS: tuple[Hook, ...] = (
         "second video changes the radix keys of the first and the whole conversation is prefilled again.",
     ),
     Hook(
+        "sglang.srt.managers.multimodal_processor.get_mm_processor_cls",
+        "after",
+        "sglang_mminfer.processors:adapt",
+        "SGLang takes 32 frames of an InternVL video whatever --mm-process-config says, leaves a placeholder in the "
+        "text of a prompt with images, and gives frames and the images behind them each other's hashes, which void "
+        "the cached prefix. For Hugging Face LLaVA models it takes all frames, and needs torchcodec to read them.",
+    ),
+    Hook(
         "sglang.srt.utils.video_decoder.VideoDecoderWrapper.__init__",
         "around",
         f"{_HERE}:decode_without_ffmpeg",
@@ -526,8 +534,8 @@ def _split_videos_by_default(wanted: bool) -> None:
     _wanted_here = wanted
 
 
-def splits_videos(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether `split_videos` acts: with our backend only, unless the environment variable says 0 or 1."""
+def adapts_media(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether media come in items of their own: with our backend only, unless the environment says 0 or 1."""
     said = (os.environ if environ is None else environ).get(SPLIT_VIDEOS_ENVIRONMENT)
     return said == "1" if said in ("0", "1") else _wanted_here
 
@@ -538,7 +546,7 @@ def split_videos(items: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | N
     Each video then has a hash of its own, and the radix keys of a conversation no longer depend on what comes
     after them.
     """
-    if not splits_videos():
+    if not adapts_media():
         return None
     return ([video for item in items for video in _videos_of(item)],), {}
 

@@ -87,7 +87,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     subprocess.run(
         [
             *(imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(steady)),
-            *("-vf", "select='lt(n,8)+not(mod(n,4))'", "-vsync", "vfr", str(uneven)),
+            *("-vf", "select='lt(n,8)+not(mod(n,4))'", "-fps_mode", "vfr", str(uneven)),
         ],
         check=True,
     )

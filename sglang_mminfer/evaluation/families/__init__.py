@@ -30,7 +30,8 @@ class Family:
         cached_turns: whether a turn finds the turns before it in the radix cache.
         chunked_prefill: whether a prompt is prefilled in chunks.
         patterns: what its rasters allow.
-        long_video: frames, width, height and frames a second of a video that becomes more than 2,048 tokens.
+        long_video, long_videos: frames, width, height and frames a second of a video, and how many of it make a
+            prompt of more than 3,000 tokens.
         flags: what its server needs beside the usual.
     """
 
@@ -48,7 +49,8 @@ class Family:
     cached_turns: bool = True
     chunked_prefill: bool = True
     patterns: tuple[str, ...] = QWEN_GRID
-    long_video: tuple[int, int, int, float] = (48, 160, 160, 2)
+    long_video: tuple[int, int, int, float] = (64, 160, 160, 2)
+    long_videos: int = 1
     flags: tuple[str, ...] = ()
 
     def make(self, path: str | os.PathLike[str]) -> Path:
@@ -83,5 +85,46 @@ FAMILIES: tuple[Family, ...] = (
         maker="make_moe",
         oracle="oracle",
         oracle_title="transformers",
+    ),
+    Family(
+        name="internvl",
+        title="InternVL3.5",
+        architecture="InternVLChatModel",
+        geometry="internvl:4",
+        module="internvl",
+        maker="make",
+        oracle="oracle",
+        oracle_title="transformers (InternVLForConditionalGeneration, the same weights under other names)",
+        long_video=(40, 128, 96, 4),
+        long_videos=4,
+        flags=("--mm-process-config", '{"video": {"num_frames": 34}}'),  # above SGLang's own limit of 32
+    ),
+    Family(
+        name="llava_onevision",
+        title="LLaVA-OneVision (Hugging Face)",
+        architecture="LlavaOnevisionForConditionalGeneration",
+        geometry="llava_hf",
+        module="llava_hf",
+        maker="make_onevision",
+        oracle="oracle",
+        oracle_title="transformers",
+        several_videos=False,  # transformers takes several only of one length
+        cached_turns=False,  # SGLang turns both off for media in its Transformers fallback
+        chunked_prefill=False,
+        long_video=(400, 64, 64, 24),
+    ),
+    Family(
+        name="llava_next_video",
+        title="LLaVA-NeXT-Video (Hugging Face)",
+        architecture="LlavaNextVideoForConditionalGeneration",
+        geometry="llava_hf",
+        module="llava_hf",
+        maker="make_next_video",
+        oracle="oracle",
+        oracle_title="transformers",
+        several_videos=False,
+        cached_turns=False,
+        chunked_prefill=False,
+        long_video=(400, 64, 64, 24),
     ),
 )

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_mminfer.modality.geometry import generic, placed, qwen3_vl, qwen_vl
-from sglang_mminfer.modality.geometry._items import GeometryError, modality_of, offsets_of
+from sglang_mminfer.modality.geometry import generic, internvl, llava_hf, placed, qwen3_vl, qwen_vl
+from sglang_mminfer.modality.geometry._items import VIDEO_KEY, GeometryError, modality_of, offsets_of, whole_videos
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
-__all__ = ["FAMILIES", "GeometryError", "cached_map", "family_of", "has_raster", "map_from_mm_inputs", "prompt_length"]
+__all__ = [
+    "FAMILIES",
+    "VIDEO_KEY",
+    "GeometryError",
+    "cached_map",
+    "family_of",
+    "has_raster",
+    "map_from_mm_inputs",
+    "prompt_length",
+]
 
 FAMILIES: dict[str, Any] = {
     "qwen_vl": qwen_vl,
     "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "llava_hf": llava_hf,
     "placed": placed,
 }
 """A family reads item by item (`segments`), or, where a medium has several items, all of them (`conversation`)."""
@@ -88,7 +99,7 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
     reader = FAMILIES[name] if name else generic
 
     items: list[tuple[Any, Modality, str]] = []
-    for index, item in enumerate(mm_inputs.mm_items if mm_inputs is not None else ()):
+    for index, item in enumerate(whole_videos(mm_inputs.mm_items) if mm_inputs is not None else ()):
         modality = modality_of(item, index)
         if modality is not Modality.TEXT:
             items.append((item, modality, f"mm_items[{index}] ({modality})"))

@@ -9,13 +9,12 @@ span, as with the older Qwen models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 from sglang_mminfer.modality.geometry import qwen_vl
-from sglang_mminfer.modality.geometry._items import GeometryError, Span, data_of, spans_of
+from sglang_mminfer.modality.geometry._items import GeometryError, data_of, one_segment, spans_of
 from sglang_mminfer.modality.geometry.qwen_vl import argument_of
-from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
+from sglang_mminfer.modality.segments import Modality, Segment
 
 __all__ = ["MODEL_TYPES", "argument_of", "segments"]
 
@@ -46,16 +45,3 @@ def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterato
         for span in frames:
             raster.check(span, 1)
         yield one_segment(frames, raster.rows, raster.cols, modality)
-
-
-def one_segment(frames: list[Span], rows: int, cols: int, modality: Modality) -> tuple[Segment, str]:
-    """The segment of a medium whose frames are `frames`, what stands between them included, and its name.
-
-    Raises:
-        GeometryError: "overlapping_offsets".
-    """
-    for before, after in pairwise(frames):
-        if after.start < before.stop:
-            raise GeometryError("overlapping_offsets", f"{after.name}: overlaps {before.name}")
-    grid = VisionGrid(len(frames), rows, cols, tuple(frame.start for frame in frames))
-    return Segment(modality, frames[0].start, frames[-1].stop, grid), frames[0].name
