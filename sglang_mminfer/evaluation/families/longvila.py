@@ -272,9 +272,9 @@ class LongVilaOracle:
 
     def pictures(self, path: str, kind: str) -> list[Any]:
         """A picture, or the frames of a video."""
-        if kind == "image_url":
-            from PIL import Image
+        from PIL import Image
 
+        if kind == "image_url":
             return [Image.open(path).convert("RGB")]
         import decord
         import numpy as np
@@ -286,7 +286,7 @@ class LongVilaOracle:
             wanted = [int(t * rate) for t in times]
         else:
             wanted = np.round(np.linspace(0, total - 1, self.video["num_frames"])).astype(int).tolist()
-        return [reader[i].asnumpy() for i in wanted]
+        return [Image.fromarray(reader[i].asnumpy()) for i in wanted]
 
     @torch.no_grad()
     def embedded(self, pictures: Sequence[Any]) -> torch.Tensor:
