@@ -136,6 +136,8 @@ class Finding:
             worst_head=self.first_head + error.index(max(error)),
             recall_mean=sum(recall) / len(recall),
             recall_min=min(recall),
+            first_head=self.first_head,
+            num_heads=len(error),
         )
 
 

@@ -219,7 +219,10 @@ class SparsePrefill:
         self.device = torch.device(runner.device)
         parallel = get_parallel()
         self.rank, self.ranks, self.leads = parallel.attn_tp_rank, parallel.attn_tp_size, parallel.tp_rank == 0
-        self.trace = TraceFile.from_environment() if self.leads else TraceFile(None)
+        audited = config.audit_rate(runner.server_args)
+        self.trace = TraceFile(None)
+        if self.leads or (audited and self.rank):
+            self.trace = TraceFile.from_environment(self.rank)
         self.metrics = Metrics() if runner.server_args.enable_metrics and self.leads else None
         self._encoder = EncoderWatch()
         if self.leads:
@@ -235,8 +238,8 @@ class SparsePrefill:
         self.observers = observe.from_environment(
             observe.Place(self.rank, self.ranks, self._num_layers, runner.server_args)
         )
-        if rate := config.audit_rate(runner.server_args):
-            self.observers.add(Audit(rate, AuditMetrics() if runner.server_args.enable_metrics else None))
+        if audited:
+            self.observers.add(Audit(audited, AuditMetrics() if runner.server_args.enable_metrics else None))
 
     def _why_unfit(self, runner: Any) -> str | None:
         """Why nothing can run sparse here, found out before the first request: the reason that is counted.
@@ -283,7 +286,7 @@ class SparsePrefill:
         if self.trace.enabled or self.metrics is not None or self.observers:
             records = batch.records(again)
             self.observers.batch_done(records)
-            self.trace.append(records)
+            self.trace.append(records if self.leads else [record for record in records if record.audit])
             if self.metrics is not None:
                 self.metrics.add(records)
 

@@ -203,6 +203,11 @@ def pin_memory(original: Callable[..., torch.Tensor], self: torch.Tensor, *args:
     return original(self, *args, **kwargs)
 
 
+def get_device(original: Callable[..., str], device_id: int | None = None) -> str:
+    """AROUND get_device: the CPU, where our platform is active."""
+    return "cpu" if is_active() else original(device_id)
+
+
 def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND VisionSdpaAttention.forward: the same attention, one sequence of `cu_seqlens` at a time.
 

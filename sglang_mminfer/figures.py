@@ -283,7 +283,7 @@ def _name(segment: Segment) -> str:
         return f"{segment.modality}\n{tokens:,}"
     grid = segment.grid
     frames = f"{grid.frames} × " if segment.modality is Modality.VIDEO else ""
-    return f"{segment.modality}\n{frames}{grid.rows} × {grid.cols}"
+    return f"{segment.modality}\n{frames}{f'{grid.rows} × ' if grid.raster else ''}{grid.cols}"
 
 
 def draw_visited_tiles(

@@ -20,8 +20,9 @@ from typing import Any, Literal, NoReturn
 
 import msgspec
 
+from sglang_mminfer.modality.geometry import has_raster
 from sglang_mminfer.modality.segments import Modality
-from sglang_mminfer.patterns.spec import PATTERNS, Boundary2D, Dense, HeadPattern, QBoundary
+from sglang_mminfer.patterns.spec import PATTERNS, Boundary2D, Dense, Grid, HeadPattern, QBoundary
 
 SCHEMA = 1
 _PACKAGE = "sglang_mminfer.head_configs"
@@ -275,6 +276,7 @@ class HeadConfig:
     def bind(self, hf_config: Any) -> HeadConfig:
         """This config for one model: checked against it, and with its number of layers and heads."""
         self.check_model(hf_config)
+        self._check_strides(hf_config)
         shape = fingerprint_of(hf_config)
         return dataclasses.replace(self, num_layers=shape.layers, num_heads=shape.heads)
 
@@ -298,6 +300,21 @@ class HeadConfig:
                 self._fail("model", f"was made for another model: {', '.join(differing)}")
         if self.form == "layers":
             self._fit(found.layers, found.heads, "the model")
+
+    def _check_strides(self, hf_config: Any) -> None:
+        """Refuse what could never be sparse: lines through columns where the model's tokens have none."""
+        if has_raster(hf_config):
+            return
+        for layer, row in enumerate(self.rows):
+            for number, head in enumerate(row):
+                patterns = head.patterns.values() if isinstance(head, QBoundary | Boundary2D) else (head,)
+                if any(isinstance(pattern, Grid) and pattern.stride == "row" for pattern in patterns):
+                    where = {"all": "heads.all", "cycle": f"heads.cycle[{number}]"}.get(self.form)
+                    self._fail(
+                        where or f"heads[{layer}][{number}]",
+                        'a grid of stride "row" needs columns, and the vision tokens of this model are merged and '
+                        'have neither rows nor columns; use stride "frame"',
+                    )
 
     def _fit(self, layers: int, heads: int, whose: str) -> None:
         if len(self.rows) != layers:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sglang_mminfer.trace import MapEntry, PrefillRecord, map_of_entries, read_trace
+from sglang_mminfer.trace import LayerAudit, MapEntry, PrefillRecord, map_of_entries, read_trace
 
 RID = "mminfer-inspect"
 MOST_HEADS = 6
@@ -324,12 +324,17 @@ def _reasons(records: Sequence[PrefillRecord]) -> str:
 
 def _audits(page: Any, records: Sequence[PrefillRecord]) -> None:
     rows = [
-        [r.prefix_len, a.layer, a.rows, a.error_mean, a.error_max, a.worst_head, a.recall_mean, a.recall_min]
+        [r.prefix_len, a.layer, _heads(a), a.rows, a.error_mean, a.error_max, a.worst_head, a.recall_mean, a.recall_min]
         for r in records
         for a in r.audit or []
     ]
     if rows:
         page.table(
-            ["chunk at", "layer", "rows", "error, mean", "worst", "of head", "recall, mean", "worst"],
+            ["chunk at", "layer", "heads", "rows", "error, mean", "worst", "of head", "recall, mean", "worst"],
             rows,
         )
+
+
+def _heads(audit: LayerAudit) -> str:
+    """Of which heads an audit tells: all of the model's, if the trace's rank files are beside it."""
+    return f"{audit.first_head} to {audit.first_head + audit.num_heads - 1}" if audit.num_heads else "of rank 0"

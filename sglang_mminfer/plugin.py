@@ -24,6 +24,7 @@ SPLIT_VIDEOS_ENVIRONMENT = "SGLANG_MMINFER_SPLIT_VIDEOS"
 
 _HERE = __name__
 _CPU = "sglang_mminfer.cpu_platform"
+_MODELS = "sglang_mminfer.models.registration"
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,38 @@ HOOKS: tuple[Hook, ...] = (
         "then runs again for every chunk: this sees it, says what to set, and counts it. Nothing else changes.",
     ),
     Hook(
+        "sglang.srt.managers.multimodal_processor.get_mm_processor_cls",
+        "after",
+        "sglang_mminfer.processors:adapt",
+        "SGLang takes 32 frames of an InternVL video whatever --mm-process-config says, leaves a placeholder in the "
+        "text of a prompt with images, and gives frames and the images behind them each other's hashes, which void "
+        "the cached prefix. For Hugging Face LLaVA models it takes all frames, and needs torchcodec to read them.",
+    ),
+    Hook(
         "sglang.srt.utils.video_decoder.VideoDecoderWrapper.__init__",
         "around",
         f"{_HERE}:decode_without_ffmpeg",
         "SGLang takes decord if torchcodec cannot be imported, but torchcodec looks for FFmpeg's libraries "
         "only with the first video: without them every video request fails.",
+    ),
+    Hook(
+        "sglang.srt.utils.hf_transformers.config.HfModelConfigParser.parse",
+        "around",
+        f"{_MODELS}:parse_config",
+        "SGLang reads a config by its model type, and the checkpoints of `models` have one that transformers does "
+        "not know (LongVILA) or takes for another model (LLaVA-Video).",
+    ),
+    Hook(
+        "sglang.srt.utils.hf_transformers.processor.get_processor",
+        "around",
+        f"{_MODELS}:load_processor",
+        "The same checkpoints have no processor that transformers could load.",
+    ),
+    Hook(
+        "handle_missing_default_values",
+        "resolution",
+        f"{_MODELS}:resolve_tokenizer",
+        "LongVILA keeps its tokenizer in a sub-folder; this step names the tokenizer's path if the user did not.",
     ),
     Hook(
         "handle_hardware_runtime_validation",
@@ -137,6 +165,14 @@ HOOKS: tuple[Hook, ...] = (
         f"{_CPU}:pin_memory",
         "SGLang's video decoder and several processors pin frames unless its own CPU engine runs, and torch "
         "raises where there is no accelerator. All of them go through this method.",
+        cpu_only=True,
+    ),
+    Hook(
+        "sglang.srt.utils.common.get_device",
+        "around",
+        f"{_CPU}:get_device",
+        "SGLang names a device only for its own CPU engine or an accelerator and raises elsewhere; InternVL's "
+        "processor and the Transformers fallback ask for it.",
         cpu_only=True,
     ),
     Hook(
@@ -505,8 +541,8 @@ def _split_videos_by_default(wanted: bool) -> None:
     _wanted_here = wanted
 
 
-def splits_videos(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether `split_videos` acts: with our backend only, unless the environment variable says 0 or 1."""
+def adapts_media(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether media come in items of their own: with our backend only, unless the environment says 0 or 1."""
     said = (os.environ if environ is None else environ).get(SPLIT_VIDEOS_ENVIRONMENT)
     return said == "1" if said in ("0", "1") else _wanted_here
 
@@ -517,7 +553,7 @@ def split_videos(items: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | N
     Each video then has a hash of its own, and the radix keys of a conversation no longer depend on what comes
     after them.
     """
-    if not splits_videos():
+    if not adapts_media():
         return None
     return ([video for item in items for video in _videos_of(item)],), {}
 

@@ -18,8 +18,10 @@ ENVIRONMENT = "SGLANG_MMINFER_TRACE"
 
 
 class LayerAudit(msgspec.Struct, kw_only=True):
-    """How far one layer's sparse attention was from dense on sampled rows; see audit.py. Heads are this rank's.
+    """How far one layer's sparse attention was from dense on sampled rows; see audit.py.
 
+    first_head, num_heads: the heads that it is about, counted over the whole model: in a file those of one rank, in
+    what `read_trace` gives those of all ranks.
     error_mean, error_max: |o - o_dense| / |o_dense| over the rows of a head, mean and worst over heads.
     worst_head: the head of error_max, counted over the whole model. recall_mean, recall_min: share of the dense
     attention's mass that was visited, mean over a head's rows, mean and worst over heads.
@@ -32,12 +34,31 @@ class LayerAudit(msgspec.Struct, kw_only=True):
     worst_head: int
     recall_mean: float
     recall_min: float
+    first_head: int = 0
+    num_heads: int = 0
+
+    def joined(self, other: LayerAudit) -> LayerAudit:
+        """Of the heads of both: the same layer and rows on another rank."""
+        share = other.num_heads / max(self.num_heads + other.num_heads, 1)
+        worst = self if self.error_max >= other.error_max else other
+        return LayerAudit(
+            layer=self.layer,
+            rows=self.rows,
+            error_mean=self.error_mean + share * (other.error_mean - self.error_mean),
+            error_max=worst.error_max,
+            worst_head=worst.worst_head,
+            recall_mean=self.recall_mean + share * (other.recall_mean - self.recall_mean),
+            recall_min=min(self.recall_min, other.recall_min),
+            first_head=min(self.first_head, other.first_head),
+            num_heads=self.num_heads + other.num_heads,
+        )
 
 
 class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A segment of a modality map: tokens [start, stop); grid: [frames, rows, cols] in tokens, if known.
 
     apart: the frames do not follow one another (timestamps between them), so where each begins is not told.
+    raster: False where the tokens of a frame have an order, and no rows and columns.
     """
 
     modality: str
@@ -45,6 +66,7 @@ class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     stop: int
     grid: tuple[int, int, int] | None = None
     apart: bool = False
+    raster: bool = True
 
 
 def map_entries(modality_map: ModalityMap) -> list[MapEntry]:
@@ -54,6 +76,7 @@ def map_entries(modality_map: ModalityMap) -> list[MapEntry]:
         grid, entry = segment.grid, MapEntry(modality=segment.modality.value, start=segment.start, stop=segment.stop)
         if grid is not None:
             entry.grid = (grid.frames, grid.rows, grid.cols)
+            entry.raster = grid.raster
             entry.apart = (
                 grid.frame_starts[0] != segment.start or grid.frames * grid.cells != segment.stop - segment.start
             )
@@ -70,7 +93,8 @@ def map_of_entries(entries: Sequence[MapEntry]) -> ModalityMap:
         grid = None
         if entry.grid is not None and not entry.apart:
             frames, rows, cols = entry.grid
-            grid = VisionGrid(frames, rows, cols, tuple(entry.start + i * rows * cols for i in range(frames)))
+            starts = tuple(entry.start + i * rows * cols for i in range(frames))
+            grid = VisionGrid(frames, rows, cols, starts, entry.raster)
         segments.append(Segment(Modality(entry.modality), entry.start, entry.stop, grid))
     return ModalityMap(segments)
 
@@ -109,6 +133,11 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     encoded_again_ms: float = 0.0
 
 
+def rank_path(path: str | os.PathLike[str], rank: int) -> str:
+    """The file of a rank."""
+    return f"{os.fspath(path)}.rank{rank}" if rank else os.fspath(path)
+
+
 class TraceFile:
     """Appends records to the file that SGLANG_MMINFER_TRACE names. A file that cannot be written is said once."""
 
@@ -116,8 +145,11 @@ class TraceFile:
         self.path = path
 
     @classmethod
-    def from_environment(cls) -> TraceFile:
-        return cls(os.environ.get(ENVIRONMENT) or None)
+    def from_environment(cls, rank: int = 0) -> TraceFile:
+        """Rank 0 tells of everything, the others of the audits of their own heads, in FILE.rank1 and so on: ranks
+        that told each other would have to wait for each other, and one that failed would stop them all."""
+        path = os.environ.get(ENVIRONMENT)
+        return cls(rank_path(path, rank) if path else None)
 
     @property
     def enabled(self) -> bool:
@@ -205,11 +237,26 @@ class AuditMetrics:
 
 
 def read_trace(path: str | os.PathLike[str]) -> list[PrefillRecord]:
-    """The records of a trace file.
+    """The records of a trace file, with the audits of all ranks that wrote beside it.
 
     Raises:
         ValueError: naming the file and line that is not a record.
     """
+    records = _read(path)
+    rank = 1
+    while os.path.exists(rank_path(path, rank)):
+        others: dict[tuple[str, int, int], list[list[LayerAudit]]] = {}
+        for record in reversed(_read(rank_path(path, rank))):
+            others.setdefault((record.rid, record.prefix_len, record.chunk_len), []).append(record.audit or [])
+        for record in records:
+            if record.audit and (same := others.get((record.rid, record.prefix_len, record.chunk_len))):
+                beside = {audit.layer: audit for audit in same.pop()}
+                record.audit = [own.joined(beside[own.layer]) if own.layer in beside else own for own in record.audit]
+        rank += 1
+    return records
+
+
+def _read(path: str | os.PathLike[str]) -> list[PrefillRecord]:
     records = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

@@ -97,7 +97,7 @@ class HFOracle:
             raise ValueError(f'HFOracle.frames: expected "apart" or "joint", got {frames!r}')
         if positions not in ("same", "transformers", "sglang"):
             raise ValueError(f'HFOracle.positions: expected "same", "transformers" or "sglang", got {positions!r}')
-        _load_plugins()
+        load_sglang()
         from sglang.srt.utils.hf_transformers_utils import get_processor
         from transformers import AutoModelForImageTextToText
 
@@ -112,23 +112,31 @@ class HFOracle:
             self.model.model.visual.register_forward_pre_hook(_join_frames, with_kwargs=True)
 
     def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
-        """The model's inputs for the prompt of a conversation: ids, pixels, grids, seconds per grid row."""
-        rendered, images, videos = _split(messages)
+        """The model's inputs for the prompt of a conversation: ids, pixels, grids, seconds per grid row.
+
+        A subclass whose server has other ids for the same prompt adds them as "prompt_ids".
+        """
+        rendered, images, videos = split_messages(messages)
         text = self.processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         arguments: dict[str, Any] = {}
         if images:
-            arguments["images"] = [_load_image(url) for url in images]
+            arguments["images"] = [load_image(url) for url in images]
             arguments["images_kwargs"] = dict(self.config.get("image", {}))
         if videos:
             from sglang.srt.multimodal.processors.qwen_vl import QWEN_VIDEO_PREPROCESS_CONFIG_KEYS
 
             options = self.config.get("video", {})
-            arguments["videos"] = [_load_video(url, options) for url in videos]
+            loaded = [_load_video(url, options) for url in videos]
+            arguments["videos"] = [frames for frames, _ in loaded]
+            if self.model.config.model_type.startswith("qwen3"):  # writes the time of each frame into the prompt
+                arguments["video_metadata"] = [metadata for _, metadata in loaded]
+                arguments["do_sample_frames"] = False
             # The rest is what `preprocess_video` has used up.
             arguments["videos_kwargs"] = {
                 key: value for key, value in options.items() if key not in QWEN_VIDEO_PREPROCESS_CONFIG_KEYS
             }
         inputs = self.processor(text=[text], padding=True, return_tensors="pt", **arguments)
+        inputs.pop("video_metadata", None)
         for name, value in inputs.items():
             if not isinstance(value, torch.Tensor):
                 inputs[name] = torch.as_tensor(value)
@@ -138,7 +146,7 @@ class HFOracle:
     def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
         """The greedy continuation of exactly `max_new_tokens` tokens (an end-of-turn token does not stop it)."""
         inputs = self.inputs(messages)
-        prompt_ids = inputs["input_ids"][0].tolist()
+        prompt_ids = inputs.pop("prompt_ids", inputs["input_ids"])[0].tolist()
         self.model.model.rope_deltas = None  # of the conversation before; a text-only one would take it over
         self._place(inputs)
         token_ids: list[int] = []
@@ -152,8 +160,11 @@ class HFOracle:
             if len(token_ids) < max_new_tokens:
                 step = torch.tensor([token_ids[-1:]])
                 output = self.model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
-        text = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return OracleAnswer(prompt_ids, token_ids, tops, text)
+        return OracleAnswer(prompt_ids, token_ids, tops, self.decode(token_ids))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The words of an answer."""
+        return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _place(self, inputs: dict[str, torch.Tensor]) -> None:
         """Checks that both libraries place the prompt alike, or puts in SGLang's positions."""
@@ -259,7 +270,7 @@ def _join_frames(tower: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     return args, {**kwargs, "cu_seqlens": torch.nn.functional.pad(ends, (1, 0))}
 
 
-def _split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+def split_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Messages for a chat template, and the URLs of images and of videos in their order."""
     rendered: list[dict[str, Any]] = []
     images: list[str] = []
@@ -283,29 +294,35 @@ def _split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[str]
     return rendered, images, videos
 
 
-def _load_plugins() -> None:
+def load_sglang() -> None:
     """As in the server: without our CPU platform parts of SGLang cannot be imported where no GPU is."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
 
 
-def _load_image(url: str) -> Any:
-    from sglang.srt.utils import load_image
+def load_image(url: str) -> Any:
+    """A PIL image, RGB, by SGLang's own loader."""
+    from sglang.srt import utils
 
-    image, _ = load_image(url, False)
+    image, _ = utils.load_image(url, False)
     return image.convert("RGB")
 
 
-def _load_video(url: str, options: Mapping[str, Any]) -> torch.Tensor:
+def open_video(url: str) -> Any:
+    """SGLang's decoder of a video."""
+    from sglang.srt.utils import load_video
+
+    return load_video(url, use_gpu=False)
+
+
+def _load_video(url: str, options: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     import asyncio
 
     from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
-    from sglang.srt.utils import load_video
 
     with _no_pinning():
-        frames, _ = asyncio.run(preprocess_video(load_video(url, use_gpu=False), video_config=dict(options)))
-    return frames
+        return asyncio.run(preprocess_video(open_video(url), video_config=dict(options)))
 
 
 @contextlib.contextmanager

@@ -23,9 +23,12 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 RECIPE_FILE = "tiny_model.json"
 RECIPE_VERSION = 2
@@ -223,15 +226,20 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(path: str | os.PathLike[str], arch: str, given: dict[str, Any]) -> Path:
+    recipe = _checked(given)
+    return make_checkpoint(path, {"arch": arch, **recipe}, lambda fresh: _write(fresh, arch, recipe))
+
+
+def make_checkpoint(path: str | os.PathLike[str], recipe: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """Has `write` fill the folder `path`, unless it holds what the same recipe made before. Returns the folder.
+
+    Raises:
+        ValueError: if `path` holds something that was not made here.
+    """
     import transformers
 
     target = Path(path)
-    recipe = {
-        "arch": arch,
-        "version": RECIPE_VERSION,
-        "transformers": transformers.__version__,
-        **_checked(given),
-    }
+    recipe = {"version": RECIPE_VERSION, "transformers": transformers.__version__, **recipe}
     if _holds(target, recipe):
         return target
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _recipe(target))):
@@ -241,7 +249,7 @@ def _make(path: str | os.PathLike[str], arch: str, given: dict[str, Any]) -> Pat
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         fresh = Path(scratch) / "model"
         fresh.mkdir()
-        _write(fresh, arch, recipe)
+        write(fresh)
         (fresh / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
         if target.exists():
             shutil.rmtree(target)
@@ -267,14 +275,24 @@ def _holds(path: Path, recipe: dict[str, Any]) -> bool:
 def _write(path: Path, arch: str, recipe: dict[str, Any]) -> None:
     processor = _processor(arch)
     tokenizer = processor.tokenizer
-    rows = -(-len(tokenizer) // 64) * 64
+    rows = vocabulary_rows(tokenizer)
     if recipe["vocab"]:
         if recipe["vocab"] < len(tokenizer):
             raise ValueError(f"tiny model: vocab: the tokenizer has {len(tokenizer)} tokens, got {recipe['vocab']}")
         rows = recipe["vocab"]
     model = _model(arch, recipe, rows, tokenizer)
-    _draw_weights(model, recipe["seed"], _spoken(tokenizer, rows))
-    _save(model, path)
+    draw_weights(model, recipe["seed"], spoken_tokens(tokenizer, rows))
+    save_model(model, path)
+    save_processor(processor, path)
+
+
+def vocabulary_rows(tokenizer: Any) -> int:
+    """Rows of an embedding that holds all tokens: a multiple of 64, as released checkpoints have it."""
+    return -(-len(tokenizer) // 64) * 64
+
+
+def save_processor(processor: Any, path: Path) -> None:
+    """Writes a processor with images and video as released checkpoints carry it."""
     processor.save_pretrained(path)
     # Released checkpoints carry these two files, and some loaders look for nothing else.
     processor.image_processor.save_pretrained(path)
@@ -282,7 +300,8 @@ def _write(path: Path, arch: str, recipe: dict[str, Any]) -> None:
     (path / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2, sort_keys=True) + "\n")
 
 
-def _save(model: Any, path: Path) -> None:
+def save_model(model: Any, path: Path) -> None:
+    """Writes config and weights, without a progress bar."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -320,21 +339,31 @@ def _train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return state["vocab"], [(left, right) for left, right in pairs]
 
 
-def _processor(arch: str) -> Any:
+def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE) -> Any:
+    """Qwen2's tokenizer with a small vocabulary. The special tokens follow it in their order, padding first.
+
+    Without a chat template, give an empty one.
+    """
     import transformers
 
     vocab, merges = _train_tokenizer()
-    vocab = {**vocab, **{token: len(vocab) + i for i, token in enumerate(SPECIAL_TOKENS)}}
-    tokenizer = transformers.Qwen2Tokenizer(
+    vocab = {**vocab, **{token: len(vocab) + i for i, token in enumerate(special_tokens)}}
+    return transformers.Qwen2Tokenizer(
         vocab=vocab,
         merges=merges,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(special_tokens[1:]),
+        chat_template=chat_template or None,
         model_max_length=131072,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _processor(arch: str) -> Any:
+    import transformers
+
+    tokenizer = make_tokenizer()
     image = transformers.Qwen2VLImageProcessor(size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_IMAGE_PIXELS})
     # `cap_pixels_per_frame` unset is the released default; False says the same without a warning.
     video = transformers.Qwen2VLVideoProcessor(
@@ -344,7 +373,7 @@ def _processor(arch: str) -> Any:
     return kind(image_processor=image, tokenizer=tokenizer, video_processor=video, chat_template=CHAT_TEMPLATE)
 
 
-def _spoken(tokenizer: Any, rows: int) -> torch.Tensor:
+def spoken_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
     """bool [rows]: the tokens that are a whole word with its space."""
     spoken = torch.zeros(rows, dtype=torch.bool)
     for word in WORDS.split():
@@ -405,22 +434,27 @@ def _model(arch: str, recipe: dict[str, Any], rows: int, tokenizer: Any) -> Any:
         vision = {**shared, "embed_dim": recipe["vision_hidden"], "hidden_size": hidden, "mlp_ratio": 2}
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
         model = transformers.Qwen2VLForConditionalGeneration(config)
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=False,
-        bos_token_id=ids["<|endoftext|>"],
-        pad_token_id=ids["<|endoftext|>"],
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
-    )
+    model.generation_config = generation_config(tokenizer)
     return model.to(torch.float32).eval()
 
 
+def generation_config(tokenizer: Any) -> Any:
+    """Greedy, with the stop tokens of `make_tokenizer`."""
+    import transformers
+
+    pad, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    return transformers.GenerationConfig(do_sample=False, bos_token_id=pad, pad_token_id=pad, eos_token_id=[end, pad])
+
+
 @torch.no_grad()
-def _draw_weights(model: Any, seed: int, spoken: torch.Tensor) -> None:
+def draw_weights(model: Any, seed: int, spoken: torch.Tensor) -> None:
     """Gives every weight its value from its name and the seed alone, whatever the order of loading."""
     for i, (name, weight) in enumerate(sorted(model.named_parameters())):
         generator = torch.Generator().manual_seed(1_000_003 * seed + i)
         noise = torch.randn(weight.shape, generator=generator)
-        if "norm" in name or name.endswith("ln_q.weight"):
+        if re.search(r"\b(q|k)_norm\.weight$", name):  # undoes the width of q_proj and k_proj; so it is given here
+            weight.copy_(math.sqrt(ATTENTION_SPREAD) * (1 + 0.1 * noise))
+        elif "norm" in name or name.endswith("ln_q.weight"):
             weight.copy_(torch.zeros_like(weight) if name.endswith("bias") else 1 + 0.1 * noise)
         elif name.endswith("bias"):
             weight.copy_(0.1 * noise)
@@ -431,7 +465,8 @@ def _draw_weights(model: Any, seed: int, spoken: torch.Tensor) -> None:
             scale = torch.where(spoken, LOGIT_SPREAD, LOGIT_SPREAD * MUTED) / math.sqrt(weight.shape[1])
             weight.copy_(noise * scale[:, None])
         else:
-            fan_in = weight[0].numel()
+            # Experts in one tensor: [experts, out, in].
+            fan_in = weight.shape[2] if ".experts." in name and weight.ndim == 3 else weight[0].numel()
             spread = 1.0
             if re.search(r"\b(q|k)_proj\.weight$", name):
                 spread = math.sqrt(ATTENTION_SPREAD)

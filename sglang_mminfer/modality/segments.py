@@ -36,12 +36,16 @@ class VisionGrid:
 
     A frame is `rows * cols` contiguous tokens in row-major order. Frames may be apart (timestamps between
     them), so `frame_starts` holds the absolute position of every frame's first token, ascending.
+
+    `raster` is False for a tower that merges tokens as it likes: its frames (or clips) are alike in length and in
+    nothing else, so `rows` is 1, the frame stride works, and for the row stride the tokens have no cell.
     """
 
     frames: int
     rows: int
     cols: int
     frame_starts: tuple[int, ...]
+    raster: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frame_starts", tuple(int(start) for start in self.frame_starts))
@@ -49,6 +53,8 @@ class VisionGrid:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"VisionGrid.{name}: expected an integer >= 1, got {value!r}")
+        if not self.raster and self.rows != 1:
+            raise ValueError(f"VisionGrid.rows: expected 1 where there is no raster, got {self.rows}")
         if len(self.frame_starts) != self.frames:
             raise ValueError(
                 f"VisionGrid.frame_starts: expected {self.frames} starts (one for each frame), "
@@ -70,6 +76,10 @@ class VisionGrid:
     def shape(self) -> tuple[int, int]:
         """(rows, cols): tokens of two grids can share a cell only where these are equal."""
         return self.rows, self.cols
+
+    def has_cells(self, stride: str) -> bool:
+        """True if `stride` ("frame" or "row") gives the tokens a cell."""
+        return self.raster or stride == "frame"
 
     @cached_property
     def starts(self) -> Ints:
@@ -174,21 +184,21 @@ class ModalityMap:
         found = [np.empty(0, dtype=np.int64)]
         for segment in self.segments:
             grid = segment.grid
-            if grid is None or phase >= (grid.cells if stride == "frame" else grid.cols):
+            if grid is None or not grid.has_cells(stride) or phase >= (grid.cells if stride == "frame" else grid.cols):
                 continue
             rows = np.arange(1 if stride == "frame" else grid.rows) * grid.cols
             found.append((grid.starts[:, None] + rows + phase).ravel())
         return Runs.points(np.concatenate(found))
 
     def cells(self, stride: str) -> torch.Tensor:
-        """int32 [length]: the cell of each token, -1 where it has none (text, separators, no grid).
+        """int32 [length]: the cell of each token, -1 where it has none (text, separators, no grid, no raster).
 
         `stride` "frame": the index in the frame, 0 .. rows*cols-1; "row": the column, 0 .. cols-1.
         """
         cells = torch.full((self.length,), -1, dtype=torch.int32)
         for segment in self.segments:
             grid = segment.grid
-            if grid is None:
+            if grid is None or not grid.has_cells(stride):
                 continue
             index = torch.arange(grid.cells, dtype=torch.int32)
             if stride == "row":

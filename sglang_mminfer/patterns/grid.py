@@ -12,7 +12,7 @@ def pair_index(pattern: Grid, scope: Scope) -> PairIndex:
     needs_phase = pattern.v or pattern.h
     on_phase = scope.map.on_phase(pattern.stride, pattern.phase) if needs_phase else Runs.span(0, 0)
     # A row cannot be placed on a raster that nobody knows, nor can it pick that raster's keys: see all of it.
-    dense_rows = Runs.span(_first_without_grid(scope), scope.kv_len)
+    dense_rows = Runs.span(_first_without_cells(pattern.stride, scope), scope.kv_len)
     if scope.text_rule:
         dense_rows |= scope.text_after_vision
     if pattern.h:
@@ -27,10 +27,10 @@ def pair_index(pattern: Grid, scope: Scope) -> PairIndex:
     )
 
 
-def _first_without_grid(scope: Scope) -> int:
-    """Start of the first image or video among the scope's keys whose raster is not known."""
+def _first_without_cells(stride: str, scope: Scope) -> int:
+    """Start of the first image or video among the scope's keys whose raster is not known, or has no such stride."""
     for segment in scope.map.segments:
-        if segment.modality is Modality.TEXT or segment.grid is not None:
+        if segment.modality is Modality.TEXT or (segment.grid is not None and segment.grid.has_cells(stride)):
             continue
         if scope.keys is None or scope.keys.covers(segment.modality):
             return segment.start

@@ -268,7 +268,9 @@ class ChunkTiler:
         sink_stop = -(-index.sink // self.block_k) * self.block_k
         first_key = int(keys.select(sink_stop)) if sink_stop < len(keys) else self.kv_len
         for number, segment in enumerate(self.map.segments):
-            if segment.stop <= self.q_start or segment.start >= self.kv_len or segment.grid is None:
+            if segment.stop <= self.q_start or segment.start >= self.kv_len:
+                continue
+            if segment.grid is None or not segment.grid.has_cells(lines.stride):
                 continue
             if row_class.rows is not None and not row_class.rows.covers(segment.modality):
                 continue
@@ -355,7 +357,10 @@ class ChunkTiler:
             segments = [
                 (number, segment)
                 for number, segment in enumerate(self.map.segments)
-                if segment.grid is not None and segment.grid.shape == shape and segment.start < self.kv_len
+                if segment.grid is not None
+                and segment.grid.has_cells(stride)
+                and segment.grid.shape == shape
+                and segment.start < self.kv_len
             ]
             self._lines[stride, shape] = LineOrder(segments, stride, self.block_k)
         return self._lines[stride, shape]

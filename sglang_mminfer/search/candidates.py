@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.spec import (
@@ -25,6 +26,7 @@ COMBINATIONS = ("v", "h", "s", "vh", "vs", "vhs")
 
 # For one head: the phases that its attention suggests, by stride.
 Phases = dict[str, list[int]]
+Stride = Literal["frame", "row"]
 
 
 def candidates(modality_map: ModalityMap, phases: Sequence[Sequence[Phases]]) -> Iterator[tuple[str, list[list]]]:
@@ -47,13 +49,17 @@ def candidates(modality_map: ModalityMap, phases: Sequence[Sequence[Phases]]) ->
     for v, s in (*VERTICAL_SLASH, *PAPER_VERTICAL_SLASH):
         if v < tokens and s < tokens // 2:
             yield f"vertical_slash {v} {s}", everywhere(VerticalSlash(v, s))
-    if any(segment.grid is not None for segment in modality_map.segments):
-        yield from _grids(locals_, phases)
-        yield from _boundaries(locals_, phases)
+    grids = [segment.grid for segment in modality_map.segments if segment.grid is not None]
+    both: tuple[Stride, ...] = ("frame", "row")
+    if strides := [stride for stride in both if any(grid.has_cells(stride) for grid in grids)]:
+        yield from _grids(strides, locals_, phases)
+        yield from _boundaries(strides, locals_, phases)
 
 
-def _grids(locals_: Sequence[int], phases: Sequence[Sequence[Phases]]) -> Iterator[tuple[str, list[list]]]:
-    for stride in ("frame", "row"):
+def _grids(
+    strides: Sequence[Stride], locals_: Sequence[int], phases: Sequence[Sequence[Phases]]
+) -> Iterator[tuple[str, list[list]]]:
+    for stride in strides:
         for lines in COMBINATIONS:
             v, h, s = (any(flags) for flags in zip(*(LINES[line] for line in lines)))
             ranks = range(2 if v or h else 1)  # the head's best phase, and its second
@@ -70,10 +76,12 @@ def _phase(own: Phases, stride: str, rank: int) -> int:
     return known[min(rank, len(known) - 1)]
 
 
-def _boundaries(locals_: Sequence[int], phases: Sequence[Sequence[Phases]]) -> Iterator[tuple[str, list[list]]]:
+def _boundaries(
+    strides: Sequence[Stride], locals_: Sequence[int], phases: Sequence[Sequence[Phases]]
+) -> Iterator[tuple[str, list[list]]]:
     """2D-Boundary: vision rows see vision through a raster, and text in another way; and the other way round."""
     small = locals_[0]
-    for stride in ("frame", "row"):
+    for stride in strides:
         for text_name, to_text in (("dense", Dense()), ("a_shape", AShape(64, small))):
             heads = [
                 [

@@ -96,7 +96,7 @@ def map_to_json(modality_map: ModalityMap) -> list[dict[str, Any]]:
             "modality": s.modality.value,
             "start": s.start,
             "stop": s.stop,
-            "grid": s.grid and [s.grid.frames, s.grid.rows, s.grid.cols, list(s.grid.frame_starts)],
+            "grid": s.grid and [s.grid.frames, s.grid.rows, s.grid.cols, list(s.grid.frame_starts), s.grid.raster],
         }
         for s in modality_map.segments
     ]
@@ -106,7 +106,7 @@ def map_from_json(segments: list[dict[str, Any]]) -> ModalityMap:
     def grid(of: list[Any] | None) -> VisionGrid | None:
         if of is None:
             return None
-        frames, rows, cols, starts = of
-        return VisionGrid(frames, rows, cols, tuple(starts))
+        frames, rows, cols, starts, raster = of
+        return VisionGrid(frames, rows, cols, tuple(starts), raster)
 
     return ModalityMap([Segment(Modality(s["modality"]), s["start"], s["stop"], grid(s["grid"])) for s in segments])

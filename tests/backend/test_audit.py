@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import observed
 import pytest
@@ -14,7 +16,7 @@ import torch
 from sglang_mminfer.kernels import reference
 
 from sglang_mminfer import Modality, ModalityMap, Segment, audit, config, observe
-from sglang_mminfer.trace import PrefillRecord
+from sglang_mminfer.trace import ENVIRONMENT, PrefillRecord, TraceFile, read_trace
 
 
 def records_of(
@@ -173,3 +175,27 @@ def test_off_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bad_share_is_a_usage_error(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected a share of requests from 0 to 1, got"):
         config.audit_argument(text)
+
+
+def test_audits_of_two_ranks_are_read_as_one_of_all_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank finds half of the heads; what is read is what one rank finds of all."""
+    (whole,), (view, *_) = records_of("test_mixed_heads", monkeypatch)
+    assert whole.audit is not None
+    (request,) = view.requests
+    found = audit.examine(view, request, audit.sample_rows(request))
+    half = observed.HEADS // 2
+    trace = tmp_path / "trace.jsonl"
+    monkeypatch.setenv(ENVIRONMENT, str(trace))
+    for rank, heads in enumerate((slice(0, half), slice(half, None))):
+        own = audit.Finding(0, rank * half, found.rows, found.error[heads], found.recall[heads]).summary()
+        file = TraceFile.from_environment(rank)
+        file.append([msgspec.structs.replace(whole, audit=[own])])
+        if rank == 0:  # of a request that runs dense there is nothing to tell twice; the last was asked twice
+            file.append([msgspec.structs.replace(whole, rid="dense", audit=None)])
+            file.append([msgspec.structs.replace(whole, audit=[own])])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.jsonl", "trace.jsonl.rank1"]
+    joined, dense, unmatched = read_trace(trace)
+    assert joined.audit is not None and unmatched.audit is not None and dense.audit is None
+    assert msgspec.to_builtins(joined.audit[0]) == pytest.approx(msgspec.to_builtins(whole.audit[0]))
+    assert (joined.audit[0].first_head, joined.audit[0].num_heads) == (0, observed.HEADS)
+    assert (unmatched.audit[0].first_head, unmatched.audit[0].num_heads) == (0, half), "what is missing is not made up"

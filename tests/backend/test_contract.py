@@ -111,6 +111,40 @@ CALLABLES: list[tuple[str, tuple[str, ...], str]] = [
         "plugin.py",
     ),
     ("sglang.srt.utils.common.get_cpu_ids_by_node", (), "cpu_platform.py"),
+    (
+        "sglang.srt.utils.hf_transformers.config.HfModelConfigParser.parse",
+        ("self", "model", "trust_remote_code", "revision", "kwargs"),
+        "models/registration.py",
+    ),
+    (
+        "sglang.srt.utils.hf_transformers.processor.get_processor",
+        (
+            "tokenizer_name",
+            "tokenizer_mode",
+            "trust_remote_code",
+            "tokenizer_revision",
+            "tokenizer_backend",
+            "model_name",
+        ),
+        "models/registration.py",
+    ),
+    (
+        "sglang.srt.utils.hf_transformers_utils.get_tokenizer",
+        ("tokenizer_name", "tokenizer_mode", "trust_remote_code", "tokenizer_revision", "tokenizer_backend"),
+        "models/registration.py",
+    ),
+    (
+        "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor.load_mm_data",
+        ("self", "prompt", "multimodal_tokens", "image_data", "video_data"),
+        "models/processor.py",
+    ),
+    (
+        "sglang.srt.managers.mm_utils.general_mm_embed_routine",
+        ("input_ids", "forward_batch", "language_model", "data_embedding_funcs", "kwargs"),
+        "models/vision_language.py",
+    ),
+    ("sglang.srt.managers.mm_utils.pad_mm_tokens", ("input_ids", "mm_inputs"), "models/vision_language.py"),
+    ("sglang.srt.runtime_context.get_model", (), "models/longvila/model.py"),
 ]
 
 PLATFORM = "sglang.srt.platforms.interface.SRTPlatform"
@@ -137,6 +171,8 @@ ATTRIBUTES: list[tuple[str, type, str]] = [
     (f"{ARGS}.choices.ATTENTION_BACKEND_CHOICES", list, "plugin.py"),
     (f"{ARGS}.choices.DRAFT_ATTENTION_BACKEND_CHOICES", list, "plugin.py"),
     ("sglang.srt.utils.video_decoder._BACKEND", str, "plugin.py"),
+    ("sglang.srt.managers.multimodal_processor.PROCESSOR_MAPPING", dict, "models/registration.py"),
+    ("sglang.srt.models.registry.ModelRegistry.models", dict, "models/registration.py"),
     ("sglang.srt.platforms.cpu.CpuDeviceMixin", type, "cpu_platform.py"),
     ("sglang.srt.platforms.interface.PlatformCapabilities", type, "cpu_platform.py"),
 ]
@@ -164,6 +200,16 @@ FIELDS: list[tuple[str, tuple[str, ...], str]] = [
         "modality/geometry, plugin.py",
     ),
     (f"{SCHEDULE}.MultimodalInputs", ("mm_items", "mrope_positions"), "modality/geometry"),
+    (
+        f"{SCHEDULE}.MultimodalProcessorOutput",
+        ("input_ids", "mm_items", "im_token_id", "video_token_id"),
+        "models/processor.py",
+    ),
+    (
+        "sglang.srt.model_loader.loader.DefaultModelLoader.Source",
+        ("model_or_path", "revision", "prefix", "allow_patterns_overrides"),
+        "models/longvila/model.py",
+    ),
     (
         "sglang.srt.server_args.ServerArgs",
         (
@@ -195,18 +241,21 @@ FIELDS: list[tuple[str, tuple[str, ...], str]] = [
             "max_running_requests",
             "max_total_tokens",
             "mem_fraction_static",
+            "model_path",
             "nnodes",
             "page_size",
             "pp_size",
             "prefill_only_disable_kv_cache",
+            "revision",
             "rl_on_policy_target",
             "speculative_algorithm",
             "speculative_draft_attention_backend",
+            "tokenizer_path",
             "tokenizer_worker_num",
             "tp_size",
             "use_ray",
         ),
-        "plugin.py, config.py, cpu_platform.py",
+        "plugin.py, config.py, cpu_platform.py, models/registration.py",
     ),
 ]
 

@@ -402,7 +402,7 @@ def test_launch_without_mminfer_is_not_touched(models: dict[str, str], caplog: p
         server_args.resolve_once()
     assert resolving_view(server_args).attention_backend == "torch_native"
     assert "--mminfer-config has no effect" in caplog.text
-    assert not plugin.splits_videos({})
+    assert not plugin.adapts_media({})
 
 
 def test_audit_flag_arrives_and_a_bad_one_is_a_usage_error(

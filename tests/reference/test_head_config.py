@@ -356,6 +356,25 @@ def test_a_list_must_fit_the_model_even_without_a_fingerprint():
         config.check_model(tiny_model())
 
 
+@pytest.mark.parametrize(
+    ("heads", "where"),
+    [
+        ("test_grid_row", r"heads\.all"),
+        ("test_mixed_heads", r"heads\.cycle\[\d+\]"),
+    ],
+)
+def test_columns_are_refused_where_tokens_are_merged(heads, where):
+    """A model without rows and columns takes grids of the frame stride only."""
+    model = tiny_model()
+    config = HeadConfig.load(heads)
+    config.bind(model)
+    model.vision_tokens_merged = True
+    with pytest.raises(HeadConfigError, match=where + r': a grid of stride "row" needs columns'):
+        config.bind(model)
+    HeadConfig.load("default").bind(model)
+    HeadConfig.load("test_grid_frame").bind(model)
+
+
 # Asking
 
 

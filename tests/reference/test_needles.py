@@ -52,9 +52,9 @@ def test_a_quarter_of_a_mixed_conversation_is_text():
 def test_a_sequence_is_what_template_processor_and_sglang_make_of_it(processor, kind, seed):
     from PIL import Image
 
-    from sglang_mminfer.evaluation.hf_oracle import _load_plugins
+    from sglang_mminfer.evaluation.hf_oracle import load_sglang
 
-    _load_plugins()
+    load_sglang()
     from sglang.srt.layers.rotary_embedding.mrope_rope_index import get_rope_index
 
     conversation = _conversation(kind, seed, pairs=24)

@@ -25,7 +25,7 @@ def maps(draw):
                 starts.append(position)
                 position += rows * cols
             position += draw(st.integers(0, 2))
-            grid = VisionGrid(frames, rows, cols, starts)
+            grid = VisionGrid(frames, rows, cols, starts, raster=rows > 1 or draw(st.booleans()))
         segments.append(Segment(modality, start, position, grid))
     return ModalityMap(segments)
 
@@ -45,7 +45,7 @@ def test_views_agree_with_a_walk_over_the_tokens(mmap):
         cells = []
         for k, i in enumerate(owner):
             grid, cell = mmap.segments[i].grid, -1
-            if grid is not None:
+            if grid is not None and (grid.raster or stride == "frame"):
                 for start in grid.frame_starts:
                     if start <= k < start + grid.cells:
                         cell = k - start if stride == "frame" else (k - start) % grid.cols
@@ -86,6 +86,7 @@ def test_a_map_has_no_gaps_and_no_overlaps(segments, words):
         (lambda: Segment(Modality.VIDEO, 1, 9, VisionGrid(2, 2, 2, (0, 4))), r"covers \[0, 8\)"),
         (lambda: VisionGrid(0, 2, 2, ()), "frames: expected an integer >= 1, got 0"),
         (lambda: VisionGrid(2, 2, 2, (0,)), "expected 2 starts"),
+        (lambda: VisionGrid(1, 2, 2, (0,), raster=False), "rows: expected 1 where there is no raster, got 2"),
         (lambda: VisionGrid(2, 2, 2, (0, 3)), "frame 1 starts at 3"),
     ],
 )

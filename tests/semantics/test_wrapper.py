@@ -155,7 +155,7 @@ def raster_tiles(chat, stride: str, block: int) -> tuple[torch.Tensor, torch.Ten
     known, next_tile = {}, 0
     cells = chat.cells(stride)
     for segment in chat.segments:
-        if segment.grid is None:
+        if segment.grid is None or not (segment.grid.raster or stride == "frame"):
             continue
         inside = torch.arange(segment.start, segment.stop)
         inside = inside[cells[inside] >= 0]
@@ -189,8 +189,12 @@ def whole_rows(chat, pattern, keys: torch.Tensor, text_rule: bool) -> torch.Tens
     if isinstance(pattern, Grid):
         whole |= text_after_vision & text_rule
         whole |= (chat.cells(pattern.stride) == pattern.phase) & pattern.h
-        for segment in chat.segments:  # a raster that nobody knows cannot be sparse for the rows after it
-            if segment.modality is not TEXT and segment.grid is None and keys[segment.start]:
+        for (
+            segment
+        ) in chat.segments:  # a raster that is not known, or not there, cannot be sparse for the rows after it
+            if segment.modality is TEXT or not keys[segment.start]:
+                continue
+            if segment.grid is None or not (segment.grid.raster or pattern.stride == "frame"):
                 whole[segment.start :] = True
     return whole
 

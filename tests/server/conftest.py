@@ -88,7 +88,8 @@ def servers(
             if len(alive) >= ALIVE:
                 alive.popitem(last=False)[1].server.stop()
             trace = root / f"{name}.jsonl"
-            trace.unlink(missing_ok=True)
+            for old in root.glob(f"{trace.name}*"):  # of all ranks
+                old.unlink()
             flags = [flag.format(sparse=sparse_config) for flag in FLAGS[name]]
             env = {TRACE: str(trace), **ENVIRONMENT.get(name, {})}
             server = Server(model, *flags, env=env, log=root / f"{name}.log", timeout=400)

@@ -58,7 +58,10 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *(*_SPARSE, "--chunked-prefill-size", "-1"),
         *("--disable-radix-cache", "--disable-overlap-schedule"),
     ),
-    "ranks_2": (*_SPARSE, "--chunked-prefill-size", "96", "--tp-size", "2"),
+    "ranks_2": (
+        *(*_SPARSE, "--chunked-prefill-size", "96", "--tp-size", "2"),
+        *("--enable-metrics", "--mminfer-audit", "1"),
+    ),
     # Pages of 16, another backend for decoding, and a small pool into which requests are let too eagerly.
     "paged": (
         *(*_SPLIT, "--mminfer-config", "{sparse}", "--chunked-prefill-size", "128", "--page-size", str(PAGE)),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,54 +30,99 @@ def conversation(folder: Path, seed: int) -> Path:
     return path
 
 
-def searched(folder: Path, *more: str) -> tuple[int, Path]:
-    out = folder / "found.json"
-    code = cli.main(
-        [
-            *("search", str(MODEL), "--conversation", str(conversation(folder, 1)), "--out", str(out)),
-            *("--held-out", str(conversation(folder, 2)), "--density", "0.7", *more),
-            *("--server-args", "--mm-process-config", json.dumps(MM_PROCESS_CONFIG)),
-        ]
-    )
-    return code, out
+@dataclass(frozen=True)
+class Search:
+    """One that was run: its exit status, the config's file, the folder of what was measured, what was printed."""
+
+    code: int
+    out: Path
+    said: str
+
+    @property
+    def work(self) -> Path:
+        return self.out.with_suffix(".search")
 
 
-def test_a_config_and_a_report_come_out_and_a_second_run_measures_nothing_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out = searched(tmp_path)
-    said = capsys.readouterr().out
-    assert code == 0
-    config = HeadConfig.load(out)
+def searched(folder: Path, *more: str, name: str = "found", server: tuple[str, ...] = ()) -> Search:
+    out, said = folder / f"{name}.json", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = cli.main(
+            [
+                *("search", str(MODEL), "--conversation", str(conversation(folder, 1)), "--out", str(out)),
+                *("--held-out", str(conversation(folder, 2)), "--density", "0.7", *more),
+                *("--server-args", "--mm-process-config", json.dumps(MM_PROCESS_CONFIG), *server),
+            ]
+        )
+    return Search(code, out, said.getvalue())
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    return searched(tmp_path_factory.mktemp("search"))
+
+
+def test_a_config_and_a_report_come_out(first: Search) -> None:
+    assert first.code == 0
+    config = HeadConfig.load(first.out)
     assert config.form == "layers" and (len(config.rows), len(config.rows[0])) == (3, 4)
     assert config.provenance.how == "search" and config.provenance.budget == "mean density 0.7"
     assert config.model is not None and config.model.heads == 4
-    rows = [line for line in said.splitlines() if "searched" in line or "a_shape" in line or "dense" in line]
-    assert len(rows) == 2 * 5, said  # two tables: searched (also at two more densities), a_shape, dense
-    assert "Mind: No calibration input has an image" in said and "Mind: The longest calibration input" in said
-    page = out.with_suffix(".html").read_text()
+    rows = [line for line in first.said.splitlines() if "searched" in line or "a_shape" in line or "dense" in line]
+    assert len(rows) == 2 * 5, first.said  # two tables: searched (also at two more densities), a_shape, dense
+    assert "Mind: No calibration input has an image" in first.said
+    assert "Mind: The longest calibration input" in first.said
+    page = first.out.with_suffix(".html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("<h1>")[0]
+    details, times = config.provenance.details or {}, json.loads((first.work / "tile_times.json").read_text())
+    assert details["cost"] == "time" and details["tile_us"] == times and min(times[kind] for kind in KINDS) > 0
+    assert f"full {times['full']:g}" in first.said and f"full {times['full']:g}" in page
 
-    details, kept = (
-        config.provenance.details or {},
-        json.loads((tmp_path / "found.search" / "tile_times.json").read_text()),
-    )
-    assert details["cost"] == "time" and details["tile_us"] == kept and min(kept[kind] for kind in KINDS) > 0
-    assert f"full {kept['full']:g}" in said and f"full {kept['full']:g}" in page
 
-    first = out.read_bytes()
-    measured = sorted((tmp_path / "found.search").rglob("layer-*.json"))
+def test_a_second_run_measures_nothing_again(first: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, folder = first.out.read_bytes(), first.out.parent
+    measured = sorted(first.work.rglob("layer-*.json"))
     # Phases and candidates of two prompts' three layers, and the finalists on both.
     assert len(measured) == 3 * (1 + 1 + 1 + 1)
     times = {path: path.stat().st_mtime_ns for path in measured}
     monkeypatch.setattr(Server, "start", lambda server: pytest.fail("a server was started for nothing"))
-    code, _ = searched(tmp_path)
-    assert code == 0 and out.read_bytes() == first, "the same measurements gave another config"
+    again = searched(folder)
+    assert again.code == 0 and again.out.read_bytes() == config, "the same measurements gave another config"
     assert {path: path.stat().st_mtime_ns for path in measured} == times
     # What times decided, the same times decide again.
-    (tmp_path / "found.search" / "tile_times.json").rename(tmp_path / "other.json")
-    code, _ = searched(tmp_path, "--tile-times", str(tmp_path / "other.json"))
-    assert code == 0 and out.read_bytes() == first
+    kept = (first.work / "tile_times.json").rename(folder / "other.json")
+    again = searched(folder, "--tile-times", str(kept))
+    assert again.code == 0 and again.out.read_bytes() == config
+    kept.rename(first.work / "tile_times.json")
+
+
+def test_two_ranks_in_little_memory_find_the_same_config(first: Search) -> None:
+    """Each rank measures its own heads, here one after the other."""
+    more = ("--tile-times", str(first.work / "tile_times.json"), "--max-memory", "0.03")
+    found = searched(first.out.parent, *more, name="ranks", server=("--tp-size", "2"))
+    assert found.code == 0
+    assert len(sorted(found.work.rglob("layer-*-rank-01.json"))) == 3 * (1 + 1 + 1 + 1)
+    one, two = HeadConfig.load(first.out), HeadConfig.load(found.out)
+    assert two.rows == one.rows
+    measured = [
+        dict(sorted((path.parent.name, path) for path in s.work.rglob("layer-000-rank-00.json")))
+        for s in (first, found)
+    ]
+    assert set(measured[0]) == set(measured[1])
+    for name, path in measured[0].items():
+        if "phases" in name:
+            continue
+        whole = json.loads(path.read_text())
+        ranks = [json.loads(p.read_text()) for p in sorted((found.work / name).glob("layer-000-rank-*.json"))]
+        joined = np.concatenate([np.array(rank["error"], dtype=float) for rank in ranks], axis=1)
+        assert joined.shape[1] == 4 and np.array(ranks[0]["error"]).shape[1] == 2
+        np.testing.assert_allclose(joined, np.array(whole["error"], dtype=float), rtol=1e-3, atol=1e-5)
+
+
+def test_too_little_memory_is_said_and_leaves_no_result(first: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    found = searched(first.out.parent, "--max-memory", "0.0001", name="little")
+    assert found.code == 1 and not found.out.exists() and not list(found.work.rglob("layer-*.json"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--max-memory: expected at least 0.0" in said and "GiB for one head of 827 tokens, got 0.00" in said
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_mminfer.modality.geometry import generic, qwen_vl
-from sglang_mminfer.modality.geometry._items import GeometryError, modality_of, offsets_of
+from sglang_mminfer.modality.geometry import generic, internvl, llava_hf, placed, qwen3_vl, qwen_vl
+from sglang_mminfer.modality.geometry._items import VIDEO_KEY, GeometryError, modality_of, offsets_of, whole_videos
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
-__all__ = ["FAMILIES", "GeometryError", "cached_map", "family_of", "map_from_mm_inputs", "prompt_length"]
+__all__ = [
+    "FAMILIES",
+    "VIDEO_KEY",
+    "GeometryError",
+    "cached_map",
+    "family_of",
+    "has_raster",
+    "map_from_mm_inputs",
+    "prompt_length",
+]
 
-FAMILIES: dict[str, Any] = {"qwen_vl": qwen_vl}
+FAMILIES: dict[str, Any] = {
+    "qwen_vl": qwen_vl,
+    "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "llava_hf": llava_hf,
+    "placed": placed,
+}
+"""A family reads item by item (`segments`), or, where a medium has several items, all of them (`conversation`)."""
 
 # No "_id" in this name: SGLang's MultimodalInputs.merge copies attributes that have it to other requests.
 _CACHE = "_mminfer_map"
@@ -31,6 +47,11 @@ def family_of(hf_config: Any) -> str | None:
             argument = family.argument_of(hf_config)
             return f"{name}:{argument}" if argument else name
     return None
+
+
+def has_raster(hf_config: Any) -> bool:
+    """False for a model that merges vision tokens until neither rows nor columns are left; its config class says so."""
+    return getattr(hf_config, "vision_tokens_merged", False) is not True
 
 
 def prompt_length(mm_inputs: Any, known: int, rid: str = "") -> int:
@@ -77,11 +98,17 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)} or None, got {family!r}")
     reader = FAMILIES[name] if name else generic
 
-    found: list[tuple[Segment, str]] = []
-    for index, item in enumerate(mm_inputs.mm_items if mm_inputs is not None else ()):
+    items: list[tuple[Any, Modality, str]] = []
+    for index, item in enumerate(whole_videos(mm_inputs.mm_items) if mm_inputs is not None else ()):
         modality = modality_of(item, index)
         if modality is not Modality.TEXT:
-            found.extend(reader.segments(item, modality, f"mm_items[{index}] ({modality})", argument))
+            items.append((item, modality, f"mm_items[{index}] ({modality})"))
+    found: list[tuple[Segment, str]] = []
+    if hasattr(reader, "conversation"):
+        found.extend(reader.conversation(items, argument))
+    else:
+        for item, modality, label in items:
+            found.extend(reader.segments(item, modality, label, argument))
     found.sort(key=lambda entry: entry[0].start)
 
     segments: list[Segment] = []

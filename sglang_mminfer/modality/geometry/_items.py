@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import groupby, pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from sglang_mminfer.modality.segments import Modality
+from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
+
+VIDEO_KEY = "mminfer_video"
+"""In an item's `model_specific_data`: the number of the video it is a frame of, where each frame is an item."""
 
 
 class GeometryError(ValueError):
@@ -56,6 +61,20 @@ def data_of(item: Any) -> Mapping[str, Any]:
     return getattr(item, "model_specific_data", None) or {}
 
 
+def whole_videos(items: Iterable[Any]) -> list[Any]:
+    """The items with all frames of a video in one, where each frame came as an item."""
+    whole: list[Any] = []
+    for video, group in groupby(items, key=lambda item: data_of(item).get(VIDEO_KEY)):
+        frames = list(group)
+        if video is None:
+            whole += frames
+        else:
+            offsets = [offset for frame in frames for offset in frame.offsets or ()]
+            data = data_of(frames[0])
+            whole.append(SimpleNamespace(modality=frames[0].modality, offsets=offsets, model_specific_data=data))
+    return whole
+
+
 def offsets_of(item: Any, name: str) -> tuple[tuple[int, int], ...]:
     """The (first, last) pairs of an item as plain integers, whatever holds them; () if there are none."""
     offsets = getattr(item, "offsets", None)
@@ -96,3 +115,16 @@ def grid_rows(value: Any) -> list[tuple[int, int, int]] | None:
         return [(int(t), int(h), int(w)) for t, h, w in rows]
     except (TypeError, ValueError):
         return None
+
+
+def one_segment(frames: list[Span], rows: int, cols: int, modality: Modality) -> tuple[Segment, str]:
+    """The segment of a medium whose frames are `frames`, what stands between them included, and its name.
+
+    Raises:
+        GeometryError: "overlapping_offsets".
+    """
+    for before, after in pairwise(frames):
+        if after.start < before.stop:
+            raise GeometryError("overlapping_offsets", f"{after.name}: overlaps {before.name}")
+    grid = VisionGrid(len(frames), rows, cols, tuple(frame.start for frame in frames))
+    return Segment(modality, frames[0].start, frames[-1].stop, grid), frames[0].name

@@ -1,0 +1,58 @@
+"""An oracle for models that transformers does not have: its language model, fed embeddings that are put together here.
+
+Independent of `models/`: nothing of it is imported. A family's oracle says how a conversation becomes text and
+embeddings, with transformers' vision tower and plain loops; the rest is transformers' own language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sglang_mminfer.evaluation.hf_oracle import OracleAnswer
+
+Piece = str | list[int] | torch.Tensor
+"""Text that is tokenized as a whole, ids, or the embeddings [tokens, hidden] of a medium."""
+
+
+class EmbeddedOracle:
+    """Greedy answers of a language model to text and embeddings in fp32.
+
+    Args:
+        language_model: a causal model of transformers.
+        fill: the id that a server reports for tokens of media.
+    """
+
+    def __init__(self, language_model: Any, tokenizer: Any, fill: int) -> None:
+        self.language_model = language_model.to(torch.float32).eval()
+        self.tokenizer = tokenizer
+        self.fill = fill
+
+    @torch.no_grad()
+    def continued(self, pieces: Sequence[Piece], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
+        """The continuation of exactly `max_new_tokens` tokens."""
+        table = self.language_model.get_input_embeddings()
+        ids: list[int] = []
+        parts: list[torch.Tensor] = []
+        for piece in pieces:
+            if isinstance(piece, torch.Tensor):
+                ids += [self.fill] * len(piece)
+                parts.append(piece)
+                continue
+            encoded = self.tokenizer.encode(piece, add_special_tokens=False) if isinstance(piece, str) else piece
+            ids += encoded
+            parts.append(table(torch.tensor(encoded, dtype=torch.int64)))
+        tokens: list[int] = []
+        tops: list[dict[int, float]] = []
+        output = self.language_model(inputs_embeds=torch.cat(parts)[None], use_cache=True)
+        for _ in range(max_new_tokens):
+            logprobs = torch.log_softmax(output.logits[0, -1].float(), dim=-1)
+            values, best = logprobs.topk(top_logprobs)
+            tops.append(dict(zip(best.tolist(), values.tolist())))
+            tokens.append(int(logprobs.argmax()))
+            if len(tokens) < max_new_tokens:
+                step = torch.tensor([tokens[-1:]])
+                output = self.language_model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+        return OracleAnswer(ids, tokens, tops, self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -1,0 +1,79 @@
+"""Frames out of video files, resized as the models' own preprocessing does it, as uint8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+MEAN = 0.5
+"""Of pixel values in 0..1, as these models reckon it; of every channel."""
+
+BATCH = 32
+"""Frames that are decoded at a time, so that a long video of large frames does not fill the memory."""
+
+
+def resize(picture: Image.Image, width: int, height: int) -> torch.Tensor:
+    """uint8 [3, height, width], by bicubic interpolation on 8-bit values."""
+    pixels = np.array(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def squared(picture: Image.Image) -> Image.Image:
+    """With a border of the pixels' mean, so that it is not stretched where a model sees squares."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), (int(MEAN * 255),) * 3)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+def length_and_rate(video: Any) -> tuple[int, float]:
+    """Frames and frames a second of what SGLang makes of a video: a decoder, or the frames themselves."""
+    if hasattr(video, "get_frames_at"):
+        return len(video), float(video.avg_fps or 0)
+    return len(video), 1.0
+
+
+def decode(
+    video: Any, indices: Sequence[int], width: int, height: int, *, bordered: bool = False
+) -> list[torch.Tensor]:
+    """The frames of the given indices, each uint8 [3, height, width]; the same tensor where an index repeats.
+
+    Args:
+        bordered: make them square by a border before they are resized.
+
+    Raises:
+        ValueError: if the file breaks off or cannot be decoded.
+    """
+    wanted = sorted(set(indices))
+    frames: dict[int, torch.Tensor] = {}
+    for start in range(0, len(wanted), BATCH):
+        part = wanted[start : start + BATCH]
+        try:
+            pictures = video.get_frames_at(part) if hasattr(video, "get_frames_at") else [video[i] for i in part]
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # each decoder has errors of its own
+            raise ValueError(
+                f"video: frames {part[0]} to {part[-1]} of {len(video)} cannot be decoded: {error}"
+            ) from error
+        if len(pictures) != len(part):
+            raise ValueError(f"video: expected {len(part)} frames from {part[0]} on, got {len(pictures)}")
+        for index, picture in zip(part, pictures):
+            whole = _as_image(picture)
+            frames[index] = resize(squared(whole) if bordered else whole, width, height)
+    return [frames[i] for i in indices]
+
+
+def _as_image(frame: Any) -> Image.Image:
+    if isinstance(frame, Image.Image):
+        return frame
+    array = frame.cpu().numpy() if isinstance(frame, torch.Tensor) else np.asarray(frame)
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"video: expected frames of 3 channels in uint8, got {array.dtype} {array.shape}")
+    return Image.fromarray(array)

@@ -1,0 +1,26 @@
+"""LongVILA's processor for SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from sglang_mminfer.models.longvila.rasters import LongVilaRasters
+from sglang_mminfer.models.processor import MediaProcessor
+from sglang_mminfer.models.prompt import Medium
+
+
+class LongVilaProcessor(MediaProcessor):
+    """`--mm-process-config '{"video": {"num_frames": 256, "fps": 0}}'`."""
+
+    VIDEO_OPTIONS: ClassVar[Mapping[str, type | tuple[type, ...]]] = {"num_frames": int, "fps": (int, float)}
+
+    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hf_config, *args, **kwargs)
+        self.rasters = LongVilaRasters(hf_config, self.video_config)
+
+    def image(self, picture: Any) -> Sequence[Medium]:
+        return self.rasters.image(picture)
+
+    def video(self, video: Any) -> Medium:
+        return self.rasters.video(video)

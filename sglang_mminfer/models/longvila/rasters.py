@@ -1,0 +1,56 @@
+"""Pictures and videos as LongVILA wants them: every frame a square, and a newline behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from sglang_mminfer.models.frames import decode, length_and_rate, resize, squared
+from sglang_mminfer.models.longvila.config import check, tokens_per_side
+from sglang_mminfer.models.prompt import Medium, Raster
+from sglang_mminfer.models.sampling import evenly, first_seconds
+
+
+class LongVilaRasters:
+    """Cuts media up for one model.
+
+    At a frame rate of 0, always `num_frames` frames of the whole video; else that many frames a second from its
+    start on, and no more than `num_frames`.
+
+    Args:
+        config: the model's.
+        options: "num_frames", "fps"; the checkpoint says what applies without.
+
+    Raises:
+        ValueError: for options out of range.
+    """
+
+    def __init__(self, config: Any, options: Mapping[str, Any]) -> None:
+        check(config)
+        self.config = config
+        self.size = int(config.vision_config.image_size)
+        self.frames = int(options.get("num_frames", config.num_video_frames))
+        self.fps = float(options.get("fps", config.fps))
+        if self.fps < 0 or self.frames < 1:
+            raise ValueError("--mm-process-config: expected video.fps of 0 or more and video.num_frames of 1 or more")
+
+    def video(self, video: Any) -> Medium:
+        total, rate = length_and_rate(video)
+        if self.fps > 0:
+            sampled = first_seconds(total, rate, fps=self.fps, most=self.frames)
+        else:
+            sampled = evenly(total, rate, count=self.frames)
+        bordered = self.config.image_aspect_ratio == "pad"
+        frames = decode(video, sampled.indices, self.size, self.size, bordered=bordered)
+        return Medium("video", [self._raster(pixels) for pixels in frames])
+
+    def image(self, picture: Image.Image) -> list[Medium]:
+        if self.config.image_aspect_ratio == "pad":
+            picture = squared(picture)
+        return [Medium("image", [self._raster(resize(picture, self.size, self.size))])]
+
+    def _raster(self, pixels: Any) -> Raster:
+        side = tokens_per_side(self.config)
+        return Raster(pixels, side, side, separator=self.config.separator)

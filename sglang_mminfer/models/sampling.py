@@ -1,0 +1,65 @@
+"""Which frames of a video a model gets to see: each family's own rule, on numbers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Frames of a video.
+
+    Attributes:
+        indices: of the frames in the file, ascending; one may come twice.
+        seconds: where each stands, as the model is told.
+        duration: of the whole video, in seconds.
+    """
+
+    indices: list[int]
+    seconds: list[float]
+    duration: float
+
+
+def check(total: int, rate: float) -> float:
+    """The frame rate to reckon with; a file of one frame may have none, and then lasts a second.
+
+    Raises:
+        ValueError: if the video has no frames.
+    """
+    if total < 1:
+        raise ValueError("video: expected at least one frame, found none")
+    return rate if np.isfinite(rate) and rate > 0 else float(total)
+
+
+def every_second(total: int, rate: float, *, fps: float, most: int, forced: bool) -> Sampled:
+    """LLaVA-Video: `fps` frames a second; `most` of them, evenly, if there would be more, or if it is forced.
+
+    Args:
+        total, rate: frames of the file, and frames a second.
+        forced: always take exactly `most` frames, some of them repeatedly if the video has fewer.
+    """
+    rate = check(total, rate)
+    step = max(1, round(rate / fps))
+    indices = list(range(0, total, step))
+    if len(indices) <= most and not forced:
+        # The model was trained on the number of the frame as its time, at one frame a second.
+        return Sampled(indices, [i / step / fps for i in indices], total / rate)
+    indices = np.linspace(0, total - 1, most, dtype=int).tolist()
+    return Sampled(indices, [i / rate for i in indices], total / rate)
+
+
+def first_seconds(total: int, rate: float, *, fps: float, most: int) -> Sampled:
+    """VILA with a frame rate: `fps` frames a second from the start, no more than `most`."""
+    rate = check(total, rate)
+    seconds = np.arange(0, total / rate, 1.0 / fps)[:most]
+    indices = [min(int(t * rate), total - 1) for t in seconds]
+    return Sampled(indices, seconds.tolist(), total / rate)
+
+
+def evenly(total: int, rate: float, *, count: int) -> Sampled:
+    """VILA without a frame rate: `count` frames from the first to the last."""
+    rate = check(total, rate)
+    indices = np.round(np.linspace(0, total - 1, count)).astype(int).tolist()
+    return Sampled(indices, [i / rate for i in indices], total / rate)

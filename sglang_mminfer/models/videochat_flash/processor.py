@@ -1,0 +1,79 @@
+"""Pictures and videos as VideoChat-Flash wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+from sglang_mminfer.models.frames import decode, length_and_rate, resize
+from sglang_mminfer.models.processor import MediaProcessor
+from sglang_mminfer.models.prompt import Medium, Raster
+from sglang_mminfer.models.sampling import Sampled
+from sglang_mminfer.models.videochat_flash.config import CLIP_TOKENS, tower_config
+from sglang_mminfer.models.videochat_flash.sampling import CLIP, by_clips
+from sglang_mminfer.models.videochat_flash.tiles import ACROSS, best_canvas, canvases
+from sglang_mminfer.models.videochat_flash.vision import MEAN
+
+LEAST, MOST = 64, 512
+"""Frames of a video, as the model was trained."""
+
+
+class VideoChatFlashProcessor(MediaProcessor):
+    """`--mm-process-config '{"video": {"min_frames": 64, "max_frames": 512}}'`, both in clips of 4 frames."""
+
+    VIDEO_OPTIONS: ClassVar[Mapping[str, type | tuple[type, ...]]] = {"min_frames": int, "max_frames": int}
+
+    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hf_config, *args, **kwargs)
+        self.size = tower_config(hf_config).image_size
+        self.aspect = str(hf_config.image_aspect_ratio)
+        self.canvases = canvases(hf_config.image_grid_pinpoints, self.size)
+        self.most = self.video_config.get("max_frames", MOST)
+        self.least = self.video_config.get("min_frames", min(LEAST, self.most))
+        if self.least < CLIP or self.most < self.least or self.least % CLIP or self.most % CLIP:
+            raise ValueError(
+                f"--mm-process-config: video.min_frames and video.max_frames: expected multiples of {CLIP}, the first "
+                f"no larger than the second, got {self.least} and {self.most}"
+            )
+
+    def video(self, video: Any) -> Medium:
+        total, rate = length_and_rate(video)
+        sampled = by_clips(total, rate, least=self.least, most=self.most)
+        frames = decode(video, sampled.indices, self.size, self.size)
+        clips = [torch.stack(frames[i : i + CLIP]) for i in range(0, len(frames), CLIP)]
+        return Medium("video", [Raster(clip, 1, CLIP_TOKENS) for clip in clips], f"\n{time_message(sampled)} ")
+
+    def image(self, picture: Image.Image) -> list[Medium]:
+        picture = picture.convert("RGB")
+        if self.aspect == "pad":
+            picture = _squared(picture)
+        media = [Medium("image", [_view([resize(picture, self.size, self.size)], 1)])]
+        if "anyres" in self.aspect:
+            across, down = best_canvas(*picture.size, self.canvases, self.size)
+            whole = resize(picture, across * self.size, down * self.size)
+            tiles = [tile for row in whole.split(self.size, dim=1) for tile in row.split(self.size, dim=2)]
+            media.append(Medium("image", [_view(tiles, across)]))
+        return media
+
+
+def time_message(sampled: Sampled) -> str:
+    """What the model was trained to read after a video."""
+    return (
+        f"The video lasts for {sampled.duration:.2f} seconds, and {len(sampled.indices)} frames are uniformly sampled "
+        "from it."
+    )
+
+
+def _view(tiles: list[torch.Tensor], across: int) -> Raster:
+    return Raster(torch.stack(tiles), 1, CLIP_TOKENS * len(tiles), values={ACROSS: across})
+
+
+def _squared(picture: Image.Image) -> Image.Image:
+    """With a border of the mean colour, so that it is not stretched."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in MEAN))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
