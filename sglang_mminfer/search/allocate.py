@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 
 from sglang_mminfer.modality.segments import Modality
-from sglang_mminfer.patterns.spec import Boundary2D, Dense, HeadPattern, Pattern, QBoundary
+from sglang_mminfer.patterns.spec import AShape, Boundary2D, Dense, HeadPattern, Pattern, QBoundary, TriShape
 
 STEPS = 60  # of the bisection: beyond the precision of the figures
 
@@ -112,10 +112,18 @@ def at_price(table: Table, price: float) -> Allocation:
 
 def _head(picked: list[HeadPattern], modalities: Sequence[Modality], present: np.ndarray) -> HeadPattern:
     some = {m: p for m, p, there in zip(modalities, picked, present) if there}
-    first = next(iter(some.values()))
-    if all(pattern == first for pattern in some.values()):
-        return first
-    return QBoundary(cast(dict[Modality, Pattern], some))  # boundaries are taken whole, so none is in here
+    for named in (some, {m: _plain(p, m) for m, p in some.items()}):
+        first = next(iter(named.values()))
+        if all(pattern == first for pattern in named.values()):
+            return first
+    return QBoundary(cast(dict[Modality, Pattern], named))  # boundaries are taken whole, so none is in here
+
+
+def _plain(pattern: HeadPattern, rows: Modality) -> HeadPattern:
+    """The same by its simplest name: without a tail, what a tri-shape adds to an A-shape is for rows of text only."""
+    if isinstance(pattern, TriShape) and not pattern.tail and rows is not Modality.TEXT:
+        return AShape(pattern.sink, pattern.local)
+    return pattern
 
 
 def within_density(table: Table, budget: float) -> Allocation:
