@@ -105,7 +105,7 @@ def assert_equal(expected: OracleAnswer, got: OracleAnswer) -> None:
 def test_four_turns(
     kind: str, server: Served, dialogue: Dialogue, oracle: videochat_flash.VideoChatFlashOracle
 ) -> None:
-    known, fill = 0, oracle.text.fill
+    known, fill = 0, oracle.fill
     for turn, (prompt, expected) in enumerate(dialogue):
         rid = f"turn-{turn}"
         got = server.ask(prompt, rid=rid)

@@ -6,18 +6,30 @@ embeddings, with transformers' vision tower and plain loops; the rest is transfo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sglang_mminfer.evaluation.hf_oracle import OracleAnswer
+from sglang_mminfer.evaluation.hf_oracle import Message, OracleAnswer
 
 Piece = str | list[int] | torch.Tensor
 """Text that is tokenized as a whole, ids, or the embeddings [tokens, hidden] of a medium."""
 
 
-class EmbeddedOracle:
+@dataclass(frozen=True)
+class Chat:
+    """What a template says around messages: `head` and `tail` of each (the role for {}), `first` before all."""
+
+    head: str = "<|im_start|>{}\n"
+    tail: str = "<|im_end|>\n"
+    first: str = ""
+    system: str = "You are a helpful assistant."
+
+
+class EmbeddedOracle(ABC):
     """Greedy answers of a language model to text and embeddings in fp32.
 
     Args:
@@ -25,10 +37,39 @@ class EmbeddedOracle:
         fill: the id that a server reports for tokens of media.
     """
 
-    def __init__(self, language_model: Any, tokenizer: Any, fill: int) -> None:
+    def __init__(self, language_model: Any, tokenizer: Any, fill: int, chat: Chat | None = None) -> None:
         self.language_model = language_model.to(torch.float32).eval()
         self.tokenizer = tokenizer
         self.fill = fill
+        self.chat = chat or Chat()
+
+    @abstractmethod
+    def shown(self, kind: str, path: str) -> tuple[list[Piece], str]:
+        """What stands for an "image_url" or a "video_url", and the text that comes behind it."""
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
+        """The greedy continuation of a conversation."""
+        return self.continued(self.pieces(messages), max_new_tokens, top_logprobs)
+
+    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        """The conversation as text and embeddings."""
+        chat, said = self.chat, self.chat.first
+        if messages[0]["role"] != "system":
+            said += chat.head.format("system") + chat.system + chat.tail
+        pieces: list[Piece] = []
+        for message in messages:
+            said += chat.head.format(message["role"])
+            content: Any = message["content"]
+            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
+                if part["type"] == "text":
+                    said += part["text"]
+                    continue
+                medium, behind = self.shown(part["type"], part[part["type"]]["url"])
+                pieces += [said, *medium]
+                said = behind
+            said += chat.tail
+        return [piece for piece in [*pieces, said + chat.head.format("assistant")] if len(piece)]
 
     @torch.no_grad()
     def continued(self, pieces: Sequence[Piece], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
@@ -56,3 +97,16 @@ class EmbeddedOracle:
                 step = torch.tensor([tokens[-1:]])
                 output = self.language_model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
         return OracleAnswer(ids, tokens, tops, self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def output_of(layer: Any, run: Callable[[], Any]) -> torch.Tensor:
+    """What a layer gave while `run` ran."""
+    kept: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(
+        lambda module, inputs, output: kept.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        run()
+    finally:
+        handle.remove()
+    return kept[0]

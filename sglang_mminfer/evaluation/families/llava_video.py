@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from sglang_mminfer.evaluation import tiny_model
-from sglang_mminfer.evaluation.families.embedded import EmbeddedOracle, Piece
-from sglang_mminfer.evaluation.hf_oracle import Message, OracleAnswer
+from sglang_mminfer.evaluation.families.embedded import EmbeddedOracle, Piece, output_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOWER = {
@@ -164,7 +163,7 @@ def random_tower(sizes: dict[str, int], seed: int = 3) -> Any:
 # ---- the oracle --------------------------------------------------------------------------------------------
 
 
-class LlavaVideoOracle:
+class LlavaVideoOracle(EmbeddedOracle):
     """Transformers' SigLIP and Qwen2 on a checkpoint's tensors, and the original's steps between them in loops.
 
     Args:
@@ -209,49 +208,18 @@ class LlavaVideoOracle:
         )
         self.video = {"fps": 1, "max_frames": 64, "force_sample": self.config["force_sample"], **(video or {})}
         tokenizer = transformers.AutoTokenizer.from_pretrained(root)
-        self.text = EmbeddedOracle(language, tokenizer, self.config["image_token_index"])
+        super().__init__(language, tokenizer, self.config["image_token_index"])
 
-    def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
-        """The greedy continuation of a conversation."""
-        return self.text.continued(self.pieces(messages), max_new_tokens, top_logprobs)
-
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """The conversation as text and embeddings."""
-        pieces: list[Piece] = []
-        said = ""
-        if messages[0]["role"] != "system":
-            said = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        for message in messages:
-            said += f"<|im_start|>{message['role']}\n"
-            content: Any = message["content"]
-            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for part in parts:
-                if part["type"] == "text":
-                    said += part["text"]
-                    continue
-                pieces.append(said)
-                if part["type"] == "image_url":
-                    pieces.append(self.of_image(part["image_url"]["url"]))
-                    said = "\n"
-                else:
-                    embedded, told = self.of_video(part["video_url"]["url"])
-                    pieces.append(embedded)
-                    said = f"\n{told}\n" if self.config["add_time_instruction"] else "\n"
-            said += "<|im_end|>\n"
-        return [*pieces, f"{said}<|im_start|>assistant\n"]
+    def shown(self, kind: str, path: str) -> tuple[list[Piece], str]:
+        if kind == "image_url":
+            return [self.of_image(path)], "\n"
+        embedded, told = self.of_video(path)
+        return [embedded], f"\n{told}\n" if self.config["add_time_instruction"] else "\n"
 
     @torch.no_grad()
     def projected(self, pictures: Sequence[Any]) -> torch.Tensor:
         """[n, side, side, hidden] of pictures as the image processor takes them."""
-        kept: list[torch.Tensor] = []
-        handle = self._last.register_forward_hook(
-            lambda module, inputs, output: kept.append(output[0] if isinstance(output, tuple) else output)
-        )
-        try:
-            self.tower(**self.processor(list(pictures), return_tensors="pt"))
-        finally:
-            handle.remove()
-        state = kept[0]
+        state = output_of(self._last, lambda: self.tower(**self.processor(list(pictures), return_tensors="pt")))
         for i in range(0, len(self.projector), 2):
             if i:
                 state = torch.nn.functional.gelu(state)

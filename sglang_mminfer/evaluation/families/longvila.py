@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from sglang_mminfer.evaluation import tiny_model
-from sglang_mminfer.evaluation.families.embedded import EmbeddedOracle, Piece
+from sglang_mminfer.evaluation.families.embedded import Chat, EmbeddedOracle, Piece, output_of
 from sglang_mminfer.evaluation.families.llava_video import random_tower
-from sglang_mminfer.evaluation.hf_oracle import Message, OracleAnswer
 
 SPECIAL_TOKENS = {
     "qwen2": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]"),
@@ -66,11 +65,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """What sets the released checkpoints apart from each other."""
 
-SYSTEM = {
-    "qwen2": "You are a helpful assistant",
-    "llama": "You are a helpful language and vision assistant. You are able to understand the visual content that the "
-    "user provides, and assist the user with a variety of tasks using natural language.",
+CHATS = {
+    "qwen2": Chat(system="You are a helpful assistant"),
+    "llama": Chat(
+        head="<|start_header_id|>{}<|end_header_id|>\n\n",
+        tail="<|eot_id|>",
+        first="<|begin_of_text|>",
+        system="You are a helpful language and vision assistant. You are able to understand the visual content that "
+        "the user provides, and assist the user with a variety of tasks using natural language.",
+    ),
 }
+"""By the language model."""
 
 
 def make(path: str | os.PathLike[str], variant: str = "1M") -> Path:
@@ -209,7 +214,7 @@ def random_projector(kind: str, inside: int, outside: int) -> dict[str, torch.Te
 # ---- the oracle --------------------------------------------------------------------------------------------
 
 
-class LongVilaOracle:
+class LongVilaOracle(EmbeddedOracle):
     """Transformers' SigLIP and language model on a checkpoint's tensors, and VILA's steps between them in loops.
 
     Args:
@@ -225,7 +230,6 @@ class LongVilaOracle:
         self.config = json.loads((style if style.exists() else root / "config.json").read_text())
         self.video = {"num_frames": self.config["num_video_frames"], "fps": self.config["fps"], **(video or {})}
         language = transformers.AutoModelForCausalLM.from_pretrained(root / "llm", dtype=torch.float32)
-        self.kind = language.config.model_type
         # Its last layer runs, too; `_kept_layer` is the one before it.
         self.tower = transformers.SiglipVisionModel.from_pretrained(root / "vision_tower", dtype=torch.float32).eval()
         inner = getattr(self.tower, "vision_model", self.tower)
@@ -238,37 +242,10 @@ class LongVilaOracle:
         self.merge = 3 if "3x3" in kind else 2
         tokenizer = transformers.AutoTokenizer.from_pretrained(root / "llm")
         self.newline = tokenizer.encode("\n", add_special_tokens=False)
-        self.text = EmbeddedOracle(language, tokenizer, tokenizer.pad_token_id)
+        super().__init__(language, tokenizer, tokenizer.pad_token_id, CHATS[language.config.model_type])
 
-    def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
-        """The greedy continuation of a conversation."""
-        return self.text.continued(self.pieces(messages), max_new_tokens, top_logprobs)
-
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """The conversation as text and embeddings."""
-        if self.kind == "llama":
-            head, tail, first = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "<|begin_of_text|>"
-        else:
-            head, tail, first = "<|im_start|>{}\n", "<|im_end|>\n", ""
-        said = first
-        if messages[0]["role"] != "system":
-            said += head.format("system") + SYSTEM[self.kind] + tail
-        pieces: list[Piece] = []
-        for message in messages:
-            said += head.format(message["role"])
-            content: Any = message["content"]
-            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for part in parts:
-                if part["type"] == "text":
-                    said += part["text"]
-                    continue
-                pieces.append(said)
-                said = ""
-                url = part[part["type"]]["url"]
-                for frame in self.embedded(self.pictures(url, part["type"])):
-                    pieces += [frame, self.newline]
-            said += tail
-        return [piece for piece in [*pieces, said + head.format("assistant")] if len(piece)]
+    def shown(self, kind: str, path: str) -> tuple[list[Piece], str]:
+        return [piece for frame in self.embedded(self.pictures(path, kind)) for piece in (frame, self.newline)], ""
 
     def pictures(self, path: str, kind: str) -> list[Any]:
         """A picture, or the frames of a video."""
@@ -291,17 +268,10 @@ class LongVilaOracle:
     @torch.no_grad()
     def embedded(self, pictures: Sequence[Any]) -> torch.Tensor:
         """[n, tokens, hidden]"""
-        kept: list[torch.Tensor] = []
-        handle = self._kept_layer.register_forward_hook(
-            lambda module, inputs, output: kept.append(output[0] if isinstance(output, tuple) else output)
-        )
-        try:
-            self.tower(**self.processor(list(pictures), return_tensors="pt"))
-        finally:
-            handle.remove()
+        seen = output_of(self._kept_layer, lambda: self.tower(**self.processor(list(pictures), return_tensors="pt")))
         merged = []
-        by, width = self.merge, kept[0].shape[-1]
-        for patches in kept[0]:
+        by, width = self.merge, seen.shape[-1]
+        for patches in seen:
             tokens = []
             for row in range(0, self.side, by):
                 for col in range(0, self.side, by):

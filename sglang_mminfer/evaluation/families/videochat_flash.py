@@ -19,7 +19,6 @@ import torch
 
 from sglang_mminfer.evaluation import tiny_model
 from sglang_mminfer.evaluation.families.embedded import EmbeddedOracle, Piece
-from sglang_mminfer.evaluation.hf_oracle import Message, OracleAnswer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -180,7 +179,7 @@ def _drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
 # ---- the oracle --------------------------------------------------------------------------------------------
 
 
-class VideoChatFlashOracle:
+class VideoChatFlashOracle(EmbeddedOracle):
     """Transformers' Qwen2 on a checkpoint's tensors, and the original's steps before it in loops.
 
     Args:
@@ -209,36 +208,13 @@ class VideoChatFlashOracle:
         self.projector = [tensors[f"model.mm_projector.mlp.{i}.{part}"] for i in (0, 2) for part in ("weight", "bias")]
         self.least, self.most = ({"min_frames": 64, "max_frames": 512, **(video or {})}[k] for k in _VIDEO)
         tokenizer = transformers.AutoTokenizer.from_pretrained(root, trust_remote_code=False)
-        self.text = EmbeddedOracle(language, tokenizer, tokenizer.pad_token_id)
+        super().__init__(language, tokenizer, tokenizer.pad_token_id)
 
-    def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
-        """The greedy continuation of a conversation."""
-        return self.text.continued(self.pieces(messages), max_new_tokens, top_logprobs)
-
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """The conversation as text and embeddings."""
-        pieces: list[Piece] = []
-        said = ""
-        if messages[0]["role"] != "system":
-            said = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        for message in messages:
-            said += f"<|im_start|>{message['role']}\n"
-            content: Any = message["content"]
-            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for part in parts:
-                if part["type"] == "text":
-                    said += part["text"]
-                    continue
-                pieces.append(said)
-                if part["type"] == "image_url":
-                    pieces.append(self.of_image(part["image_url"]["url"]))
-                    said = "\n"
-                else:
-                    embedded, told = self.of_video(part["video_url"]["url"])
-                    pieces.append(embedded)
-                    said = f"\n{told} "
-            said += "<|im_end|>\n"
-        return [*pieces, f"{said}<|im_start|>assistant\n"]
+    def shown(self, kind: str, path: str) -> tuple[list[Piece], str]:
+        if kind == "image_url":
+            return [self.of_image(path)], "\n"
+        embedded, told = self.of_video(path)
+        return [embedded], f"\n{told} "
 
     @torch.no_grad()
     def embedded(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
