@@ -65,6 +65,9 @@ class Family:
         return getattr(importlib.import_module(f"{__name__}.{self.module}"), name)
 
 
+# The checkpoint's processor is remote code; SGLang takes 8 frames by itself.
+_NVILA = ("--trust-remote-code", "--mm-process-config", '{"video": {"num_frames": 20}}')
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="qwen3_vl",
@@ -126,5 +129,31 @@ FAMILIES: tuple[Family, ...] = (
         cached_turns=False,
         chunked_prefill=False,
         long_video=(400, 64, 64, 24),
+    ),
+    Family(
+        name="nvila",
+        title="NVILA",
+        architecture="NVILAForConditionalGeneration",
+        geometry="nvila:4",
+        module="nvila",
+        maker="make",
+        oracle="oracle",
+        oracle_title="transformers' SigLIP and Qwen2, what is between them in loops",
+        long_video=(40, 128, 96, 4),
+        long_videos=9,
+        flags=_NVILA,
+    ),
+    Family(
+        name="nvila_lite",
+        title="NVILA-Lite",
+        architecture="NVILALiteForConditionalGeneration",
+        geometry="nvila:4",
+        module="nvila",
+        maker="make_lite",
+        oracle="oracle",
+        oracle_title="transformers' SigLIP and Qwen2, what is between them in loops",
+        long_video=(40, 128, 96, 4),
+        long_videos=9,
+        flags=_NVILA,
     ),
 )
