@@ -10,6 +10,7 @@ which these processors do not read:
 from __future__ import annotations
 
 import importlib
+import uuid
 from typing import Any
 
 NUM_FRAMES = "num_frames"
@@ -47,3 +48,12 @@ def frames_wanted(video_config: dict[str, Any]) -> int | None:
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ValueError(f"--mm-process-config: video: {NUM_FRAMES}: expected an integer >= 1, got {wanted!r}")
     return wanted
+
+
+def fresh_numbers(count: int) -> range:
+    """A number for each of `count` media of a request, which those of no other request have.
+
+    A session puts the items of its requests behind each other.
+    """
+    first = uuid.uuid4().int >> 66
+    return range(first, first + count)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sglang_mminfer.modality.geometry import VIDEO_KEY
-from sglang_mminfer.processors import frames_wanted
+from sglang_mminfer.processors import frames_wanted, fresh_numbers
 
 
 def adapted(base: type, hf_config: Any) -> type:
@@ -54,10 +54,11 @@ def _frames_of(item: Any, videos: int) -> Iterator[Any]:
     if not item.is_video() or not videos or count % videos or len(item.feature) != count:
         yield item
         return
+    numbers = fresh_numbers(videos)
     for i, offset in enumerate(item.offsets):
         frame = copy.copy(item)
         frame.feature = item.feature[i : i + 1]
         frame.offsets = [offset]
-        frame.model_specific_data = {**item.model_specific_data, VIDEO_KEY: i // (count // videos)}
+        frame.model_specific_data = {**item.model_specific_data, VIDEO_KEY: numbers[i // (count // videos)]}
         frame.hash = None
         yield frame

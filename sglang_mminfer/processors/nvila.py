@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_mminfer.modality.geometry import VIDEO_KEY, nvila
 from sglang_mminfer.models.sampling import evenly
-from sglang_mminfer.processors import frames_wanted
+from sglang_mminfer.processors import frames_wanted, fresh_numbers
 
 
 def adapted(base: type, hf_config: Any) -> type | None:
@@ -85,15 +85,16 @@ def frames_of(video: Any, count: int) -> list[Any]:
 
 
 def number_media(items: Sequence[Any], images: int, videos: int) -> None:
-    """Gives each item the number of its medium, images first.
+    """Gives each item the number of its medium.
 
     Items are of one tile each, or of a whole image, and in the order of their media; all videos have as many frames.
     """
-    for of_video, media, first in ((False, images, 0), (True, videos, images)):
+    for of_video, media in ((False, images), (True, videos)):
         own = [item for item in items if item.is_video() == of_video]
         if media and len(own) % media == 0:
+            numbers = fresh_numbers(media)
             for i, item in enumerate(own):
-                item.model_specific_data[VIDEO_KEY] = first + i // (len(own) // media)
+                item.model_specific_data[VIDEO_KEY] = numbers[i // (len(own) // media)]
 
 
 def name_blocks(items: Sequence[Any]) -> None:

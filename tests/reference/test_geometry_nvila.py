@@ -137,6 +137,19 @@ def test_a_longer_conversation_keeps_the_keys_of_the_shorter_one(made, files):
     assert len(one.map.segments[1].grid.frame_starts) == FRAMES
 
 
+def test_a_session_keeps_videos_of_two_requests_apart(made, files):
+    """SGLang puts the items of a session's requests into one list, with offsets moved."""
+    _, _, processing = made
+    first, second = (processing("<vila/video>", videos=files[0][:1]) for _ in range(2))
+    items = list(first.items)
+    for item in second.items:
+        item.offsets = [(start + len(first.ids), stop + len(first.ids)) for start, stop in item.offsets]
+        items.append(item)
+    length = len(first.ids) + len(second.ids)
+    mmap = map_from_mm_inputs(SimpleNamespace(mm_items=items), length, family_of(processing.hf_config))
+    assert [segment.grid.frames for segment in mmap.segments if segment.grid] == [FRAMES, FRAMES]
+
+
 def test_more_than_8_frames_and_8_by_default(made, files):
     _, path, _ = made
     videos, _ = files

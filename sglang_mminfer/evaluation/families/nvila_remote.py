@@ -51,7 +51,7 @@ class NVILALiteConfig(NVILAConfig):
 
 
 class _Options(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    _defaults: dict[str, Any] = {}  # noqa: RUF012
+    _defaults = {}  # type: ignore[var-annotated]  # noqa: RUF012
 
 
 class NVILAProcessor(ProcessorMixin):

@@ -11,7 +11,7 @@ from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
 VIDEO_KEY = "mminfer_video"
 """In an item's `model_specific_data`: the number of the video it is a frame of, or of the image it is a tile of, where
-each frame or tile is an item."""
+each frame or tile is an item. No two media of a session have the same."""
 
 
 class GeometryError(ValueError):
