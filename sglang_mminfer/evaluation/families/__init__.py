@@ -140,7 +140,7 @@ FAMILIES: tuple[Family, ...] = (
         oracle="oracle",
         oracle_title="transformers' SigLIP and Qwen2, what is between them in loops",
         long_video=(40, 128, 96, 4),
-        long_videos=9,
+        long_videos=11,
         flags=_NVILA,
     ),
     Family(
@@ -153,7 +153,7 @@ FAMILIES: tuple[Family, ...] = (
         oracle="oracle",
         oracle_title="transformers' SigLIP and Qwen2, what is between them in loops",
         long_video=(40, 128, 96, 4),
-        long_videos=9,
+        long_videos=11,
         flags=_NVILA,
     ),
 )
