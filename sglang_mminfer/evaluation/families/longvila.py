@@ -234,8 +234,6 @@ class LongVilaOracle(EmbeddedOracle):
         self.tower = transformers.SiglipVisionModel.from_pretrained(root / "vision_tower", dtype=torch.float32).eval()
         inner = getattr(self.tower, "vision_model", self.tower)
         self._kept_layer = inner.encoder.layers[len(inner.encoder.layers) - 2]
-        sizes = json.loads((root / "vision_tower" / "config.json").read_text())
-        self.side = sizes["image_size"] // sizes["patch_size"]
         self.processor = transformers.SiglipImageProcessorPil.from_pretrained(root / "vision_tower")
         self.projector = load_file(root / "mm_projector" / "model.safetensors")
         kind = json.loads((root / "mm_projector" / "config.json").read_text())["mm_projector_type"]
