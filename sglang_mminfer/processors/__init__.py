@@ -10,7 +10,7 @@ which these processors do not read:
 from __future__ import annotations
 
 import importlib
-import uuid
+import os
 from typing import Any
 
 NUM_FRAMES = "num_frames"
@@ -55,5 +55,5 @@ def fresh_numbers(count: int) -> range:
 
     A session puts the items of its requests behind each other.
     """
-    first = uuid.uuid4().int >> 66
+    first = int.from_bytes(os.urandom(7))
     return range(first, first + count)
