@@ -123,7 +123,8 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.processors:adapt",
         "SGLang takes 32 frames of an InternVL video whatever --mm-process-config says, leaves a placeholder in the "
         "text of a prompt with images, and gives frames and the images behind them each other's hashes, which void "
-        "the cached prefix. For Hugging Face LLaVA models it takes all frames, and needs torchcodec to read them.",
+        "the cached prefix. For Hugging Face LLaVA models it takes all frames, and needs torchcodec to read them. It "
+        "fails on every video of NVILA, whose processor expects frames of another decoder, and would take 8 of each.",
     ),
     Hook(
         "sglang.srt.utils.video_decoder.VideoDecoderWrapper.__init__",

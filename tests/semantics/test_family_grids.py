@@ -33,12 +33,21 @@ ONEVISION_LAYOUT = "llava_hf:[3,42,2,1,[[1,1],[1,2],[2,1],[2,2]],9]"
 ONEVISION = [item("VIDEO", (5, 33)), item("IMAGE", (45, 9 + 6 * 7), image_sizes=[[84, 84]])]
 NEXT_VIDEO_LAYOUT = "llava_hf:[4,56,2,0,[[1,2],[2,1],[2,2]],0]"
 NEXT_VIDEO = [item("VIDEO", (5, 32)), item("IMAGE", (45, 16 + 4 * 9), image_sizes=[[56, 112]])]
+# One image is cut: into tiles of its own by NVILA-Lite, into one raster by NVILA.
+NVILA_VIDEOS = [
+    *(item("VIDEO", (8 + 5 * frame, 4), **{VIDEO_KEY: 1}) for frame in range(4)),
+    *(item("VIDEO", (85 + 5 * frame, 4), **{VIDEO_KEY: 2}) for frame in range(3)),
+]
+NVILA = [item("IMAGE", (40, 24), block_sizes=[(2, 3)], **{VIDEO_KEY: 0}), *NVILA_VIDEOS]
+NVILA_LITE = [*(item("IMAGE", (40 + 6 * tile, 4), **{VIDEO_KEY: 0}) for tile in range(5)), *NVILA_VIDEOS]
 
 FAMILIES = {
     "qwen3_vl": (QWEN3, "qwen3_vl"),
     "internvl": (INTERNVL, "internvl:2"),
     "llava_onevision": (ONEVISION, ONEVISION_LAYOUT),
     "llava_next_video": (NEXT_VIDEO, NEXT_VIDEO_LAYOUT),
+    "nvila": (NVILA, "nvila:2"),
+    "nvila_lite": (NVILA_LITE, "nvila:2"),
 }
 LENGTH = 120
 

@@ -125,6 +125,31 @@ FAMILIES: tuple[Family, ...] = (
         video_options={"num_frames": 34},  # above SGLang's own limit of 32
     ),
     Family(
+        name="nvila",
+        title="NVILA",
+        architecture="NVILAForConditionalGeneration",
+        geometry="nvila:4",
+        module="nvila",
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        long_video=(40, 128, 96, 4),
+        long_videos=11,
+        video_options={"num_frames": 20},  # SGLang takes 8 by itself
+        flags=("--trust-remote-code",),  # released checkpoints bring their processor along
+    ),
+    Family(
+        name="nvila_lite",
+        title="NVILA-Lite",
+        architecture="NVILALiteForConditionalGeneration",
+        geometry="nvila:4",
+        module="nvila",
+        maker="make_lite",
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        long_video=(40, 128, 96, 4),
+        long_videos=11,
+        video_options={"num_frames": 20},  # SGLang takes 8 by itself
+        flags=("--trust-remote-code",),  # released checkpoints bring their processor along
+    ),
+    Family(
         name="llava_onevision",
         title="LLaVA-OneVision (Hugging Face)",
         architecture="LlavaOnevisionForConditionalGeneration",
