@@ -138,7 +138,14 @@ def _fallback(base: Any, hf_config: Any) -> type | None:
     return _llava_class(base) if hf_config.model_type in llava_hf.MODEL_TYPES else None
 
 
+def _original_llava(base: Any, hf_config: Any) -> type | None:
+    from sglang_mminfer import original_llava
+
+    return original_llava.adapt_processor(base, hf_config)
+
+
 _ADAPTED: dict[str, Callable[[Any, Any], type | None]] = {
     "InternVLProcessor": _internvl,
+    "LlavaImageProcessor": _original_llava,
     "TransformersAutoMultimodalProcessor": _fallback,
 }

@@ -28,6 +28,8 @@ class Family:
         oracle_title: what answers are compared with, in words.
         images, video, several_videos: what a turn may hold.
         cached_turns: whether a turn finds the turns before it in the radix cache.
+        lone_image: whether an image that is the only one of a prompt is laid out otherwise than one of several, so
+            that a second image ends the cached prefix at the first.
         chunked_prefill: whether a prompt is prefilled in chunks.
         patterns: what its rasters allow.
         long_video, long_videos: frames, width, height and frames a second of a video, and how many of it make a
@@ -47,6 +49,7 @@ class Family:
     video: bool = True
     several_videos: bool = True
     cached_turns: bool = True
+    lone_image: bool = False
     chunked_prefill: bool = True
     patterns: tuple[str, ...] = QWEN_GRID
     long_video: tuple[int, int, int, float] = (64, 160, 160, 2)
@@ -126,5 +129,33 @@ FAMILIES: tuple[Family, ...] = (
         cached_turns=False,
         chunked_prefill=False,
         long_video=(400, 64, 64, 24),
+    ),
+    Family(
+        name="llava_onevision_lmms",
+        title="LLaVA-OneVision (lmms-lab)",
+        architecture="LlavaQwenForCausalLM",
+        geometry="llava_original",
+        module="llava_original",
+        maker="make_onevision",
+        oracle="oracle",
+        oracle_title="transformers (SiglipVisionModel and Qwen2ForCausalLM, the steps between them in plain loops)",
+        video=False,  # SGLang answers a video with an error
+        several_videos=False,
+        lone_image=True,
+        flags=("--chat-template", "chatml-llava"),
+    ),
+    Family(
+        name="llava_v1_5",
+        title="LLaVA-1.5 (original)",
+        architecture="LlavaLlamaForCausalLM",
+        geometry="llava_original",
+        module="llava_original",
+        maker="make_v1_5",
+        oracle="oracle",
+        oracle_title="transformers (CLIPVisionModel and LlamaForCausalLM, the steps between them in plain loops)",
+        video=False,
+        several_videos=False,
+        chunked_prefill=False,  # SGLang turns it off for this architecture
+        flags=("--chat-template", "vicuna_v1.1"),
     ),
 )
