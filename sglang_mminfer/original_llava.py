@@ -107,7 +107,10 @@ def lay_out(ids: Sequence[int], image_token: int, lengths: Sequence[int]) -> tup
     """
     found = ids.count(image_token)
     if found != len(lengths):
-        raise ValueError(f"expected a placeholder (token {image_token}) for each of {len(lengths)} images, got {found}")
+        raise ValueError(
+            f"expected a placeholder (token {image_token}, image_token_index of the model's config) for each of "
+            f"{len(lengths)} images, got {found}"
+        )
     out: list[int] = []
     offsets = []
     waiting = iter(lengths)
@@ -196,7 +199,7 @@ def _model_class(base: Any) -> type:
             if media is None or not forward_batch.forward_mode.is_extend():
                 return super().forward(input_ids, positions, forward_batch)
             lengths = forward_batch.extend_seq_lens_cpu
-            chunks = zip(media, forward_batch.extend_prefix_lens_cpu or [0] * len(lengths), lengths, strict=True)
+            chunks = zip(media, forward_batch.extend_prefix_lens_cpu or [0] * len(lengths), lengths)
             # SGLang encodes all pictures of a prompt for each of its chunks: it is shown those of the chunk.
             forward_batch.mm_inputs = [_within(one, int(start), int(start + length)) for one, start, length in chunks]
             try:

@@ -39,7 +39,7 @@ from sglang.srt.utils.hf_transformers_utils import get_processor, get_tokenizer
 
 view, model = resolving_view(server_args), model_config_of(server_args)
 processor = get_processor(view.tokenizer_path, model_name=view.model_path, revision=view.revision)
-folders = ("llm", "vision_tower", "mm_projector")
+folders = [f"{name}/*.safetensors" for name in ("llm", "vision_tower", "mm_projector")]
 print(json.dumps({
     "model_path": view.model_path,
     "tokenizer_path": view.tokenizer_path,
@@ -48,7 +48,7 @@ print(json.dumps({
     "tokens": len(get_tokenizer(view.tokenizer_path)),
     "processor_tokens": len(processor.tokenizer),
     "template": processor.chat_template,
-    "weights": [download_weights_from_hf(view.model_path, None, [f"{f}/*.safetensors"], view.revision) for f in folders],
+    "weights": [download_weights_from_hf(view.model_path, None, [folder], view.revision) for folder in folders],
 }))
 """
 

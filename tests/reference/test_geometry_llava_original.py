@@ -201,7 +201,7 @@ def test_whole_prompts(served, count, tmp_path):
 def test_what_cannot_be_served_is_said(served, tmp_path):
     processing, _ = served
     image = make_image(tmp_path / "a.png", 64, 64, seed=1)
-    with pytest.raises(ValueError, match=r"expected a placeholder \(token \d+\) for each of 2 images, got 1"):
+    with pytest.raises(ValueError, match=r"expected a placeholder \(token \d+, .*\) for each of 2 images, got 1"):
         processing("<image> What?", images=[image, image])
     with pytest.raises(ValueError, match=r"takes images only, got 1 videos"):
         processing("<image> What?", images=[image], videos=[tmp_path / "a.mp4"])
