@@ -150,7 +150,7 @@ def test_chunks_and_prefixes_change_nothing(family, head):
     visited = wrapper.visited_mask(0, 0)
     assert (whole.exact_mask(0, 0) & ~visited).sum() == 0
     assert wrapper.density[0] < 1
-    for size in (7, 29, 64):
+    for size in (19, 64):
         for start in range(0, LENGTH, size):
             stop = min(LENGTH, start + size)
             part = cut_out(whole, 0, start, stop, seed=start + size)
@@ -172,9 +172,9 @@ def test_a_later_turn_moves_nothing(family, head):
 
 
 @families
-@pytest.mark.parametrize("seed", [1, 2])
-def test_what_else_is_in_the_batch_changes_nothing(family, seed):
+def test_what_else_is_in_the_batch_changes_nothing(family):
     """Chunks of several conversations in one ragged batch: each visits, and gives, what it does alone."""
+    seed = len(family)  # another order and another page size for each
     heads = list(heads_of(family).values())
     before = earlier_turn(family)
     whole = Batch([map_of(family)], [LENGTH], [LENGTH], heads, seed=seed)
@@ -211,14 +211,12 @@ def test_what_else_is_in_the_batch_changes_nothing(family, seed):
 # to the wrapper is one of many, so there the head sees all of what it cannot place.
 
 
-def test_a_row_stride_without_a_raster_sees_all_of_the_vision():
+def test_a_row_stride_without_a_raster_sees_all_from_the_first_medium_on():
     mmap = map_of(MERGED)
-    mask = pattern_mask(mmap, ROW, 0, LENGTH, LENGTH)
-    q, k = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None]
-    known = (k < ROW.sink) | (q - k < ROW.local) | (k >= mmap.first_vision) | (q >= mmap.first_vision)
-    assert torch.equal(mask, known & (k <= q))
-    batch = alone(mmap, ROW)
-    assert torch.equal(batch.planned().visited_mask(0, 0) | ~mask, torch.ones_like(mask))
+    visited = alone(mmap, ROW).planned().visited_mask(0, 0)
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    assert torch.equal(visited[mmap.first_vision :] & causal[mmap.first_vision :], causal[mmap.first_vision :])
+    assert not (pattern_mask(mmap, ROW, 0, LENGTH, LENGTH) & ~visited).any()
 
 
 @pytest.mark.parametrize("head", [ROW, HEADS["2d"], QBoundary({Modality.VISION: ROW})], ids=["row", "2d", "q"])
