@@ -71,6 +71,7 @@ V1_5 = {
     "mm_vision_select_feature": "patch",
     "mm_vision_select_layer": -2,
     "model_type": "llava",
+    "pad_token_id": 0,
     "use_mm_proj": True,
 }
 """Fields of the released config.json besides the language model's."""
