@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup ready demo test test-interpreted test-fast test-gpu test-gpu-sanitize check bench bench-gpu bench-gpu-tune \
-	bench-gpu-model soak clean
+	bench-gpu-model soak test-ranks support-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -77,6 +77,15 @@ bench-gpu-model: ready
 # 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
 soak: setup
 	$(BIN)/python -m pytest -m soak tests/server
+
+# The model families that SGLang serves by itself on two ranks; `make test` has those of this package.
+test-ranks: setup
+	$(BIN)/python -m pytest -m ranks tests/server
+
+# Both, and the README's table of families from how they ended.
+support-matrix: setup
+	$(BIN)/python -m pytest -m "" tests/server/test_families.py --support tests/server/support.json
+	$(BIN)/python -m sglang_mminfer.evaluation.support_matrix tests/server/support.json README.md
 
 clean:
 	rm -rf build demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

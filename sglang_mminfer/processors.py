@@ -118,7 +118,12 @@ def _llava_class(base: Any) -> type:
             import numpy as np
             from sglang.srt.utils import load_video
 
-            decoder = load_video(getattr(video, "url", video), use_gpu=False)
+            source = getattr(video, "url", video)
+            try:
+                decoder = load_video(source, use_gpu=False)
+            except Exception as error:
+                shown = str(source)[:200] if isinstance(source, str) else type(source).__name__
+                raise ValueError(f"video: expected a path or URL of a video file, got {shown}: {error}") from error
             # Exactly as many as asked for, of a shorter file some twice: transformers takes several videos in a
             # prompt only if they are of one length.
             indices = np.linspace(0, len(decoder) - 1, num=self.num_frames or len(decoder), dtype=int)

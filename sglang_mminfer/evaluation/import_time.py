@@ -1,17 +1,20 @@
-"""What the plugin costs a process of SGLang that does not need it: importing its entry point, and registering it.
+"""What the plugin costs a process of SGLang that does not need it.
 
-    python -m sglang_mminfer.evaluation.import_time [--before REVISION] [--runs 15]
+    python -m sglang_mminfer.evaluation.import_time [--before REVISION] [--runs 15] [--out FILE.json]
 
 Each figure is the processor's time and, behind it, the clock's: on a busy machine only the first can be compared.
 
-SGLang loads plugins in each of its processes. `import` is a fresh interpreter up to `import sglang_mminfer.plugin`;
-`register` is `register()` in a process that has imported SGLang's own part of it, so the plugin's share alone. Each is
-the median of several processes, taking turns with the files of an earlier git revision, if one is named.
+`import` is a fresh interpreter up to `import sglang_mminfer.plugin`. `load` is what SGLang does about plugins in each
+of its processes, `load_plugins()`, in one that has imported the detokenizer, which needs none: finding the entry
+points, `register()`, and SGLang's installing of the hooks, for each of which it searches all modules. Each is the
+median of several processes, taking turns with the files of an earlier git revision, if one is named, and of `load`
+also without this plugin.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from io import BytesIO
 from pathlib import Path
 from statistics import median
 
+from sglang_mminfer.evaluation import machine
+
 IMPORT = """
 import time
 start, clock = time.process_time(), time.perf_counter()
@@ -28,20 +33,23 @@ import sglang_mminfer.plugin
 print(time.process_time() - start, time.perf_counter() - clock)
 """
 
-REGISTER = """
+LOAD = """
 import time
-import sglang.srt.arg_groups.choices, sglang.srt.arg_groups.resolution_hooks, sglang.srt.plugins.hook_registry
-import sglang.srt.layers.attention.attention_registry, sglang.srt.platforms
-import sglang_mminfer.plugin
+import sglang.srt.managers.detokenizer_manager
+from sglang.srt.plugins import load_plugins
 start, clock = time.process_time(), time.perf_counter()
-sglang_mminfer.plugin.register()
+load_plugins()
 print(time.process_time() - start, time.perf_counter() - clock)
 """
 
+WITHOUT = "without the plugin"
+
 
 def milliseconds(root: Path, program: str) -> tuple[float, float]:
-    """Of one fresh process, by the processor and by the clock. `root` holds the folder sglang_mminfer."""
+    """Of one fresh process, by the processor and by the clock. `root`: what holds sglang_mminfer, or `WITHOUT`."""
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
+    if root == Path(WITHOUT):
+        environment["SGLANG_PLUGINS"] = "none"  # SGLang's list of those to load
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     processor, clock = done.stdout.splitlines()[-1].split()
     return 1e3 * float(processor), 1e3 * float(clock)
@@ -81,14 +89,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--before", metavar="REVISION", help="a git revision to compare with")
     parser.add_argument("--after", metavar="REVISION", default="HEAD", help="default: %(default)s")
     parser.add_argument("--runs", type=int, default=15, help="processes for import; default: %(default)s")
-    parser.add_argument("--register-runs", type=int, default=3, help="for register; default: %(default)s")
+    parser.add_argument("--load-runs", type=int, default=3, help="for load; default: %(default)s")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(arguments)
     revisions = {name: getattr(options, name) for name in ("before", "after") if getattr(options, name)}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         roots = {f"{name} ({rev})": _unpacked(rev, Path(scratch) / name) for name, rev in revisions.items()}
-        for name, program, runs in (("import", IMPORT, options.runs), ("register", REGISTER, options.register_runs)):
-            for label, (processor, clock) in medians(roots, program, runs).items() if runs else ():
+        for name, program, runs, paths in (
+            ("import", IMPORT, options.runs, roots),
+            ("load", LOAD, options.load_runs, {**roots, WITHOUT: Path(WITHOUT)}),
+        ):
+            for label, (processor, clock) in medians(paths, program, runs).items() if runs else ():
                 print(f"{name}, {label}: {processor:.2f} ms ({clock:.2f} ms), median of {runs}")
+                figures.setdefault(name, {})[label] = {"processor_ms": processor, "clock_ms": clock, "runs": runs}
+    if options.out:
+        options.out.write_text(json.dumps({**machine.describe(), "figures": figures}, indent=2) + "\n")
     return 0
 
 

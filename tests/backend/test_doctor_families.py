@@ -32,9 +32,7 @@ class Case:
 
     @property
     def mm_process_config(self) -> dict[str, Any] | None:
-        flags = self.family.flags
-        name = "--mm-process-config"
-        return json.loads(flags[flags.index(name) + 1]) if name in flags else None
+        return {"video": dict(self.family.video_options)} if self.family.video_options else None
 
     def found(self, **options: Any) -> dict[str, doctor.Finding]:
         asked = VideoOptions(self.video, self.mm_process_config, **options)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from families_served import FAMILY_SERVERS, family_server
+from fleet import Fleet
 from serving import (
     ENVIRONMENT,
     FLAGS,
@@ -28,26 +30,56 @@ from sglang_mminfer.evaluation.server import Server
 from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.trace import ENVIRONMENT as TRACE
 
-ALIVE = 2
-"""Servers at the same time. Each takes some 3 GB, nearly all of it libraries."""
+NAMES = [*FLAGS, *FAMILY_SERVERS]
+
+ORDER = pytest.StashKey[list[str]]()
+"""Servers in the order in which tests come to them."""
+
+OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
+"""Of each test of each family's server."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support", metavar="FILE", help="write how the tests of each family's server ended")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "server(name): the server of a test; tests of one server run together")
+    config.stash[OUTCOMES] = {}
 
 
 def _server_of(item: pytest.Item) -> str | None:
     name = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
     marker = item.get_closest_marker("server")
-    return name if name in FLAGS else marker.args[0] if marker else None
+    return name if name in NAMES else marker.args[0] if marker else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests of one server next to each other, so that each server is started once."""
-    names = list(FLAGS)
     ours = [i for i, item in enumerate(items) if _server_of(item)]
-    for i, item in zip(ours, sorted((items[i] for i in ours), key=lambda item: names.index(_server_of(item)))):
+    for i, item in zip(ours, sorted((items[i] for i in ours), key=lambda item: NAMES.index(_server_of(item)))):
         items[i] = item
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    server = _server_of(item)
+    if server in FAMILY_SERVERS and (report.when == "call" or report.outcome != "passed"):
+        name = item.nodeid.rpartition("::")[2].replace(f"{server}-", "").replace(f"[{server}]", "")
+        item.config.stash[OUTCOMES].setdefault(server, {})[name] = report.outcome
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if path := session.config.getoption("--support"):
+        from sglang_mminfer.evaluation import machine
+
+        Path(path).write_text(json.dumps({**machine.describe(), "servers": session.config.stash[OUTCOMES]}, indent=1))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[ORDER] = list(dict.fromkeys(name for item in session.items if (name := _server_of(item))))
 
 
 @pytest.fixture(scope="session")
@@ -77,31 +109,27 @@ def sparse_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def servers(
-    model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Served]]:
-    """The server of a name in `serving.FLAGS`, started if it is not running."""
+    """The server of a name in `serving.NAMES`, started if it is not running."""
     root = tmp_path_factory.mktemp("servers")
-    alive: OrderedDict[str, Served] = OrderedDict()
 
-    def get(name: str) -> Served:
-        if name not in alive:
-            if len(alive) >= ALIVE:
-                alive.popitem(last=False)[1].server.stop()
-            trace = root / f"{name}.jsonl"
-            for old in root.glob(f"{trace.name}*"):  # of all ranks
-                old.unlink()
-            flags = [flag.format(sparse=sparse_config) for flag in FLAGS[name]]
-            env = {TRACE: str(trace), **ENVIRONMENT.get(name, {})}
-            server = Server(model, *flags, env=env, log=root / f"{name}.log", timeout=400)
-            alive[name] = Served(server.start(), trace)
-        alive.move_to_end(name)
-        return alive[name]
+    def make(name: str) -> Served:
+        folder = root / name
+        folder.mkdir(exist_ok=True)
+        trace = folder / "trace.jsonl"
+        for old in folder.glob(f"{trace.name}*"):  # of all ranks
+            old.unlink()
+        path, flags = family_server(name, folder) if name in FAMILY_SERVERS else (model, FLAGS[name])
+        flags = tuple(flag.format(sparse=sparse_config) if flag == "{sparse}" else flag for flag in flags)
+        env = {TRACE: str(trace), **ENVIRONMENT.get(name, {})}
+        return Served(Server(path, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 
+    fleet = Fleet(make, request.config.stash[ORDER])
     try:
-        yield get
+        yield fleet.get
     finally:
-        for served in alive.values():
-            served.server.stop()
+        fleet.stop()
 
 
 @pytest.fixture

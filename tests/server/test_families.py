@@ -1,157 +1,172 @@
 """Every family of `evaluation.families`, served for real: answers as its oracle's, and sparse where the prompt is long.
 
-One server and one head config for each: patterns and boundaries of every kind whose windows cover REACH tokens. A
-prompt that is shorter is computed on the sparse path and answers as dense attention does; a longer one is sparse.
+One server and one head config for each: patterns and boundaries of every kind whose windows cover `Family.reach`
+tokens. A prompt that is shorter is computed on the sparse path and answers as dense attention does; a longer one is
+sparse.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import base64
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import openai
 import pytest
-from serving import ROUNDING, Message, Served, assistant, image, text, user, video
+from families_served import EVERY_SERVER, FAMILY_SERVERS, Files, Running, make_files
+from serving import LAYERS, Message, Served, image, same, text, user, video
 
-from sglang_mminfer.evaluation.families import FAMILIES, Family
-from sglang_mminfer.evaluation.hf_oracle import OracleAnswer, compare
-from sglang_mminfer.evaluation.media import make_image, make_video
-from sglang_mminfer.evaluation.server import Server
-from sglang_mminfer.trace import ENVIRONMENT as TRACE
+from sglang_mminfer.evaluation.media import make_video
 
-REACH = 2432
-CHUNK = 117
-LAYERS = 2
-EVERYTHING = 1 << 30
+pytestmark = pytest.mark.parametrize("name", EVERY_SERVER)
 
 
-@dataclass(frozen=True)
-class Running:
-    """A family's server, its oracle, and what both are shown."""
-
-    family: Family
-    served: Served
-    oracle: Any
-    images: tuple[Path, ...]
-    videos: tuple[Path, ...]
-    long_video: Path
-
-    def ask(self, messages: list[Message], rid: str) -> OracleAnswer:
-        """The server's answer, held against the oracle's and against its own account of it."""
-        expected = self.oracle.answer(messages)
-        got = self.served.ask(messages, rid=rid)
-        assert len(got.prompt_ids) + len(got.token_ids) <= REACH, "longer than what the config covers"
-        result = compare(expected, got)
-        assert result.prompt_equal and result.tokens_equal and result.max_difference < ROUNDING, str(result)
-        assert result.compared_positions == len(expected.token_ids)
-        records = self.served.records(rid)
-        assert {(r.sparse_layers, r.dense_reason) for r in records} == {(LAYERS, None)}
-        assert sum(r.chunk_len for r in records) == len(got.prompt_ids) - (got.cached_tokens or 0)
-        longest = max(r.chunk_len for r in records)
-        assert longest <= CHUNK if self.family.chunked_prefill else len(records) == 1
-        return got
-
-    def rasters(self, rid: str) -> list[str]:
-        """The modalities of the segments that have a raster."""
-        # Without M-RoPE a chunk of text behind the last medium looks like the last one, so there may be several.
-        found = [r.map for r in self.served.records(rid) if r.map]
-        return [entry.modality for entry in found[-1] if entry.grid is not None]
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return make_files(tmp_path_factory.mktemp("shown"))
 
 
-def write_config(path: Path) -> Path:
-    """The covering config of all patterns, with windows of REACH tokens."""
-    from sglang_mminfer import head_configs
+@pytest.fixture(scope="session")
+def runnings(
+    servers: Callable[[str], Served], files: Files, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Running]:
+    found: dict[str, Running] = {}
 
-    covering = (Path(head_configs.__file__).parent / "test_covering_mixed.json").read_text()
-    config = json.loads(covering.replace(str(EVERYTHING), str(REACH)))
-    path.write_text(json.dumps(config))
-    return path
+    def get(name: str) -> Running:
+        served = servers(name)
+        if name not in found:
+            family, _ = FAMILY_SERVERS[name]
+            frames, width, height, fps = family.long_video
+            long = make_video(tmp_path_factory.mktemp(name) / "long.mp4", frames, width, height, fps, seed=3)
+            found[name] = Running(family, served, family.make_oracle(served.server.model), files, long)
+        return found[name]
+
+    return get
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    family: Family = request.param
-    root = tmp_path_factory.mktemp(family.name)
-    path = family.make(root / "model")
-    assert json.loads((path / "config.json").read_text())["architectures"] == [family.architecture]
-    trace = root / "trace.jsonl"
-    flags = [
-        *("--attention-backend", "mminfer", "--mminfer-config", str(write_config(root / "heads.json"))),
-        *("--sleep-on-idle", "--chunked-prefill-size", str(CHUNK), *family.flags),
-    ]
-    frames, width, height, fps = family.long_video
-    server = Server(path, *flags, env={TRACE: str(trace)}, log=root / "server.log", timeout=400)
-    with server:
-        yield Running(
-            family,
-            Served(server, trace),
-            family.make_oracle(path),
-            images=(make_image(root / "a.png", 256, 64, seed=1), make_image(root / "b.png", 64, 256, seed=2)),
-            videos=(
-                make_video(root / "a.mp4", 12, 128, 96, 4, seed=1),
-                make_video(root / "b.mp4", 8, 96, 128, 4, seed=2),
-            ),
-            long_video=make_video(root / "long.mp4", frames, width, height, fps, seed=3),
-        )
+@pytest.fixture
+def running(runnings: Callable[[str], Running], name: str) -> Running:
+    return runnings(name)
+
+
+def needs(fact: bool, otherwise: str) -> None:
+    if not fact:
+        pytest.skip(f"this family is served {otherwise}")
 
 
 def test_an_image(running: Running) -> None:
-    running.ask([user(image(running.images[0]), text("What is this?"))], "image")
+    running.ask([user(image(running.files.images[0]), text("What is this?"))], "image")
     assert running.rasters("image") == ["image"] * len(running.rasters("image")) != []
 
 
 def test_a_video(running: Running) -> None:
-    if not running.family.video:
-        pytest.skip("this family is served without video")
-    running.ask([user(video(running.videos[0]), text("What do you see in the video?"))], "video")
+    needs(running.family.video, "without video")
+    running.ask([user(video(running.files.videos[0]), text("What do you see in the video?"))], "video")
     assert running.rasters("video") == ["video"]
 
 
 def test_several_videos_in_a_turn(running: Running) -> None:
-    if not running.family.several_videos:
-        pytest.skip("this family is served with one video in a prompt")
-    first, second = running.videos
+    needs(running.family.several_videos, "with one video in a prompt")
+    first, second = running.files.videos
     running.ask([user(video(second), text("What?"), video(first), text("Compare both."))], "several")
     assert running.rasters("several") == ["video", "video"]
 
 
 def test_every_turn_of_a_conversation(running: Running) -> None:
-    family = running.family
-    first, second = running.videos
-    shown = video(first) if family.video else image(running.images[1])
-    turns = [
-        user(shown, text("What do you see in the video?")),
-        user(text("And now?")),
-        user(text("Is that so?"), image(running.images[0])),
-        user(text("Tell me more."), *([video(second)] if family.several_videos else [image(running.images[1])])),
-    ]
-    messages: list[Message] = []
     known = 0
-    for i, turn in enumerate(turns):
-        messages = [*messages, turn]
-        got = running.ask(messages, f"turn-{i}")
-        if family.cached_turns:
+    for i, (messages, expected) in enumerate(running.turns):
+        got = running.ask(messages, f"turn-{i}", expected)
+        if running.family.cached_turns:
             cached = got.cached_tokens or 0
-            # The second image lays the first one out anew; what stands before it is found.
-            assert 0 < cached < known if family.lone_image and i == 2 else cached >= known
+            # The second picture lays the first one out anew; what stands before it is found.
+            assert 0 < cached < known if running.family.lone_image and i == 2 else cached >= known
             known = len(got.prompt_ids)
         else:
             assert not got.cached_tokens
-        messages = [*messages, assistant(got.text)]
+
+
+def test_all_turns_at_once(running: Running) -> None:
+    """In one batch, with nothing in the cache, each is answered as alone."""
+    running.served.server.flush_cache()
+    answers = running.served.ask_all([messages for messages, _ in running.turns])
+    for (_, expected), got in zip(running.turns, answers):
+        running.hold(expected, got)
 
 
 def test_a_long_prompt_is_sparse(running: Running) -> None:
     family = running.family
-    media = [video(running.long_video)] * family.long_videos if family.video else [image(running.images[0])] * 8
-    got = running.served.ask([user(*media, text("Where did it go?"))], rid="long")
+    shown = [video(running.long_video)] * family.long_videos if family.video else [image(running.files.images[0])] * 8
+    parts = [part for medium in shown for part in (medium, text("Where did it go?"))]
+    got = running.served.ask([user(*parts)], rid="long")
     records = running.served.records("long")
     assert {(r.sparse_layers, r.dense_reason) for r in records} == {(LAYERS, None)}
-    assert len(got.prompt_ids) > 1.2 * REACH
+    assert len(got.prompt_ids) > 1.2 * family.reach
     assert records[-1].density is not None and records[-1].density < 0.9, records[-1]
     assert set(running.rasters("long")) == {"video" if family.video else "image"}
 
 
+@pytest.mark.parametrize("kind", ["uneven", "portrait", "one_frame", "10000_frames"])
+def test_odd_videos(running: Running, kind: str) -> None:
+    family = running.family
+    needs(family.video, "without video")
+    messages: list[Message] = [user(video(running.files.odd[kind]), text("Who?"))]
+    if kind == "one_frame" and family.one_frame:
+        with pytest.raises(openai.BadRequestError, match=family.one_frame):
+            running.served.ask(messages)
+        return
+    got = running.served.ask(messages, rid=kind)
+    if len(got.prompt_ids) + len(got.token_ids) <= family.reach:
+        running.hold(running.oracle.answer(messages), got)
+    else:
+        assert len(got.token_ids) == 8
+    records = running.served.records(kind)
+    assert {(r.sparse_layers, r.dense_reason) for r in records} == {(LAYERS, None)}
+    assert running.rasters(kind) == ["video"]
+
+
+@pytest.mark.parametrize("kind", ["broken", "words", "missing"])
+def test_what_is_no_video_is_the_clients_error(running: Running, kind: str) -> None:
+    path = running.files.unreadable[kind]
+    with pytest.raises(openai.BadRequestError, match=r"(?i)video|invalid image") as failure:
+        running.served.ask([user(video(path), text("What?"))], 1)
+    assert len(str(failure.value)) > 40
+    _unharmed(running)
+
+
+def test_what_is_no_picture_is_the_clients_error(running: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"(?i)image"):
+        running.served.ask([user(image(running.files.unreadable["words"]), text("What?"))], 1)
+    _unharmed(running)
+
+
+def _unharmed(running: Running) -> None:
+    messages, expected = running.turns[0]
+    running.hold(expected, running.served.ask(messages))
+
+
+def test_media_within_the_request(running: Running) -> None:
+    """A data: URL answers as its file does."""
+
+    def data(path: Path, kind: str) -> str:
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+    picture, moving = running.files.images[1], running.files.videos[1]
+    told = text("What do you see?")
+    pairs = [
+        (user(image(picture), told), {"type": "image_url", "image_url": {"url": data(picture, "image/png")}}),
+        (user(video(moving), told), {"type": "video_url", "video_url": {"url": data(moving, "video/mp4")}}),
+    ]
+    for message, within in pairs if running.family.video else pairs[:1]:
+        same(running.served.ask([message]), running.served.ask([user(within, told)]))
+
+
+def test_a_placeholder_in_the_words_is_said_to_the_client(running: Running) -> None:
+    needs(running.family.served_by == "plugin", "by SGLang's own processor")
+    asked = [user(video(running.files.videos[0]), text("What is <image>?"))]
+    with pytest.raises(openai.BadRequestError, match=r"expected one <image> for each of the 0 given, found 1"):
+        running.served.ask(asked, 1)
+
+
 def test_nothing_failed_inside(running: Running) -> None:
     assert {r.dense_reason for r in running.served.records()} <= {None, "no_media"}
+    assert not any(r.encoded_again for r in running.served.records())

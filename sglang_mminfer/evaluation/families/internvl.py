@@ -27,9 +27,6 @@ TILE, PATCH = 448, 56
 TOKENS = (TILE // PATCH // 2) ** 2
 """Of a tile."""
 
-NUM_FRAMES = 34
-"""Of every video; the server is told so by the flags of `families.FAMILIES`."""
-
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 """The system message of released models."""
 
@@ -208,11 +205,16 @@ def _write(path: Path) -> None:
 class InternVLOracle(HFOracle):
     """Transformers' class with the weights of a native checkpoint.
 
+    Args:
+        path: the checkpoint.
+        num_frames: taken of every video, as the server is told.
+
     Shared with the server: how pictures and frames become tiles of pixels (SGLang's `dynamic_preprocess`).
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], num_frames: int) -> None:
         load_sglang()
+        self.num_frames = num_frames
         self.positions = "transformers"
         from safetensors.torch import load_file
         from transformers import AutoTokenizer
@@ -241,7 +243,7 @@ class InternVLOracle(HFOracle):
                 if part["type"] == "text":
                     words += part["text"]
                 elif part["type"] == "video":
-                    frames = _frame_tiles(open_video(videos.pop(0)))
+                    frames = _frame_tiles(open_video(videos.pop(0)), self.num_frames)
                     tiles.append(frames)
                     words += "".join(
                         f"Frame {i}: <img>{'<|video_pad|>' * TOKENS}</img>\n" for i in range(1, len(frames) + 1)
@@ -268,14 +270,14 @@ def _picture_tiles(picture: Any) -> torch.Tensor:
     return InternVLProcessor.dynamic_preprocess(pixels, image_size=TILE, max_num=12, use_thumbnail=True)
 
 
-def _frame_tiles(video: Any) -> torch.Tensor:
+def _frame_tiles(video: Any, num_frames: int) -> torch.Tensor:
     import numpy as np
     from sglang.srt.multimodal.processors.internvl import InternVLProcessor
 
-    wanted = np.linspace(0, len(video) - 1, num=NUM_FRAMES, dtype=int)
+    wanted = np.linspace(0, len(video) - 1, num=num_frames, dtype=int)
     frames = [InternVLProcessor.dynamic_preprocess(_normalised(video[int(i)]), TILE, max_num=1) for i in wanted]
     return torch.cat(frames)
 
 
-def oracle(path: str | os.PathLike[str]) -> InternVLOracle:
-    return InternVLOracle(path)
+def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> InternVLOracle:
+    return InternVLOracle(path, **video)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _next_video(tokenizer: Any, text: dict[str, Any], vision: dict[str, Any], sh
 
 
 class LlavaOracle(HFOracle):
-    """Transformers' own class, shown every frame of a file."""
+    """Transformers' own class, shown every frame of a file, or as many as the server is told to take."""
 
     def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
         rendered, images, videos = split_messages(messages)
@@ -153,12 +153,17 @@ class LlavaOracle(HFOracle):
         if videos:
             decoders = [open_video(url) for url in videos]
             arguments["videos"] = [
-                torch.stack([torch.as_tensor(video[i]).permute(2, 0, 1) for i in range(len(video))])
+                torch.stack([torch.as_tensor(video[int(i)]).permute(2, 0, 1) for i in self._taken(len(video))])
                 for video in decoders
             ]
             arguments["videos_kwargs"] = {"do_sample_frames": False}
         return dict(self.processor(text=text, return_tensors="pt", **arguments))
 
+    def _taken(self, frames: int) -> Any:
+        import numpy as np
 
-def oracle(path: str | os.PathLike[str]) -> LlavaOracle:
-    return LlavaOracle(path)
+        return np.linspace(0, frames - 1, num=self.config.get("video", {}).get("num_frames", frames), dtype=int)
+
+
+def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> LlavaOracle:
+    return LlavaOracle(path, mm_process_config={"video": video})

@@ -190,8 +190,8 @@ def _between(hidden: int, newline: bool) -> dict[str, torch.Tensor]:
 # ---- the oracle --------------------------------------------------------------------------------------------
 
 
-def oracle(path: str | os.PathLike[str]) -> EmbeddedOracle:
-    """The oracle of a checkpoint of either form."""
+def oracle(path: str | os.PathLike[str], video_options: Mapping[str, Any] | None = None) -> EmbeddedOracle:
+    """The oracle of a checkpoint of either form, which takes no video."""
     return OriginalLlavaOracle(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,5 +132,5 @@ def _lay_out_experts(file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def oracle(path: str | os.PathLike[str]) -> HFOracle:
-    return HFOracle(path)
+def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
+    return HFOracle(path, mm_process_config={"video": video})

@@ -1,0 +1,160 @@
+"""The server of each model family, what it is shown, and what its oracle says to that."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import LAYERS, ROUNDING, Dialogue, Message, Served, assistant, image, text, user, video
+
+from sglang_mminfer.evaluation.families import FAMILIES, Family
+from sglang_mminfer.evaluation.hf_oracle import OracleAnswer, compare
+from sglang_mminfer.evaluation.media import make_image, make_video
+
+CHUNK = 117
+EVERYTHING = 1 << 30
+
+FAMILY_SERVERS: dict[str, tuple[Family, int]] = {
+    **{family.name: (family, 1) for family in FAMILIES},
+    **{f"{family.name}_2_ranks": (family, 2) for family in FAMILIES if family.tensor_parallel},
+}
+"""The family and the number of ranks of each server."""
+
+ELSEWHERE = {name for name, (family, ranks) in FAMILY_SERVERS.items() if ranks > 1 and family.served_by != "plugin"}
+"""Servers of `make test-ranks`: the sharded layers are SGLang's there. Those of this package are tested always."""
+
+EVERY_SERVER = [
+    pytest.param(name, marks=[pytest.mark.server(name), *([pytest.mark.ranks] if name in ELSEWHERE else [])])
+    for name in FAMILY_SERVERS
+]
+"""Parameters of a test that runs on every server."""
+
+
+def family_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """A new checkpoint in `folder`, and the flags of its server."""
+    family, ranks = FAMILY_SERVERS[name]
+    path = family.make(folder / "model")
+    assert json.loads((path / "config.json").read_text())["architectures"] == [family.architecture]
+    options = ("--mm-process-config", json.dumps({"video": dict(family.video_options)})) if family.video_options else ()
+    return path, (
+        *("--attention-backend", "mminfer", "--mminfer-config", str(write_config(family, folder / "heads.json"))),
+        *("--sleep-on-idle", "--chunked-prefill-size", str(CHUNK), "--tp-size", str(ranks)),
+        *options,
+        *family.flags,
+    )
+
+
+def write_config(family: Family, path: Path) -> Path:
+    """The covering config of all patterns that the family allows, with windows of `reach` tokens."""
+    from sglang_mminfer import head_configs
+
+    covering = (Path(head_configs.__file__).parent / "test_covering_mixed.json").read_text()
+    config = json.dumps(json.loads(covering.replace(str(EVERYTHING), str(family.reach))))
+    if "row grid" not in family.patterns:
+        config = config.replace('"row"', '"frame"')
+    path.write_text(config)
+    return path
+
+
+@dataclass(frozen=True)
+class Files:
+    """What all families are shown."""
+
+    images: tuple[Path, Path]
+    videos: tuple[Path, Path]
+    odd: dict[str, Path]
+    """Videos of unusual kinds, all of which can be read."""
+    unreadable: dict[str, Path]
+    """What is no video."""
+
+
+def make_files(root: Path) -> Files:
+    import imageio_ffmpeg
+
+    steady = make_video(root / "steady.mp4", 24, 96, 64, 8, seed=1)
+    uneven = root / "uneven.mp4"
+    subprocess.run(
+        [
+            *(imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(steady)),
+            *("-vf", "select='lt(n,8)+not(mod(n,4))'", "-fps_mode", "vfr", str(uneven)),
+        ],
+        check=True,
+    )
+    # The long one's seed matters: in some videos two pairs of patches are alike to the ninth digit, and which of them
+    # VideoChat-Flash merges depends on how its scores are rounded.
+    (root / "broken.mp4").write_bytes(steady.read_bytes()[:1500])
+    (root / "words.mp4").write_text("This is no video.")
+    return Files(
+        images=(make_image(root / "a.png", 256, 64, seed=1), make_image(root / "b.png", 64, 256, seed=2)),
+        videos=(
+            make_video(root / "a.mp4", 12, 128, 96, 4, seed=1),
+            make_video(root / "b.mp4", 8, 96, 128, 4, seed=2),
+        ),
+        odd={
+            "uneven": uneven,
+            "portrait": make_video(root / "portrait.mp4", 10, 96, 160, 4, seed=3),
+            "one_frame": make_video(root / "one.mp4", 1, 64, 64, 8, seed=2),
+            "10000_frames": make_video(root / "long.mp4", 10_000, 64, 64, 25, seed=6),
+        },
+        unreadable={name: root / f"{name}.mp4" for name in ("broken", "words", "missing")},
+    )
+
+
+@dataclass(frozen=True)
+class Running:
+    """A family's server, its oracle, and what both are shown."""
+
+    family: Family
+    served: Served
+    oracle: Any
+    files: Files
+    long_video: Path
+
+    def ask(self, messages: list[Message], rid: str, expected: OracleAnswer | None = None) -> OracleAnswer:
+        """The server's answer, held against the oracle's and against its own account of it."""
+        if expected is None:
+            expected = self.oracle.answer(messages)
+        got = self.served.ask(messages, len(expected.token_ids), rid=rid)
+        self.hold(expected, got)
+        records = self.served.records(rid)
+        assert {(r.sparse_layers, r.dense_reason) for r in records} == {(LAYERS, None)}
+        assert sum(r.chunk_len for r in records) == len(got.prompt_ids) - (got.cached_tokens or 0)
+        longest = max(r.chunk_len for r in records)
+        assert longest <= CHUNK if self.family.chunked_prefill else len(records) == 1
+        return got
+
+    def hold(self, expected: OracleAnswer, got: OracleAnswer) -> None:
+        """Asserts that an answer is the expected one."""
+        assert len(got.prompt_ids) + len(got.token_ids) <= self.family.reach, "longer than what the config covers"
+        result = compare(expected, got)
+        assert result.prompt_equal and result.tokens_equal and result.max_difference < ROUNDING, str(result)
+        assert result.compared_positions == len(expected.token_ids)
+
+    def rasters(self, rid: str) -> list[str]:
+        """The modalities of the segments that have a raster."""
+        # Without M-RoPE a chunk of text behind the last medium looks like the last one, so there may be several.
+        found = [r.map for r in self.served.records(rid) if r.map]
+        return [entry.modality for entry in found[-1] if entry.grid is not None]
+
+    @cached_property
+    def turns(self) -> Dialogue:
+        """The four turns of a conversation and the oracle's answers, each of which stands in the next turn's prompt."""
+        (first, second), (one, other) = self.files.videos, self.files.images
+        messages: list[Message] = []
+        dialogue = []
+        for turn in (
+            user(video(first) if self.family.video else image(other), text("What do you see?")),
+            user(text("And now?")),
+            user(text("Is that so?"), image(one)),
+            user(text("Tell me more."), *([video(second)] if self.family.several_videos else [image(other)])),
+        ):
+            messages = [*messages, turn]
+            answer = self.oracle.answer(messages)
+            dialogue.append((messages, answer))
+            messages = [*messages, assistant(answer.text)]
+        return dialogue

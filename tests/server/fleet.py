@@ -1,0 +1,73 @@
+"""The servers of a test run: each started once, the next one while the present one is tested, few alive at a time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from serving import Served
+
+ALIVE = 2
+"""Servers that were asked for and still run, besides the one that is starting. Each takes some 3 GB, nearly all of it
+libraries."""
+
+
+class Fleet:
+    """Servers by name.
+
+    A start is a minute of imports of which half leaves a core idle, so the server that is needed next starts in the
+    background.
+
+    Args:
+        make: a server that has not been started.
+        order: names in the order in which tests come to them.
+    """
+
+    def __init__(self, make: Callable[[str], Served], order: Sequence[str]) -> None:
+        self._make = make
+        self._order = list(order)
+        self._asked: OrderedDict[str, None] = OrderedDict()
+        self._servers: dict[str, tuple[Served, Future[None]]] = {}
+        self._starter = ThreadPoolExecutor(2)
+
+    def get(self, name: str) -> Served:
+        """The server of this name, healthy."""
+        self._asked[name] = None
+        self._asked.move_to_end(name)
+        while len(self._asked) > ALIVE:
+            self._stop(next(iter(self._asked)))
+        served, started = self._begin(name)
+        self._prepare_after(name)
+        started.result()
+        return served
+
+    def stop(self) -> None:
+        """Ends all of them."""
+        self._starter.shutdown(wait=False, cancel_futures=True)
+        for name in list(self._servers):
+            self._stop(name)
+
+    def _begin(self, name: str) -> tuple[Served, Future[None]]:
+        if name not in self._servers:
+            served = self._make(name)
+            self._servers[name] = served, self._starter.submit(self._start, served)
+        return self._servers[name]
+
+    def _start(self, served: Served) -> None:
+        served.server.start()
+
+    def _prepare_after(self, name: str) -> None:
+        """Starts the server that tests come to next, unless another one is already ahead."""
+        if name not in self._order or any(other not in self._asked for other in self._servers):
+            return
+        after = self._order[self._order.index(name) + 1 :]
+        if after and after[0] not in self._servers:
+            self._begin(after[0])
+
+    def _stop(self, name: str) -> None:
+        self._asked.pop(name, None)
+        served, started = self._servers.pop(name)
+        served.server.stop()
+        wait([started])  # a start that was under way ends with an error, unless its process came only now
+        served.server.stop()
