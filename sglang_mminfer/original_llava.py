@@ -76,6 +76,9 @@ def rasters_of(
         merge: `mm_patch_merge_type` of the config.
         pinpoints: `image_grid_pinpoints` of the config.
         video: whether it is a frame, which is pooled.
+
+    Raises:
+        ValueError: for a picture of which nothing would be left.
     """
     from sglang.srt.multimodal.mm_utils import get_anyres_image_grid_shape, unpad_image_shape
 
@@ -95,8 +98,13 @@ def rasters_of(
             excess = math.sqrt(rows * cols / (int(most[1]) * side**2))
             if excess > 1.1:
                 rows, cols = int(rows // excess), int(cols // excess)
+                if not rows or not cols:  # SGLang's model would fail, and its scheduler with it
+                    raise ValueError(
+                        f"expected a picture with less difference between its sides, got {size[0]} x {size[1]}"
+                    )
     whole = [(side, side, 0)]
-    return [*whole, (rows, cols + newline, 0)] if rows and cols else whole
+    # Nothing but padding may be left of the tiles of a very long picture; of a high one its rows' newlines.
+    return [*whole, (rows, cols + newline, 0)] if rows * (cols + newline) else whole
 
 
 def lay_out(ids: Sequence[int], image_token: int, lengths: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:

@@ -115,7 +115,7 @@ def check_raster(tokens: torch.Tensor, segment) -> None:
         assert torch.equal(raster[:, 0, 1], torch.arange(SIDE).float())
 
 
-picture = st.tuples(st.integers(8, 900), st.integers(8, 900))
+picture = st.tuples(st.integers(8, 900), st.integers(8, 900)) | st.sampled_from([(1, 900), (2000, 3), (70, 70)])
 prompts = st.one_of(
     # One picture of any resolution; several, more than 16 among them; frames that come as pictures.
     st.tuples(
