@@ -222,6 +222,7 @@ FAMILIES: tuple[Family, ...] = (
         oracle_title="transformers (SiglipVisionModel and Qwen2ForCausalLM, the steps between them in plain loops)",
         video=False,  # SGLang answers a video with an error
         several_videos=False,
+        reach=1664,  # of three pictures
         lone_image=True,
         flags=("--chat-template", "chatml-llava"),
     ),
@@ -235,6 +236,7 @@ FAMILIES: tuple[Family, ...] = (
         oracle_title="transformers (CLIPVisionModel and LlamaForCausalLM, the steps between them in plain loops)",
         video=False,
         several_videos=False,
+        reach=1664,  # of three pictures
         chunked_prefill=False,  # SGLang turns it off for this architecture
         flags=("--chat-template", "vicuna_v1.1"),
     ),
