@@ -34,12 +34,13 @@ class VideoOptions:
     """What is asked, and what would be given to the server.
 
     mm_process_config: as SGLang's --mm-process-config; None for its defaults. chunked_prefill_size: as its flag; None
-    for what SGLang picks on this machine.
+    for what SGLang picks on this machine. trust_remote_code: as its flag.
     """
 
     path: str
     mm_process_config: dict[str, Any] | None = None
     chunked_prefill_size: int | None = None
+    trust_remote_code: bool = False
 
 
 class VideoError(ValueError):
@@ -73,7 +74,7 @@ def _findings(model_path: str, config_name: str | None, options: VideoOptions) -
         raise VideoError(f"{options.path}: no such file", "name a video file: mp4, mkv, webm, ...")
     fields = {
         name: value
-        for name in ("mm_process_config", "chunked_prefill_size")
+        for name in ("mm_process_config", "chunked_prefill_size", "trust_remote_code")
         if (value := getattr(options, name)) is not None
     }
     try:

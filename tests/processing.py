@@ -70,6 +70,7 @@ class Processing:
             image_data=[str(image) for image in images] or None,
             video_data=[str(video) for video in videos] or None,
             audio_data=None,
+            modalities=None,
             rid="test",
         )
         with self._within(self._context):

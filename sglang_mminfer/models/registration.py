@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -133,4 +134,11 @@ def resolve_tokenizer(server_args: Any, previous: Callable[[Any], None]) -> None
     if ours is not None:
         family, config, files = ours
         if folder := family.tokenizer_folder(config):
-            declare_resolution(server_args, __name__, tokenizer_path=files.folder(folder))
+            path = files.folder(folder)
+            if not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+                # A cache of the hub that is offline gives what it has. SGLang would name a path that nobody gave it.
+                raise ValueError(
+                    f"{cfg.model_path}: expected its tokenizer in the folder {folder}, got no tokenizer_config.json at "
+                    f"{path}; download the whole checkpoint, or give --tokenizer-path"
+                )
+            declare_resolution(server_args, __name__, tokenizer_path=path)

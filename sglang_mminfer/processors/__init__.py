@@ -17,6 +17,7 @@ NUM_FRAMES = "num_frames"
 
 _ADAPTED = {
     "InternVLProcessor": "internvl",
+    "LlavaImageProcessor": "llava_original",
     "NVILAMultimodalProcessor": "nvila",
     "TransformersAutoMultimodalProcessor": "llava_hf",
 }

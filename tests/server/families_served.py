@@ -148,7 +148,7 @@ class Running:
         messages: list[Message] = []
         dialogue = []
         for turn in (
-            user(*((video(first), text("What do you see?")) if self.family.video else (text("What is this?"),))),
+            user(video(first) if self.family.video else image(other), text("What do you see?")),
             user(text("And now?")),
             user(text("Is that so?"), image(one)),
             user(text("Tell me more."), *([video(second)] if self.family.several_videos else [image(other)])),

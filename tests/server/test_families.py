@@ -77,7 +77,9 @@ def test_every_turn_of_a_conversation(running: Running) -> None:
     for i, (messages, expected) in enumerate(running.turns):
         got = running.ask(messages, f"turn-{i}", expected)
         if running.family.cached_turns:
-            assert (got.cached_tokens or 0) >= known
+            cached = got.cached_tokens or 0
+            # The second picture lays the first one out anew; what stands before it is found.
+            assert 0 < cached < known if running.family.lone_image and i == 2 else cached >= known
             known = len(got.prompt_ids)
         else:
             assert not got.cached_tokens

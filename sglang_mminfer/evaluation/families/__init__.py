@@ -34,6 +34,8 @@ class Family:
             for one of this package.
         images, video, several_videos: what a turn may hold.
         cached_turns: whether a turn finds the turns before it in the radix cache.
+        lone_image: whether an image that is the only one of a prompt is laid out otherwise than one of several, so
+            that a second image ends the cached prefix at the first.
         chunked_prefill: whether a prompt is prefilled in chunks.
         tensor_parallel: whether it runs on several ranks.
         patterns: what its rasters allow.
@@ -59,6 +61,7 @@ class Family:
     video: bool = True
     several_videos: bool = True
     cached_turns: bool = True
+    lone_image: bool = False
     chunked_prefill: bool = True
     tensor_parallel: bool = True
     patterns: tuple[str, ...] = RASTER
@@ -148,6 +151,34 @@ FAMILIES: tuple[Family, ...] = (
         long_videos=11,
         video_options={"num_frames": 20},  # SGLang takes 8 by itself
         flags=("--trust-remote-code",),  # released checkpoints bring their processor along
+    ),
+    Family(
+        name="llava_onevision_lmms",
+        title="LLaVA-OneVision (lmms-lab)",
+        architecture="LlavaQwenForCausalLM",
+        geometry="llava_original",
+        module="llava_original",
+        maker="make_onevision",
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        video=False,  # SGLang answers a video with an error
+        several_videos=False,
+        reach=1664,  # of three pictures
+        lone_image=True,
+        flags=("--chat-template", "chatml-llava"),
+    ),
+    Family(
+        name="llava_v1_5",
+        title="LLaVA-1.5 (original)",
+        architecture="LlavaLlamaForCausalLM",
+        geometry="llava_original",
+        module="llava_original",
+        maker="make_v1_5",
+        oracle_title="transformers (CLIP, Llama), and the steps between them written out",
+        video=False,
+        several_videos=False,
+        reach=1664,  # of three pictures
+        chunked_prefill=False,  # SGLang turns it off for this architecture
+        flags=("--chat-template", "vicuna_v1.1"),
     ),
     Family(
         name="llava_onevision",

@@ -10,7 +10,7 @@ import ast
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,56 +270,65 @@ class LlavaVideoOracle(EmbeddedOracle):
 
     def of_image(self, path: str) -> torch.Tensor:
         """Embeddings of a picture of any resolution ("anyres_max_N", "spatial_unpad")."""
-        from PIL import Image
+        return any_resolution(path, self.config, self.size, self.projected, self.newline)
 
-        picture = Image.open(path).convert("RGB")
-        width, height = picture.size
-        pinpoints = self.config["image_grid_pinpoints"]
-        pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-        best, best_kept, best_waste = (0, 0), 0, 0
-        for w, h in pinpoints:
-            scale = min(w / width, h / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            waste = w * h - kept
-            if kept > best_kept or (kept == best_kept and waste < best_waste):
-                best, best_kept, best_waste = (w, h), kept, waste
-        scale_w, scale_h = best[0] / width, best[1] / height
-        if scale_w < scale_h:
-            fitted = (best[0], min(math.ceil(height * scale_w), best[1]))
-        else:
-            fitted = (min(math.ceil(width * scale_h), best[0]), best[1])
-        canvas = Image.new("RGB", best)
-        canvas.paste(picture.resize(fitted), ((best[0] - fitted[0]) // 2, (best[1] - fitted[1]) // 2))
-        across, down = best[0] // self.size, best[1] // self.size
-        views = [picture.resize((self.size, self.size))]
-        for row in range(down):
-            for col in range(across):
-                views.append(
-                    canvas.crop((col * self.size, row * self.size, (col + 1) * self.size, (row + 1) * self.size))
-                )
-        seen = self.projected(views)
-        tokens = list(seen[0].flatten(0, 1))
-        whole = [
-            [
-                seen[1 + (r // self.side) * across + c // self.side, r % self.side, c % self.side]
-                for c in range(across * self.side)
-            ]
-            for r in range(down * self.side)
-        ]
-        if width / height > across / down:
-            pad = (len(whole) - int(height * (len(whole[0]) / width))) // 2
-            whole = whole[pad : len(whole) - pad]
-        else:
-            pad = (len(whole[0]) - int(width * (len(whole) / height))) // 2
-            whole = [row[pad : len(row) - pad] for row in whole]
-        most = int(self.config["image_aspect_ratio"].rpartition("_")[2])
-        times = math.sqrt(len(whole) * len(whole[0]) / (most * self.side**2))
-        if times > 1.1:
-            kept_map = torch.stack([torch.stack(row) for row in whole])
-            whole = bilinear(kept_map, int(len(whole) // times), int(len(whole[0]) // times))
-        for line in whole:
-            tokens += [*line, self.newline]
-        return torch.stack(tokens)
+
+def any_resolution(
+    path: str, config: dict[str, Any], size: int, project: Callable[[list[Any]], torch.Tensor], newline: torch.Tensor
+) -> torch.Tensor:
+    """Embeddings of a picture ("anyres_max_N", "spatial_unpad") in LLaVA's original form.
+
+    Args:
+        config: of the checkpoint.
+        size: pixels of a view along a side.
+        project: [n, side, side, hidden] of n views.
+    """
+    from PIL import Image
+
+    picture = Image.open(path).convert("RGB")
+    width, height = picture.size
+    pinpoints = config["image_grid_pinpoints"]
+    pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    best, best_kept, best_waste = (0, 0), 0, 0
+    for w, h in pinpoints:
+        scale = min(w / width, h / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        waste = w * h - kept
+        if kept > best_kept or (kept == best_kept and waste < best_waste):
+            best, best_kept, best_waste = (w, h), kept, waste
+    scale_w, scale_h = best[0] / width, best[1] / height
+    if scale_w < scale_h:
+        fitted = (best[0], min(math.ceil(height * scale_w), best[1]))
+    else:
+        fitted = (min(math.ceil(width * scale_h), best[0]), best[1])
+    canvas = Image.new("RGB", best)
+    canvas.paste(picture.resize(fitted), ((best[0] - fitted[0]) // 2, (best[1] - fitted[1]) // 2))
+    across, down = best[0] // size, best[1] // size
+    views = [picture.resize((size, size))]
+    for row in range(down):
+        for col in range(across):
+            views.append(canvas.crop((col * size, row * size, (col + 1) * size, (row + 1) * size)))
+    seen = project(views)
+    side = seen.shape[1]
+    tokens = list(seen[0].flatten(0, 1))
+    whole = [
+        [seen[1 + (r // side) * across + c // side, r % side, c % side] for c in range(across * side)]
+        for r in range(down * side)
+    ]
+    if width / height > across / down:
+        pad = (len(whole) - int(height * (len(whole[0]) / width))) // 2
+        whole = whole[pad : len(whole) - pad]
+    else:
+        pad = (len(whole[0]) - int(width * (len(whole) / height))) // 2
+        whole = [row[pad : len(row) - pad] for row in whole]
+    most = int(config["image_aspect_ratio"].rpartition("_")[2])
+    times = math.sqrt(len(whole) * len(whole[0]) / (most * side**2))
+    if times > 1.1:
+        kept_map = torch.stack([torch.stack(row) for row in whole])
+        whole = bilinear(kept_map, int(len(whole) // times), int(len(whole[0]) // times))
+    for line in whole:
+        tokens += [*line, newline]
+    return torch.stack(tokens)
 
 
 def bilinear(raster: torch.Tensor, rows: int, cols: int) -> list[list[torch.Tensor]]:
