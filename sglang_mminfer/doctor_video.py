@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_mminfer import config
+from sglang_mminfer import config, original_llava
 from sglang_mminfer.doctor import Finding, brief, server_args_of
 from sglang_mminfer.embedding_cache import ENVIRONMENT, MB, entries_of, suggested_mb, tokens_of
 
@@ -84,11 +84,11 @@ def _findings(model_path: str, config_name: str | None, options: VideoOptions) -
             f"not looked at, because no server would start: {brief(error)}", "mend that first; see the section before."
         ) from None
     model, view = model_config_of(server_args), resolving_view(server_args)
+    architecture = (model.hf_config.architectures or ["this model"])[0]
     if not model.is_multimodal:
-        raise VideoError(
-            f"{(model.hf_config.architectures or ['this model'])[0]} takes no images or video",
-            "name a vision-language model.",
-        )
+        raise VideoError(f"{architecture} takes no images or video", "name a vision-language model.")
+    if architecture in original_llava.ARCHITECTURES:
+        raise VideoError(f"{architecture} takes images, and SGLang no video for it", "name a model that takes video.")
     frames, fps = _file(options.path)
     prompt = prompt_of(server_args, options.path)
     sampled = json.dumps(options.mm_process_config) if options.mm_process_config else "none, so SGLang's defaults"
