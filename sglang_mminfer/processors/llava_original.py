@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from array import array
 from collections.abc import Sequence
@@ -35,8 +36,16 @@ def adapted(base: type, hf_config: Any) -> type | None:
 
 
 def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[type, str] | None:
-    """AFTER get_model_architecture: our model in place of SGLang's, else None (SGLang's stays)."""
+    """AFTER get_model_architecture: our model in place of SGLang's, else None (SGLang's stays).
+
+    A scheduler loads its model before it makes the attention backend, so ours goes by the pictures: those that our
+    processor has not placed, as in a server without mminfer, it treats as SGLang's does.
+    """
+    from sglang_mminfer.plugin import SPLIT_VIDEOS_ENVIRONMENT
+
     kind, architecture = resolved
+    if os.environ.get(SPLIT_VIDEOS_ENVIRONMENT) == "0":
+        return None
     # By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
     if architecture not in ARCHITECTURES or kind.__module__ != "sglang.srt.models.llava":
         return None

@@ -231,3 +231,12 @@ def test_what_the_items_do_not_say():
             SimpleNamespace(mm_items=[SimpleNamespace(modality="IMAGE", offsets=None)]), 9, "llava_original"
         )
     assert caught.value.reason == "no_offsets"
+
+
+def test_it_can_be_left_as_sglang_has_it(monkeypatch):
+    from sglang.srt.models.llava import LlavaQwenForCausalLM
+
+    resolved = (LlavaQwenForCausalLM, "LlavaQwenForCausalLM")
+    assert adapt_model(resolved)[0] is not LlavaQwenForCausalLM
+    monkeypatch.setenv(SPLIT_VIDEOS_ENVIRONMENT, "0")
+    assert adapt_model(resolved) is None
