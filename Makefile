@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup ready demo test test-interpreted test-fast test-server test-gpu test-gpu-sanitize check bench bench-gpu \
-	bench-gpu-tune bench-gpu-model soak test-ranks support-matrix clean
+	bench-gpu-tune bench-gpu-model soak test-families support-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -81,9 +81,9 @@ bench-gpu-model: ready
 soak: setup
 	$(BIN)/python -m pytest -m soak tests/server
 
-# The model families that SGLang serves by itself on two ranks; `make test` has those of this package.
-test-ranks: setup
-	$(BIN)/python -m pytest -m ranks tests/server
+# All model families on one rank and on two; `make test` has the first of each kind on one. A server each: half an hour.
+test-families: setup
+	$(BIN)/python -m pytest -m families tests/server/test_families.py
 
 # Both, and the README's table of families from how they ended.
 support-matrix: setup

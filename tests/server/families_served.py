@@ -25,11 +25,11 @@ FAMILY_SERVERS: dict[str, tuple[Family, int]] = {
 }
 """The family and the number of ranks of each server."""
 
-ELSEWHERE = {name for name, (family, ranks) in FAMILY_SERVERS.items() if ranks > 1 and family.served_by != "plugin"}
-"""Servers of `make test-ranks`: the sharded layers are SGLang's there. Those of this package are tested always."""
+ALWAYS = {family.module: family.name for family in reversed(FAMILIES) if family.name != "qwen2_5_vl"}.values()
+"""Servers of `make test`: the first of each kind on one rank. Qwen2.5-VL has all other tests of this folder."""
 
 EVERY_SERVER = [
-    pytest.param(name, marks=[pytest.mark.server(name), *([pytest.mark.ranks] if name in ELSEWHERE else [])])
+    pytest.param(name, marks=[pytest.mark.server(name), *([] if name in ALWAYS else [pytest.mark.families])])
     for name in FAMILY_SERVERS
 ]
 """Parameters of a test that runs on every server."""
