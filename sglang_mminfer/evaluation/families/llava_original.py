@@ -222,12 +222,14 @@ class OriginalLlavaOracle(EmbeddedOracle):
         return super().pieces(messages) if self.newline is not None else self._vicuna(messages)
 
     def _vicuna(self, messages: Sequence[Message]) -> list[Piece]:
-        said, pieces = f"{VICUNA} ", []
+        said = f"{VICUNA} "
+        pieces: list[Piece] = []
         for message in messages:
             user = message["role"] == "user"
             said += "USER: " if user else "ASSISTANT: "
             content: Any = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
                 if part["type"] == "text":
                     said += part["text"]
                     continue
@@ -240,7 +242,7 @@ class OriginalLlavaOracle(EmbeddedOracle):
     def shown(self, kind: str, path: str) -> tuple[list[Piece], str]:
         if kind != "image_url":
             raise ValueError(f"LLaVA is shown images only, got {kind}")
-        if "anyres" in self.config["image_aspect_ratio"] and not self.several:
+        if "anyres" in self.config["image_aspect_ratio"] and not self.several and self.newline is not None:
             return [any_resolution(path, self.config, TOWER["image_size"], self.projected, self.newline)], "\n"
         return [self.padded(path)], "\n"
 
