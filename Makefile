@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup ready demo test test-interpreted test-fast test-gpu test-gpu-sanitize check bench bench-gpu bench-gpu-tune \
-	bench-gpu-model soak test-ranks support-matrix clean
+.PHONY: setup ready demo test test-interpreted test-fast test-server test-gpu test-gpu-sanitize check bench bench-gpu \
+	bench-gpu-tune bench-gpu-model soak test-ranks support-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -18,8 +18,7 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/python -m sglang_mminfer.evaluation.demo --out demo-out
 
-test: setup check test-interpreted
-	$(BIN)/python -m pytest
+test: check test-interpreted test-fast test-server
 
 # The GPU kernel in Triton's interpreter, on the tests that hold every executor.
 test-interpreted: setup
@@ -27,9 +26,13 @@ test-interpreted: setup
 		tests/semantics/test_wrapper.py tests/backend/test_self_check.py \
 		-k "triton or every_pattern_is_visited or with_real_tile_sizes or found_right"
 
-# Everything that needs no server.
+# Everything that needs no server, a process for each core.
 test-fast: setup
-	$(BIN)/python -m pytest tests/reference tests/semantics tests/backend
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 tests/reference tests/semantics tests/backend
+
+# What needs servers, which keep the cores busy by themselves.
+test-server: setup
+	$(BIN)/python -m pytest tests/server
 
 check: setup
 	$(BIN)/ruff check .

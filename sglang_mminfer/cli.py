@@ -34,17 +34,27 @@ def _doctor(parser: Parser) -> None:
         help="of the server, for --video; default: SGLang's choice here",
     )
 
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="of the server: run code that comes with the model (NVILA)"
+    )
+
     def run(arguments: argparse.Namespace) -> int:
         from sglang_mminfer.doctor import run
 
-        if arguments.video is None:
-            return run(arguments.model_path, arguments.mminfer_config, as_json=arguments.json)
-        if arguments.model_path is None:
-            parser.error("--video needs --model-path: tokens and frames differ from model to model")
-        from sglang_mminfer.doctor_video import VideoOptions
+        video = None
+        if arguments.video is not None:
+            if arguments.model_path is None:
+                parser.error("--video needs --model-path: tokens and frames differ from model to model")
+            from sglang_mminfer.doctor_video import VideoOptions
 
-        video = VideoOptions(arguments.video, arguments.mm_process_config, arguments.chunked_prefill_size)
-        return run(arguments.model_path, arguments.mminfer_config, as_json=arguments.json, video=video)
+            video = VideoOptions(arguments.video, arguments.mm_process_config, arguments.chunked_prefill_size)
+        return run(
+            arguments.model_path,
+            arguments.mminfer_config,
+            as_json=arguments.json,
+            video=video,
+            trust_remote_code=arguments.trust_remote_code,
+        )
 
     parser.set_defaults(run=run)
 

@@ -14,7 +14,7 @@ import platform as host
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,13 +46,18 @@ class Finding:
 
 
 def run(
-    model_path: str | None, config_name: str | None, *, as_json: bool = False, video: VideoOptions | None = None
+    model_path: str | None,
+    config_name: str | None,
+    *,
+    as_json: bool = False,
+    video: VideoOptions | None = None,
+    trust_remote_code: bool = False,
 ) -> int:
-    """Print the report; the exit status. `video` needs a model."""
+    """Print the report; the exit status. `video` needs a model. `trust_remote_code`: as for the server."""
     from rich.console import Console
 
     with Console(stderr=True).status("Asking SGLang ..."), _quiet() as problems:
-        findings = list(examine(model_path, config_name, problems, video))
+        findings = list(examine(model_path, config_name, problems, video, trust_remote_code))
     ok = all(finding.status != "error" for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
@@ -66,6 +71,7 @@ def examine(
     config_name: str | None = None,
     problems: list[str] | None = None,
     video: VideoOptions | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[Finding]:
     """All findings. `problems` is what SGLang logs as an error meanwhile; see `_quiet`."""
     problems = [] if problems is None else problems
@@ -75,12 +81,13 @@ def examine(
         ("machine", _machine),
         ("gpu", _gpu),
         ("video", _video),
-        ("model", lambda: _model(model_path, config_name)),
+        ("model", lambda: _model(model_path, config_name, trust_remote_code)),
     ]
     if video is not None and model_path is not None:
         from sglang_mminfer import doctor_video
 
-        sections.append((doctor_video.SECTION, lambda: doctor_video.examine_video(model_path, config_name, video)))
+        options = replace(video, trust_remote_code=trust_remote_code)
+        sections.append((doctor_video.SECTION, lambda: doctor_video.examine_video(model_path, config_name, options)))
     for section, check in sections:
         try:
             yield from check()
@@ -354,7 +361,7 @@ def _video() -> Iterator[Finding]:
         )
 
 
-def _model(model_path: str | None, config_name: str | None) -> Iterator[Finding]:
+def _model(model_path: str | None, config_name: str | None, trust_remote_code: bool) -> Iterator[Finding]:
     from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
     if model_path is None:
@@ -372,7 +379,7 @@ def _model(model_path: str | None, config_name: str | None) -> Iterator[Finding]
     from sglang_mminfer.plugin import UnsupportedLaunch
 
     try:
-        server_args = server_args_of(model_path, config_name)
+        server_args = server_args_of(model_path, config_name, trust_remote_code=trust_remote_code)
     except UnsupportedLaunch as error:
         yield Finding("model", model_path, "error", "mminfer cannot serve it", str(error))
         return

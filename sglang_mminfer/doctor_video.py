@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_mminfer import config, original_llava
+from sglang_mminfer import config
 from sglang_mminfer.doctor import Finding, brief, server_args_of
 from sglang_mminfer.embedding_cache import ENVIRONMENT, MB, entries_of, suggested_mb, tokens_of
+from sglang_mminfer.processors import llava_original
 
 if TYPE_CHECKING:
     from sglang_mminfer.head_config import HeadConfig
@@ -34,12 +35,13 @@ class VideoOptions:
     """What is asked, and what would be given to the server.
 
     mm_process_config: as SGLang's --mm-process-config; None for its defaults. chunked_prefill_size: as its flag; None
-    for what SGLang picks on this machine.
+    for what SGLang picks on this machine. trust_remote_code: as its flag.
     """
 
     path: str
     mm_process_config: dict[str, Any] | None = None
     chunked_prefill_size: int | None = None
+    trust_remote_code: bool = False
 
 
 class VideoError(ValueError):
@@ -73,7 +75,7 @@ def _findings(model_path: str, config_name: str | None, options: VideoOptions) -
         raise VideoError(f"{options.path}: no such file", "name a video file: mp4, mkv, webm, ...")
     fields = {
         name: value
-        for name in ("mm_process_config", "chunked_prefill_size")
+        for name in ("mm_process_config", "chunked_prefill_size", "trust_remote_code")
         if (value := getattr(options, name)) is not None
     }
     try:
@@ -86,7 +88,7 @@ def _findings(model_path: str, config_name: str | None, options: VideoOptions) -
     architecture = (model.hf_config.architectures or ["this model"])[0]
     if not model.is_multimodal:
         raise VideoError(f"{architecture} takes no images or video", "name a vision-language model.")
-    if architecture in original_llava.ARCHITECTURES:
+    if architecture in llava_original.ARCHITECTURES:
         raise VideoError(f"{architecture} takes images, and SGLang no video for it", "name a model that takes video.")
     frames, fps = _file(options.path)
     prompt = prompt_of(server_args, options.path)

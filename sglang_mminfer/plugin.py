@@ -123,13 +123,14 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.processors:adapt",
         "SGLang takes 32 frames of an InternVL video whatever --mm-process-config says, leaves a placeholder in the "
         "text of a prompt with images, and gives frames and the images behind them each other's hashes, which void "
-        "the cached prefix. For Hugging Face LLaVA models it takes all frames, and needs torchcodec to read them. Of "
-        "several images for an original LLaVA it takes the first, and where they stand it tells nobody.",
+        "the cached prefix. For Hugging Face LLaVA models it takes all frames, and needs torchcodec to read them. It "
+        "fails on every video of NVILA, whose processor expects frames of another decoder, and would take 8 of each. "
+        "Of several images for an original LLaVA it takes the first, and where they stand it tells nobody.",
     ),
     Hook(
         "sglang.srt.model_loader.utils.get_model_architecture",
         "after",
-        "sglang_mminfer.original_llava:adapt_model",
+        "sglang_mminfer.processors.llava_original:adapt_model",
         "SGLang's model of original LLaVA checkpoints reserves other numbers of tokens than it fills (a newline "
         "replaces the token behind an image), encodes every image again for every chunk, and fails in any dtype but "
         "half precision.",

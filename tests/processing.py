@@ -53,7 +53,7 @@ class Processing:
         self._within = runtime_context.use_context
         with self._within(self._context):
             self.hf_config = ModelConfig.from_server_args(arguments).hf_config
-            hf_processor = get_processor(str(path))
+            hf_processor = get_processor(str(path), trust_remote_code=arguments.trust_remote_code)
             self.tokenizer = getattr(hf_processor, "tokenizer", hf_processor)
             for kind in vars(importlib.import_module(f"sglang.srt.multimodal.processors.{module}")).values():
                 if isinstance(kind, type):

@@ -70,7 +70,7 @@ def test_every_error_has_a_fix(model: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    found = list(doctor._model(str(tmp_path / "absent"), None))
+    found = list(doctor._model(str(tmp_path / "absent"), None, False))
     assert [finding.status for finding in found] == ["error"]
     assert found[0].fix
 
@@ -86,7 +86,7 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         "num_hidden_layers": 2,
     }
     (tmp_path / "config.json").write_text(json.dumps(content))
-    (found,) = doctor._model(str(tmp_path), None)
+    (found,) = doctor._model(str(tmp_path), None, False)
     assert found.status == "error"
     assert "latent attention" in (found.fix or "")
 

@@ -34,7 +34,12 @@ class Case:
     def mm_process_config(self) -> dict[str, Any] | None:
         return {"video": dict(self.family.video_options)} if self.family.video_options else None
 
+    @property
+    def trust_remote_code(self) -> bool:
+        return "--trust-remote-code" in self.family.flags
+
     def found(self, **options: Any) -> dict[str, doctor.Finding]:
+        options = {"trust_remote_code": self.trust_remote_code, **options}
         asked = VideoOptions(self.video, self.mm_process_config, **options)
         return {finding.name: finding for finding in doctor_video.examine_video(self.path, None, asked)}
 
@@ -65,7 +70,9 @@ def test_tokens_grid_and_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("another test says what comes of it")
     parts = [{"type": "video_url", "video_url": {"url": case.video}}, {"type": "text", "text": doctor_video.QUESTION}]
     expected = case.family.make_oracle(case.path).answer([{"role": "user", "content": parts}], 1).prompt_ids
-    server_args = doctor.server_args_of(case.path, None, mm_process_config=case.mm_process_config)
+    server_args = doctor.server_args_of(
+        case.path, None, mm_process_config=case.mm_process_config, trust_remote_code=case.trust_remote_code
+    )
     prompt = doctor_video.prompt_of(server_args, case.video)
     assert prompt.input_ids == expected
 

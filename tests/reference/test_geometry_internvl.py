@@ -121,6 +121,18 @@ def test_a_longer_conversation_keeps_the_hashes_of_the_shorter_one(processing, f
     assert two.ids[: len(one.ids)] == one.ids
 
 
+def test_a_session_keeps_videos_of_two_requests_apart(processing, files):
+    """SGLang puts the items of a session's requests into one list, with offsets moved."""
+    first, second = (processing("<video>", videos=files[0][:1]) for _ in range(2))
+    items = list(first.items)
+    for item in second.items:
+        item.offsets = [(start + len(first.ids), stop + len(first.ids)) for start, stop in item.offsets]
+        items.append(item)
+    length = len(first.ids) + len(second.ids)
+    mmap = map_from_mm_inputs(SimpleNamespace(mm_items=items), length, family_of(processing.hf_config))
+    assert [segment.grid.frames for segment in mmap.segments if segment.grid] == [FRAMES, FRAMES]
+
+
 def test_more_than_32_frames(path, files):
     got = processing_of(path, num_frames=40)("<video>", videos=files[0][:1])
     assert got.map.segments[1].grid.frames == 40

@@ -13,13 +13,12 @@ from processing import Processing
 from sglang.srt.managers.schedule_batch import Modality as SglModality
 from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
 
-from sglang_mminfer import original_llava
 from sglang_mminfer.evaluation.families import llava_original
 from sglang_mminfer.evaluation.media import make_image
 from sglang_mminfer.modality.geometry import GeometryError, family_of, map_from_mm_inputs
 from sglang_mminfer.modality.geometry.llava_original import RASTERS
-from sglang_mminfer.original_llava import lay_out, rasters_of
 from sglang_mminfer.plugin import SPLIT_VIDEOS_ENVIRONMENT
+from sglang_mminfer.processors.llava_original import adapt_model, lay_out, rasters_of, side_of
 
 SIDE, PIXELS = 5, 70
 PINPOINTS = [[PIXELS * w, PIXELS * h] for w in range(1, 5) for h in range(1, 5)]
@@ -45,7 +44,7 @@ def model_of(merge: str, aspect: str):
     """SGLang's model with ours over it. Pixels say where a view lies, and become features that say where they lie."""
     from sglang.srt.models.llava import LlavaQwenForCausalLM
 
-    kind, _ = original_llava.adapt_model((LlavaQwenForCausalLM, "LlavaQwenForCausalLM"))
+    kind, _ = adapt_model((LlavaQwenForCausalLM, "LlavaQwenForCausalLM"))
 
     class Marked(kind):
         def encode_images(self, pixel_values):
@@ -211,7 +210,7 @@ def test_what_cannot_be_served_is_said(served, tmp_path):
 
 def test_towers(tmp_path):
     with pytest.raises(ValueError, match=r"expected a name with clip or siglip in it, got '/absent/vit'"):
-        original_llava.side_of("/absent/vit")
+        side_of("/absent/vit")
 
 
 def item(length: int, **data):
@@ -232,3 +231,12 @@ def test_what_the_items_do_not_say():
             SimpleNamespace(mm_items=[SimpleNamespace(modality="IMAGE", offsets=None)]), 9, "llava_original"
         )
     assert caught.value.reason == "no_offsets"
+
+
+def test_it_can_be_left_as_sglang_has_it(monkeypatch):
+    from sglang.srt.models.llava import LlavaQwenForCausalLM
+
+    resolved = (LlavaQwenForCausalLM, "LlavaQwenForCausalLM")
+    assert adapt_model(resolved)[0] is not LlavaQwenForCausalLM
+    monkeypatch.setenv(SPLIT_VIDEOS_ENVIRONMENT, "0")
+    assert adapt_model(resolved) is None

@@ -36,6 +36,10 @@ def placed(kind: str, start: int, apart: int, frames: int, rows: int, cols: int,
 # Layouts as the tests of each family's geometry find them in real prompts, with few cells: media, each of its items.
 ONEVISION_LAYOUT = "llava_hf:[3,42,2,1,[[1,1],[1,2],[2,1],[2,2]],9]"
 NEXT_VIDEO_LAYOUT = "llava_hf:[4,56,2,0,[[1,2],[2,1],[2,2]],0]"
+NVILA_VIDEOS = [
+    [item("VIDEO", (8 + 5 * frame, 4), **{VIDEO_KEY: 1}) for frame in range(4)],
+    [item("VIDEO", (85 + 5 * frame, 4), **{VIDEO_KEY: 2}) for frame in range(3)],
+]
 FAMILIES = {
     "qwen2_5_vl": (
         [
@@ -60,6 +64,12 @@ FAMILIES = {
             [item("VIDEO", (85 + 13 * frame, 4), **{VIDEO_KEY: 1}) for frame in range(2)],
         ],
         "internvl:2",
+    ),
+    # A single image is cut: into one raster by NVILA, into tiles of its own by NVILA-Lite.
+    "nvila": ([[item("IMAGE", (40, 24), block_sizes=[(2, 3)], **{VIDEO_KEY: 0})], *NVILA_VIDEOS], "nvila:2"),
+    "nvila_lite": (
+        [[item("IMAGE", (40 + 6 * tile, 4), **{VIDEO_KEY: 0}) for tile in range(5)], *NVILA_VIDEOS],
+        "nvila:2",
     ),
     "llava_onevision": (
         [[item("VIDEO", (5, 33))], [item("IMAGE", (45, 9 + 6 * 7), image_sizes=[[84, 84]])]],

@@ -128,6 +128,59 @@ FAMILIES: tuple[Family, ...] = (
         video_options={"num_frames": 34},  # above SGLang's own limit of 32
     ),
     Family(
+        name="nvila",
+        title="NVILA",
+        architecture="NVILAForConditionalGeneration",
+        geometry="nvila:4",
+        module="nvila",
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        long_video=(40, 128, 96, 4),
+        long_videos=11,
+        video_options={"num_frames": 20},  # SGLang takes 8 by itself
+        flags=("--trust-remote-code",),  # released checkpoints bring their processor along
+    ),
+    Family(
+        name="nvila_lite",
+        title="NVILA-Lite",
+        architecture="NVILALiteForConditionalGeneration",
+        geometry="nvila:4",
+        module="nvila",
+        maker="make_lite",
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        long_video=(40, 128, 96, 4),
+        long_videos=11,
+        video_options={"num_frames": 20},  # SGLang takes 8 by itself
+        flags=("--trust-remote-code",),  # released checkpoints bring their processor along
+    ),
+    Family(
+        name="llava_onevision_lmms",
+        title="LLaVA-OneVision (lmms-lab)",
+        architecture="LlavaQwenForCausalLM",
+        geometry="llava_original",
+        module="llava_original",
+        maker="make_onevision",
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        video=False,  # SGLang answers a video with an error
+        several_videos=False,
+        reach=1664,  # of three pictures
+        lone_image=True,
+        flags=("--chat-template", "chatml-llava"),
+    ),
+    Family(
+        name="llava_v1_5",
+        title="LLaVA-1.5 (original)",
+        architecture="LlavaLlamaForCausalLM",
+        geometry="llava_original",
+        module="llava_original",
+        maker="make_v1_5",
+        oracle_title="transformers (CLIP, Llama), and the steps between them written out",
+        video=False,
+        several_videos=False,
+        reach=1664,  # of three pictures
+        chunked_prefill=False,  # SGLang turns it off for this architecture
+        flags=("--chat-template", "vicuna_v1.1"),
+    ),
+    Family(
         name="llava_onevision",
         title="LLaVA-OneVision (Hugging Face)",
         architecture="LlavaOnevisionForConditionalGeneration",
@@ -211,33 +264,5 @@ FAMILIES: tuple[Family, ...] = (
         patterns=MERGED,
         long_videos=12,
         video_options={"min_frames": 4, "max_frames": 16},
-    ),
-    Family(
-        name="llava_onevision_lmms",
-        title="LLaVA-OneVision (lmms-lab)",
-        architecture="LlavaQwenForCausalLM",
-        geometry="llava_original",
-        module="llava_original",
-        maker="make_onevision",
-        oracle_title="transformers (SiglipVisionModel and Qwen2ForCausalLM, the steps between them in plain loops)",
-        video=False,  # SGLang answers a video with an error
-        several_videos=False,
-        reach=1664,  # of three pictures
-        lone_image=True,
-        flags=("--chat-template", "chatml-llava"),
-    ),
-    Family(
-        name="llava_v1_5",
-        title="LLaVA-1.5 (original)",
-        architecture="LlavaLlamaForCausalLM",
-        geometry="llava_original",
-        module="llava_original",
-        maker="make_v1_5",
-        oracle_title="transformers (CLIPVisionModel and LlamaForCausalLM, the steps between them in plain loops)",
-        video=False,
-        several_videos=False,
-        reach=1664,  # of three pictures
-        chunked_prefill=False,  # SGLang turns it off for this architecture
-        flags=("--chat-template", "vicuna_v1.1"),
     ),
 )

@@ -217,7 +217,7 @@ class OriginalLlavaOracle(EmbeddedOracle):
         super().__init__(language, tokenizer, self.config["image_token_index"])
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+        parts: list[Any] = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
         self.several = sum(part["type"] == "image_url" for part in parts) > 1
         return super().pieces(messages) if self.newline is not None else self._vicuna(messages)
 
@@ -242,7 +242,7 @@ class OriginalLlavaOracle(EmbeddedOracle):
     def shown(self, kind: str, path: str) -> tuple[list[Piece], str]:
         if kind != "image_url":
             raise ValueError(f"LLaVA is shown images only, got {kind}")
-        if "anyres" in self.config["image_aspect_ratio"] and not self.several and self.newline is not None:
+        if self.newline is not None and not self.several:
             return [any_resolution(path, self.config, TOWER["image_size"], self.projected, self.newline)], "\n"
         return [self.padded(path)], "\n"
 

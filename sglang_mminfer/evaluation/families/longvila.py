@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +234,6 @@ class LongVilaOracle(EmbeddedOracle):
         self.tower = transformers.SiglipVisionModel.from_pretrained(root / "vision_tower", dtype=torch.float32).eval()
         inner = getattr(self.tower, "vision_model", self.tower)
         self._kept_layer = inner.encoder.layers[len(inner.encoder.layers) - 2]
-        sizes = json.loads((root / "vision_tower" / "config.json").read_text())
-        self.side = sizes["image_size"] // sizes["patch_size"]
         self.processor = transformers.SiglipImageProcessorPil.from_pretrained(root / "vision_tower")
         self.projector = load_file(root / "mm_projector" / "model.safetensors")
         kind = json.loads((root / "mm_projector" / "config.json").read_text())["mm_projector_type"]
@@ -269,27 +267,36 @@ class LongVilaOracle(EmbeddedOracle):
     def embedded(self, pictures: Sequence[Any]) -> torch.Tensor:
         """[n, tokens, hidden]"""
         seen = output_of(self._kept_layer, lambda: self.tower(**self.processor(list(pictures), return_tensors="pt")))
-        merged = []
-        by, width = self.merge, seen.shape[-1]
-        for patches in seen:
-            tokens = []
-            for row in range(0, self.side, by):
-                for col in range(0, self.side, by):
-                    square = [
-                        patches[r * self.side + c] if r < self.side and c < self.side else torch.zeros(width)
-                        for r in range(row, row + by)
-                        for c in range(col, col + by)
-                    ]
-                    tokens.append(torch.cat(square))
-            merged.append(torch.stack(tokens))
-        state = torch.stack(merged)
-        numbers = sorted({int(name.split(".")[1]) for name in self.projector})
-        for i in numbers:
-            weight, bias = self.projector[f"layers.{i}.weight"], self.projector[f"layers.{i}.bias"]
-            if weight.ndim == 1:
-                state = torch.nn.functional.layer_norm(state, weight.shape, weight, bias)
-            else:
-                state = state @ weight.T + bias
-                if i != numbers[-1] and i + 1 not in numbers:
-                    state = torch.nn.functional.gelu(state)
-        return state
+        return projected(merged(seen, self.merge), self.projector)
+
+
+def merged(seen: torch.Tensor, by: int) -> torch.Tensor:
+    """[n, tokens, by * by * c] from patches [n, side * side, c]: `by` x `by` in one, zeros where there are none."""
+    side, width = math.isqrt(seen.shape[1]), seen.shape[-1]
+    pictures = []
+    for patches in seen:
+        tokens = []
+        for row in range(0, side, by):
+            for col in range(0, side, by):
+                square = [
+                    patches[r * side + c] if r < side and c < side else torch.zeros(width)
+                    for r in range(row, row + by)
+                    for c in range(col, col + by)
+                ]
+                tokens.append(torch.cat(square))
+        pictures.append(torch.stack(tokens))
+    return torch.stack(pictures)
+
+
+def projected(state: torch.Tensor, projector: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a projector with the tensors of `random_projector` makes of merged patches."""
+    numbers = sorted({int(name.split(".")[1]) for name in projector})
+    for i in numbers:
+        weight, bias = projector[f"layers.{i}.weight"], projector[f"layers.{i}.bias"]
+        if weight.ndim == 1:
+            state = torch.nn.functional.layer_norm(state, weight.shape, weight, bias)
+        else:
+            state = state @ weight.T + bias
+            if i != numbers[-1] and i + 1 not in numbers:
+                state = torch.nn.functional.gelu(state)
+    return state

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_mminfer.modality.geometry import generic, internvl, llava_hf, llava_original, placed, qwen3_vl, qwen_vl
+from sglang_mminfer.modality.geometry import (
+    generic,
+    internvl,
+    llava_hf,
+    llava_original,
+    nvila,
+    placed,
+    qwen3_vl,
+    qwen_vl,
+)
 from sglang_mminfer.modality.geometry._items import VIDEO_KEY, GeometryError, modality_of, offsets_of, whole_videos
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
@@ -29,6 +38,7 @@ FAMILIES: dict[str, Any] = {
     "internvl": internvl,
     "llava_hf": llava_hf,
     "llava_original": llava_original,
+    "nvila": nvila,
     "placed": placed,
 }
 """A family reads item by item (`segments`), or, where a medium has several items, all of them (`conversation`)."""

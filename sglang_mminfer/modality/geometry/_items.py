@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
 VIDEO_KEY = "mminfer_video"
-"""In an item's `model_specific_data`: the number of the video it is a frame of, where each frame is an item."""
+"""In an item's `model_specific_data`: the number of the video it is a frame of, or of the image it is a tile of, where
+each frame or tile is an item. No two media of a session have the same."""
 
 
 class GeometryError(ValueError):
@@ -62,7 +63,7 @@ def data_of(item: Any) -> Mapping[str, Any]:
 
 
 def whole_videos(items: Iterable[Any]) -> list[Any]:
-    """The items with all frames of a video in one, where each frame came as an item."""
+    """The items with all frames of a video, or tiles of an image, in one, where each came as an item."""
     whole: list[Any] = []
     for video, group in groupby(items, key=lambda item: data_of(item).get(VIDEO_KEY)):
         frames = list(group)

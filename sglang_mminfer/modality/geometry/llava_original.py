@@ -5,8 +5,8 @@ and may have any resolution, the picture in tiles put together again without the
 newline token. That is the last column of its row; a newline token behind a picture that is not cut belongs to the
 picture and has no cell.
 
-How large they are follows from the vision tower, which the checkpoint only names: `sglang_mminfer.original_llava`,
-which lays the prompt out, says it of each picture. A "llava" of another origin says nothing, and its spans have no
+How large they are follows from the vision tower, which the checkpoint only names: `processors.llava_original`, which
+lays the prompt out, says it of each picture. A "llava" of another origin says nothing, and its spans have no
 grid (`generic`).
 """
 

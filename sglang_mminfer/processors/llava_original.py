@@ -6,14 +6,15 @@ pictures only the first is seen unless every part of the request says "modalitie
 lays the prompt out, from what the model will do with each picture, so that every item knows its tokens as those of
 other families do.
 
-Two hooks of `plugin.HOOKS` lead here, `adapt_processor` by way of `processors.adapt`. Classes are made when SGLang
-asks for those of such a model.
+Two hooks of `plugin.HOOKS` lead here, `adapted` by way of `processors.adapt`. Classes are made when SGLang asks for
+those of such a model.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from array import array
 from collections.abc import Sequence
@@ -29,14 +30,22 @@ Rasters = list[tuple[int, int, int]]
 """(rows, cols, tail) of each raster of a picture: `tail` tokens without a cell stand behind it."""
 
 
-def adapt_processor(base: type, hf_config: Any) -> type | None:
+def adapted(base: type, hf_config: Any) -> type | None:
     """Our processor in place of SGLang's for these models; None for others that share it."""
     return _processor_class(base) if hf_config.architectures[0] in ARCHITECTURES else None
 
 
 def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[type, str] | None:
-    """AFTER get_model_architecture: our model in place of SGLang's, else None (SGLang's stays)."""
+    """AFTER get_model_architecture: our model in place of SGLang's, else None (SGLang's stays).
+
+    A scheduler loads its model before it makes the attention backend, so ours goes by the pictures: those that our
+    processor has not placed, as in a server without mminfer, it treats as SGLang's does.
+    """
+    from sglang_mminfer.plugin import SPLIT_VIDEOS_ENVIRONMENT
+
     kind, architecture = resolved
+    if os.environ.get(SPLIT_VIDEOS_ENVIRONMENT) == "0":
+        return None
     # By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
     if architecture not in ARCHITECTURES or kind.__module__ != "sglang.srt.models.llava":
         return None

@@ -1,0 +1,64 @@
+"""InternVL in its native form."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from sglang_mminfer.modality.geometry import VIDEO_KEY
+from sglang_mminfer.processors import frames_wanted, fresh_numbers
+
+
+def adapted(base: type, hf_config: Any) -> type:
+    return _class(base)
+
+
+@functools.cache
+def _class(base: Any) -> type:
+    class MMInferInternVLProcessor(base):
+        """InternVL with any number of frames, one item for each frame in the order of the prompt."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.num_frames = frames_wanted(self.video_config)
+
+        async def process_qwen_mm_data_async(
+            self, image_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
+        ) -> Any:
+            if self.num_frames is not None:
+                kwargs.setdefault("video_num_frames", self.num_frames)
+            # SGLang's chat template writes images as the one, its processor counts the other: it would add a
+            # second placeholder for each image, and leave it in the prompt as text.
+            prompt = (input_text or "").replace(self.IMG_CONTEXT, self.IMAGE_PLACEHOLDER_TOKEN)
+            output = await super().process_qwen_mm_data_async(
+                image_data=image_data, input_text=prompt, request_obj=request_obj, **kwargs
+            )
+            if output is not None:
+                videos = len(getattr(request_obj, "video_data", None) or ())
+                items = [part for item in output.mm_items for part in _frames_of(item, videos)]
+                output.mm_items = sorted(items, key=lambda item: item.offsets[0])
+            return output
+
+    return MMInferInternVLProcessor
+
+
+def _frames_of(item: Any, videos: int) -> Iterator[Any]:
+    """An item for each frame of an item that holds all frames of `videos` videos; any other item as it is.
+
+    SGLang samples all videos of a prompt to the same number of frames, and each frame is a span of tokens and a
+    row of the feature.
+    """
+    count = len(item.offsets or ())
+    if not item.is_video() or not videos or count % videos or len(item.feature) != count:
+        yield item
+        return
+    numbers = fresh_numbers(videos)
+    for i, offset in enumerate(item.offsets):
+        frame = copy.copy(item)
+        frame.feature = item.feature[i : i + 1]
+        frame.offsets = [offset]
+        frame.model_specific_data = {**item.model_specific_data, VIDEO_KEY: numbers[i // (count // videos)]}
+        frame.hash = None
+        yield frame

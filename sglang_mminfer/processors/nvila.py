@@ -1,0 +1,108 @@
+"""NVILA and NVILA-Lite."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_mminfer.modality.geometry import VIDEO_KEY, nvila
+from sglang_mminfer.models.sampling import evenly
+from sglang_mminfer.processors import frames_wanted, fresh_numbers
+
+
+def adapted(base: type, hf_config: Any) -> type | None:
+    return _class(base) if hf_config.model_type in nvila.MODEL_TYPES else None
+
+
+@functools.cache
+def _class(base: Any) -> type:
+    class MMInferNVILAProcessor(base):
+        """NVILA with videos, of any number of frames, and with the number of its medium on each tile.
+
+        SGLang's own takes 8 frames, asks each for a method that only decord's frames have, and fails on every
+        video because its decoder gives arrays.
+        """
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES
+
+            self.num_frames = frames_wanted(self.video_config) or NUM_VIDEO_FRAMES
+
+        async def process_mm_data_async(
+            self, image_data: Any, audio_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
+        ) -> Any:
+            from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
+
+            loaded = await self.load_mm_data(
+                prompt=input_text,
+                multimodal_tokens=self.mm_tokens,
+                image_data=request_obj.image_data,
+                video_data=request_obj.video_data,
+            )
+            loop = asyncio.get_running_loop()
+            for i, video in enumerate(loaded.videos):
+                if not isinstance(video, dict):  # embeddings, or what a processor made of it
+                    loaded.videos[i] = await loop.run_in_executor(self.io_executor, frames_of, video, self.num_frames)
+            # The frames are chosen: the checkpoint's processor takes all, and is told of no option.
+            items, ids, _ = await self.process_and_combine_mm_data_async(
+                loaded, self.mm_tokens, processor_video_config={}
+            )
+            number_media(items, len(loaded.images), len(loaded.videos))
+            if self.hf_config.model_type == "nvila":
+                name_blocks(items)
+            return MultimodalProcessorOutput(
+                input_ids=ids.tolist(),
+                mm_items=items,
+                im_token_id=self.mm_tokens.image_token_id,
+                video_token_id=self.mm_tokens.video_token_id,
+            )
+
+    return MMInferNVILAProcessor
+
+
+def frames_of(video: Any, count: int) -> list[Any]:
+    """`count` frames from the first to the last, each uint8 [height, width, 3]; of a shorter video some come twice.
+
+    Args:
+        video: SGLang's decoder, or the frames themselves.
+
+    Raises:
+        ValueError: if it has no frames or breaks off; the client is told.
+    """
+    import numpy as np
+
+    indices = evenly(len(video), 0.0, count=count).indices
+    try:
+        frames = video.get_frames_at(indices) if hasattr(video, "get_frames_at") else [video[i] for i in indices]
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # each decoder has errors of its own
+        raise ValueError(f"video: {count} frames of {len(video)} cannot be decoded: {error}") from error
+    return [np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame) for frame in frames]
+
+
+def number_media(items: Sequence[Any], images: int, videos: int) -> None:
+    """Gives each item the number of its medium.
+
+    Items are of one tile each, or of a whole image, and in the order of their media; all videos have as many frames.
+    """
+    for of_video, media in ((False, images), (True, videos)):
+        own = [item for item in items if item.is_video() == of_video]
+        if media and len(own) % media == 0:
+            numbers = fresh_numbers(media)
+            for i, item in enumerate(own):
+                item.model_specific_data[VIDEO_KEY] = numbers[i // (len(own) // media)]
+
+
+def name_blocks(items: Sequence[Any]) -> None:
+    """Says of images in one tile that they are.
+
+    SGLang's NVILA encodes images of several requests together and reads the blocks of those that name them, so that
+    an image in several tiles beside one that names none would fail, and end the scheduler.
+    """
+    for item in items:
+        if item.is_image() and item.feature is not None:
+            item.model_specific_data.setdefault("block_sizes", [None] * len(item.feature))
