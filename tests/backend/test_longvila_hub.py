@@ -14,24 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang.srt.plugins import load_plugins
 
+from sglang_mminfer import doctor
 from sglang_mminfer.evaluation.families import longvila
 
 NAME = "Efficient-Large-Model/qwen2-7b-longvila-1M"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+load_plugins()
+
 RESOLVE = """
 import json, sys
 from sglang_mminfer.doctor import server_args_of
 
-fields = json.loads(sys.argv[1])
 from sglang.srt.plugins import load_plugins
 load_plugins()
-try:
-    server_args = server_args_of(fields.pop("model"), None, **fields)
-except Exception as error:
-    print(json.dumps({"error": str(error)}))
-    sys.exit()
+server_args = server_args_of(sys.argv[1], None)
 
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.model_loader.weight_utils import download_weights_from_hf
@@ -72,10 +71,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "home"
 
 
-def resolved(home: Path, **fields: Any) -> dict[str, Any]:
+def resolved(home: Path) -> dict[str, Any]:
     """What SGLang makes of the name, in a process that has this cache and no network."""
     done = subprocess.run(
-        [sys.executable, "-c", RESOLVE, json.dumps({"model": NAME, **fields})],
+        [sys.executable, "-c", RESOLVE, NAME],
         env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -97,11 +96,9 @@ def test_a_name_on_the_hub(home: Path) -> None:
     assert found["weights"] == [str(snapshot)] * 3
 
 
-def test_a_cache_without_the_tokenizer(home: Path, tmp_path: Path) -> None:
-    """As something that has only looked at the configs leaves it."""
-    shutil.copytree(home, tmp_path / "home", symlinks=True)
-    (folder,) = (tmp_path / "home").glob("hub/*/snapshots/*/llm")
-    for file in folder.iterdir():
-        if file.name != "config.json":
-            file.unlink()
-    assert f"{NAME}: expected its tokenizer in the folder llm" in resolved(tmp_path / "home")["error"]
+def test_a_folder_without_the_tokenizer(home: Path, tmp_path: Path) -> None:
+    """As a cache that somebody has only looked at the configs of."""
+    snapshot = next(home.glob("hub/*/snapshots/*"))
+    shutil.copytree(snapshot, tmp_path / "model", ignore=shutil.ignore_patterns("token*"))
+    with pytest.raises(ValueError, match=r"model: expected its tokenizer in the folder llm, got no tokenizer_config"):
+        doctor.server_args_of(str(tmp_path / "model"), None)

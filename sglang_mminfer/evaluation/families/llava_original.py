@@ -222,7 +222,8 @@ class OriginalLlavaOracle(EmbeddedOracle):
         return super().pieces(messages) if self.newline is not None else self._vicuna(messages)
 
     def _vicuna(self, messages: Sequence[Message]) -> list[Piece]:
-        said, pieces = f"{VICUNA} ", []
+        said = f"{VICUNA} "
+        pieces: list[Piece] = []
         for message in messages:
             user = message["role"] == "user"
             said += "USER: " if user else "ASSISTANT: "
