@@ -40,7 +40,7 @@ OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--support", metavar="FILE", help="write how the tests of each family's server ended")
+    parser.addoption("--support", metavar="FILE", help="note in FILE how the tests of each family's server ended; others there stay")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +75,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path := session.config.getoption("--support"):
         from sglang_mminfer.evaluation import machine
 
-        Path(path).write_text(json.dumps({**machine.describe(), "servers": session.config.stash[OUTCOMES]}, indent=1))
+        file = Path(path)
+        before = json.loads(file.read_text())["servers"] if file.exists() else {}
+        servers = {**before, **session.config.stash[OUTCOMES]}
+        file.write_text(json.dumps({**machine.describe(), "servers": servers}, indent=1) + "\n")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -192,7 +192,7 @@ FAMILIES: tuple[Family, ...] = (
         cached_turns=False,  # SGLang turns both off for media in its Transformers fallback
         chunked_prefill=False,
         long_video=(400, 64, 64, 24),
-        long_videos=5,
+        long_videos=8,
         video_options={"num_frames": 64},  # transformers takes several videos only of one length
     ),
     Family(
