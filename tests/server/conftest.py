@@ -40,7 +40,7 @@ OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--support", metavar="FILE", help="note in FILE how the tests of each family's server ended; others there stay")
+    parser.addoption("--support", metavar="FILE", help="adds to FILE how the tests of each server ended")
 
 
 def pytest_configure(config: pytest.Config) -> None:
