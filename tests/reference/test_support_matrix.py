@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_mminfer.evaluation.families import FAMILIES
+from sglang_mminfer.evaluation.families import FAMILIES, Family
 from sglang_mminfer.evaluation.support_matrix import BEGIN, END, TESTS, table, written
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +16,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def outcomes() -> dict[str, dict[str, str]]:
     return json.loads((ROOT / "tests" / "server" / "support.json").read_text())["servers"]
+
+
+def cell(outcomes: dict[str, dict[str, str]], family: Family, column: str) -> str:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(outcomes).splitlines()]
+    (row,) = [line for line in lines if line[0] == family.title]
+    return row[lines[0].index(column)]
 
 
 def test_the_readme_has_the_table_of_the_last_run(outcomes: dict[str, dict[str, str]]) -> None:
@@ -34,6 +40,9 @@ def test_every_family_has_a_row_with_an_answer_in_each_column(outcomes: dict[str
 def test_what_a_family_is_said_to_lack_is_what_its_tests_skipped(outcomes: dict[str, dict[str, str]]) -> None:
     for family in FAMILIES:
         ended = outcomes[family.name]
+        assert cell(outcomes, family, "video") == ("yes" if family.video else "no")
+        assert cell(outcomes, family, "several videos") == ("yes" if family.several_videos else "no")
+        assert cell(outcomes, family, "chunked prefill") == ("yes" if family.chunked_prefill else "no")
         assert (ended["test_a_video"] == "passed") == family.video
         assert (ended["test_several_videos_in_a_turn"] == "passed") == family.several_videos
         assert ended["test_an_image"] == "passed"
