@@ -66,7 +66,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     server = _server_of(item)
     if server in FAMILY_SERVERS and (report.when == "call" or report.outcome != "passed"):
-        name = item.nodeid.rpartition("::")[2].replace(f"{server}-", "").replace(f"[{server}]", "")
+        name = item.nodeid.rpartition("::")[2].replace(f"[{server}]", "").replace(f"-{server}]", "]")
         item.config.stash[OUTCOMES].setdefault(server, {})[name] = report.outcome
     return report
 
