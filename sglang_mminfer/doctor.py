@@ -14,7 +14,7 @@ import platform as host
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,8 +86,12 @@ def examine(
     if video is not None and model_path is not None:
         from sglang_mminfer import doctor_video
 
-        options = replace(video, trust_remote_code=trust_remote_code)
-        sections.append((doctor_video.SECTION, lambda: doctor_video.examine_video(model_path, config_name, options)))
+        sections.append(
+            (
+                doctor_video.SECTION,
+                lambda: doctor_video.examine_video(model_path, config_name, video, trust_remote_code),
+            )
+        )
     for section, check in sections:
         try:
             yield from check()

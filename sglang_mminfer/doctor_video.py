@@ -35,13 +35,12 @@ class VideoOptions:
     """What is asked, and what would be given to the server.
 
     mm_process_config: as SGLang's --mm-process-config; None for its defaults. chunked_prefill_size: as its flag; None
-    for what SGLang picks on this machine. trust_remote_code: as its flag.
+    for what SGLang picks on this machine.
     """
 
     path: str
     mm_process_config: dict[str, Any] | None = None
     chunked_prefill_size: int | None = None
-    trust_remote_code: bool = False
 
 
 class VideoError(ValueError):
@@ -60,26 +59,30 @@ class Prompt:
     mm_inputs: Any  # SGLang's MultimodalInputs
 
 
-def examine_video(model_path: str, config_name: str | None, options: VideoOptions) -> Iterator[Finding]:
+def examine_video(
+    model_path: str, config_name: str | None, options: VideoOptions, trust_remote_code: bool = False
+) -> Iterator[Finding]:
     """All findings about one video and one model; a single error where it cannot be served."""
     try:
-        yield from _findings(model_path, config_name, options)
+        yield from _findings(model_path, config_name, options, trust_remote_code)
     except VideoError as error:
         yield Finding(SECTION, "video", "error", str(error), error.fix)
 
 
-def _findings(model_path: str, config_name: str | None, options: VideoOptions) -> Iterator[Finding]:
+def _findings(
+    model_path: str, config_name: str | None, options: VideoOptions, trust_remote_code: bool
+) -> Iterator[Finding]:
     from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 
     if not os.path.isfile(options.path):
         raise VideoError(f"{options.path}: no such file", "name a video file: mp4, mkv, webm, ...")
     fields = {
         name: value
-        for name in ("mm_process_config", "chunked_prefill_size", "trust_remote_code")
+        for name in ("mm_process_config", "chunked_prefill_size")
         if (value := getattr(options, name)) is not None
     }
     try:
-        server_args = server_args_of(model_path, config_name, **fields)
+        server_args = server_args_of(model_path, config_name, trust_remote_code=trust_remote_code, **fields)
     except Exception as error:
         raise VideoError(
             f"not looked at, because no server would start: {brief(error)}", "mend that first; see the section before."

@@ -28,6 +28,18 @@ class Processed:
         return [(start, stop) for value, start, stop in runs_of(self.ids) if value == token]
 
 
+def kind_of(part: str | Path) -> str:
+    """Of a part of a prompt: "str", or the suffix of a file."""
+    return "str" if isinstance(part, str) else part.suffix
+
+
+def check_padding(items: Sequence[Any], ids: Sequence[int]) -> None:
+    """Asserts that every token of the media stands for its own item, in ids that SGLang has padded."""
+    for item in items:
+        ((start, stop),) = item.offsets
+        assert list(ids[start : stop + 1]) == item.padding_sequence(stop + 1 - start)
+
+
 class Processing:
     """The processor that SGLang gives a checkpoint.
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -42,20 +43,18 @@ load_plugins()
 print(time.process_time() - start, time.perf_counter() - clock)
 """
 
-WITHOUT = "without the plugin"
 
-
-def milliseconds(root: Path, program: str) -> tuple[float, float]:
-    """Of one fresh process, by the processor and by the clock. `root`: what holds sglang_mminfer, or `WITHOUT`."""
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
-    if root == Path(WITHOUT):
-        environment["SGLANG_PLUGINS"] = "none"  # SGLang's list of those to load
+def milliseconds(root: Path | None, program: str) -> tuple[float, float]:
+    """Of one fresh process, by the processor and by the clock. `root` holds sglang_mminfer; None: without it."""
+    # SGLANG_PLUGINS is SGLang's list of those to load.
+    own = {"SGLANG_PLUGINS": "none"} if root is None else {"PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", **own}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     processor, clock = done.stdout.splitlines()[-1].split()
     return 1e3 * float(processor), 1e3 * float(clock)
 
 
-def medians(roots: dict[str, Path], program: str, runs: int) -> dict[str, tuple[float, float]]:
+def medians(roots: Mapping[str, Path | None], program: str, runs: int) -> dict[str, tuple[float, float]]:
     """Of each root, all taking turns; a first round, which fills the caches, is not counted."""
     rounds = [{label: milliseconds(root, program) for label, root in roots.items()} for _ in range(runs + 1)]
     return {
@@ -98,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         roots = {f"{name} ({rev})": _unpacked(rev, Path(scratch) / name) for name, rev in revisions.items()}
         for name, program, runs, paths in (
             ("import", IMPORT, options.runs, roots),
-            ("load", LOAD, options.load_runs, {**roots, WITHOUT: Path(WITHOUT)}),
+            ("load", LOAD, options.load_runs, {**roots, "without the plugin": None}),
         ):
             for label, (processor, clock) in medians(paths, program, runs).items() if runs else ():
                 print(f"{name}, {label}: {processor:.2f} ms ({clock:.2f} ms), median of {runs}")

@@ -52,20 +52,27 @@ def decode(
     frames: dict[int, torch.Tensor] = {}
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        try:
-            pictures = video.get_frames_at(part) if hasattr(video, "get_frames_at") else [video[i] for i in part]
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:  # each decoder has errors of its own
-            raise ValueError(
-                f"video: frames {part[0]} to {part[-1]} of {len(video)} cannot be decoded: {error}"
-            ) from error
+        pictures = frames_at(video, part, f"frames {part[0]} to {part[-1]}")
         if len(pictures) != len(part):
             raise ValueError(f"video: expected {len(part)} frames from {part[0]} on, got {len(pictures)}")
         for index, picture in zip(part, pictures):
             whole = _as_image(picture)
             frames[index] = resize(squared(whole) if bordered else whole, width, height)
     return [frames[i] for i in indices]
+
+
+def frames_at(video: Any, indices: Sequence[int], named: str) -> Sequence[Any]:
+    """The frames of the given indices, from SGLang's decoder or from the frames themselves, as they come.
+
+    Raises:
+        ValueError: if the file breaks off or cannot be decoded; it calls the frames what `named` says.
+    """
+    try:
+        return video.get_frames_at(indices) if hasattr(video, "get_frames_at") else [video[i] for i in indices]
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # each decoder has errors of its own
+        raise ValueError(f"video: {named} of {len(video)} cannot be decoded: {error}") from error
 
 
 def _as_image(frame: Any) -> Image.Image:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_mminfer.modality.geometry import VIDEO_KEY, nvila
+from sglang_mminfer.models.frames import frames_at
 from sglang_mminfer.models.sampling import evenly
 from sglang_mminfer.processors import frames_wanted, fresh_numbers
 
@@ -74,13 +75,7 @@ def frames_of(video: Any, count: int) -> list[Any]:
     """
     import numpy as np
 
-    indices = evenly(len(video), 0.0, count=count).indices
-    try:
-        frames = video.get_frames_at(indices) if hasattr(video, "get_frames_at") else [video[i] for i in indices]
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # each decoder has errors of its own
-        raise ValueError(f"video: {count} frames of {len(video)} cannot be decoded: {error}") from error
+    frames = frames_at(video, evenly(len(video), 0.0, count=count).indices, f"{count} frames")
     return [np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame) for frame in frames]
 
 

@@ -39,9 +39,9 @@ class Case:
         return "--trust-remote-code" in self.family.flags
 
     def found(self, **options: Any) -> dict[str, doctor.Finding]:
-        options = {"trust_remote_code": self.trust_remote_code, **options}
         asked = VideoOptions(self.video, self.mm_process_config, **options)
-        return {finding.name: finding for finding in doctor_video.examine_video(self.path, None, asked)}
+        found = doctor_video.examine_video(self.path, None, asked, self.trust_remote_code)
+        return {finding.name: finding for finding in found}
 
 
 @pytest.fixture(scope="module")

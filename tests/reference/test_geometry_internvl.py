@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processing import Processing, cells_of
+from processing import Processing, cells_of, check_padding, kind_of
 from sglang.srt.managers.mm_utils import pad_mm_token_pairs
 from sglang.srt.managers.schedule_batch import Modality as SglModality
 from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
@@ -82,10 +82,6 @@ def test_cells_agree_with_the_token_ids(processing, files, data):
     assert cells_of(got.map) == expected
 
 
-def kind_of(part) -> str:
-    return "str" if isinstance(part, str) else part.suffix
-
-
 def bracketed(ids, processing):
     """[start, stop) of what stands between <img> and </img>, each of one kind of placeholder."""
     first, last = processing.token("<img>"), processing.token("</img>")
@@ -106,9 +102,7 @@ def test_every_token_gets_the_hash_of_its_own_medium(processing, files):
         mm_items=got.items, im_start_id=processing.token("<img>"), im_end_id=processing.token("</img>")
     )
     padded = pad_mm_token_pairs(array("q", got.ids), media, data_token_pairs=[(media.im_start_id, media.im_end_id)])
-    for item in got.items:
-        ((start, stop),) = item.offsets
-        assert list(padded[start : stop + 1]) == item.padding_sequence(stop + 1 - start)
+    check_padding(got.items, padded)
     assert len({item.pad_value for item in got.items}) == len(got.items) == FRAMES + 2
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processing import Processing, cells_of, runs_of
+from processing import Processing, cells_of, check_padding, kind_of, runs_of
 from sglang.srt.managers.mm_utils import pad_mm_tokens
 from sglang.srt.managers.schedule_batch import Modality as SglModality
 from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
@@ -92,10 +92,6 @@ def test_cells_agree_with_the_token_ids(made, files, data):
     assert cells_of(got.map) == expected
 
 
-def kind_of(part) -> str:
-    return "str" if isinstance(part, str) else part.suffix
-
-
 def image_rasters(variant, path, alone):
     """Rows and columns of each span of an image, and how many line breaks are between two."""
     if not alone:
@@ -121,9 +117,7 @@ def test_every_token_gets_the_hash_of_its_own_tile(made, files):
     videos, images = files
     got = processing("<vila/video> and <image> or <image>", images=images[:2], videos=videos[1:2])
     ids = padded(processing, got)
-    for item in got.items:
-        ((start, stop),) = item.offsets
-        assert ids[start : stop + 1] == item.padding_sequence(stop + 1 - start)
+    check_padding(got.items, ids)
     assert len({item.pad_value for item in got.items}) == len(got.items) == FRAMES + 2
 
 

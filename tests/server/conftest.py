@@ -114,7 +114,7 @@ def sparse_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(
     request: pytest.FixtureRequest, model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Served]]:
-    """The server of a name in `serving.NAMES`, started if it is not running."""
+    """The server of a name in `NAMES`, started if it is not running."""
     root = tmp_path_factory.mktemp("servers")
 
     def make(name: str) -> Served:
@@ -123,8 +123,10 @@ def servers(
         trace = folder / "trace.jsonl"
         for old in folder.glob(f"{trace.name}*"):  # of all ranks
             old.unlink()
-        path, flags = family_server(name, folder) if name in FAMILY_SERVERS else (model, FLAGS[name])
-        flags = tuple(flag.format(sparse=sparse_config) if flag == "{sparse}" else flag for flag in flags)
+        if name in FAMILY_SERVERS:
+            path, flags = family_server(name, folder)
+        else:
+            path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
         env = {TRACE: str(trace), **ENVIRONMENT.get(name, {})}
         return Served(Server(path, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 

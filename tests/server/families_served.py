@@ -85,8 +85,6 @@ def make_files(root: Path) -> Files:
         ],
         check=True,
     )
-    # The long one's seed matters: in some videos two pairs of patches are alike to the ninth digit, and which of them
-    # VideoChat-Flash merges depends on how its scores are rounded.
     (root / "broken.mp4").write_bytes(steady.read_bytes()[:1500])
     (root / "words.mp4").write_text("This is no video.")
     return Files(
@@ -99,6 +97,8 @@ def make_files(root: Path) -> Files:
             "uneven": uneven,
             "portrait": make_video(root / "portrait.mp4", 10, 96, 160, 4, seed=3),
             "one_frame": make_video(root / "one.mp4", 1, 64, 64, 8, seed=2),
+            # Its seed matters: in some videos two pairs of patches are alike to the ninth digit, and which of them
+            # VideoChat-Flash merges depends on how its scores are rounded.
             "10000_frames": make_video(root / "long.mp4", 10_000, 64, 64, 25, seed=6),
         },
         unreadable={name: root / f"{name}.mp4" for name in ("broken", "words", "missing")},

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from serving import Served
 
+from sglang_mminfer.evaluation.server import Server
+
 ALIVE = 2
 """Servers that were asked for and still run, besides the one that is starting. Each takes some 3 GB, nearly all of it
 libraries."""
@@ -28,7 +30,7 @@ class Fleet:
         self._make = make
         self._order = list(order)
         self._asked: OrderedDict[str, None] = OrderedDict()
-        self._servers: dict[str, tuple[Served, Future[None]]] = {}
+        self._servers: dict[str, tuple[Served, Future[Server]]] = {}
         self._starter = ThreadPoolExecutor(2)
 
     def get(self, name: str) -> Served:
@@ -48,14 +50,11 @@ class Fleet:
         for name in list(self._servers):
             self._stop(name)
 
-    def _begin(self, name: str) -> tuple[Served, Future[None]]:
+    def _begin(self, name: str) -> tuple[Served, Future[Server]]:
         if name not in self._servers:
             served = self._make(name)
-            self._servers[name] = served, self._starter.submit(self._start, served)
+            self._servers[name] = served, self._starter.submit(served.server.start)
         return self._servers[name]
-
-    def _start(self, served: Served) -> None:
-        served.server.start()
 
     def _prepare_after(self, name: str) -> None:
         """Starts the server that tests come to next, unless another one is already ahead."""

@@ -28,6 +28,22 @@ class Chat:
     first: str = ""
     system: str = "You are a helpful assistant."
 
+    def before(self, messages: Sequence[Message]) -> str:
+        """What stands before the first of these messages."""
+        if messages[0]["role"] == "system":
+            return self.first
+        return self.first + self.opening("system") + self.system + self.closing("system")
+
+    def opening(self, role: str) -> str:
+        return self.head.format(role)
+
+    def closing(self, role: str) -> str:
+        return self.tail
+
+    def asking(self) -> str:
+        """What ends a prompt."""
+        return self.opening("assistant")
+
 
 class EmbeddedOracle(ABC):
     """Greedy answers of a language model to text and embeddings in fp32.
@@ -53,12 +69,11 @@ class EmbeddedOracle(ABC):
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """The conversation as text and embeddings."""
-        chat, said = self.chat, self.chat.first
-        if messages[0]["role"] != "system":
-            said += chat.head.format("system") + chat.system + chat.tail
+        chat = self.chat
+        said = chat.before(messages)
         pieces: list[Piece] = []
         for message in messages:
-            said += chat.head.format(message["role"])
+            said += chat.opening(message["role"])
             content: Any = message["content"]
             parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
             for part in parts:
@@ -68,8 +83,8 @@ class EmbeddedOracle(ABC):
                 medium, behind = self.shown(part["type"], part[part["type"]]["url"])
                 pieces += [said, *medium]
                 said = behind
-            said += chat.tail
-        return [piece for piece in [*pieces, said + chat.head.format("assistant")] if len(piece)]
+            said += chat.closing(message["role"])
+        return [piece for piece in [*pieces, said + chat.asking()] if len(piece)]
 
     @torch.no_grad()
     def continued(self, pieces: Sequence[Piece], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from sglang_mminfer.evaluation import tiny_model
-from sglang_mminfer.evaluation.families.embedded import EmbeddedOracle, Piece, output_of
+from sglang_mminfer.evaluation.families.embedded import Chat, EmbeddedOracle, Piece, output_of
 from sglang_mminfer.evaluation.families.llava_video import LANGUAGE, any_resolution, random_tower
-from sglang_mminfer.evaluation.hf_oracle import Message
+from sglang_mminfer.evaluation.hf_oracle import Message, split_messages
 
 PATCH, SIDE = 14, 20
 TOWER = {
@@ -76,10 +76,24 @@ V1_5 = {
 }
 """Fields of the released config.json besides the language model's."""
 
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+
+class Vicuna(Chat):
+    """LLaVA-1.5's chat: what others say as a system message stands before all."""
+
+    def before(self, messages: Sequence[Message]) -> str:
+        return (
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        )
+
+    def opening(self, role: str) -> str:
+        return "USER: " if role == "user" else "ASSISTANT: "
+
+    def closing(self, role: str) -> str:
+        return " " if role == "user" else "</s>"
+
+    def asking(self) -> str:
+        return "ASSISTANT:"
 
 
 def make_onevision(path: str | os.PathLike[str]) -> Path:
@@ -214,30 +228,13 @@ class OriginalLlavaOracle(EmbeddedOracle):
         self.newline = tensors.get("model.image_newline")
         self.several = False
         tokenizer = transformers.AutoTokenizer.from_pretrained(root)
-        super().__init__(language, tokenizer, self.config["image_token_index"])
+        chat = Chat() if self.newline is not None else Vicuna()
+        super().__init__(language, tokenizer, self.config["image_token_index"], chat)
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        parts: list[Any] = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
-        self.several = sum(part["type"] == "image_url" for part in parts) > 1
-        return super().pieces(messages) if self.newline is not None else self._vicuna(messages)
-
-    def _vicuna(self, messages: Sequence[Message]) -> list[Piece]:
-        said = f"{VICUNA} "
-        pieces: list[Piece] = []
-        for message in messages:
-            user = message["role"] == "user"
-            said += "USER: " if user else "ASSISTANT: "
-            content: Any = message["content"]
-            parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for part in parts:
-                if part["type"] == "text":
-                    said += part["text"]
-                    continue
-                medium, behind = self.shown(part["type"], part[part["type"]]["url"])
-                pieces += [said, *medium]
-                said = behind
-            said += " " if user else "</s>"
-        return [*pieces, f"{said}ASSISTANT:"]
+        _, images, _ = split_messages(messages)
+        self.several = len(images) > 1
+        return super().pieces(messages)
 
     def shown(self, kind: str, path: str) -> tuple[list[Piece], str]:
         if kind != "image_url":
