@@ -20,9 +20,12 @@ def _class(base: Any) -> type:
     class MMInferInternVLProcessor(base):
         """InternVL with any number of frames, one item for each frame in the order of the prompt."""
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.num_frames = frames_wanted(self.video_config)
+        @functools.cached_property
+        def num_frames(self) -> int | None:
+            return frames_wanted(self.video_config)
+
+        def check_options(self) -> None:
+            _ = self.num_frames
 
         async def process_qwen_mm_data_async(
             self, image_data: Any, input_text: Any, request_obj: Any, **kwargs: Any

@@ -26,11 +26,14 @@ def _class(base: Any) -> type:
         video because its decoder gives arrays.
         """
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+        @functools.cached_property
+        def num_frames(self) -> int:
             from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES
 
-            self.num_frames = frames_wanted(self.video_config) or NUM_VIDEO_FRAMES
+            return frames_wanted(self.video_config) or NUM_VIDEO_FRAMES
+
+        def check_options(self) -> None:
+            _ = self.num_frames
 
         async def process_mm_data_async(
             self, image_data: Any, audio_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
