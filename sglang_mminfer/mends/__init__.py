@@ -88,7 +88,7 @@ MENDS: tuple[Mend, ...] = (
         "Media of equal patches in another arrangement (a blank page upright and lying, a black video) have one hash, "
         "so the second is answered from the first one's cache.",
         "Modality, grid, sizes and seconds are part of the hash.",
-        "tests/server/test_mends.py",
+        "tests/backend/test_mends.py",
         "MultimodalDataItem.set_pad_value: hash the grid beside the feature.",
     ),
     Mend(
@@ -96,7 +96,7 @@ MENDS: tuple[Mend, ...] = (
         "Qwen2.5-VL's processor is told no frame rate and takes every video for one of 24 frames a second, so "
         "that time is squeezed twelvefold at 2 frames a second.",
         "second_per_grid is the time between two grid steps of the file, as the model was trained.",
-        "tests/server/test_mends.py",
+        "tests/backend/test_mends.py",
         "processors/qwen_vl.py: pass video_metadata for qwen2_5_vl, too.",
     ),
     Mend(
@@ -104,7 +104,7 @@ MENDS: tuple[Mend, ...] = (
         "Words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a question, an answer of the "
         "history or a tool's result beside media end the server, never come back, or are refused for good.",
         "Words stay words; only what the chat template wrote is bound to media.",
-        "tests/server/test_mends.py",
+        "tests/backend/test_mends.py",
         "serving_chat: render with unique placeholders.",
     ),
     Mend(
@@ -112,7 +112,7 @@ MENDS: tuple[Mend, ...] = (
         "input_ids with media are decoded and encoded again, and ids of an answer sent back (with the media's tokens) "
         "hang, fail inside, or are refused.",
         "Ids outside media are never changed; expanded media are found, or refused with a sentence.",
-        "tests/server/test_mends.py",
+        "tests/backend/test_mends.py",
         "base_processor: expand placeholders in the ids that came.",
     ),
 )

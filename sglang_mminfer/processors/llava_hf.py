@@ -35,6 +35,10 @@ def _class(base: Any) -> type:
         def check_options(self) -> None:
             _ = self.num_frames
 
+        def placeholders_in(self, prompt: str) -> dict[str, int]:
+            tokens = {"image": self.mm_tokens.image_token, "video": self.mm_tokens.video_token}
+            return {kind: prompt.count(token) for kind, token in tokens.items() if token}
+
         def _load_images(self, image_data: Any) -> list[Any]:
             from sglang.srt.managers.schedule_batch import Modality
 

@@ -6,15 +6,19 @@ import asyncio
 import copy
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from sglang_mminfer import mends
+from sglang_mminfer.mends.token_ids import Piece, collapsed
 from sglang_mminfer.modality.geometry import qwen3_vl, qwen_vl
 
 MODEL_TYPES = (*qwen_vl.MODEL_TYPES, *qwen3_vl.MODEL_TYPES)
 
 _METADATA = "mminfer_video_metadata"
 """On what SGLang loads for a prompt: where the frames of each of its videos stand in their files."""
+
+_KINDS = {"<|image_pad|>": ("image",), "<|video_pad|>": ("video",)}
 
 _PLACEHOLDERS = {"image": re.compile(r"(?:<\|image_pad\|>)+|<image>"), "video": re.compile(r"(?:<\|video_pad\|>)+")}
 
@@ -30,6 +34,12 @@ def _class(base: Any) -> type:
 
         def placeholders_in(self, prompt: str) -> dict[str, int]:
             return {kind: len(pattern.findall(prompt)) for kind, pattern in _PLACEHOLDERS.items()}
+
+        def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
+            """One placeholder for each medium, where an answer's ids were sent back."""
+            if self.model_type in qwen3_vl.MODEL_TYPES:
+                pieces = collapsed_frames(pieces, self._tokenizer)
+            return collapsed(pieces, counts, _KINDS)
 
         async def load_mm_data(self, *args: Any, **kwargs: Any) -> Any:
             loaded = await super().load_mm_data(*args, **kwargs)
@@ -67,6 +77,43 @@ def _class(base: Any) -> type:
             return [video for item in items for video in videos_of(item)]
 
     return MMInferQwenVLProcessor
+
+
+_START, _VIDEO, _END = (Piece(name=f"<|{name}|>") for name in ("vision_start", "video_pad", "vision_end"))
+_TIMESTAMP = re.compile(r"<\d+\.\d seconds>")
+
+
+def collapsed_frames(pieces: Sequence[Piece], tokenizer: Any) -> list[Piece]:
+    """The pieces of a prompt with one placeholder for each video of Qwen3-VL.
+
+    A processor makes of `<|video_pad|>` a timestamp and a frame, `<|vision_start|>` and `<|vision_end|>` around it, for
+    each temporal patch. What does not look like that stays as it is.
+    """
+    out: list[Piece] = []
+    at = 0
+    while at < len(pieces):
+        stop, frames = at, 0
+        while (behind := _behind_frame(pieces, stop, tokenizer)) is not None:
+            stop, frames = behind, frames + 1
+        if frames and out[-1:] == [_START]:
+            out.append(_VIDEO)
+            at = stop
+        else:
+            out.append(pieces[at])
+            at += 1
+    return out
+
+
+def _behind_frame(pieces: Sequence[Piece], at: int, tokenizer: Any) -> int | None:
+    """Where the piece behind a frame and its timestamp is, if they begin at `at`."""
+    if at + 1 >= len(pieces) or not pieces[at].ids or pieces[at + 1] != _START:
+        return None
+    if not _TIMESTAMP.fullmatch(tokenizer.decode(pieces[at].ids)):
+        return None
+    stop = at + 2
+    while pieces[stop : stop + 1] == [_VIDEO]:
+        stop += 1
+    return stop + 1 if stop > at + 2 and pieces[stop : stop + 1] == [_END] else None
 
 
 def videos_of(item: Any) -> list[Any]:
