@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,7 +201,26 @@ def wanted(server_args: Any) -> bool:
 _BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 
-def table(mends: Iterable[Mend] = MENDS) -> str:
-    """The list as a Markdown table, for documents."""
-    rows = ["| mend | stock SGLang | with mminfer |", "| --- | --- | --- |"]
-    return "\n".join([*rows, *(f"| `{mend.name}` | {mend.stock} | {mend.right} |" for mend in mends)])
+def page() -> str:
+    """The list as a page of the documents."""
+    lines = [
+        "# Mends",
+        "",
+        "Faults in how SGLang handles media, which a server with `--attention-backend mminfer` (or",
+        "`--prefill-attention-backend mminfer`) does not have. Other servers are left as they are. Each mend is on by",
+        f"default; `{ENVIRONMENT}` says otherwise: `none`, `-name,-other` for all but these, `name,other` for only these.",
+        "`mminfer doctor` lists what is on. This page is made by `python -m sglang_mminfer.mends`.",
+        "",
+    ]
+    for mend in MENDS:
+        lines += [
+            f"## {mend.name}",
+            "",
+            f"Stock SGLang ({mend.versions}): {mend.stock}",
+            "",
+            f"With mminfer: {mend.right}",
+        ]
+        lines += ["", f"Shown by `{mend.test}`."]
+        lines += [f"Upstream it would be a patch of {mend.upstream}" if mend.upstream else "It is no patch of SGLang."]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
