@@ -208,8 +208,8 @@ def page() -> str:
         "",
         "Faults in how SGLang handles media, which a server with `--attention-backend mminfer` (or",
         "`--prefill-attention-backend mminfer`) does not have. Other servers are left as they are. Each mend is on by",
-        f"default; `{ENVIRONMENT}` says otherwise: `none`, `-name,-other` for all but these, `name,other` for only these.",
-        "`mminfer doctor` lists what is on. This page is made by `python -m sglang_mminfer.mends`.",
+        f"default; `{ENVIRONMENT}` says otherwise: `none`, `-name,-other` for all but these, `name,other` for",
+        "these only. `mminfer doctor` lists what is on. This page is made by `python -m sglang_mminfer.mends`.",
         "",
     ]
     for mend in MENDS:
