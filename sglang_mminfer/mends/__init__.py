@@ -131,9 +131,9 @@ MENDS: tuple[Mend, ...] = (
     ),
     Mend(
         "odd_sizes",
-        "Nothing bounds a picture, a square made of one, or the frames of a video before they are allocated; sizes that "
-        "a decoder cannot have are an error of the server.",
-        "Sizes are checked before anything is decoded; the client is told the size and the limit.",
+        "Nothing bounds a picture, a square made of one, or the frames of a video before they are allocated, and videos "
+        "of less than 32 pixels across are an error of the server.",
+        "Sizes are checked before anything is decoded, and the client is told size and limit; small videos are seen.",
         "tests/backend/test_mends_media.py",
         "utils.common.load_image: limits on the header.",
     ),

@@ -86,6 +86,7 @@ class Bounded(_Decoder):
         super().__init__()
         self._inner, self._resized = inner, size
         self._whole: tuple[int, int] | None = None
+        self._one_by_one = False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_inner":
@@ -107,7 +108,10 @@ class Bounded(_Decoder):
     def whole(self) -> tuple[int, int]:
         """Height and width in the file."""
         if self._whole is None:
-            self._whole = self._inner.frame_shape
+            frame = None if _tells_its_size(self._inner) else self._inner[0]
+            self._whole = self._inner.frame_shape if frame is None else (int(frame.shape[0]), int(frame.shape[1]))
+            # decord pads rows to 32 pixels: of narrower frames it says a wrong shape, and cannot copy a batch.
+            self._one_by_one = frame is not None and frame.shape[2] != 3
         return self._whole
 
     @property
@@ -117,25 +121,34 @@ class Bounded(_Decoder):
     def resized(self, height: int, width: int) -> Bounded:
         """The same video with its frames in another size."""
         other = Bounded(self._inner, (height, width))
+        other._whole, other._one_by_one = self.whole, self._one_by_one
         other.__dict__.update({name: value for name, value in self.__dict__.items() if name.startswith("mminfer")})
         return other
 
     def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
         height, width = self.frame_shape
         limits.check_frames(len(indices), width, height)
+        _ = self.whole
         if self._resized in (None, self.whole):
-            return self._inner.get_frames_as_tensor(list(indices))
+            return self._read(list(indices))
         import torchvision
 
         batch, parts = limits.batch_of(self.whole[1], self.whole[0], len(indices)), []
         for start in range(0, len(indices), batch):
-            frames = self._inner.get_frames_as_tensor(list(indices[start : start + batch])).permute(0, 3, 1, 2)
+            frames = self._read(list(indices[start : start + batch])).permute(0, 3, 1, 2)
             # As SGLang resizes frames for Qwen.
             smaller = torchvision.transforms.functional.resize(
                 frames, [height, width], interpolation=torchvision.transforms.InterpolationMode.BILINEAR
             )
             parts.append(smaller.permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
+
+    def _read(self, indices: list[int]) -> torch.Tensor:
+        if not self._one_by_one:
+            return self._inner.get_frames_as_tensor(indices)
+        height, width = self.whole
+        frames = [np.asarray(self._inner[i]).reshape(height, -1, 3)[:, :width] for i in indices]
+        return torch.from_numpy(np.stack(frames))
 
     def __del__(self) -> None:
         """Leaves the file open: a decoder of other sizes may read on."""
@@ -145,6 +158,11 @@ class Bounded(_Decoder):
         if inner is not None:
             inner.close()
             self._inner = None
+
+
+def _tells_its_size(decoder: Any) -> bool:
+    metadata = getattr(decoder._decoder, "metadata", None)
+    return bool(getattr(metadata, "height", None) and getattr(metadata, "width", None))
 
 
 def shrunk(video: Bounded, longest: int) -> Bounded:

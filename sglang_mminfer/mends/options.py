@@ -179,8 +179,11 @@ def _asked(messages: Iterable[Any], kind: str) -> Iterator[tuple[str, dict[str, 
                 continue
             value = part.get(f"{kind}_url")
             if isinstance(value, Mapping):
-                yield value.get("url"), {  # type: ignore[misc]
-                    name: one for name, one in value.items() if name not in _NOT_OPTIONS and one is not None
-                }
+                yield (
+                    value.get("url"),
+                    {  # type: ignore[misc]
+                        name: one for name, one in value.items() if name not in _NOT_OPTIONS and one is not None
+                    },
+                )
             else:
                 yield value, {}  # type: ignore[misc]

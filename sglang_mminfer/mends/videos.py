@@ -98,8 +98,7 @@ def _bounded(video: Any, longest: int | None) -> Any:
         raise
     except Exception as error:  # each decoder has errors of its own
         raise ValueError(
-            f"video: its first frame cannot be decoded (where torchcodec finds no FFmpeg, frames have to be 32 pixels "
-            f"wide or more): {str(error).splitlines()[0]}"
+            f"video: its first frame cannot be decoded: {type(error).__name__}: {str(error)[:200]}"
         ) from error
     limits.check_size("video", width, height)
     return shrunk(bounded, longest) if longest else bounded
@@ -185,5 +184,3 @@ def _opened(frame: Any, index: int | None = None) -> Any:
         return pictures.opened(frame)
     except ValueError as error:
         raise ValueError(f"video: {error}{where}; {ACCEPTED}") from error
-
-

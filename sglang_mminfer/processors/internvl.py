@@ -62,8 +62,9 @@ def _class(base: Any) -> type:
             # second placeholder for each image, and leave it in the prompt as text.
             prompt = (input_text or "").replace(self.IMG_CONTEXT, self.IMAGE_PLACEHOLDER_TOKEN)
             videos = getattr(request_obj, "video_data", None) or []
-            for placeholder, media in ((self.IMAGE_PLACEHOLDER_TOKEN, image_data), (self.VIDEO_PLACEHOLDER_TOKEN, videos)):
-                prompt = self._ensure_placeholders_before_assistant(prompt, placeholder, len(media or ()))
+            image, video = self.IMAGE_PLACEHOLDER_TOKEN, self.VIDEO_PLACEHOLDER_TOKEN
+            prompt = self._ensure_placeholders_before_assistant(prompt, image, len(image_data or ()))
+            prompt = self._ensure_placeholders_before_assistant(prompt, video, len(videos))
             if videos and not self.video_token_id:
                 raise ValueError(f"video: SGLang knows no placeholder for frames of a {self.llm_arch}")
             loaded = await self.load_mm_data(
@@ -148,7 +149,8 @@ def _class(base: Any) -> type:
                     image_tile_cnt=tiles,
                 )
                 most = wanted.get("max_dynamic_patch", most_tiles)
-                films.append([_Medium(self._tiles(frame, most, thumbnail=False), number) for frame in _frames(video, count)])
+                tiles_of = functools.partial(self._tiles, most=most, thumbnail=False)
+                films.append([_Medium(tiles_of(frame), number) for frame in _frames(video, count)])
             return films
 
         def _written(

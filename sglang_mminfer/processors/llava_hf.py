@@ -44,7 +44,9 @@ def _class(base: Any) -> type:
             from sglang.srt.managers.schedule_batch import Modality
 
             images = [self._load_single_item(image, Modality.IMAGE) for image in image_data or ()]
-            if getattr(self._processor.image_processor, "do_pad", False) is True and self.hf_config.model_type == "llava":
+            # Of these models only LLaVA 1.5 puts a picture into a square before it is made smaller.
+            pads = getattr(self._processor.image_processor, "do_pad", False) is True
+            if pads and self.hf_config.model_type == "llava":
                 for image in images:
                     limits.check_square(*(image.size if hasattr(image, "convert") else image.shape[:-3:-1]))
             return images
