@@ -131,7 +131,7 @@ MENDS: tuple[Mend, ...] = (
     ),
     Mend(
         "odd_sizes",
-        "Nothing bounds a picture, a square made of one, or the frames of a video before they are allocated, and videos "
+        "Nothing bounds a picture, a square made of one, or the frames of a video before they are allocated; videos "
         "of less than 32 pixels across are an error of the server.",
         "Sizes are checked before anything is decoded, and the client is told size and limit; small videos are seen.",
         "tests/backend/test_mends_media.py",
@@ -150,6 +150,20 @@ MENDS: tuple[Mend, ...] = (
         "Each family does what it can, and refuses the rest by name.",
         "tests/backend/test_mends_media.py",
         "base_processor._load_single_item: keep VideoData.preprocess_kwargs with the decoder.",
+    ),
+    Mend(
+        "media_order",
+        "InternVL's conversation template puts the pictures of a message before its text and its videos.",
+        "They stand where the message has them, as in OpenGVLab's own code.",
+        "tests/backend/test_mends_media.py",
+        "parser/conversation.py: internvl-2-5 without image_token_at_prefix.",
+    ),
+    Mend(
+        "media_of_samples",
+        "With n > 1 a request with several pictures is refused, and each answer sees one of several videos.",
+        "Each answer sees all media of the request.",
+        "tests/backend/test_mends_media.py",
+        "io_struct.GenerateReqInput._handle_parallel_sampling: wrap media as text is wrapped.",
     ),
 )
 

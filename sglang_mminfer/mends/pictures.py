@@ -65,6 +65,35 @@ def load(
     return picture
 
 
+def as_file(family: Any, data: Any, *, squared: bool = False) -> Any:
+    """A picture for code that decodes by itself and looks at nothing but pixels: the file as it came where that is
+    right, else another of the same picture; a PIL image for a PIL image.
+
+    Args:
+        squared: whether the family puts it into a square.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    source, wanted = options.of(data, family, "image")
+    picture = source if _is_picture(source) else opened(source)
+    if picture is None:
+        return data
+    if mends.active("odd_sizes"):
+        limits.check_size("image", *picture.size)
+        if squared:
+            limits.check_square(*picture.size)
+    plain = picture.mode == "RGB" and "transparency" not in picture.info and not _turned(picture)
+    if plain and not wanted and picture is not source:
+        return picture.fp.getvalue()  # type: ignore[attr-defined]
+    seen = shown(picture, wanted)
+    if picture is source:
+        return seen
+    file = BytesIO()
+    seen.save(file, "BMP")
+    return file.getvalue()
+
+
 def snapshot(original: Callable[..., Any], family: Any, data: Any, modality: Any) -> Any:
     """In place of MediaArtifactCacheMixin.snapshot_media_source: what SGLang keeps of a picture to decode it later.
 
