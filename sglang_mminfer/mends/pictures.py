@@ -146,10 +146,16 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def _turned(picture: Image.Image) -> bool:
+    return orientation(picture) != 1
+
+
+def orientation(picture: Image.Image) -> int:
+    """1 to 8, as EXIF counts. A PNG may say it behind its pixels, and is decoded."""
     try:
-        return picture.getexif().get(ORIENTATION, 1) in range(2, 9)
+        said = picture.getexif().get(ORIENTATION, 1)
     except Exception:  # broken EXIF says nothing; PIL has an error for each way of being broken
-        return False
+        return 1
+    return said if said in range(1, 9) else 1
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:

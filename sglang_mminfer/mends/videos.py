@@ -78,8 +78,6 @@ def as_video(frames: Sequence[Any], fps: float) -> Any:
                 f"video: expected frames of one size, got {sizes[0][1]} x {sizes[0][0]} and, as number {i + 1}, "
                 f"{size[1]} x {size[0]}"
             )
-        if mends.active("odd_sizes"):
-            limits.check_size("video", size[1], size[0])
     return Frames(frames, _read, sizes[0], fps)
 
 
@@ -151,7 +149,9 @@ def _size(frame: Any, index: int) -> tuple[int, int]:
         height, width = _picture_of(frame).shape[:2]
         return height, width
     picture = _opened(frame, index)
-    turned = mends.active("picture_orientation") and picture.getexif().get(pictures.ORIENTATION, 1) in range(5, 9)
+    if mends.active("odd_sizes"):
+        limits.check_size("video", *picture.size)
+    turned = mends.active("picture_orientation") and pictures.orientation(picture) >= 5
     return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 

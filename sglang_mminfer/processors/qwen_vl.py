@@ -26,9 +26,9 @@ _SMALL = "mminfer_small_video"
 """On the same: whether one of them has fewer pixels than usual."""
 
 _SMALLER = frozenset({"max_long_side_pixel", "min_pixels", "max_pixels", "total_pixels", *_PIXELS})
+
 IMAGE_FACTOR = 28
-_LEAST = 128 * IMAGE_FACTOR**2
-"""Pixels of a frame, where nobody says otherwise."""
+"""Pixels of a side of what becomes a token, as SGLang reckons for all of these models."""
 
 _PLACEHOLDERS = {"image": re.compile(r"(?:<\|image_pad\|>)+|<image>"), "video": re.compile(r"(?:<\|video_pad\|>)+")}
 
@@ -113,9 +113,9 @@ def _class(base: Any) -> type:
                     options.within(wanted[name], self.video_config.get("max_frames", 0), name)
             if "num_frames" in wanted:
                 wanted["nframes"] = wanted.pop("num_frames")
-            if longest := wanted.pop("max_long_side_pixel", None):
+            if wanted.pop("max_long_side_pixel", None):
                 # Frames have been made smaller, and stay it.
-                wanted.setdefault("min_pixels", min(_LEAST, longest * longest))
+                wanted.setdefault("min_pixels", IMAGE_FACTOR**2)
             return {**config, **wanted}
 
         def _bounded(self, video: Any, config: dict[str, Any]) -> Any:
