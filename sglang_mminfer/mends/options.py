@@ -26,6 +26,7 @@ COUNTS = (
 )
 RATES = ("fps",)
 _OTHER_NAMES = {"nframes": "num_frames"}
+_NAMES = frozenset({*COUNTS, *RATES, *_OTHER_NAMES})
 
 ANY_FAMILY = frozenset({"max_long_side_pixel"})
 """What is done to a picture or a video before its family sees it."""
@@ -129,7 +130,7 @@ _warned: set[tuple[str, str, str]] = set()
 def _warn_once(family: str, kind: str, name: str) -> None:
     if (family, kind, name) not in _warned and len(_warned) < 1000:
         _warned.add((family, kind, name))
-        logger.warning("mminfer: %s: %s: the processor of this model (%s) has no such option.", kind, name, family)
+        logger.warning("mminfer: %s: %r is left out: %s has no such option.", kind, name, family)
 
 
 # ---- chat --------------------------------------------------------------------------------------------------
@@ -178,12 +179,10 @@ def _asked(messages: Iterable[Any], kind: str) -> Iterator[tuple[str, dict[str, 
             if not isinstance(part, Mapping) or part.get("type") not in (f"{kind}_url", f"input_{kind}"):
                 continue
             value = part.get(f"{kind}_url")
-            if isinstance(value, Mapping):
-                yield (
-                    value.get("url"),
-                    {  # type: ignore[misc]
-                        name: one for name, one in value.items() if name not in _NOT_OPTIONS and one is not None
-                    },
-                )
-            else:
-                yield value, {}  # type: ignore[misc]
+            if not isinstance(value, Mapping):
+                yield str(value), {}
+                continue
+            given = {name: one for name, one in value.items() if name not in _NOT_OPTIONS and one is not None}
+            for name in given.keys() - _NAMES:  # of other servers, or of those to come
+                _warn_once("SGLang", kind, str(name)[:100])
+            yield str(value.get("url")), {name: one for name, one in given.items() if name in _NAMES}
