@@ -128,6 +128,26 @@ HOOKS: tuple[Hook, ...] = (
         "Only before the chat template runs can words of a conversation be told from placeholders of its media.",
     ),
     Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+        "around",
+        "sglang_mminfer.mends.options:carry",
+        "SGLang's models of a chat part drop the options that they do not know, and its conversation templates nearly "
+        "all; here the request as it came and what is made of it are both at hand.",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._apply_conversation_template",
+        "around",
+        "sglang_mminfer.mends.order:apply_template",
+        "SGLang has the conversation template of InternVL in a table, with pictures before all else of a message.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "around",
+        "sglang_mminfer.mends.batches:generate_request",
+        "What a request brings for one prompt can be told from what it brings for many only before SGLang makes a "
+        "batch of a request that wants several answers.",
+    ),
+    Hook(
         "sglang.srt.model_loader.utils.get_model_architecture",
         "after",
         "sglang_mminfer.processors.llava_original:adapt_model",

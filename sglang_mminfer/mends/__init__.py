@@ -115,6 +115,56 @@ MENDS: tuple[Mend, ...] = (
         "tests/backend/test_mends.py",
         "base_processor: expand placeholders in the ids that came.",
     ),
+    Mend(
+        "picture_orientation",
+        "The EXIF orientation of a picture is left out: photos lie on their side.",
+        "Pictures are turned as every viewer shows them, pixels and grid.",
+        "tests/backend/test_mends_media.py",
+        "base_processor._load_single_item: ImageOps.exif_transpose, and no decoding on the GPU of turned files.",
+    ),
+    Mend(
+        "picture_modes",
+        "Grey of 16 or 32 bits and floats are white or black, and what is transparent shows the colours beneath.",
+        "More than 8 bits are seen as their upper 8, transparent pixels on white.",
+        "tests/backend/test_mends_media.py",
+        "base_processor._load_single_item: scale the modes I and F, composite alpha on white.",
+    ),
+    Mend(
+        "odd_sizes",
+        "Nothing bounds a picture, a square made of one, or the frames of a video before they are allocated; videos "
+        "of less than 32 pixels across are an error of the server.",
+        "Sizes are checked before anything is decoded, and the client is told size and limit; small videos are seen.",
+        "tests/backend/test_mends_media.py",
+        "utils.common.load_image: limits on the header.",
+    ),
+    Mend(
+        "video_frames",
+        "A video given as its frames (data:video/jpeg, a list, an array) is an error of the server, or has no time.",
+        "It is as a file of these frames, at 1 frame a second or the rate that is stated.",
+        "tests/backend/test_mends_media.py",
+        "utils.common.load_video: a decoder over frames.",
+    ),
+    Mend(
+        "video_options",
+        "fps, max_frames, max_long_side_pixel and all that a request asks of one picture or video is left out.",
+        "Each family does what it can, and refuses the rest by name.",
+        "tests/backend/test_mends_media.py",
+        "base_processor._load_single_item: keep VideoData.preprocess_kwargs with the decoder.",
+    ),
+    Mend(
+        "media_order",
+        "InternVL's conversation template puts the pictures of a message before its text and its videos.",
+        "They stand where the message has them, as in OpenGVLab's own code.",
+        "tests/backend/test_mends_media.py",
+        "parser/conversation.py: internvl-2-5 without image_token_at_prefix.",
+    ),
+    Mend(
+        "media_of_samples",
+        "With n > 1 a request with several pictures is refused, and each answer sees one of several videos.",
+        "Each answer sees all media of the request.",
+        "tests/backend/test_mends_media.py",
+        "io_struct.GenerateReqInput._handle_parallel_sampling: wrap media as text is wrapped.",
+    ),
 )
 
 

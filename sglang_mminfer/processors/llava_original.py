@@ -12,15 +12,18 @@ those of such a model.
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import functools
 import math
 import re
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang_mminfer import mends
+from sglang_mminfer.mends import pictures
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +152,7 @@ def _processor_class(base: Any) -> type:
         """Several pictures are several whatever the request calls them; items know their tokens."""
 
         prefer_tokenized_input = True
+        REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {"image": frozenset()}
 
         async def process_mm_data_async(
             self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
@@ -165,6 +169,16 @@ def _processor_class(base: Any) -> type:
             if images and not isinstance(images[0], dict):  # a dict is a picture that the client has processed
                 self._place(output, input_text)
             return output
+
+        async def _process_single_image(self, image_data: Any, aspect_ratio: Any, grid_pinpoints: Any) -> Any:
+            # In a process of its own SGLang reads files by itself, as no other family does.
+            url = getattr(image_data, "url", image_data)
+            if isinstance(url, str) and url.startswith(("http://", "https://")):
+                file = await self._fetch_remote_image_bytes(url)
+                image_data = dataclasses.replace(image_data, url=file) if hasattr(image_data, "url") else file
+            as_file = functools.partial(pictures.as_file, type(self), image_data, squared=aspect_ratio == "pad")
+            file = await asyncio.get_running_loop().run_in_executor(self.io_executor, as_file)
+            return await super()._process_single_image(file, aspect_ratio, grid_pinpoints)
 
         @functools.cached_property
         def _side(self) -> tuple[int, int]:

@@ -234,21 +234,22 @@ class InternVLOracle(HFOracle):
         text, tiles = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n", []
         for message in messages:
             (rendered,), images, videos = split_messages([message])
-            shown = [_picture_tiles(load_image(url)) for url in images]
-            pictures = "".join(f"<img>{'<IMG_CONTEXT>' * (TOKENS * len(own))}</img>\n" for own in shown)
-            tiles += shown
             words = ""
             parts = rendered["content"]
             for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
                 if part["type"] == "text":
                     words += part["text"]
+                elif part["type"] == "image":
+                    picture = _picture_tiles(load_image(images.pop(0)))
+                    tiles.append(picture)
+                    words += f"<img>{'<IMG_CONTEXT>' * (TOKENS * len(picture))}</img>\n"
                 elif part["type"] == "video":
                     frames = _frame_tiles(open_video(videos.pop(0)), self.num_frames)
                     tiles.append(frames)
                     words += "".join(
                         f"Frame {i}: <img>{'<|video_pad|>' * TOKENS}</img>\n" for i in range(1, len(frames) + 1)
                     )
-            text += f"<|im_start|>{message['role']}\n{pictures}{words}<|im_end|>\n"
+            text += f"<|im_start|>{message['role']}\n{words}<|im_end|>\n"
         ids = self.tokenizer(text + "<|im_start|>assistant\n", return_tensors="pt")["input_ids"]
         inputs = {"prompt_ids": ids, "input_ids": torch.where(ids == self.video, self.context, ids)}
         if tiles:
