@@ -371,6 +371,11 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{config.AUDIT_ENVIRONMENT}: expected a share of requests from 0 to 1.",
     ),
     Refusal(
+        "plan_budget",
+        lambda cfg: config.plan_budget_is_bad(),
+        f"{' and '.join(config.PLAN_BUDGET_ENVIRONMENT)}: expected numbers above 0 (inf: no limit).",
+    ),
+    Refusal(
         "decode_only",
         lambda cfg: _backends(cfg)[0] != config.BACKEND_NAME,
         "mminfer is named for decoding only, and it works on the prefill; use "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -36,18 +36,20 @@ class SegmentTable:
     @classmethod
     def of(cls, segments: Sequence[Any]) -> SegmentTable:
         grids = [segment.grid for segment in segments]
-        sizes = [(0, 0, 0, False) if grid is None else (grid.frames, grid.rows, grid.cols, grid.raster) for grid in grids]
-        frames, rows, cols, raster = np.array(sizes, dtype=np.int64).reshape(-1, 4).T
-        starts = chain.from_iterable(grid.frame_starts for grid in grids if grid is not None)
+
+        def column(values: Iterable[int]) -> Ints:  # from a generator: no list of them, which garbage collection walks
+            return np.fromiter(values, dtype=np.int64)
+
+        frames = column(grid.frames if grid else 0 for grid in grids)
         return cls(
-            start=np.array([segment.start for segment in segments], dtype=np.int64),
-            stop=np.array([segment.stop for segment in segments], dtype=np.int64),
-            code=np.array([CODES[segment.modality] for segment in segments], dtype=np.int64),
+            start=column(segment.start for segment in segments),
+            stop=column(segment.stop for segment in segments),
+            code=column(CODES[segment.modality] for segment in segments),
             frames=frames,
-            rows=rows,
-            cols=cols,
-            raster=raster.astype(np.bool_),
-            frame_starts=np.fromiter(starts, dtype=np.int64, count=int(frames.sum())),
+            rows=column(grid.rows if grid else 0 for grid in grids),
+            cols=column(grid.cols if grid else 0 for grid in grids),
+            raster=column(grid.raster if grid else 0 for grid in grids).astype(np.bool_),
+            frame_starts=column(chain.from_iterable(grid.frame_starts for grid in grids if grid)),
             first_frame=np.concatenate([[0], np.cumsum(frames)]),
         )
 

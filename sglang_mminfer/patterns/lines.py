@@ -136,6 +136,20 @@ class LineOrder:
         start = tile + first_line * length // self.block_k
         return start, tile - (-(last_line + 1) * length // self.block_k) - start
 
+    def count_visits(self) -> int:
+        """About how many (query tile, key tile) pairs the chunk's rows visit along their lines. Counted from packs,
+        without looking at a tile."""
+        pack = np.repeat(np.arange(self.num_packs), self._num_frames)
+        start = self._frame_starts[expand(self._first_frame, self._num_frames)]
+        in_chunk = np.minimum(start + self._cells[pack], self._kv_len) - np.maximum(start, self._q_start)
+        num_rows = np.bincount(pack, weights=np.maximum(in_chunk, 0), minlength=self.num_packs)
+        all_tiles = -(-self.size // self.block_q)
+        query_tiles = np.minimum(all_tiles, num_rows)
+        # A query tile covers its share of each pack's keys, and at both ends a part of a key tile more.
+        by_shape = [np.bincount(self.shape, weights) for weights in (query_tiles / all_tiles, query_tiles)]
+        key_tiles = np.bincount(self.shape, self.size / self.block_k)
+        return int(by_shape[0] @ key_tiles + by_shape[1] @ np.bincount(self.shape))
+
     # ---- tiles of keys -------------------------------------------------------------------------------------
 
     @cached_property
