@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup ready demo test test-interpreted test-fast test-server test-gpu test-gpu-sanitize check bench bench-gpu \
+.PHONY: setup ready demo test test-interpreted test-fast test-server test-gpu test-gpu-sanitize check bench bench-plan bench-gpu \
 	bench-gpu-tune bench-gpu-model soak test-families support-matrix clean
 
 setup: $(VENV)/.ready
@@ -45,6 +45,10 @@ check: setup
 # Prefill time of the real server against stock dense, into kernels/benchmarks/results/.
 bench: setup
 	$(BIN)/python -m sglang_mminfer.evaluation.prefill_bench
+
+# What planning one chunk costs, many small images and frames among the cases.
+bench-plan: setup
+	$(BIN)/python -m sglang_mminfer.evaluation.plan_time --out kernels/benchmarks/results/plan_time.json
 
 # What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch and triton: for a
 # machine without SGLang. The tests then need pytest and hypothesis in it.

@@ -28,6 +28,7 @@ from sglang_mminfer.embedding_cache import EncodedAgain, EncoderWatch
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.budget import PlanBudget, line_strides
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
 from sglang_mminfer.trace import AuditMetrics, Metrics, PrefillRecord, TraceFile, map_entries
@@ -230,6 +231,8 @@ class SparsePrefill:
         self._num_layers = runner.model_config.num_hidden_layers
         self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self._num_layers))
+        self._budget = PlanBudget(*config.plan_budget())
+        self._line_strides = line_strides({head for row in self.head_config.rows for head in row})
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
         self._executor = executors.name_for(config.executor(), self.device)
@@ -300,6 +303,8 @@ class SparsePrefill:
             request.prompt_stop = _prompt_stop(request, mm_inputs, mode.name == "MIXED")
             if request.dense_reason is None and request.prompt_stop <= request.prefix_len:
                 request.dense_reason = "decode"
+            if request.dense_reason is None and not self._may_plan(request):
+                request.dense_reason = "plan_budget"
         if self.observers:
             for i, request in enumerate(batch.requests):
                 request.slots = self._slots(forward_batch, i, request)
@@ -323,6 +328,11 @@ class SparsePrefill:
         dense_below = self.head_config.defaults.dense_below
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
         return None
+
+    def _may_plan(self, request: _Request) -> bool:
+        """Whether planning the request's chunk is within the budget. All ranks answer alike."""
+        stop = min(request.prompt_stop, request.seq_len)
+        return request.map is None or self._budget.allows(request.map, request.prefix_len, stop, self._line_strides)
 
     def _slots(self, forward_batch: Any, i: int, request: _Request) -> torch.Tensor:
         """int64 [seq_len]: the cache row of every position."""

@@ -397,6 +397,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "names with a minus each to have all others.",
     ),
     Refusal(
+        "plan_budget",
+        lambda cfg: config.plan_budget_is_bad(),
+        f"{' and '.join(config.PLAN_BUDGET_ENVIRONMENT)}: expected numbers above 0 (inf: no limit).",
+    ),
+    Refusal(
         "decode_only",
         lambda cfg: _backends(cfg)[0] != config.BACKEND_NAME,
         "mminfer is named for decoding only, and it works on the prefill; use "
