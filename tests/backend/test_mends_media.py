@@ -27,7 +27,7 @@ MODULES = {
     "internvl": ("internvl", {"num_frames": 6}),
     "nvila_lite": ("nvila", {"num_frames": 6}),
     "llava_onevision": ("transformers_auto", {"num_frames": 6}),
-    "llava_video": ("qwen_vl", {"fps": 1, "max_frames": 6}),
+    "llava_video": ("qwen_vl", {"fps": 1, "max_frames": 16}),
     "longvila": ("qwen_vl", {"num_frames": 6}),
     "videochat_flash": ("qwen_vl", {"min_frames": 4, "max_frames": 16}),
 }
@@ -48,7 +48,8 @@ class Asked:
         module, video = MODULES[name]
         path = family.make(folder / name)
         self.name = name
-        self.processing = Processing(path, module, mm_process_config={"video": video}, trust_remote_code=True)
+        fields = {"model_impl": "transformers"} if module == "transformers_auto" else {}
+        self.processing = Processing(path, module, mm_process_config={"video": video}, trust_remote_code=True, **fields)
         tokens = self.processing.processor.mm_tokens
         usual = (tokens.image_token or "<image>", tokens.video_token or "<video>")
         self.image, self.video = PLACEHOLDERS.get(name, usual)

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from sglang_mminfer.mends import limits
 from sglang_mminfer.mends import options as request_options
 from sglang_mminfer.models.frames import decode, length_and_rate, resize, squared
 from sglang_mminfer.models.longvila.config import check, tokens_per_side
@@ -49,7 +50,9 @@ class LongVilaRasters:
         within = request_options.within
         if count := wanted.get("num_frames"):
             return evenly(total, rate, count=within(count, self.frames, "num_frames"))
-        most = within(wanted.get("max_frames", self.frames), self.frames, "max_frames")
+        # Its frames are counted from the start: few of them at a rate of the request's would leave out the rest.
+        usual = max(self.frames, limits.FRAMES) if "fps" in wanted else self.frames
+        most = within(wanted.get("max_frames", usual), self.frames, "max_frames")
         fps = wanted.get("fps", self.fps)
         return first_seconds(total, rate, fps=fps, most=most) if fps > 0 else evenly(total, rate, count=most)
 
