@@ -107,9 +107,7 @@ def measure(root: Path | None, case: str, timeout_s: float, repeats: int = 5) ->
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **own}
     arguments = [sys.executable, "-c", PROGRAM, json.dumps([CASES[case], CHUNK, repeats])]
     try:
-        done = subprocess.run(
-            arguments, env=environment, capture_output=True, text=True, check=True, timeout=timeout_s
-        )
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return {"over_s": timeout_s}
     return json.loads(done.stdout.splitlines()[-1])
