@@ -2,7 +2,7 @@
 
 What is counted follows from the map, the head config and the chunk's bounds alone, so all tensor-parallel ranks and
 every repetition decide alike, whatever else they are busy with. The milliseconds are those counts times `NANOSECONDS`,
-measured on one core of a server CPU by `python -m sglang_mminfer.evaluation.plan_time`, and half as much again.
+measured on one core of a server CPU by `python -m sglang_mminfer.evaluation.plan_time`, a little rounded up.
 
 A chunk beyond the budget runs dense and is counted as `plan_budget`; others of the same prompt may still run sparse.
 A dense row sees all that its pattern asks for and more, so its answer only gets nearer to that of dense attention.
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import row_classes
@@ -39,7 +37,7 @@ def line_strides(heads: Iterable[HeadPattern]) -> tuple[str, ...]:
 
 
 def count_work(modality_map: ModalityMap, q_start: int, kv_len: int, stride: str | None) -> dict[str, int]:
-    """What planning rows [q_start, kv_len) of one head pattern works on, counted from above, by name as in `NANOSECONDS`.
+    """What planning rows [q_start, kv_len) of one head pattern works on, by the names of `NANOSECONDS`.
 
     Args:
         stride: of the lines through rasters that the pattern looks along; None: along none.

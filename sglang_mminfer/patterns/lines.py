@@ -139,10 +139,14 @@ class LineOrder:
         start = self._frame_starts[expand(self._first_frame, self._num_frames)]
         in_chunk = np.minimum(start + self._cells[pack], self._kv_len) - np.maximum(start, self._q_start)
         num_rows = np.bincount(pack, weights=np.maximum(in_chunk, 0), minlength=self.num_packs)
-        all_tiles = -(-self.size // self.block_q)
-        query_tiles = np.minimum(all_tiles, num_rows)
-        # A query tile covers its share of each pack's keys, and at both ends a part of a key tile more.
-        by_shape = [np.bincount(self.shape, weights) for weights in (query_tiles / all_tiles, query_tiles)]
+        # A line's rows of one chunk stand side by side, in as few query tiles as they fill and one more.
+        query_tiles = np.minimum(-(-self.size // self.block_q), num_rows)
+        query_tiles = np.minimum(query_tiles, num_rows / self.block_q + self.num_lines)
+        # A query tile visits its share of the lines in each pack, and at both ends a part of a key tile more.
+        aligned = (self.block_q % self.length == 0) | (self.length % self.block_q == 0)
+        lines = np.where(aligned, np.maximum(self.block_q / self.length, 1), self.block_q / self.length + 1)
+        share = np.minimum(lines / self.num_lines, 1)
+        by_shape = [np.bincount(self.shape, weights) for weights in (query_tiles * share, query_tiles)]
         key_tiles = np.bincount(self.shape, self.size / self.block_k)
         return int(by_shape[0] @ key_tiles + by_shape[1] @ np.bincount(self.shape))
 

@@ -72,9 +72,16 @@ class Stock:
         return torch.stack(heads, dim=1).flatten(1).to(q.dtype)
 
 
-def prefill(config: str, monkeypatch: pytest.MonkeyPatch, *observers: observe.Observer, **server_args: Any) -> Any:
-    """A SparsePrefill that runs the head config `config`."""
-    parallel = SimpleNamespace(attn_tp_rank=0, attn_tp_size=1, tp_rank=0, tp_size=1)
+def prefill(
+    config: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *observers: observe.Observer,
+    rank: int = 0,
+    ranks: int = 1,
+    **server_args: Any,
+) -> Any:
+    """A SparsePrefill that runs the head config `config`, on one of `ranks` tensor-parallel ranks."""
+    parallel = SimpleNamespace(attn_tp_rank=rank, attn_tp_size=ranks, tp_rank=rank, tp_size=ranks)
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
     monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config)
     monkeypatch.setattr("sglang_mminfer.config.dense_backend_name", lambda *_: "torch_native")

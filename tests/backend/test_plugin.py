@@ -304,6 +304,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "executor": {"environ": {"SGLANG_MMINFER_EXECUTOR": "cutlass"}},
     "dense_heads": {"environ": {"SGLANG_MMINFER_DENSE_HEADS": "1"}},
     "audit": {"environ": {"SGLANG_MMINFER_AUDIT": "1.5"}},
+    "plan_budget": {"environ": {"SGLANG_MMINFER_PLAN_BUDGET_MS": "0"}},
     "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
     "ray": {"use_ray": True},
     "deterministic": {"enable_deterministic_inference": True},
