@@ -70,17 +70,16 @@ def positions(
         ValueError: if placeholders and grids do not fit.
     """
     media = {rule.image: _pictures(images, rule), rule.video: _steps(videos, seconds, rule)}
+    word, nothing = torch.zeros(3, 1, dtype=torch.int64), torch.empty(3, 0)
     parts: list[torch.Tensor] = []
     at = following = 0
     while at < len(ids):
-        if ids[at] not in media:
-            part = torch.full((3, 1), 0)
-        else:
-            part = next(media[ids[at]], None)
-            if part is None or list(ids[at : at + part.shape[1]]) != [ids[at]] * part.shape[1]:
-                raise ValueError(f"m-RoPE: placeholders from token {at} on do not fit the grids {images} and {videos}")
+        part = next(media[ids[at]], nothing) if ids[at] in media else word
+        tokens = part.shape[1]
+        if part is not word and (not tokens or list(ids[at : at + tokens]) != [ids[at]] * tokens):
+            raise ValueError(f"m-RoPE: placeholders from token {at} on do not fit the grids {images} and {videos}")
         parts.append(part + following)
-        at += part.shape[1]
+        at += tokens
         following = int(parts[-1].max()) + 1  # text, and what comes next, behind the highest position
     if any(next(left, None) is not None for left in media.values()):
         raise ValueError(f"m-RoPE: the prompt has fewer placeholders than the grids {images} and {videos}")

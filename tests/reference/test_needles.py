@@ -152,3 +152,18 @@ def test_a_shipped_model_answers_through_files(kind, tmp_path):
     said = media_files.messages(conversation, tmp_path)
     got = [oracle.answer(said[: 2 * i + 1], max_new_tokens=2).text for i in range(len(conversation.turns))]
     assert got == [turn.answer for turn in conversation.turns]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_files_stand_in_time_where_the_models_were_trained(kind, tmp_path):
+    """2 frames a second, two to a step: a step lasts a second, which is what `interval` is 1.0 for."""
+    from sglang_mminfer.evaluation.hf_oracle import HFOracle
+
+    oracle = HFOracle(EXAMPLES / kind, mm_process_config=checkpoint.MM_PROCESS_CONFIG)
+    conversation = _conversation(kind, 8, pairs=40)
+    item = sequence.build(conversation, sequence.Vocabulary(oracle.processor.tokenizer))
+    inputs = oracle.inputs(media_files.messages(conversation, tmp_path)[:-1])
+    asked = inputs["input_ids"].shape[1]
+    assert inputs["input_ids"][0].tolist() == item.ids[:asked].tolist()
+    assert np.array_equal(inputs["position_ids"][:, 0], item.positions[:, :asked])
+    assert {part.interval for part in conversation.parts} == {1.0}

@@ -265,4 +265,4 @@ class InternVLOracle(HFOracle):
 
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> InternVLOracle:
-    return InternVLOracle(path, **video)
+    return InternVLOracle(path, video["num_frames"])

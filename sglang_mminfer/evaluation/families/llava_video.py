@@ -240,7 +240,7 @@ class LlavaVideoOracle(EmbeddedOracle):
         if len(wanted) > self.video["max_frames"] or self.video["force_sample"]:
             wanted = np.linspace(0, total - 1, self.video["max_frames"], dtype=int).tolist()
             times = [i / rate for i in wanted]
-        frames = self.projected(video.frames(wanted))
+        frames = self.projected(list(video.frames(wanted)))
         tokens: list[torch.Tensor] = []
         position = self.config["mm_newline_position"]
         for frame in frames:

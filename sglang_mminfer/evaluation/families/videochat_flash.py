@@ -246,7 +246,7 @@ class VideoChatFlashOracle(EmbeddedOracle):
         wanted = [(parts[i] + parts[i + 1] - 1) // 2 for i in range(len(parts) - 1)]
         while len(wanted) < count:
             wanted.append(wanted[-1])
-        frames = video.frames(wanted)
+        frames = list(video.frames(wanted))
         clips = [self.embedded(frames[i : i + 4]) for i in range(0, count, 4)]
         seconds = f"{total / rate:.2f}"
         told = f"The video lasts for {seconds} seconds, and {count} frames are uniformly sampled from it."
