@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from sglang_mminfer import config, embedding_cache, executors, observe, self_check
+from sglang_mminfer import config, embedding_cache, executors, observe, prompts, self_check
 from sglang_mminfer.audit import Audit
 from sglang_mminfer.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
 from sglang_mminfer.embedding_cache import EncodedAgain, EncoderWatch
 from sglang_mminfer.kernels.block_plan import PrefillPlan
-from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
+from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
@@ -131,17 +131,6 @@ class _Request:
         )
 
 
-def _prompt_stop(request: _Request, mm_inputs: Any, mixed: bool) -> int:
-    """Where the request's prompt ends and what it generated begins; its chunk's end if that cannot be told.
-
-    Generated tokens come here in a batch that mixes decoding with prefill, and after a retraction. They see
-    everything, as in a batch that decodes.
-    """
-    if getattr(mm_inputs, "mrope_positions", None) is not None:
-        return prompt_length(mm_inputs, request.seq_len, request.rid)
-    return request.prefix_len if mixed and request.chunk_len == 1 else request.seq_len
-
-
 class _Batch:
     """One prefill batch: its requests, its planner if any request is sparse, and its account."""
 
@@ -224,6 +213,7 @@ class SparsePrefill:
         if self.leads or (audited and self.rank):
             self.trace = TraceFile.from_environment(self.rank)
         self.metrics = Metrics() if runner.server_args.enable_metrics and self.leads else None
+        prompts.watch()
         self._encoder = EncoderWatch()
         if self.leads:
             embedding_cache.watch = self._encoder
@@ -296,10 +286,7 @@ class SparsePrefill:
             return batch.run_dense(f"mode_{mode.name.lower()}")
         media = forward_batch.mm_inputs or [None] * len(batch.requests)
         for request, mm_inputs in zip(batch.requests, media):
-            request.map, request.dense_reason = self._map(request, mm_inputs)
-            request.prompt_stop = _prompt_stop(request, mm_inputs, mode.name == "MIXED")
-            if request.dense_reason is None and request.prompt_stop <= request.prefix_len:
-                request.dense_reason = "decode"
+            self._read(request, mm_inputs)
         if self.observers:
             for i, request in enumerate(batch.requests):
                 request.slots = self._slots(forward_batch, i, request)
@@ -328,23 +315,33 @@ class SparsePrefill:
         """int64 [seq_len]: the cache row of every position."""
         return self.req_to_token[forward_batch.req_pool_indices[i], : request.seq_len].long()
 
-    def _map(self, request: _Request, mm_inputs: Any) -> tuple[ModalityMap | None, str | None]:
-        """The request's map, and why it runs dense (None: it runs sparse)."""
+    def _read(self, request: _Request, mm_inputs: Any) -> None:
+        """Finds the request's prompt and map, and why it runs dense (None: it runs sparse)."""
+        prompt = prompts.length_of(request.rid)
+        request.prompt_stop = request.seq_len if prompt is None else prompt
         all_dense = "dense_config" if self._all_dense else self._unfit
         if all_dense is not None and (mm_inputs is None or not self.observers):
-            return None, all_dense
-        if mm_inputs is None:
-            return None, "no_media"
+            request.dense_reason = all_dense
+        elif mm_inputs is None:
+            request.dense_reason = "no_media"
+        elif prompt is None:
+            request.dense_reason = all_dense or "no_prompt_length"
+        else:
+            request.map, reason = self._map(request, mm_inputs, prompt)
+            request.dense_reason = all_dense or reason
+
+    def _map(self, request: _Request, mm_inputs: Any, prompt: int) -> tuple[ModalityMap | None, str | None]:
+        """The map of a request whose prompt has `prompt` tokens, and why the request itself asks for dense."""
         try:
-            modality_map = cached_map(mm_inputs, request.seq_len, self.family, request.rid)
+            modality_map = cached_map(mm_inputs, prompt, self.family)
         except GeometryError as error:
             if not error.repeated:
                 logger.warning("mminfer: request %s runs dense: %s", request.rid, error)
-            return None, all_dense or error.reason
-        if all_dense is not None:
-            return modality_map, all_dense
+            return None, error.reason
         if not modality_map.has_vision:
             return modality_map, "no_media"
+        if request.prefix_len >= prompt:
+            return modality_map, "decode"
         if request.seq_len <= self.head_config.defaults.dense_below:
             return modality_map, "short"
         return modality_map, None

@@ -104,6 +104,13 @@ HOOKS: tuple[Hook, ...] = (
         "Some models make SGLang replace the attention backend; that must not go unseen.",
     ),
     Hook(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        "after",
+        "sglang_mminfer.prompts:note",
+        "A forward batch does not tell where a request's prompt ends and what was generated begins, and its mode does "
+        "not either. The requests do, and this is the last place that has them.",
+    ),
+    Hook(
         "sglang.srt.managers.mm_utils.get_new_expanded_mm_items",
         "before",
         f"{_HERE}:split_videos",
