@@ -181,7 +181,7 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
             "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
         )
     missing = [hook.target for hook in plugin.HOOKS if not hook.target_exists()]
-    on_cpu = cpu_platform.is_active()
+    on_cpu = cpu_platform.selected()
     unapplied = [
         hook.target
         for hook in plugin.HOOKS
@@ -235,7 +235,8 @@ def _filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
             "plugin",
             "SGLANG_PLATFORM",
             "error",
-            f"{selected}: SGLang then skips every plugin of a distribution with another platform, this one among them",
+            f"{selected}: SGLang then skips every plugin of a distribution that brings another platform, and this one "
+            "brings mminfer_cpu",
             "unset it; SGLang finds the hardware without it.",
         )
 
@@ -247,7 +248,7 @@ def _machine() -> Iterator[Finding]:
     from sglang_mminfer import cpu_platform
 
     found = cpu_platform.accelerators()
-    if found == ["cuda"]:
+    if found == ("cuda",):
         yield Finding("machine", "accelerator", "ok", torch.cuda.get_device_name(0))
     elif found:
         yield Finding(
@@ -263,24 +264,31 @@ def _machine() -> Iterator[Finding]:
             "accelerator",
             "error",
             f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it",
-            "install a torch built for this driver's CUDA, or set SGLANG_PLATFORM=mminfer_cpu to run on the "
-            "CPU on purpose.",
+            "install a torch built for this driver's CUDA, or launch with --device cpu to run on the CPU on purpose.",
         )
     else:
         cores = len(os.sched_getaffinity(0))
         memory = cpu_platform.MMInferCpuPlatform().get_device_total_memory() / 2**30
         yield Finding("machine", "accelerator", "note", f"none; {cores} CPU cores, {memory:.0f} GiB of memory")
-    reason = cpu_platform.why_inactive()
+    reason = cpu_platform.why_unfit()
     if cpu_platform.is_active():
         yield Finding("machine", "platform", "ok", "mminfer_cpu is active: SGLang runs on plain torch")
     elif found:
         yield Finding("machine", "platform", "ok", f"SGLang's own ({current_platform.device_name}): {reason}")
+    elif reason is None:
+        yield Finding(
+            "machine",
+            "platform",
+            "note",
+            "none that SGLang takes by itself; launched with --device cpu it runs on plain torch (mminfer_cpu), as in "
+            "what follows here",
+        )
     else:
         yield Finding(
             "machine",
             "platform",
             "error",
-            f"no platform for this machine: {reason or 'mminfer_cpu was not loaded'}",
+            f"no platform for this machine: {reason}",
             "unset SGLANG_PLUGINS, SGLANG_PLATFORM and SGLANG_USE_CPU_ENGINE (SGLang's CPU engine needs a "
             "kernel package that is not on the package index).",
         )
@@ -421,9 +429,14 @@ def _model(model_path: str | None, config_name: str | None, trust_remote_code: b
 
 
 def server_args_of(model_path: str, config_name: str | None, **fields: Any) -> Any:
-    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server. Raises what that raises."""
+    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server, which is launched with
+    `--device cpu` where there is no accelerator. Raises what that raises."""
     from sglang.srt.server_args import ServerArgs
 
+    from sglang_mminfer import cpu_platform
+
+    if not cpu_platform.accelerators():
+        fields.setdefault("device", "cpu")
     server_args = ServerArgs(model_path=model_path, attention_backend=config.BACKEND_NAME, **fields)
     setattr(server_args, config.ATTRIBUTE, config_name)
     server_args.resolve_once()

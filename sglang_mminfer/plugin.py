@@ -14,6 +14,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from sglang_mminfer import config
@@ -37,7 +38,7 @@ class Hook:
             added to a list of choices. backend: a factory in the attention registry.
         function: `module:name` of ours, imported when the hook is installed.
         reason: why SGLang cannot do without it.
-        cpu_only: installed only where our CPU platform is active.
+        cpu_only: installed only where our CPU platform is used.
     """
 
     target: str
@@ -172,9 +173,9 @@ HOOKS: tuple[Hook, ...] = (
         "handle_hardware_runtime_validation",
         "resolution",
         f"{_CPU}:resolve_defaults",
-        "The defaults that a CPU needs, before SGLang reads the model's dtype or picks a device; the "
-        "platform's own apply_server_args_defaults comes too late for both.",
-        cpu_only=True,
+        "The first step that knows whether the arguments ask for the CPU; SGLang chooses a platform before. And the "
+        "defaults that a CPU needs, before SGLang reads the model's dtype or picks a device; the platform's own "
+        "apply_server_args_defaults comes too late for both.",
     ),
     Hook(
         "torch.Tensor.pin_memory",
@@ -213,7 +214,7 @@ def register() -> None:
     try:
         from sglang_mminfer import cpu_platform
 
-        on_cpu = cpu_platform.is_active()
+        on_cpu = cpu_platform.selected()
         for hook in HOOKS:
             if on_cpu or not hook.cpu_only:
                 _install(hook)
@@ -224,6 +225,17 @@ def register() -> None:
         )
         raise
     _registered = True
+
+
+@cache
+def install_cpu_hooks() -> None:
+    """Installs what `register` left out, where the CPU is asked for only after it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    for hook in HOOKS:
+        if hook.cpu_only and hook.target not in HookRegistry._patched:
+            _install(hook)
+    HookRegistry.apply_hooks()
 
 
 def _install(hook: Hook) -> None:

@@ -298,7 +298,11 @@ def load_sglang() -> None:
     """As in the server: without our CPU platform parts of SGLang cannot be imported where no GPU is."""
     from sglang.srt.plugins import load_plugins
 
+    from sglang_mminfer import cpu_platform
+
     load_plugins()
+    if not cpu_platform.accelerators():
+        cpu_platform.use()
 
 
 def load_image(url: str) -> Any:

@@ -130,7 +130,8 @@ def servers(
             path, flags = mixed_server(name, folder)
         else:
             path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
-        env = {TRACE: str(trace), **ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})}
+        # Servers are told by their flags, not by the environment of the tests, that they run on a CPU.
+        env = {TRACE: str(trace), "SGLANG_PLATFORM": None, **ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})}
         return Served(Server(path, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 
     fleet = Fleet(make, request.config.stash[ORDER])

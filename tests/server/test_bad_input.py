@@ -97,7 +97,10 @@ def launches(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         if written is not None:
             path.write_text(written)
         starts.append(
-            [*("--model-path", str(model), "--attention-backend", "mminfer"), *("--mminfer-config", str(path))]
+            [
+                *("--model-path", str(model), "--device", "cpu"),
+                *("--attention-backend", "mminfer", "--mminfer-config", str(path)),
+            ]
         )
     out = subprocess.run(
         [sys.executable, "-c", LAUNCH_ALL, json.dumps(starts)], capture_output=True, text=True, check=True, timeout=300
