@@ -16,6 +16,7 @@ Importing this module costs nothing: SGLang does so on every machine.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -246,8 +247,12 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
             logger.info("mminfer: the CPU platform of this package is not used: %s.", reason)
         else:
             use()
-    else:
+    elif _before is not None:
         leave()
+        if cfg.device is None:  # the next step asks for one, and has SGLang's own answer, an error or not
+            from sglang.srt.utils import common
+
+            declare_resolution(server_args, __name__, device=inspect.unwrap(common.get_device)())
     if is_active():
         if wanted := default_arguments(cfg):
             declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **wanted)
@@ -258,15 +263,7 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
             if binding := core_binding(_ranks(cfg), len(get_cpu_ids_by_node()), cores):
                 logger.info("mminfer: %s=%s (cores of each rank)", _CORES, binding)
                 os.environ[_CORES] = binding  # inherited by the schedulers, where SGLang reads it
-    _resolving.append(server_args)
-    try:
-        previous(server_args)
-    finally:
-        _resolving.pop()
-
-
-_resolving: list[Any] = []
-"""Arguments for which SGLang is picking a device."""
+    previous(server_args)
 
 
 def pin_memory(original: Callable[..., torch.Tensor], self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -279,10 +276,8 @@ def pin_memory(original: Callable[..., torch.Tensor], self: torch.Tensor, *args:
 
 
 def get_device(original: Callable[..., str], device_id: int | None = None) -> str:
-    """AROUND get_device: the CPU, where our platform is active. It may be left for another engine of this process,
-    and the processors of those before still ask."""
-    left = not accelerators() and not _resolving
-    return "cpu" if is_active() or left else original(device_id)
+    """AROUND get_device: the CPU, where our platform is active or was for an engine before."""
+    return "cpu" if is_active() or not accelerators() else original(device_id)
 
 
 def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
