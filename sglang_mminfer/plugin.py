@@ -8,20 +8,17 @@ every process, and hides a plugin that fails to import behind "invalid choice: '
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from sglang_mminfer import config
+from sglang_mminfer import config, mends
 
 logger = logging.getLogger(__name__)
-
-SPLIT_VIDEOS_ENVIRONMENT = "SGLANG_MMINFER_SPLIT_VIDEOS"
 
 _HERE = __name__
 _CPU = "sglang_mminfer.cpu_platform"
@@ -112,13 +109,6 @@ HOOKS: tuple[Hook, ...] = (
         "not either. The requests do, and this is the last place that has them.",
     ),
     Hook(
-        "sglang.srt.managers.mm_utils.get_new_expanded_mm_items",
-        "before",
-        f"{_HERE}:split_videos",
-        "SGLang keeps all videos of a Qwen2-VL or Qwen2.5-VL conversation in one item with one hash, so a "
-        "second video changes the radix keys of the first and the whole conversation is prefilled again.",
-    ),
-    Hook(
         "sglang.srt.managers.mm_schedule.get_embedding_and_mask",
         "around",
         "sglang_mminfer.embedding_cache:watch_encoder",
@@ -126,14 +116,24 @@ HOOKS: tuple[Hook, ...] = (
         "then runs again for every chunk: this sees it, says what to set, and counts it. Nothing else changes.",
     ),
     Hook(
-        "sglang.srt.managers.multimodal_processor.get_mm_processor_cls",
+        "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor.__init__",
         "after",
-        "sglang_mminfer.processors:adapt",
-        "SGLang takes 32 frames of an InternVL video whatever --mm-process-config says, leaves a placeholder in the "
-        "text of a prompt with images, and gives frames and the images behind them each other's hashes, which void "
-        "the cached prefix. For Hugging Face LLaVA models it takes all frames, and needs torchcodec to read them. It "
-        "fails on every video of NVILA, whose processor expects frames of another decoder, and would take 8 of each. "
-        "Of several images for an original LLaVA it takes the first, and where they stand it tells nobody.",
+        "sglang_mminfer.mends.processor:mend_processor",
+        "Media processors of a server with mminfer get the mends of `mends.MENDS`. In the constructor and not where "
+        "classes are chosen, because only here the server's arguments are known.",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value",
+        "around",
+        "sglang_mminfer.mends.identity:set_pad_value",
+        "SGLang hashes a medium's features alone, and two media of equal features may be arranged differently. Items "
+        "of other servers lack the key that this goes by.",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._process_messages",
+        "around",
+        "sglang_mminfer.mends.words:guard_messages",
+        "Only before the chat template runs can words of a conversation be told from placeholders of its media.",
     ),
     Hook(
         "sglang.srt.model_loader.utils.get_model_architecture",
@@ -390,6 +390,12 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{config.AUDIT_ENVIRONMENT}: expected a share of requests from 0 to 1.",
     ),
     Refusal(
+        "mends",
+        lambda cfg: mends.why_bad() is not None,
+        f"{mends.ENVIRONMENT}: expected all, none, names of mends (`mminfer doctor` lists them) to have only these, or "
+        "names with a minus each to have all others.",
+    ),
+    Refusal(
         "decode_only",
         lambda cfg: _backends(cfg)[0] != config.BACKEND_NAME,
         "mminfer is named for decoding only, and it works on the prefill; use "
@@ -523,7 +529,6 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     wanted = uses_mminfer(server_args)
     server_args._mminfer_wanted = wanted
-    _split_videos_by_default(wanted)
     if wanted:
         refuse(server_args)
         cfg = resolving_view(server_args)
@@ -559,55 +564,6 @@ def check_result(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 # Media
-
-
-_wanted_here = False
-
-
-def _split_videos_by_default(wanted: bool) -> None:
-    """Arguments are resolved in the process that also runs the tokenizer; `split_videos` is called there."""
-    global _wanted_here
-    _wanted_here = wanted
-
-
-def adapts_media(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether media come in items of their own: with our backend only, unless the environment says 0 or 1."""
-    said = (os.environ if environ is None else environ).get(SPLIT_VIDEOS_ENVIRONMENT)
-    return said == "1" if said in ("0", "1") else _wanted_here
-
-
-def split_videos(items: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """BEFORE get_new_expanded_mm_items: one item for each video.
-
-    Each video then has a hash of its own, and the radix keys of a conversation no longer depend on what comes
-    after them.
-    """
-    if not adapts_media():
-        return None
-    return ([video for item in items for video in _videos_of(item)],), {}
-
-
-def _videos_of(item: Any) -> list[Any]:
-    """The videos of an item that holds several with one span of tokens each; any other item as it is."""
-    grids, count = item.model_specific_data.get("video_grid_thw"), len(item.offsets or ())
-    if not item.is_video() or count < 2 or grids is None or len(grids) != count:
-        return [item]
-    patches = [int(t) * int(h) * int(w) for t, h, w in grids]
-    if getattr(item.feature, "ndim", 0) != 2 or len(item.feature) != sum(patches):
-        return [item]
-    videos, start = [], 0
-    for i, length in enumerate(patches):
-        video = copy.copy(item)
-        video.feature = item.feature[start : start + length]
-        video.offsets = [item.offsets[i]]
-        video.model_specific_data = {
-            key: value[i : i + 1] if hasattr(value, "__len__") and len(value) == count else value
-            for key, value in item.model_specific_data.items()
-        }
-        video.hash = None  # of all videos so far; SGLang computes it anew
-        videos.append(video)
-        start += length
-    return videos
 
 
 def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:

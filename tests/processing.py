@@ -77,7 +77,7 @@ class Processing:
     def token(self, text: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(text))
 
-    def __call__(self, prompt: str, images: Sequence[Path] = (), videos: Sequence[Path] = ()) -> Processed:
+    def __call__(self, prompt: str | list[int], images: Sequence[Path] = (), videos: Sequence[Path] = ()) -> Processed:
         request = SimpleNamespace(
             image_data=[str(image) for image in images] or None,
             video_data=[str(video) for video in videos] or None,

@@ -33,6 +33,10 @@ class MediaProcessor(BaseMultimodalProcessor):
     models: ClassVar[list[type]] = []  # SGLang's own scan finds none; see registration.py
     VIDEO_OPTIONS: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
 
+    # By these words a prompt is cut at its media; the id that stands for their tokens may stand for others, too.
+    placeholder_words: ClassVar[tuple[str, ...]] = (IMAGE, VIDEO)
+    has_placeholder_ids: ClassVar[bool] = False
+
     # Text is tokenized here, around the media, and once.
     generates_input_ids_from_raw_prompt = True
     # Concurrency is SGLang's IO threads', in which all of this runs; there is no processor to clone.

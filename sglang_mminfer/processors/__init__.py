@@ -1,7 +1,7 @@
 """SGLang's media processors of models whose limits or mistakes stand in the way of long video.
 
-Each class here is SGLang's own with little changed, made when SGLang asks for the processor of such a model and
-not before: `adapt` is the hook, `plugin.HOOKS` says why. The number of frames is SGLang's own option for video,
+Each class here is SGLang's own with little changed, made when SGLang makes the processor of such a model and not
+before: `mends.processor` is the hook, `mends.MENDS` says why. The number of frames is SGLang's own option for video,
 which these processors do not read:
 
     --mm-process-config '{"video": {"num_frames": 256}}'
@@ -13,28 +13,28 @@ import importlib
 import os
 from typing import Any
 
+from sglang_mminfer import mends
+
 NUM_FRAMES = "num_frames"
 
 _ADAPTED = {
-    "InternVLProcessor": "internvl",
-    "LlavaImageProcessor": "llava_original",
-    "NVILAMultimodalProcessor": "nvila",
-    "TransformersAutoMultimodalProcessor": "llava_hf",
+    "InternVLProcessor": ("internvl", "internvl_frames"),
+    "LlavaImageProcessor": ("llava_original", "llava_original"),
+    "NVILAMultimodalProcessor": ("nvila", "nvila_videos"),
+    "QwenVLImageProcessor": ("qwen_vl", None),
+    "TransformersAutoMultimodalProcessor": ("llava_hf", "llava_hf_videos"),
 }
-"""By SGLang's class, the module here whose `adapted` makes ours: imported then and not with this file."""
+"""By SGLang's class, the module here whose `adapted` makes ours, imported then and not with this file, and the mend
+that it is (None: several, which it asks for one by one)."""
 
 
-def adapt(kind: type | None, *args: Any, **kwargs: Any) -> type | None:
-    """AFTER get_mm_processor_cls: our class in place of one that `_ADAPTED` names, else None (SGLang's stays)."""
-    from sglang_mminfer.plugin import adapts_media
-
-    if kind is None or not adapts_media():
-        return None
-    module = _ADAPTED.get(kind.__name__)
-    if module is None:
-        return None
+def adapted(kind: type, hf_config: Any) -> type:
+    """Our class in place of one that `_ADAPTED` names; any other class as it is."""
+    module, mend = _ADAPTED.get(kind.__name__, (None, None))
+    if module is None or (mend is not None and not mends.active(mend)):
+        return kind
     family = importlib.import_module(f"{__name__}.{module}")
-    return family.adapted(kind, args[0] if args else kwargs["hf_config"])
+    return family.adapted(kind, hf_config) or kind
 
 
 def frames_wanted(video_config: dict[str, Any]) -> int | None:

@@ -6,7 +6,12 @@ import functools
 from typing import Any
 
 from sglang_mminfer.modality.geometry import llava_hf
+from sglang_mminfer.models.frames import frames_at
 from sglang_mminfer.processors import frames_wanted
+
+NUM_FRAMES = 32
+"""Of a video where nobody says how many. Stock takes all, each at its full size: an hour of video would fill any
+memory."""
 
 
 def adapted(base: type, hf_config: Any) -> type | None:
@@ -23,9 +28,21 @@ def _class(base: Any) -> type:
         libraries, and takes every frame.
         """
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.num_frames = frames_wanted(self.video_config)
+        @functools.cached_property
+        def num_frames(self) -> int:
+            return frames_wanted(self.video_config) or NUM_FRAMES
+
+        def check_options(self) -> None:
+            _ = self.num_frames
+
+        def placeholders_in(self, prompt: str) -> dict[str, int]:
+            tokens = {"image": self.mm_tokens.image_token, "video": self.mm_tokens.video_token}
+            return {kind: prompt.count(token) for kind, token in tokens.items() if token}
+
+        def _load_images(self, image_data: Any) -> list[Any]:
+            from sglang.srt.managers.schedule_batch import Modality
+
+            return [self._load_single_item(image, Modality.IMAGE) for image in image_data or ()]
 
         def _apply_hf_processor(self, text: str, images: Any = None, videos: Any = None) -> Any:
             if not videos:
@@ -39,17 +56,14 @@ def _class(base: Any) -> type:
         def _frames(self, video: Any) -> Any:
             """uint8 [frames, 3, height, width]."""
             import numpy as np
-            from sglang.srt.utils import load_video
+            import torch
+            from sglang.srt.managers.schedule_batch import Modality
 
-            source = getattr(video, "url", video)
-            try:
-                decoder = load_video(source, use_gpu=False)
-            except Exception as error:
-                shown = str(source)[:200] if isinstance(source, str) else type(source).__name__
-                raise ValueError(f"video: expected a path or URL of a video file, got {shown}: {error}") from error
+            decoder = self._load_single_item(video, Modality.VIDEO)
             # Exactly as many as asked for, of a shorter file some twice: transformers takes several videos in a
             # prompt only if they are of one length.
-            indices = np.linspace(0, len(decoder) - 1, num=self.num_frames or len(decoder), dtype=int)
-            return decoder.get_frames_as_tensor(indices.tolist()).permute(0, 3, 1, 2)
+            indices = np.linspace(0, len(decoder) - 1, num=self.num_frames, dtype=int)
+            frames = frames_at(decoder, indices.tolist(), f"{self.num_frames} frames")
+            return torch.as_tensor(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
 
     return MMInferLlavaProcessor

@@ -6,7 +6,7 @@ pictures only the first is seen unless every part of the request says "modalitie
 lays the prompt out, from what the model will do with each picture, so that every item knows its tokens as those of
 other families do.
 
-Two hooks of `plugin.HOOKS` lead here, `adapted` by way of `processors.adapt`. Classes are made when SGLang asks for
+Two hooks of `plugin.HOOKS` lead here, `adapted` by way of `processors.adapted`. Classes are made when SGLang asks for
 those of such a model.
 """
 
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from sglang_mminfer import mends
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +42,8 @@ def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[
     A scheduler loads its model before it makes the attention backend, so ours goes by the pictures: those that our
     processor has not placed, as in a server without mminfer, it treats as SGLang's does.
     """
-    from sglang_mminfer.plugin import SPLIT_VIDEOS_ENVIRONMENT
-
     kind, architecture = resolved
-    if os.environ.get(SPLIT_VIDEOS_ENVIRONMENT) == "0":
+    if not mends.active("llava_original"):
         return None
     # By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
     if architecture not in ARCHITECTURES or kind.__module__ != "sglang.srt.models.llava":

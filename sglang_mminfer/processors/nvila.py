@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from sglang_mminfer.mends.token_ids import Piece
 from sglang_mminfer.modality.geometry import VIDEO_KEY, nvila
 from sglang_mminfer.models.frames import frames_at
 from sglang_mminfer.models.sampling import evenly
@@ -26,11 +27,33 @@ def _class(base: Any) -> type:
         video because its decoder gives arrays.
         """
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+        @functools.cached_property
+        def num_frames(self) -> int:
             from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES
 
-            self.num_frames = frames_wanted(self.video_config) or NUM_VIDEO_FRAMES
+            return frames_wanted(self.video_config) or NUM_VIDEO_FRAMES
+
+        def check_options(self) -> None:
+            _ = self.num_frames
+
+        def placeholders_in(self, prompt: str) -> dict[str, int]:
+            tokens = {"image": self.mm_tokens.image_token, "video": self.mm_tokens.video_token}
+            return {kind: prompt.count(token) for kind, token in tokens.items()}
+
+        def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
+            """The pieces as they are.
+
+            Raises:
+                ValueError: for the tokens of media, which nothing tells from those of other media.
+            """
+            for kind, token in (("image", self.mm_tokens.image_token), ("video", self.mm_tokens.video_token)):
+                found = sum(piece.name == token for piece in pieces)
+                if found > counts[kind]:
+                    raise ValueError(
+                        f"input_ids: expected one {token} for each of {counts[kind]} {kind}s, got {found}: ids of an "
+                        f"answer, with the tokens of media in them, are not taken by this model"
+                    )
+            return pieces
 
         async def process_mm_data_async(
             self, image_data: Any, audio_data: Any, input_text: Any, request_obj: Any, **kwargs: Any

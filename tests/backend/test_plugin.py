@@ -22,9 +22,10 @@ from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
-from sglang_mminfer import config, plugin
+from sglang_mminfer import config, mends, plugin
 from sglang_mminfer.evaluation.media import make_video
 from sglang_mminfer.head_config import HeadConfig, HeadConfigError
+from sglang_mminfer.processors.qwen_vl import videos_of
 
 load_plugins()
 
@@ -402,7 +403,7 @@ def test_launch_without_mminfer_is_not_touched(models: dict[str, str], caplog: p
         server_args.resolve_once()
     assert resolving_view(server_args).attention_backend == "torch_native"
     assert "--mminfer-config has no effect" in caplog.text
-    assert not plugin.adapts_media({})
+    assert not mends.wanted(server_args)
 
 
 def test_audit_flag_arrives_and_a_bad_one_is_a_usage_error(
@@ -443,19 +444,25 @@ def _videos(grids: list[list[int]], first: int = 10) -> Any:
     return item
 
 
-def test_every_video_becomes_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
+def _split(item: Any) -> list[Any]:
+    from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
+
+    return [video for part in get_new_expanded_mm_items([item]) for video in videos_of(part)]
+
+
+def test_every_video_becomes_an_item() -> None:
     from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
 
     def hashes(grids: list[list[int]]) -> list[int]:
-        items = get_new_expanded_mm_items([_videos(grids)])
+        items = _split(_videos(grids))
         for item in items:
             item.set_pad_value()
         return [item.hash for item in items]
 
     grids = [[3, 4, 4], [2, 4, 8], [5, 2, 2]]
-    monkeypatch.setenv(plugin.SPLIT_VIDEOS_ENVIRONMENT, "1")
     whole = _videos(grids)
-    items = get_new_expanded_mm_items([whole])
+    assert len(get_new_expanded_mm_items([whole])) == 1  # SGLang as it is
+    items = _split(whole)
     assert [item.offsets for item in items] == [[offset] for offset in whole.offsets]
     assert torch.equal(torch.cat([item.feature for item in items]), whole.feature)
     assert [item.video_grid_thw.tolist() for item in items] == [[grid] for grid in grids]
@@ -464,15 +471,11 @@ def test_every_video_becomes_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hashes(grids)[:2] == hashes(grids[:2])
     assert hashes(grids[:1]) == hashes(grids)[:1]
 
-    monkeypatch.setenv(plugin.SPLIT_VIDEOS_ENVIRONMENT, "0")
-    assert len(get_new_expanded_mm_items([whole])) == 1  # SGLang as it is
-
 
 @pytest.mark.parametrize("what", ["span per frame", "no grid", "features elsewhere", "image"])
-def test_other_items_are_left_to_sglang(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_other_items_are_left_to_sglang(what: str) -> None:
     from sglang.srt.managers.schedule_batch import Modality
 
-    monkeypatch.setenv(plugin.SPLIT_VIDEOS_ENVIRONMENT, "1")
     item = _videos([[3, 4, 4], [2, 4, 8]])
     if what == "span per frame":  # Qwen3-VL
         item.offsets = [(i * 20, i * 20 + 3) for i in range(5)]
@@ -482,8 +485,7 @@ def test_other_items_are_left_to_sglang(monkeypatch: pytest.MonkeyPatch, what: s
         item.feature = None
     else:
         item.modality = Modality.IMAGE
-    split = plugin.split_videos([item])
-    assert split is not None and split[0][0] == [item]
+    assert videos_of(item) == [item]
 
 
 def test_decord_decodes_where_ffmpeg_is_missing(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 
 from sglang_mminfer.evaluation.families import internvl
 from sglang_mminfer.evaluation.media import make_image, make_video
+from sglang_mminfer.mends import OLD_ENVIRONMENT as SPLIT_VIDEOS_ENVIRONMENT
 from sglang_mminfer.modality.geometry import GeometryError, family_of, map_from_mm_inputs
-from sglang_mminfer.plugin import SPLIT_VIDEOS_ENVIRONMENT
 from sglang_mminfer.processors import frames_wanted
 
 FRAMES = 5

@@ -19,8 +19,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from sglang_mminfer.evaluation.families import llava_hf
 from sglang_mminfer.evaluation.media import make_image, make_video
+from sglang_mminfer.mends import OLD_ENVIRONMENT as SPLIT_VIDEOS_ENVIRONMENT
 from sglang_mminfer.modality.geometry import GeometryError, family_of, map_from_mm_inputs
-from sglang_mminfer.plugin import SPLIT_VIDEOS_ENVIRONMENT
 
 RELEASED = {"llava_onevision": LlavaOnevisionConfig(), "llava_next_video": LlavaNextVideoConfig()}
 START = 7

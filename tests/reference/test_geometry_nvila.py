@@ -19,8 +19,8 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 from sglang_mminfer.evaluation.families import nvila
 from sglang_mminfer.evaluation.families.nvila import LITE, NVILA, PATCH, best_shape
 from sglang_mminfer.evaluation.media import make_image, make_video
+from sglang_mminfer.mends import OLD_ENVIRONMENT as SPLIT_VIDEOS_ENVIRONMENT
 from sglang_mminfer.modality.geometry import VIDEO_KEY, GeometryError, family_of, map_from_mm_inputs
-from sglang_mminfer.plugin import SPLIT_VIDEOS_ENVIRONMENT
 from sglang_mminfer.processors.nvila import frames_of
 
 FRAMES = 5

@@ -1,0 +1,207 @@
+"""Mends: faults in how SGLang handles media that a long conversation meets, put right here until they are upstream.
+
+`MENDS` is the list, for people too: `mminfer doctor` and the documents print it. A mend acts in servers whose attention
+backend is mminfer, and in no other. `SGLANG_MMINFER_MENDS` switches mends off by name.
+
+Importing this module costs nothing; what a mend does stands in the module of its name, or in `processors/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ENVIRONMENT = "SGLANG_MMINFER_MENDS"
+ALL, NONE = "all", "none"
+
+OLD_ENVIRONMENT = "SGLANG_MMINFER_SPLIT_VIDEOS"
+"""The switch of the first five mends before there were others; understood for one more release."""
+
+BACKEND_NAME = "mminfer"
+
+
+@dataclass(frozen=True)
+class Mend:
+    """One fault of SGLang and what is done about it.
+
+    Attributes:
+        name: by which the setting knows it.
+        stock: what SGLang does.
+        right: what a server does with the mend.
+        test: the test that sees both.
+        upstream: how it could be mended in SGLang itself; "" where that is no matter of a patch.
+        versions: of SGLang that have the fault, as a version specifier.
+    """
+
+    name: str
+    stock: str
+    right: str
+    test: str
+    upstream: str = ""
+    versions: str = ">=0.5.23,<0.5.24"
+
+
+MENDS: tuple[Mend, ...] = (
+    Mend(
+        "separate_videos",
+        "All videos of a Qwen2-VL or Qwen2.5-VL conversation are one item with one hash, so a second video voids the "
+        "cached prefix of the first.",
+        "Each video is an item with a hash of its own.",
+        "tests/server/test_turns.py",
+        "mm_utils.get_new_expanded_mm_items: split items of several videos by their grid rows.",
+    ),
+    Mend(
+        "internvl_frames",
+        "InternVL takes 32 frames of each video whatever --mm-process-config says, leaves a placeholder in the text of "
+        "a prompt with images, and mixes up the hashes of frames and of images behind a video.",
+        "num_frames is obeyed, and each frame is an item with a hash of its own.",
+        "tests/server/test_families.py",
+        "processors/internvl.py: read num_frames, one item for each frame in the order of the prompt.",
+    ),
+    Mend(
+        "nvila_videos",
+        "NVILA and NVILA-Lite fail on every video: their processor expects frames of another decoder.",
+        "Videos are served, with num_frames frames.",
+        "tests/server/test_families.py",
+        "processors/nvila.py: take frames from VideoDecoderWrapper.",
+    ),
+    Mend(
+        "llava_hf_videos",
+        "Hugging Face LLaVA models decode every frame of a video, through torchcodec alone.",
+        "SGLang's decoder reads the file; num_frames frames are taken, 32 if nothing is said.",
+        "tests/server/test_families.py",
+        "processors/transformers_auto.py: load videos as other processors do.",
+    ),
+    Mend(
+        "llava_original",
+        "LLaVA in its original form sees the first of several images, and the newline behind an image takes the place "
+        "of the word that follows it.",
+        "All images are seen, no word is lost, and a chunk encodes the images that it holds.",
+        "tests/server/test_families.py",
+        "models/llava.py: lay the prompt out in the processor.",
+    ),
+    Mend(
+        "hash_of_arrangement",
+        "Media of equal patches in another arrangement (a blank page upright and lying, a black video) have one hash, "
+        "so the second is answered from the first one's cache.",
+        "Modality, grid, sizes and seconds are part of the hash.",
+        "tests/backend/test_mends.py",
+        "MultimodalDataItem.set_pad_value: hash the grid beside the feature.",
+    ),
+    Mend(
+        "video_seconds",
+        "Qwen2.5-VL's processor is told no frame rate and takes every video for one of 24 frames a second, so "
+        "that time is squeezed twelvefold at 2 frames a second.",
+        "second_per_grid is the time between two grid steps of the file, as the model was trained.",
+        "tests/backend/test_mends.py",
+        "processors/qwen_vl.py: pass video_metadata for qwen2_5_vl, too.",
+    ),
+    Mend(
+        "placeholder_words",
+        "Words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a question, an answer of the "
+        "history or a tool's result beside media end the server, never come back, or are refused for good.",
+        "Words stay words; only what the chat template wrote is bound to media.",
+        "tests/backend/test_mends.py",
+        "serving_chat: render with unique placeholders.",
+    ),
+    Mend(
+        "token_ids",
+        "input_ids with media are decoded and encoded again, and ids of an answer sent back (with the media's tokens) "
+        "hang, fail inside, or are refused.",
+        "Ids outside media are never changed; expanded media are found, or refused with a sentence.",
+        "tests/backend/test_mends.py",
+        "base_processor: expand placeholders in the ids that came.",
+    ),
+)
+
+
+def named(name: str) -> Mend:
+    """The mend of this name."""
+    return next(mend for mend in MENDS if mend.name == name)
+
+
+class MendsError(ValueError):
+    """`SGLANG_MMINFER_MENDS` says what cannot be understood."""
+
+
+@functools.lru_cache
+def _chosen(said: str) -> frozenset[str]:
+    """The names that a setting leaves on.
+
+    "all" or nothing: all. "none": none. "a,b": only these. "-a,-b": all but these.
+
+    Raises:
+        MendsError: naming the entry.
+    """
+    every = frozenset(mend.name for mend in MENDS)
+    entries = [entry.strip() for entry in said.split(",") if entry.strip()]
+    if entries in ([], [ALL]):
+        return every
+    if entries == [NONE]:
+        return frozenset()
+    if unknown := [entry for entry in entries if entry.removeprefix("-") not in every]:
+        raise MendsError(
+            f"{ENVIRONMENT}: expected all, none, or names of mends ({', '.join(sorted(every))}), each with a minus to "
+            f"leave it out; got {unknown[0]!r}"
+        )
+    without = frozenset(entry[1:] for entry in entries if entry.startswith("-"))
+    if without and len(without) != len(set(entries)):
+        raise MendsError(f"{ENVIRONMENT}: expected names to keep, or names to leave out, not both; got {said!r}")
+    return every - without if without else frozenset(entries)
+
+
+def active(name: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a mend is switched on and the SGLang that is installed has its fault."""
+    environ = os.environ if environ is None else environ
+    if environ.get(OLD_ENVIRONMENT) == "0" and name in _FIRST:
+        return False
+    return name in _chosen(environ.get(ENVIRONMENT, "")) and _has_fault(named(name).versions)
+
+
+def why_bad() -> str | None:
+    """What is wrong with the setting, None if nothing is."""
+    try:
+        _chosen(os.environ.get(ENVIRONMENT, ""))
+    except MendsError as error:
+        return str(error)
+    return None
+
+
+_FIRST = frozenset(mend.name for mend in MENDS[:5])
+
+
+def active_names() -> list[str]:
+    """Of all mends that are on."""
+    return [mend.name for mend in MENDS if active(mend.name)]
+
+
+@functools.cache
+def _has_fault(versions: str) -> bool:
+    from importlib.metadata import version
+
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(versions).contains(version("sglang"), prereleases=True)
+
+
+def wanted(server_args: Any) -> bool:
+    """Whether a server runs with mminfer, so that its media are mended."""
+    if os.environ.get(OLD_ENVIRONMENT) == "1":
+        return True
+    known = getattr(server_args, "_mminfer_wanted", None)
+    if known is not None:
+        return bool(known)
+    backends = (getattr(server_args, name, None) for name in _BACKEND_FIELDS)
+    return BACKEND_NAME in backends
+
+
+_BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+
+
+def table(mends: Iterable[Mend] = MENDS) -> str:
+    """The list as a Markdown table, for documents."""
+    rows = ["| mend | stock SGLang | with mminfer |", "| --- | --- | --- |"]
+    return "\n".join([*rows, *(f"| `{mend.name}` | {mend.stock} | {mend.right} |" for mend in mends)])

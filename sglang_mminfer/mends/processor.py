@@ -1,0 +1,84 @@
+"""SGLang's media processor of a server with mminfer, whatever the family: its own class with the mends over it.
+
+An instance changes its class when SGLang's base class has set it up, so that a processor is mended wherever it is
+made, and a processor of another server in the same process is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+from typing import Any
+
+from sglang_mminfer import mends
+from sglang_mminfer.mends import identity, items, pictures, token_ids, verbatim, videos
+
+logger = logging.getLogger(__name__)
+
+
+def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER BaseMultimodalProcessor.__init__."""
+    from sglang_mminfer.processors import adapted
+
+    if not mends.wanted(server_args):
+        return
+    self.__class__ = _mended(adapted(type(self), hf_config))
+    self._processor = verbatim.aware_processor(self._processor)
+    self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+    self.check_options()
+
+
+@functools.cache
+def _mended(base: Any) -> type:
+    signature = inspect.signature(base.process_mm_data_async)
+
+    class Mended(base):
+        """What holds for the media of every family."""
+
+        def check_options(self) -> None:
+            """Raises ValueError for options of --mm-process-config that the family cannot have."""
+            if hasattr(base, "check_options"):
+                super().check_options()
+
+        @classmethod
+        def _load_single_item(cls, data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:
+            load = super()._load_single_item
+            if cls._is_preprocessed_input(data):
+                return data
+            if modality.name == "IMAGE":
+                return pictures.load(load, data, modality, *args, **kwargs)
+            if modality.name == "VIDEO":
+                return videos.load(load, data, modality, *args, **kwargs)
+            return load(data, modality, *args, **kwargs)
+
+        def process_and_combine_mm_data(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().process_and_combine_mm_data(*args, **kwargs)
+            except StopIteration as error:  # a future cannot hold one: the client would wait for ever
+                raise ValueError("prompt: it has more placeholders than media") from error
+
+        async def process_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(self, *args, **kwargs)
+            given = {**call.arguments, **call.arguments.get("kwargs", {})}
+            request, prompt = given["request_obj"], given["input_text"]
+            try:
+                prompt = token_ids.as_text(self, prompt, request)
+                items.check_placeholders(self, prompt, request)
+                call.arguments["input_text"] = prompt
+                output = await super().process_mm_data_async(*call.args[1:], **call.kwargs)
+                if output is not None:
+                    items.check(output, self)
+                    identity.add(output, request)
+            except (ValueError, MemoryError, ImportError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                if type(error).__module__.startswith("torch"):
+                    raise  # the device's, not the client's
+                logger.warning("mminfer: media of request %s failed", getattr(request, "rid", ""), exc_info=True)
+                raise ValueError(f"media: could not be processed: {type(error).__name__}: {error}") from error
+            return output
+
+    Mended.__name__ = Mended.__qualname__ = f"Mended{base.__name__}"
+    return Mended

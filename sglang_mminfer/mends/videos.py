@@ -1,0 +1,11 @@
+"""Videos in every form that clients send them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def load(original: Callable[..., Any], data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of BaseMultimodalProcessor._load_single_item for a video: SGLang's decoder, or one of frames."""
+    return original(data, modality, *args, **kwargs)
