@@ -81,9 +81,9 @@ def why_unfit(environ: Mapping[str, str] = os.environ) -> str | None:
         return f"SGLANG_PLATFORM={name} selects another platform"
     if environ.get("SGLANG_USE_CPU_ENGINE", "0") not in ("", "0"):
         return "SGLANG_USE_CPU_ENGINE is set, so SGLang's own CPU engine is used"
-    if allowed := environ.get("SGLANG_PLUGINS"):
-        if PLATFORM_NAME not in (name.strip() for name in allowed.split(",")):
-            return f"SGLANG_PLUGINS={allowed} leaves it out"
+    allowed = environ.get("SGLANG_PLUGINS")
+    if allowed and PLATFORM_NAME not in (name.strip() for name in allowed.split(",")):
+        return f"SGLANG_PLUGINS={allowed} leaves it out"
     if found := accelerators():
         return f"this machine has an accelerator ({', '.join(found)}); SGLANG_PLATFORM={PLATFORM_NAME} insists"
     from sglang.srt.platforms import current_platform

@@ -134,6 +134,14 @@ def _versions() -> Iterator[Finding]:
             fitting += 1
             if requirement.name in _SHOWN:
                 yield Finding("installed", requirement.name, "ok", f"{installed}  (needs {requirement.specifier})")
+        elif installed and _is_newer(installed, requirement):
+            yield Finding(
+                "installed",
+                requirement.name,
+                "warning",
+                f"{installed} is untested (the tests were run with {requirement.specifier})",
+                f"run `pip install '{requirement.name}{requirement.specifier}'`, or see what the hooks below say.",
+            )
         else:
             yield Finding(
                 "installed",
@@ -180,7 +188,8 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
             f"SGLang did not take the plugin{said}",
             "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
         )
-    missing = [hook.target for hook in plugin.HOOKS if not hook.target_exists()]
+    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]
+    missing = [hook.target for hook in gone]
     on_cpu = cpu_platform.selected()
     unapplied = [
         hook.target
@@ -195,8 +204,9 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
         yield Finding(
             "plugin",
             "hooks",
-            "error",
-            f"{len(missing)} of {total} find no target: {', '.join(missing)}",
+            "error" if any(hook.essential for hook in gone) else "warning",
+            f"{len(missing)} of {total} find no target: {', '.join(missing)}"
+            + (" (none of them essential)" if not any(hook.essential for hook in gone) else ""),
             f"this SGLang moved them; install one that fits: {_needed('sglang')}.",
         )
     elif unapplied:
@@ -461,6 +471,14 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _is_newer(installed: str, requirement: Any) -> bool:
+    """SGLang beyond what the tests were run with: it may work, and nobody knows."""
+    from packaging.version import Version
+
+    lowest = (Version(clause.version) for clause in requirement.specifier if clause.operator == ">=")
+    return requirement.name == "sglang" and all(Version(installed) > version for version in lowest)
 
 
 def _needed(name: str) -> str:

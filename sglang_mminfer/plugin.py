@@ -36,6 +36,8 @@ class Hook:
         function: `module:name` of ours, imported when the hook is installed.
         reason: why SGLang cannot do without it.
         cpu_only: installed only where our CPU platform is used.
+        essential: without it answers could be wrong, so where SGLang lacks the target no server starts with mminfer.
+            Others are left out with a warning.
     """
 
     target: str
@@ -43,6 +45,7 @@ class Hook:
     function: str
     reason: str
     cpu_only: bool = False
+    essential: bool = False
 
     def resolve(self) -> Callable[..., Any]:
         """Our function."""
@@ -68,12 +71,14 @@ HOOKS: tuple[Hook, ...] = (
         "choice",
         f"{_HERE}:add_choice",
         "argparse accepts an attention backend only by this list.",
+        essential=True,
     ),
     Hook(
         "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
         "backend",
         f"{_HERE}:create_backend",
         "The scheduler builds attention backends by name from this registry.",
+        essential=True,
     ),
     Hook(
         "sglang.srt.server_args.ServerArgs.add_cli_args",
@@ -94,12 +99,22 @@ HOOKS: tuple[Hook, ...] = (
         "Refuses what can never work and finds a bad head config before a process is started; names a draft "
         "backend for speculative decoding. This step is the first that knows flags, CUDA graphs and model, "
         "and comes before SGLang's own checks by backend name.",
+        essential=True,
     ),
     Hook(
         "handle_model_capability_adjustments",
         "resolution",
         f"{_HERE}:check_result",
         "Some models make SGLang replace the attention backend; that must not go unseen.",
+        essential=True,
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.resolve_once",
+        "before",
+        "sglang_mminfer.asked:note",
+        "Hooks on SGLang's model code are given no arguments of the server, and must leave servers without mminfer "
+        "alone. Every process resolves or publishes its arguments before, and both go through this method.",
+        essential=True,
     ),
     Hook(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
@@ -107,6 +122,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.prompts:note",
         "A forward batch does not tell where a request's prompt ends and what was generated begins, and its mode does "
         "not either. The requests do, and this is the last place that has them.",
+        essential=True,
     ),
     Hook(
         "sglang.srt.managers.mm_schedule.get_embedding_and_mask",
@@ -205,6 +221,9 @@ HOOKS: tuple[Hook, ...] = (
 
 _registered = False
 
+_missing: list[Hook] = []
+"""Hooks whose targets this SGLang does not have. A launch with mminfer is told, and nobody else."""
+
 
 def register() -> None:
     """Entry point of group `sglang.srt.plugins`: installs `HOOKS`. A second call does nothing."""
@@ -216,8 +235,12 @@ def register() -> None:
 
         on_cpu = cpu_platform.selected()
         for hook in HOOKS:
-            if on_cpu or not hook.cpu_only:
+            if hook.cpu_only and not on_cpu:
+                continue
+            if hook.target_exists():
                 _install(hook)
+            else:
+                _missing.append(hook)
     except Exception:
         logger.exception(
             "sglang-mminfer could NOT be registered, so SGLang will not know the attention backend "
@@ -265,6 +288,7 @@ def add_choice(choices: list[str]) -> None:
 
 def create_backend(runner: Any) -> Any:
     """Factory in SGLang's attention registry; only here is torch code of ours imported."""
+    check_installation()
     from sglang_mminfer.backend import create_backend as create
 
     return create(runner)
@@ -507,6 +531,24 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+def check_installation() -> None:
+    """Says what of SGLang is not there that this package hooks.
+
+    Raises:
+        UnsupportedLaunch: if mminfer cannot do without it.
+    """
+    from importlib.metadata import version
+
+    installed = version("sglang")
+    if essential := [hook.target for hook in _missing if hook.essential]:
+        raise UnsupportedLaunch(
+            f"mminfer: SGLang {installed} has no {', '.join(essential)}, without which answers could be wrong; install "
+            f"sglang{config.TESTED_SGLANG}, or drop --attention-backend mminfer."
+        )
+    for hook in _missing:
+        logger.warning("mminfer: SGLang %s has no %s, so this goes unmended: %s", installed, hook.target, hook.reason)
+
+
 def uses_mminfer(server_args: Any) -> bool:
     """True if the arguments name our backend, for prefill or decode."""
     from sglang.srt.arg_groups.overrides import resolving_view
@@ -530,6 +572,9 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
     wanted = uses_mminfer(server_args)
     server_args._mminfer_wanted = wanted
     if wanted:
+        check_installation()
+        if untested := config.why_untested():
+            logger.warning("mminfer: %s", untested)
         refuse(server_args)
         cfg = resolving_view(server_args)
         if _needs_draft_backend(cfg):
@@ -570,6 +615,10 @@ def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, 
     """AROUND VideoDecoderWrapper.__init__: SGLang's own fallback to decord, taken when it is needed."""
     from sglang.srt.utils import video_decoder
 
+    from sglang_mminfer import asked, cpu_platform
+
+    if not asked.for_mminfer() and not cpu_platform.selected():
+        return original(self, *args, **kwargs)
     try:
         original(self, *args, **kwargs)
     except RuntimeError as error:

@@ -295,12 +295,13 @@ def split_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], l
 
 
 def load_sglang() -> None:
-    """As in the server: without our CPU platform parts of SGLang cannot be imported where no GPU is."""
+    """As in a server with mminfer. Without our CPU platform parts of SGLang cannot be imported where no GPU is."""
     from sglang.srt.plugins import load_plugins
 
-    from sglang_mminfer import cpu_platform
+    from sglang_mminfer import asked, cpu_platform
 
     load_plugins()
+    asked.insist()
     if not cpu_platform.accelerators():
         cpu_platform.use()
 

@@ -30,7 +30,6 @@ def launch(*steps: dict[str, Any], environ: dict[str, str | None] | None = None)
 def examine(fields: dict[str, Any]) -> dict[str, Any]:
     """Arguments resolved as by Engine(**fields), and what SGLang takes for the model then."""
     import msgspec
-    import torch
     from sglang.srt import platforms
     from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
     from sglang.srt.plugins import load_plugins
@@ -39,23 +38,27 @@ def examine(fields: dict[str, Any]) -> dict[str, Any]:
     load_plugins()
     from sglang.srt.server_args import ServerArgs
 
-    if fields.pop("pretend_cuda", False):  # argument resolution asks for no more than this
-        torch.cuda.is_available = lambda: True
     server_args = ServerArgs(**fields)
     try:
         server_args.resolve_once()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "platform": os.environ.get("SGLANG_PLATFORM")}
     view, model = resolving_view(server_args), model_config_of(server_args)
+    from sglang.srt.managers.multimodal_processor import get_mm_processor_cls, import_processors
     from sglang.srt.model_loader.utils import get_model_architecture
+    from sglang.srt.runtime_context import publish
 
     model_class, _ = get_model_architecture(model)
+    publish(server_args, role="tokenizer")
+    import_processors("sglang.srt.multimodal.processors")
+    processor = get_mm_processor_cls(model.hf_config, model)
     arguments = {}
     for field in msgspec.structs.fields(ServerArgs):
         if field.name not in ("random_seed", "port", "nccl_port", "dist_init_addr"):
             arguments[field.name] = repr(getattr(view, field.name))
     return {
         "arguments": arguments,
+        "processor": processor and f"{processor.__module__}.{processor.__name__}",
         "config": type(model.hf_config).__name__,
         "model": f"{model_class.__module__}.{model_class.__name__}",
         "platform": os.environ.get("SGLANG_PLATFORM"),
