@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, head_config: str, folder: Path) -> int:
     import sglang
+    import torch
     from transformers import AutoProcessor
 
     if options.model_path is None:
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace, head_config: str, folder: Path) -> int:
     engine = sglang.Engine(
         model_path=model,
         attention_backend="mminfer",
+        device=None if torch.cuda.is_available() else "cpu",  # SGLang takes a GPU by itself, a CPU only if asked to
         # How a head config is named where there is no command line. SGLANG_MMINFER_CONFIG does the same.
         json_model_override_args=json.dumps({"mminfer_config": head_config}),
         chunked_prefill_size=2048,

@@ -11,29 +11,35 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from sglang_mminfer import config, embedding_cache, executors, observe, self_check
+from sglang_mminfer import config, embedding_cache, executors, observe, prompts, self_check, trace
 from sglang_mminfer.audit import Audit
 from sglang_mminfer.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
 from sglang_mminfer.embedding_cache import EncodedAgain, EncoderWatch
 from sglang_mminfer.kernels.block_plan import PrefillPlan
-from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of, prompt_length
+from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.budget import PlanBudget, line_strides
+from sglang_mminfer.patterns.coverage import lacks_raster, leaves_out
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
-from sglang_mminfer.trace import AuditMetrics, Metrics, PrefillRecord, TraceFile, map_entries
+from sglang_mminfer.trace import PrefillRecord, TraceFile, map_entries
 
 logger = logging.getLogger(__name__)
+
+MOST_FAILURES = 3
+"""Plans and layers that may fail before everything runs dense: a defect that stays costs a traceback only once."""
+
+MOST_PENDING = 64
+"""Batches whose densities a GPU has not computed yet; the oldest is waited for beyond that."""
 
 
 def create_backend(runner: Any) -> Any:
@@ -76,7 +82,8 @@ def _sparse_class(dense: Any) -> Any:
         ) -> Any:
             sparse = self.mminfer
             start, o = sparse.clock(), None
-            if sparse.takes(q, layer, kwargs):
+            masked = getattr(getattr(self, "forward_metadata", None), "custom_mask", None) is not None
+            if sparse.takes(q, layer, kwargs, masked):
                 if save_kv_cache and k is not None and v is not None:
                     sparse.save_kv(k, v, layer, forward_batch)
                     save_kv_cache = False
@@ -132,17 +139,6 @@ class _Request:
         )
 
 
-def _prompt_stop(request: _Request, mm_inputs: Any, mixed: bool) -> int:
-    """Where the request's prompt ends and what it generated begins; its chunk's end if that cannot be told.
-
-    Generated tokens come here in a batch that mixes decoding with prefill, and after a retraction. They see
-    everything, as in a batch that decodes.
-    """
-    if getattr(mm_inputs, "mrope_positions", None) is not None:
-        return prompt_length(mm_inputs, request.seq_len, request.rid)
-    return request.prefix_len if mixed and request.chunk_len == 1 else request.seq_len
-
-
 class _Batch:
     """One prefill batch: its requests, its planner if any request is sparse, and its account."""
 
@@ -159,6 +155,8 @@ class _Batch:
         self.planner: BatchPlanner | None = None
         self.sparse_layers = 0
         self.layer_reasons: Counter[str] = Counter()
+        self.masked = False
+        """The dense backend's metadata have a mask of the model's own."""
         self.plan_s = self.attn_s = self.forward_s = 0.0
         self.started = 0.0
         self.ran: tuple[PrefillPlan, torch.Tensor] | None = None  # plan and lse of the current layer, if sparse
@@ -168,8 +166,21 @@ class _Batch:
         for request in self.requests:
             request.dense_reason = request.dense_reason or reason
 
-    def records(self, again: EncodedAgain) -> list[PrefillRecord]:
-        records = []
+    @property
+    def densities(self) -> list[torch.Tensor]:
+        """The density of each sparse request, on the device, in the order of the requests."""
+        return [torch.stack(request.densities).mean() for request in self.requests if self._has_density(request)]
+
+    def _has_density(self, request: _Request) -> bool:
+        return request.dense_reason is None and self.sparse_layers > 0 and bool(request.densities)
+
+    def records(self, again: EncodedAgain, timed: bool) -> tuple[list[PrefillRecord], list[PrefillRecord]]:
+        """A record of each request, and those of them whose density is still to come, in order.
+
+        Args:
+            timed: whether the time in attention is known, and not only that of launches.
+        """
+        records, sparse_ones = [], []
         for request in self.requests:
             sparse = request.dense_reason is None and self.sparse_layers > 0
             reason = None if sparse else request.dense_reason or ",".join(sorted(self.layer_reasons)) or "no_layer"
@@ -182,16 +193,39 @@ class _Batch:
                     segments=len(request.map.segments) if request.map else 0,
                     map=map_entries(request.map) if request.ends_prompt and request.map else None,
                     sparse_layers=self.sparse_layers if sparse else 0,
-                    density=fmean(map(float, request.densities)) if sparse and request.densities else None,
+                    density=None,
                     dense_reason=reason,
                     plan_ms=self.plan_s * 1e3,
-                    attn_ms=self.attn_s * 1e3,
-                    forward_ms=self.forward_s * 1e3,
+                    attn_ms=self.attn_s * 1e3 if timed else 0.0,
+                    forward_ms=self.forward_s * 1e3 if timed else 0.0,
                     encoded_again=again.times,
                     encoded_again_ms=again.milliseconds,
                 )
             )
-        return records
+            if self._has_density(request):
+                sparse_ones.append(records[-1])
+        return records, sparse_ones
+
+
+@dataclass
+class _Pending:
+    """Records of a batch whose densities are on their way from the device."""
+
+    records: list[PrefillRecord]
+    sparse: list[PrefillRecord]
+    densities: torch.Tensor  # [sparse requests], on the host once `arrived`
+    arrived: Any  # an event of the device; None: they are there
+
+    def take(self, wait: bool) -> list[PrefillRecord] | None:
+        """The records with their densities; None if these are not there, and are not waited for."""
+        if self.arrived is not None:
+            if wait:
+                self.arrived.synchronize()
+            elif not self.arrived.query():
+                return None
+        for record, density in zip(self.sparse, self.densities.tolist()):
+            record.density = density
+        return self.records
 
 
 @dataclass(frozen=True)
@@ -219,20 +253,27 @@ class SparsePrefill:
         self.kv_pool = runner.token_to_kv_pool
         self.device = torch.device(runner.device)
         parallel = get_parallel()
-        self.rank, self.ranks, self.leads = parallel.attn_tp_rank, parallel.attn_tp_size, parallel.tp_rank == 0
+        self.rank, self.ranks = parallel.attn_tp_rank, parallel.attn_tp_size
+        # Of each group that has requests of its own one rank gives account: tensor-parallel ranks and pipeline stages
+        # have the same requests, ranks of data-parallel attention have others.
+        self.leads = self.rank == 0 and getattr(parallel, "pp_rank", 0) == 0
+        data_rank = getattr(parallel, "attn_dp_rank", 0)
         audited = config.audit_rate(runner.server_args)
         self.trace = TraceFile(None)
         if self.leads or (audited and self.rank):
-            self.trace = TraceFile.from_environment(self.rank)
-        self.metrics = Metrics() if runner.server_args.enable_metrics and self.leads else None
+            self.trace = TraceFile.from_environment(self.rank, data_rank)
+        self.metrics = trace.metrics() if runner.server_args.enable_metrics and self.leads else None
+        self._pending: deque[_Pending] = deque()
+        self._failures = 0
+        prompts.watch()
         self._encoder = EncoderWatch()
         if self.leads:
             embedding_cache.watch = self._encoder
         self._num_layers = runner.model_config.num_hidden_layers
         self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self._num_layers))
-        self._budget = PlanBudget(*config.plan_budget())
-        self._line_strides = line_strides({head for row in self.head_config.rows for head in row})
+        self._patterns = {head for layer in range(self._num_layers) for head in self.head_config.patterns(layer)}
+        self._budget, self._line_strides = PlanBudget(*config.plan_budget()), line_strides(self._patterns)
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
         self._executor = executors.name_for(config.executor(), self.device)
@@ -242,13 +283,23 @@ class SparsePrefill:
             observe.Place(self.rank, self.ranks, self._num_layers, runner.server_args)
         )
         if audited:
-            self.observers.add(Audit(audited, AuditMetrics() if runner.server_args.enable_metrics else None))
+            self.observers.add(Audit(audited, trace.audit_metrics() if runner.server_args.enable_metrics else None))
 
     def _why_unfit(self, runner: Any) -> str | None:
         """Why nothing can run sparse here, found out before the first request: the reason that is counted.
 
         On a GPU the executor computes a small case first, in the model's shapes, which also compiles it.
         """
+        stored, computed = getattr(runner, "kv_cache_dtype", None), getattr(runner, "dtype", None)
+        if stored is not None and computed is not None and stored != computed:
+            logger.warning(
+                "mminfer: the KV cache stores %s and attention computes in %s, so every request runs dense, on %s. A "
+                "checkpoint may ask for that; --kv-cache-dtype bfloat16 keeps the cache as wide as the model.",
+                stored,
+                computed,
+                self._dense_backend,
+            )
+            return "kv_cache_dtype"
         if self.device.type == "cpu":
             return None
         model = runner.model_config
@@ -271,13 +322,15 @@ class SparsePrefill:
         """Decide what runs sparse in this batch. Never raises: what cannot be served runs dense, counted."""
         if forward_batch.forward_mode.is_decode_or_idle() or forward_batch.extend_seq_lens_cpu is None:
             return
+        if getattr(forward_batch, "tbo_children", None):
+            return  # two-batch overlap: the backends of the two parts give account
         self._batch = batch = _Batch(forward_batch)
         batch.started = start = self.clock()
         try:
             self._decide(batch, forward_batch)
         except Exception:
-            logger.exception("mminfer: planning a prefill batch failed; it runs dense")
             batch.run_dense("internal_error")
+            self._failed("planning a prefill batch")
         batch.plan_s = self.clock() - start
 
     def end(self) -> None:
@@ -287,24 +340,50 @@ class SparsePrefill:
             return
         again = self._encoder.take()
         if self.trace.enabled or self.metrics is not None or self.observers:
-            records = batch.records(again)
+            self._pending.append(self._account(batch, again))
+        self._give_account(wait=self.trace.enabled or bool(self.observers))
+
+    def _account(self, batch: _Batch, again: EncodedAgain) -> _Pending:
+        on_cpu = self.device.type == "cpu"
+        records, sparse_ones = batch.records(again, timed=on_cpu or self.trace.enabled)
+        densities, arrived = torch.empty(0), None
+        if sparse_ones:
+            densities = torch.stack(batch.densities).to("cpu", non_blocking=True)
+            if not on_cpu:
+                arrived = torch.get_device_module(self.device).Event()
+                arrived.record()
+        return _Pending(records, sparse_ones, densities, arrived)
+
+    def _give_account(self, wait: bool) -> None:
+        """Of the batches whose densities are known: without a trace or an observer nobody waits for a GPU."""
+        while self._pending:
+            records = self._pending[0].take(wait or len(self._pending) > MOST_PENDING)
+            if records is None:
+                return
+            self._pending.popleft()
             self.observers.batch_done(records)
             self.trace.append(records if self.leads else [record for record in records if record.audit])
             if self.metrics is not None:
                 self.metrics.add(records)
 
+    def _failed(self, what: str) -> None:
+        """Called in the handler of an error of ours: says it once, and turns the sparse path off if it stays."""
+        self._failures += 1
+        if self._failures == 1:
+            logger.exception("mminfer: %s failed; it runs dense", what)
+        if self._failures == MOST_FAILURES:
+            logger.error("mminfer: %d failures, the last one in %s; everything runs dense now", MOST_FAILURES, what)
+            self._unfit = "executor_failed"
+
     def _decide(self, batch: _Batch, forward_batch: Any) -> None:
         mode = forward_batch.forward_mode
         if mode.name not in ("EXTEND", "MIXED"):
             return batch.run_dense(f"mode_{mode.name.lower()}")
+        if getattr(forward_batch, "tbo_parent_token_range", None) is not None:
+            return batch.run_dense("two_batch_overlap")  # whose parts are given no media
         media = forward_batch.mm_inputs or [None] * len(batch.requests)
         for request, mm_inputs in zip(batch.requests, media):
-            request.map, request.dense_reason = self._map(request, mm_inputs)
-            request.prompt_stop = _prompt_stop(request, mm_inputs, mode.name == "MIXED")
-            if request.dense_reason is None and request.prompt_stop <= request.prefix_len:
-                request.dense_reason = "decode"
-            if request.dense_reason is None and not self._may_plan(request):
-                request.dense_reason = "plan_budget"
+            self._read(request, mm_inputs)
         if self.observers:
             for i, request in enumerate(batch.requests):
                 request.slots = self._slots(forward_batch, i, request)
@@ -329,42 +408,64 @@ class SparsePrefill:
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
         return None
 
-    def _may_plan(self, request: _Request) -> bool:
-        """Whether planning the request's chunk is within the budget. All ranks answer alike."""
-        stop = min(request.prompt_stop, request.seq_len)
-        return request.map is None or self._budget.allows(request.map, request.prefix_len, stop, self._line_strides)
-
     def _slots(self, forward_batch: Any, i: int, request: _Request) -> torch.Tensor:
         """int64 [seq_len]: the cache row of every position."""
-        return self.req_to_token[forward_batch.req_pool_indices[i], : request.seq_len].long()
+        # Indexing with a number on the device would wait for the device.
+        row = forward_batch.req_pool_indices[i : i + 1]
+        return self.req_to_token[:, : request.seq_len].index_select(0, row)[0].long()
 
-    def _map(self, request: _Request, mm_inputs: Any) -> tuple[ModalityMap | None, str | None]:
-        """The request's map, and why it runs dense (None: it runs sparse)."""
+    def _read(self, request: _Request, mm_inputs: Any) -> None:
+        """Finds the request's prompt and map, and why it runs dense (None: it runs sparse)."""
+        prompt = prompts.length_of(request.rid)
+        request.prompt_stop = request.seq_len if prompt is None else prompt
         all_dense = "dense_config" if self._all_dense else self._unfit
         if all_dense is not None and (mm_inputs is None or not self.observers):
-            return None, all_dense
-        if mm_inputs is None:
-            return None, "no_media"
+            request.dense_reason = all_dense
+        elif mm_inputs is None:
+            request.dense_reason = "no_media"
+        elif prompt is None:
+            request.dense_reason = all_dense or "no_prompt_length"
+        else:
+            request.map, reason = self._map(request, mm_inputs, prompt)
+            request.dense_reason = all_dense or reason
+
+    def _map(self, request: _Request, mm_inputs: Any, prompt: int) -> tuple[ModalityMap | None, str | None]:
+        """The map of a request whose prompt has `prompt` tokens, and why the request itself asks for dense."""
         try:
-            modality_map = cached_map(mm_inputs, request.seq_len, self.family, request.rid)
+            modality_map = cached_map(mm_inputs, prompt, self.family)
         except GeometryError as error:
             if not error.repeated:
                 logger.warning("mminfer: request %s runs dense: %s", request.rid, error)
-            return None, all_dense or error.reason
-        if all_dense is not None:
-            return modality_map, all_dense
+            return None, error.reason
         if not modality_map.has_vision:
             return modality_map, "no_media"
-        if request.seq_len <= self.head_config.defaults.dense_below:
+        if request.prefix_len >= prompt:
+            return modality_map, "decode"
+        dense_below = self.head_config.defaults.dense_below
+        if request.seq_len <= dense_below:
             return modality_map, "short"
+        if lacks_raster(modality_map):
+            rows = max(request.prefix_len, dense_below), min(prompt, request.seq_len)
+            if not any(leaves_out(head, modality_map, *rows) for head in self._patterns):
+                return modality_map, "no_raster"
+        # All ranks answer alike: the budget counts and has no clock.
+        if not self._budget.allows(modality_map, request.prefix_len, min(prompt, request.seq_len), self._line_strides):
+            return modality_map, "plan_budget"
         return modality_map, None
 
     # ---- a layer -------------------------------------------------------------------------------------------
 
-    def takes(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any]) -> bool:
-        """True if this layer of the current batch runs on a plan; if not, the reason is counted."""
+    def takes(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], masked: bool = False) -> bool:
+        """True if this layer of the current batch runs on a plan; if not, the reason is counted.
+
+        Args:
+            masked: whether the dense backend would apply a mask of the model's own.
+        """
         batch = self._batch
-        if batch is None or batch.planner is None:
+        if batch is None:
+            return False
+        batch.masked = masked
+        if batch.planner is None:
             return False
         reason = self._layer_reason(q, layer, kwargs, batch)
         if reason is not None:
@@ -378,6 +479,8 @@ class SparsePrefill:
             return "layer_sliding_window"
         if layer.logit_cap or layer.xai_temperature_len > 0 or kwargs:
             return "layer_modified_softmax"
+        if batch.masked:
+            return "layer_custom_mask"
         if layer.qk_head_dim != layer.v_head_dim:
             return "layer_unequal_head_dims"
         if not 0 <= layer.layer_id < self._num_layers:
@@ -414,8 +517,10 @@ class SparsePrefill:
             if heads.dense is not None:
                 heads.dense.run(stock, q, layer, out)
         except Exception:
-            logger.exception("mminfer: layer %d failed; it runs dense", layer.layer_id)
             batch.layer_reasons["internal_error"] += 1
+            self._failed(f"layer {layer.layer_id}")
+            if self._unfit is not None:
+                batch.planner = None
             return None
         batch.sparse_layers += 1
         batch.ran = plan, lse

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKEND_NAME = "mminfer"
+
+TESTED_SGLANG = ">=0.5.23,<0.5.24"
+"""The versions of SGLang that the tests were run with, as in pyproject.toml."""
+
 FLAG = "--mminfer-config"
 ENVIRONMENT = "SGLANG_MMINFER_CONFIG"
 MODEL_KEY = "mminfer_config"
@@ -169,6 +173,18 @@ def plan_budget_is_bad() -> bool:
     except ValueError:
         return True
     return False
+
+
+def why_untested() -> str | None:
+    """A sentence if the SGLang that is installed is not one that the tests were run with."""
+    from importlib.metadata import version
+
+    from packaging.specifiers import SpecifierSet
+
+    installed = version("sglang")
+    if SpecifierSet(TESTED_SGLANG).contains(installed, prereleases=True):
+        return None
+    return f"untested with SGLang {installed}; the tests were run with {TESTED_SGLANG}."
 
 
 def executor() -> str:

@@ -4,15 +4,23 @@ Stock SGLang has two answers there, and neither serves a model: its CPU engine n
 not on the package index, and without it the base platform sends RoPE to an import of another serving engine.
 An out-of-tree platform whose device is the CPU runs every operator's plain torch method instead.
 
+It is used only where the CPU is asked for: a machine that lost its GPUs fails as it does without this package, and
+another vendor's platform stays what it is. There are two ways to ask. SGLANG_PLATFORM=mminfer_cpu is SGLang's own, and
+goes by the entry point (`activate`). A device of "cpu" in the server arguments, from the command line, a file or
+Engine(device="cpu"), is known only when SGLang resolves them, long after it chose a platform; `use` then changes this
+process over, and sets SGLANG_PLATFORM for the processes that are started from it.
+
 Importing this module costs nothing: SGLang does so on every machine.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +46,8 @@ _CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def accelerators() -> list[str]:
+@functools.cache
+def accelerators() -> tuple[str, ...]:
     """Names of the accelerator kinds that torch can use here; empty on a machine that needs this platform."""
     import torch
 
@@ -51,26 +60,37 @@ def accelerators() -> list[str]:
         module = getattr(torch, name, None)
         if module is not None and module.is_available():
             found.append(name)
-    return found
+    return tuple(found)
 
 
-def why_inactive(environ: dict[str, str] | os._Environ[str] = os.environ) -> str | None:
-    """None where the platform activates itself, else the reason why it does not, in words."""
-    selected = environ.get("SGLANG_PLATFORM")
-    if selected == PLATFORM_NAME:
-        return None
-    if selected:
-        return f"SGLANG_PLATFORM={selected} selects another platform"
-    if environ.get("SGLANG_USE_CPU_ENGINE", "0") not in ("", "0"):
-        return "SGLANG_USE_CPU_ENGINE is set, so SGLang's own CPU engine is used"
-    if found := accelerators():
-        return f"this machine has an accelerator ({', '.join(found)})"
-    return None
+def selected(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether SGLANG_PLATFORM names this platform."""
+    return environ.get("SGLANG_PLATFORM") == PLATFORM_NAME
 
 
 def activate() -> str | None:
-    """Entry point: the platform's class where it is to be used, None elsewhere."""
-    return None if why_inactive() else f"{__name__}.MMInferCpuPlatform"
+    """Entry point: the platform's class where SGLANG_PLATFORM names it, None elsewhere."""
+    return f"{__name__}.MMInferCpuPlatform" if selected() else None
+
+
+def why_unfit(environ: Mapping[str, str] = os.environ) -> str | None:
+    """None where a device of "cpu" brings this platform, else the reason why it does not, in words."""
+    if selected(environ):
+        return None
+    if name := environ.get("SGLANG_PLATFORM"):
+        return f"SGLANG_PLATFORM={name} selects another platform"
+    if environ.get("SGLANG_USE_CPU_ENGINE", "0") not in ("", "0"):
+        return "SGLANG_USE_CPU_ENGINE is set, so SGLang's own CPU engine is used"
+    allowed = environ.get("SGLANG_PLUGINS")
+    if allowed and PLATFORM_NAME not in (name.strip() for name in allowed.split(",")):
+        return f"SGLANG_PLUGINS={allowed} leaves it out"
+    if found := accelerators():
+        return f"this machine has an accelerator ({', '.join(found)}); SGLANG_PLATFORM={PLATFORM_NAME} insists"
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.is_out_of_tree() and not is_active():
+        return f"the platform {type(current_platform).__name__} of another package is active"
+    return None
 
 
 @functools.cache
@@ -138,6 +158,48 @@ def is_active() -> bool:
     return isinstance(platforms.current_platform, _platform_class())
 
 
+_before: Any = None
+"""The platform that SGLang had chosen before `use`; None where it was not used."""
+
+
+def use() -> None:
+    """Change this process, and those that are started from it, over to this platform.
+
+    Modules that took the platform by name when they were imported are changed, too.
+    """
+    global _before
+    from sglang.srt import platforms
+
+    os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
+    if not is_active():
+        _before = platforms.current_platform
+        _change(_before, _platform_class()())
+    from sglang_mminfer.plugin import install_cpu_hooks
+
+    install_cpu_hooks()
+
+
+def leave() -> None:
+    """Undo `use`, for a further engine of this process whose arguments do not ask for the CPU."""
+    global _before
+    if _before is None:
+        return
+    from sglang.srt import platforms
+
+    del os.environ["SGLANG_PLATFORM"]
+    _change(platforms.current_platform, _before)
+    _before = None
+
+
+def _change(old: Any, new: Any) -> None:
+    from sglang.srt import platforms
+
+    platforms._current_platform = new
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("current_platform") is old:
+            module.current_platform = new  # type: ignore[attr-defined]
+
+
 def _ranks(cfg: Any) -> int:
     """Scheduler processes on this machine."""
     return max(1, cfg.tp_size * cfg.pp_size * cfg.dp_size // max(1, cfg.nnodes))
@@ -175,11 +237,23 @@ def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
 
 
 def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Resolution hook: declares `default_arguments`, and binds ranks to cores where SGLang could not."""
-    if is_active():
-        from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    """Resolution hook: brings the platform where the arguments ask for the CPU, declares `default_arguments`, and
+    binds ranks to cores where SGLang could not."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
-        cfg = resolving_view(server_args)
+    cfg = resolving_view(server_args)
+    if cfg.device == "cpu":
+        if reason := why_unfit():
+            logger.info("mminfer: the CPU platform of this package is not used: %s.", reason)
+        else:
+            use()
+    elif _before is not None:
+        leave()
+        if cfg.device is None:  # the next step asks for one, and has SGLang's own answer, an error or not
+            from sglang.srt.utils import common
+
+            declare_resolution(server_args, __name__, device=inspect.unwrap(common.get_device)())
+    if is_active():
         if wanted := default_arguments(cfg):
             declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **wanted)
         if cfg.device == "cpu" and _CORES not in os.environ:
@@ -198,14 +272,12 @@ def pin_memory(original: Callable[..., torch.Tensor], self: torch.Tensor, *args:
     SGLang's video decoder and the Qwen, Ernie and other processors pin every frame unless SGLang runs on its
     own CPU engine, and torch raises. This is the one place that all of them go through.
     """
-    if is_active():
-        return self
-    return original(self, *args, **kwargs)
+    return original(self, *args, **kwargs) if accelerators() else self
 
 
 def get_device(original: Callable[..., str], device_id: int | None = None) -> str:
-    """AROUND get_device: the CPU, where our platform is active."""
-    return "cpu" if is_active() else original(device_id)
+    """AROUND get_device: the CPU, where our platform is active or was for an engine before."""
+    return "cpu" if is_active() or not accelerators() else original(device_id)
 
 
 def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

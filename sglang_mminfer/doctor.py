@@ -135,6 +135,14 @@ def _versions() -> Iterator[Finding]:
             fitting += 1
             if requirement.name in _SHOWN:
                 yield Finding("installed", requirement.name, "ok", f"{installed}  (needs {requirement.specifier})")
+        elif installed and _is_newer(installed, requirement):
+            yield Finding(
+                "installed",
+                requirement.name,
+                "warning",
+                f"{installed} is untested (the tests were run with {requirement.specifier})",
+                f"run `pip install '{requirement.name}{requirement.specifier}'`, or see what the hooks below say.",
+            )
         else:
             yield Finding(
                 "installed",
@@ -181,8 +189,9 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
             f"SGLang did not take the plugin{said}",
             "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
         )
-    missing = [hook.target for hook in plugin.HOOKS if not hook.target_exists()]
-    on_cpu = cpu_platform.is_active()
+    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]
+    missing = [hook.target for hook in gone]
+    on_cpu = cpu_platform.selected()
     unapplied = [
         hook.target
         for hook in plugin.HOOKS
@@ -196,8 +205,9 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
         yield Finding(
             "plugin",
             "hooks",
-            "error",
-            f"{len(missing)} of {total} find no target: {', '.join(missing)}",
+            "error" if any(hook.essential for hook in gone) else "warning",
+            f"{len(missing)} of {total} find no target: {', '.join(missing)}"
+            + (" (none of them essential)" if not any(hook.essential for hook in gone) else ""),
             f"this SGLang moved them; install one that fits: {_needed('sglang')}.",
         )
     elif unapplied:
@@ -236,7 +246,8 @@ def _filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
             "plugin",
             "SGLANG_PLATFORM",
             "error",
-            f"{selected}: SGLang then skips every plugin of a distribution with another platform, this one among them",
+            f"{selected}: SGLang then skips every plugin of a distribution that brings another platform, and this one "
+            "brings mminfer_cpu",
             "unset it; SGLang finds the hardware without it.",
         )
 
@@ -260,7 +271,7 @@ def _machine() -> Iterator[Finding]:
     from sglang_mminfer import cpu_platform
 
     found = cpu_platform.accelerators()
-    if found == ["cuda"]:
+    if found == ("cuda",):
         yield Finding("machine", "accelerator", "ok", torch.cuda.get_device_name(0))
     elif found:
         yield Finding(
@@ -276,24 +287,31 @@ def _machine() -> Iterator[Finding]:
             "accelerator",
             "error",
             f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it",
-            "install a torch built for this driver's CUDA, or set SGLANG_PLATFORM=mminfer_cpu to run on the "
-            "CPU on purpose.",
+            "install a torch built for this driver's CUDA, or launch with --device cpu to run on the CPU on purpose.",
         )
     else:
         cores = len(os.sched_getaffinity(0))
         memory = cpu_platform.MMInferCpuPlatform().get_device_total_memory() / 2**30
         yield Finding("machine", "accelerator", "note", f"none; {cores} CPU cores, {memory:.0f} GiB of memory")
-    reason = cpu_platform.why_inactive()
+    reason = cpu_platform.why_unfit()
     if cpu_platform.is_active():
         yield Finding("machine", "platform", "ok", "mminfer_cpu is active: SGLang runs on plain torch")
     elif found:
         yield Finding("machine", "platform", "ok", f"SGLang's own ({current_platform.device_name}): {reason}")
+    elif reason is None:
+        yield Finding(
+            "machine",
+            "platform",
+            "note",
+            "none that SGLang takes by itself; launched with --device cpu it runs on plain torch (mminfer_cpu), as in "
+            "what follows here",
+        )
     else:
         yield Finding(
             "machine",
             "platform",
             "error",
-            f"no platform for this machine: {reason or 'mminfer_cpu was not loaded'}",
+            f"no platform for this machine: {reason}",
             "unset SGLANG_PLUGINS, SGLANG_PLATFORM and SGLANG_USE_CPU_ENGINE (SGLang's CPU engine needs a "
             "kernel package that is not on the package index).",
         )
@@ -434,9 +452,14 @@ def _model(model_path: str | None, config_name: str | None, trust_remote_code: b
 
 
 def server_args_of(model_path: str, config_name: str | None, **fields: Any) -> Any:
-    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server. Raises what that raises."""
+    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server, which is launched with
+    `--device cpu` where there is no accelerator. Raises what that raises."""
     from sglang.srt.server_args import ServerArgs
 
+    from sglang_mminfer import cpu_platform
+
+    if not cpu_platform.accelerators():
+        fields.setdefault("device", "cpu")
     server_args = ServerArgs(model_path=model_path, attention_backend=config.BACKEND_NAME, **fields)
     setattr(server_args, config.ATTRIBUTE, config_name)
     server_args.resolve_once()
@@ -461,6 +484,14 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _is_newer(installed: str, requirement: Any) -> bool:
+    """SGLang beyond what the tests were run with: it may work, and nobody knows."""
+    from packaging.version import Version
+
+    lowest = (Version(clause.version) for clause in requirement.specifier if clause.operator == ">=")
+    return requirement.name == "sglang" and all(Version(installed) > version for version in lowest)
 
 
 def _needed(name: str) -> str:

@@ -9,6 +9,7 @@ every chunk. `EncoderWatch` sees that happen; `mminfer doctor --video` says it b
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import time
@@ -228,33 +229,31 @@ watch: EncoderWatch | None = None
 """This process's. Set by our attention backend, so that a server without it is not watched."""
 
 
-def watch_encoder(
-    original: Callable[..., Any],
-    data_embedding_func: Callable[[list[Any]], Any],
-    embedding_items: list[Any],
-    placeholder_tensor: torch.Tensor,
-    input_ids: torch.Tensor,
-    items_size: list[int],
-    prefix_length: list[int],
-    extend_length: list[int],
-    items_offset_list: list[list[tuple[int, int]]],
-) -> Any:
-    """AROUND get_embedding_and_mask, which a batch calls once for each modality. Costs nothing if all is cached."""
-    encode, encodings, current = data_embedding_func, list[_Encoding](), watch
-    if current is not None and current.active:
-        encode = current.timed(data_embedding_func, input_ids.device, encodings)
-    found = original(
-        data_embedding_func=encode,
-        embedding_items=embedding_items,
-        placeholder_tensor=placeholder_tensor,
-        input_ids=input_ids,
-        items_size=items_size,
-        prefix_length=prefix_length,
-        extend_length=extend_length,
-        items_offset_list=items_offset_list,
-    )
-    if current is not None and encodings:
+def watch_encoder(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND get_embedding_and_mask, which a batch calls once for each modality. Costs nothing if all is cached.
+
+    What it is called with is SGLang's matter and goes through as it came: where a watched argument is not found, the
+    watch ends, and the call does not.
+    """
+    current, encodings = watch, list[_Encoding]()
+    if current is None or not current.active:
+        return original(*args, **kwargs)
+    watched: dict[str, Any] = {}
+    with current.guarded():
+        watched = _named(original, args, kwargs)
+        encode = current.timed(watched["data_embedding_func"], watched["input_ids"].device, encodings)
+        if "data_embedding_func" in kwargs:
+            kwargs["data_embedding_func"] = encode
+        else:
+            args = tuple(encode if value is watched["data_embedding_func"] else value for value in args)
+    answer = original(*args, **kwargs)
+    if encodings:
         with current.guarded():
-            spans = zip(items_size, items_size[1:], prefix_length, extend_length)
-            current.done(encodings, [(prefix, new, embedding_items[a:b]) for a, b, prefix, new in spans])
-    return found
+            items, sizes = watched["embedding_items"], watched["items_size"]
+            spans = zip(sizes, sizes[1:], watched["prefix_length"], watched["extend_length"])
+            current.done(encodings, [(prefix, new, items[a:b]) for a, b, prefix, new in spans])
+    return answer
+
+
+def _named(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return inspect.signature(original).bind(*args, **kwargs).arguments

@@ -13,6 +13,7 @@ import os
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from sglang_mminfer import config, mends
@@ -34,7 +35,9 @@ class Hook:
             added to a list of choices. backend: a factory in the attention registry.
         function: `module:name` of ours, imported when the hook is installed.
         reason: why SGLang cannot do without it.
-        cpu_only: installed only where our CPU platform is active.
+        cpu_only: installed only where our CPU platform is used.
+        essential: without it answers could be wrong, so where SGLang lacks the target no server starts with mminfer.
+            Others are left out with a warning.
     """
 
     target: str
@@ -42,6 +45,7 @@ class Hook:
     function: str
     reason: str
     cpu_only: bool = False
+    essential: bool = False
 
     def resolve(self) -> Callable[..., Any]:
         """Our function."""
@@ -67,12 +71,14 @@ HOOKS: tuple[Hook, ...] = (
         "choice",
         f"{_HERE}:add_choice",
         "argparse accepts an attention backend only by this list.",
+        essential=True,
     ),
     Hook(
         "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
         "backend",
         f"{_HERE}:create_backend",
         "The scheduler builds attention backends by name from this registry.",
+        essential=True,
     ),
     Hook(
         "sglang.srt.server_args.ServerArgs.add_cli_args",
@@ -93,12 +99,30 @@ HOOKS: tuple[Hook, ...] = (
         "Refuses what can never work and finds a bad head config before a process is started; names a draft "
         "backend for speculative decoding. This step is the first that knows flags, CUDA graphs and model, "
         "and comes before SGLang's own checks by backend name.",
+        essential=True,
     ),
     Hook(
         "handle_model_capability_adjustments",
         "resolution",
         f"{_HERE}:check_result",
         "Some models make SGLang replace the attention backend; that must not go unseen.",
+        essential=True,
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.resolve_once",
+        "before",
+        "sglang_mminfer.asked:note",
+        "Hooks on SGLang's model code are given no arguments of the server, and must leave servers without mminfer "
+        "alone. Every process resolves or publishes its arguments before, and both go through this method.",
+        essential=True,
+    ),
+    Hook(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        "after",
+        "sglang_mminfer.prompts:note",
+        "A forward batch does not tell where a request's prompt ends and what was generated begins, and its mode does "
+        "not either. The requests do, and this is the last place that has them.",
+        essential=True,
     ),
     Hook(
         "sglang.srt.managers.mm_schedule.get_embedding_and_mask",
@@ -185,9 +209,9 @@ HOOKS: tuple[Hook, ...] = (
         "handle_hardware_runtime_validation",
         "resolution",
         f"{_CPU}:resolve_defaults",
-        "The defaults that a CPU needs, before SGLang reads the model's dtype or picks a device; the "
-        "platform's own apply_server_args_defaults comes too late for both.",
-        cpu_only=True,
+        "The first step that knows whether the arguments ask for the CPU; SGLang chooses a platform before. And the "
+        "defaults that a CPU needs, before SGLang reads the model's dtype or picks a device; the platform's own "
+        "apply_server_args_defaults comes too late for both.",
     ),
     Hook(
         "torch.Tensor.pin_memory",
@@ -217,6 +241,9 @@ HOOKS: tuple[Hook, ...] = (
 
 _registered = False
 
+_missing: list[Hook] = []
+"""Hooks whose targets this SGLang does not have. A launch with mminfer is told, and nobody else."""
+
 
 def register() -> None:
     """Entry point of group `sglang.srt.plugins`: installs `HOOKS`. A second call does nothing."""
@@ -226,10 +253,14 @@ def register() -> None:
     try:
         from sglang_mminfer import cpu_platform
 
-        on_cpu = cpu_platform.is_active()
+        on_cpu = cpu_platform.selected()
         for hook in HOOKS:
-            if on_cpu or not hook.cpu_only:
+            if hook.cpu_only and not on_cpu:
+                continue
+            if hook.target_exists():
                 _install(hook)
+            else:
+                _missing.append(hook)
     except Exception:
         logger.exception(
             "sglang-mminfer could NOT be registered, so SGLang will not know the attention backend "
@@ -237,6 +268,17 @@ def register() -> None:
         )
         raise
     _registered = True
+
+
+@cache
+def install_cpu_hooks() -> None:
+    """Installs what `register` left out, where the CPU is asked for only after it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    for hook in HOOKS:
+        if hook.cpu_only and hook.target not in HookRegistry._patched:
+            _install(hook)
+    HookRegistry.apply_hooks()
 
 
 def _install(hook: Hook) -> None:
@@ -266,6 +308,7 @@ def add_choice(choices: list[str]) -> None:
 
 def create_backend(runner: Any) -> Any:
     """Factory in SGLang's attention registry; only here is torch code of ours imported."""
+    check_installation()
     from sglang_mminfer.backend import create_backend as create
 
     return create(runner)
@@ -513,6 +556,24 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+def check_installation() -> None:
+    """Says what of SGLang is not there that this package hooks.
+
+    Raises:
+        UnsupportedLaunch: if mminfer cannot do without it.
+    """
+    from importlib.metadata import version
+
+    installed = version("sglang")
+    if essential := [hook.target for hook in _missing if hook.essential]:
+        raise UnsupportedLaunch(
+            f"mminfer: SGLang {installed} has no {', '.join(essential)}, without which answers could be wrong; install "
+            f"sglang{config.TESTED_SGLANG}, or drop --attention-backend mminfer."
+        )
+    for hook in _missing:
+        logger.warning("mminfer: SGLang %s has no %s, so this goes unmended: %s", installed, hook.target, hook.reason)
+
+
 def uses_mminfer(server_args: Any) -> bool:
     """True if the arguments name our backend, for prefill or decode."""
     from sglang.srt.arg_groups.overrides import resolving_view
@@ -536,6 +597,9 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
     wanted = uses_mminfer(server_args)
     server_args._mminfer_wanted = wanted
     if wanted:
+        check_installation()
+        if untested := config.why_untested():
+            logger.warning("mminfer: %s", untested)
         refuse(server_args)
         cfg = resolving_view(server_args)
         if _needs_draft_backend(cfg):
@@ -576,6 +640,10 @@ def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, 
     """AROUND VideoDecoderWrapper.__init__: SGLang's own fallback to decord, taken when it is needed."""
     from sglang.srt.utils import video_decoder
 
+    from sglang_mminfer import asked, cpu_platform
+
+    if not asked.for_mminfer() and not cpu_platform.selected():
+        return original(self, *args, **kwargs)
     try:
         original(self, *args, **kwargs)
     except RuntimeError as error:

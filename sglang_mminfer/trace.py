@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -105,6 +106,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     segments: segments of the request's modality map, 0 without one. sparse_layers: layers that ran sparse.
     density: visited over causal pairs, mean over those layers and this rank's heads; None where dense.
     dense_reason: why the request ran dense; None where it ran sparse.
+    attn_ms, forward_ms: 0 on a GPU without a trace, where nobody waits for the device to know.
     forward_ms: from the start of planning to the end of the last attention layer, so all of the model but its
     last MLP and head; the vision tower too, unless SGLang had the embeddings cached, and the audit.
     map: the request's modality map, with the last chunk of its prompt only.
@@ -133,9 +135,9 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     encoded_again_ms: float = 0.0
 
 
-def rank_path(path: str | os.PathLike[str], rank: int) -> str:
-    """The file of a rank."""
-    return f"{os.fspath(path)}.rank{rank}" if rank else os.fspath(path)
+def rank_path(path: str | os.PathLike[str], rank: int, data_rank: int = 0) -> str:
+    """The file of a rank of the attention's tensor parallelism, in a group of its data parallelism."""
+    return f"{os.fspath(path)}{f'.dp{data_rank}' if data_rank else ''}{f'.rank{rank}' if rank else ''}"
 
 
 class TraceFile:
@@ -145,11 +147,12 @@ class TraceFile:
         self.path = path
 
     @classmethod
-    def from_environment(cls, rank: int = 0) -> TraceFile:
+    def from_environment(cls, rank: int = 0, data_rank: int = 0) -> TraceFile:
         """Rank 0 tells of everything, the others of the audits of their own heads, in FILE.rank1 and so on: ranks
-        that told each other would have to wait for each other, and one that failed would stop them all."""
+        that told each other would have to wait for each other, and one that failed would stop them all. With
+        data-parallel attention each group has requests of its own, and those of the second are in FILE.dp1."""
         path = os.environ.get(ENVIRONMENT)
-        return cls(rank_path(path, rank) if path else None)
+        return cls(rank_path(path, rank, data_rank) if path else None)
 
     @property
     def enabled(self) -> bool:
@@ -188,7 +191,10 @@ class Metrics:
             "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density.",
         )
         self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
-        self._attn_ms = Counter("sglang:mminfer_attn_ms", "Milliseconds spent in attention of prefill batches.")
+        self._attn_ms = Counter(
+            "sglang:mminfer_attn_ms",
+            "Milliseconds spent in attention of prefill batches; on a GPU only with a trace, which waits for it.",
+        )
         self._again = Counter(
             "sglang:mminfer_encoded_again",
             "Media that the vision encoder ran on once more, because SGLang's embedding cache had refused them.",
@@ -236,12 +242,33 @@ class AuditMetrics:
         self._failures.inc(failures)
 
 
+@cache
+def metrics() -> Metrics:
+    """This process's. Two-batch overlap makes three attention backends of a process, and a name counts once."""
+    return Metrics()
+
+
+@cache
+def audit_metrics() -> AuditMetrics:
+    """This process's."""
+    return AuditMetrics()
+
+
 def read_trace(path: str | os.PathLike[str]) -> list[PrefillRecord]:
-    """The records of a trace file, with the audits of all ranks that wrote beside it.
+    """The records of a trace file, and of the groups of data-parallel attention that wrote beside it, with the audits
+    of all ranks.
 
     Raises:
         ValueError: naming the file and line that is not a record.
     """
+    records, data_rank = _read_group(path), 1
+    while os.path.exists(rank_path(path, 0, data_rank)):
+        records += _read_group(rank_path(path, 0, data_rank))
+        data_rank += 1
+    return records
+
+
+def _read_group(path: str | os.PathLike[str]) -> list[PrefillRecord]:
     records = _read(path)
     rank = 1
     while os.path.exists(rank_path(path, rank)):

@@ -1,9 +1,14 @@
-"""Settings of every test: one thread, and the same hypothesis cases in every run."""
+"""Settings of every test: one thread, the same hypothesis cases in every run, and SGLang's parts on a CPU."""
+
+import os
 
 import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("SGLANG_PLATFORM", "mminfer_cpu")  # SGLang takes a CPU only if asked to
 
 settings.register_profile(
     "ci",

@@ -23,7 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class Server:
 
     Args:
         model_path: folder of a checkpoint, or a hub name.
-        *flags: further command-line flags, as one would type them. Model, host and port are added.
+        *flags: further command-line flags, as one would type them. Model, host and port are added, and
+            `--device cpu` where there is no accelerator and no device is named: SGLang takes a CPU only if asked to.
         serve: start with `sglang serve` in place of `python -m sglang.launch_server`.
         log: where its output goes; a temporary file where not given. See `log_path`.
         env: variables to add; None as a value removes one.
@@ -104,7 +105,7 @@ class Server:
         if not serve:
             program = [sys.executable, "-m", "sglang.launch_server"]
         address = ["--host", host, "--port", str(self.port)]
-        self.command = [*program, "--model-path", self.model, *address, *map(str, flags)]
+        self.command = [*program, "--model-path", self.model, *address, *_device(flags), *map(str, flags)]
 
     @property
     def url(self) -> str:
@@ -280,6 +281,13 @@ class Server:
             f"the server {what}.\n  command: {' '.join(self.command)}\n  log: {self.log_path}, which ends with:\n"
             + "\n".join(f"  | {line}" for line in self.tail().splitlines())
         )
+
+
+def _device(flags: Sequence[str]) -> list[str]:
+    from sglang_mminfer import cpu_platform
+
+    named = any(flag.split("=")[0] == "--device" for flag in flags)
+    return [] if named or cpu_platform.accelerators() else ["--device", "cpu"]
 
 
 def _group_alive(leader: int) -> bool:

@@ -1,7 +1,8 @@
 """How a checkpoint of ours gets into SGLang: by its own config, under an architecture name that SGLang does not have.
 
 SGLang asks three things of a checkpoint: its config, its processor and its tokenizer's folder. Each question is
-hooked (see `plugin.HOOKS`), answered for the architectures of `FAMILIES`, and left to SGLang for all others. The
+hooked (see `plugin.HOOKS`), answered for the architectures of `FAMILIES`, and left to SGLang for all others and in
+servers without mminfer, which then look for no file that SGLang would not look for. The
 config of ours names an architecture and a model type that nobody else has, so no class of SGLang is replaced: an
 lmms-lab LLaVA-OneVision, whose architecture is that of LLaVA-Video, is served as it was.
 
@@ -16,6 +17,8 @@ import os
 import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang_mminfer import asked
 
 if TYPE_CHECKING:
     from sglang_mminfer.models.checkpoint import Checkpoint
@@ -54,7 +57,9 @@ class Family(Protocol):
 
 
 def _read(path: Any, revision: str | None) -> tuple[Family, Any, Checkpoint] | None:
-    """The family of a checkpoint, its config and its files; None for all that are not ours."""
+    """The family of a checkpoint, its config and its files; None for all that are not ours to serve."""
+    if not asked.for_mminfer():
+        return None
     from sglang_mminfer.models.checkpoint import Checkpoint
 
     files = Checkpoint(str(path), revision)

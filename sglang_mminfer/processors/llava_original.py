@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sglang_mminfer import mends
+from sglang_mminfer import asked, mends
 from sglang_mminfer.mends import pictures
 
 if TYPE_CHECKING:
@@ -42,11 +42,10 @@ def adapted(base: type, hf_config: Any) -> type | None:
 def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[type, str] | None:
     """AFTER get_model_architecture: our model in place of SGLang's, else None (SGLang's stays).
 
-    A scheduler loads its model before it makes the attention backend, so ours goes by the pictures: those that our
-    processor has not placed, as in a server without mminfer, it treats as SGLang's does.
+    Pictures that our processor has not placed our model treats as SGLang's does.
     """
     kind, architecture = resolved
-    if not mends.active("llava_original"):
+    if not asked.for_mminfer() or not mends.active("llava_original"):
         return None
     # By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
     if architecture not in ARCHITECTURES or kind.__module__ != "sglang.srt.models.llava":

@@ -11,7 +11,7 @@ import torch
 from sglang_mminfer.kernels.reference import masked_attention
 from transformers import Qwen2_5_VLConfig
 
-from sglang_mminfer import observe
+from sglang_mminfer import observe, prompts
 from sglang_mminfer.backend import SparsePrefill, _sparse_class
 from sglang_mminfer.trace import PrefillRecord
 
@@ -107,14 +107,14 @@ def prefill(
     return found
 
 
-def batch(prefix: int = 0, stop: int = LENGTH, rid: str = "request-0") -> Any:
-    """One request with a video: its rows [prefix, stop)."""
+def batch(prefix: int = 0, stop: int = LENGTH, rid: str = "request-0", prompt: int = LENGTH) -> Any:
+    """One request with a video: its rows [prefix, stop). What is behind token `prompt` was generated."""
     from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     item = MultimodalDataItem(modality=Modality.VIDEO, offsets=[VIDEO], model_specific_data={"video_grid_thw": GRID})
     media = MultimodalInputs(mm_items=[item])
-    media.mrope_positions = torch.zeros(3, LENGTH, dtype=torch.long)
+    prompts.keep({rid: prompt})
     return SimpleNamespace(
         forward_mode=ForwardMode.EXTEND,
         extend_seq_lens_cpu=[stop - prefix],

@@ -53,6 +53,15 @@ def resolved(model: str, **fields: Any) -> Any:
 # Activation
 
 
+@pytest.mark.parametrize("selected", [None, "", "mminfer_cpu", "another"])
+def test_the_entry_point_waits_to_be_named(monkeypatch: pytest.MonkeyPatch, selected: str | None) -> None:
+    """So a machine that lost its GPUs fails as it does without this package, and no other platform is disturbed."""
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    if selected is not None:
+        monkeypatch.setenv("SGLANG_PLATFORM", selected)
+    assert (cpu_platform.activate() is not None) == (selected == "mminfer_cpu")
+
+
 @on_cpu
 @pytest.mark.parametrize(
     "environ, reason",
@@ -63,29 +72,33 @@ def resolved(model: str, **fields: Any) -> Any:
         ({"SGLANG_PLATFORM": "another"}, "SGLANG_PLATFORM=another selects another platform"),
         ({"SGLANG_USE_CPU_ENGINE": "1"}, "SGLANG_USE_CPU_ENGINE is set"),
         ({"SGLANG_USE_CPU_ENGINE": "0"}, None),
+        ({"SGLANG_PLUGINS": "mminfer"}, "SGLANG_PLUGINS=mminfer leaves it out"),
+        ({"SGLANG_PLUGINS": "mminfer, mminfer_cpu"}, None),
     ],
     ids=str,
 )
-def test_activation(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], reason: str | None) -> None:
-    for name in ("SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    found = cpu_platform.why_inactive()
+def test_what_keeps_it_from_a_cpu_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], reason: str | None
+) -> None:
+    found = cpu_platform.why_unfit(environ)
     assert found is None if reason is None else reason in str(found)
-    assert (cpu_platform.activate() is None) == (reason is not None)
 
 
 @pytest.mark.parametrize("selected", [None, "mminfer_cpu"])
-def test_an_accelerator_keeps_it_away_unless_it_is_asked_for(
+def test_an_accelerator_keeps_it_away_unless_the_environment_names_it(
     monkeypatch: pytest.MonkeyPatch, selected: str | None
 ) -> None:
-    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
-    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
-    if selected:
-        monkeypatch.setenv("SGLANG_PLATFORM", selected)
-    monkeypatch.setattr(cpu_platform, "accelerators", lambda: ["cuda"])
-    assert (cpu_platform.activate() is None) == (selected is None)
+    monkeypatch.setattr(cpu_platform, "accelerators", lambda: ("cuda",))
+    reason = cpu_platform.why_unfit({"SGLANG_PLATFORM": selected} if selected else {})
+    assert (reason is None) == (selected is not None)
+
+
+def test_another_packages_platform_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt import platforms
+
+    vendor = SimpleNamespace(is_out_of_tree=lambda: True)
+    monkeypatch.setattr(platforms, "_current_platform", vendor)
+    assert "of another package is active" in str(cpu_platform.why_unfit({}))
 
 
 @on_cpu

@@ -19,7 +19,6 @@ from sglang_mminfer.modality.geometry import (
     cached_map,
     family_of,
     map_from_mm_inputs,
-    prompt_length,
 )
 
 TEXT, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 100, 151652, 151653, 151655, 151656
@@ -152,7 +151,7 @@ def test_cells_agree_with_sglangs_mrope_positions(data):
     )
     positions = positions[:, 0]
     mm = inputs(*itemize(data.draw, ids, media), mrope_positions=positions)
-    mmap = cached_map(mm, 1, "qwen_vl")
+    mmap = cached_map(mm, mm.mrope_positions.shape[1], "qwen_vl")
     frame_cells, row_cells = mmap.cells("frame"), mmap.cells("row")
     for segment in mmap.segments:
         inside = slice(segment.start, segment.stop)
@@ -267,35 +266,14 @@ def test_families_of_real_configs():
     assert family_of(Qwen2Config()) is None
 
 
-def test_the_length_of_the_prompt_is_known_before_its_last_chunk():
-    mm = inputs(video([(10, 25)], [[4, 4, 4]]))
-    assert prompt_length(mm, 5) == 26
-    assert prompt_length(mm, 40) == 40
-    mm.mrope_positions = torch.zeros(3, 33)
-    assert prompt_length(mm, 5) == 33
-    assert prompt_length(mm, 40) == 33
-    assert prompt_length(None, 5) == 5
-
-
-def test_the_prompt_of_a_retracted_request_does_not_grow_with_what_it_generated():
-    mm = inputs(video([(10, 25)], [[4, 4, 4]]), mrope_positions=torch.zeros(3, 33))
-    first = cached_map(mm, 33, "qwen_vl", "one")
-    for generated in (5, 12):
-        mm.mrope_positions = torch.cat([mm.mrope_positions, torch.zeros(3, generated)], dim=1)  # as SGLang does it
-        assert prompt_length(mm, mm.mrope_positions.shape[1], "one") == 33
-        assert cached_map(mm, mm.mrope_positions.shape[1], "qwen_vl", "one") is first
-    assert prompt_length(mm, 50, "the next of the session") == 50
-
-
 def test_chunks_share_one_map(monkeypatch):
-    mm = inputs(video([(10, 25)], [[4, 4, 4]]), mrope_positions=torch.zeros(3, 40))
-    first = cached_map(mm, 12, "qwen_vl")
+    mm = inputs(video([(10, 25)], [[4, 4, 4]]))
+    first = cached_map(mm, 40, "qwen_vl")
     assert first == map_from_mm_inputs(mm, 40, "qwen_vl")
     with monkeypatch.context() as patch:
         patch.setattr(geometry, "map_from_mm_inputs", None)
-        assert cached_map(mm, 24, "qwen_vl") is first
         assert cached_map(mm, 40, "qwen_vl") is first
-        assert cached_map(mm, 41, "qwen_vl") is first  # a generated token, after a retraction
+    assert cached_map(mm, 50, "qwen_vl").length == 50  # the next turn of a session, of text only
 
 
 def test_a_changed_request_gets_a_new_map():

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from families_served import FAMILY_SERVERS, family_server
+from families_served import FAMILY_SERVERS, MIXED_SERVERS, family_server, mixed_server
 from fleet import Fleet
 from serving import (
     ENVIRONMENT,
     FLAGS,
     RECIPE,
+    RETRACTS,
     Dialogue,
     Media,
     Message,
@@ -30,7 +31,7 @@ from sglang_mminfer.evaluation.server import Server
 from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.trace import ENVIRONMENT as TRACE
 
-NAMES = [*FLAGS, *FAMILY_SERVERS]
+NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS]
 
 ORDER = pytest.StashKey[list[str]]()
 """Servers in the order in which tests come to them."""
@@ -125,9 +126,16 @@ def servers(
             old.unlink()
         if name in FAMILY_SERVERS:
             path, flags = family_server(name, folder)
+        elif name in MIXED_SERVERS:
+            path, flags = mixed_server(name, folder)
         else:
             path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
-        env = {TRACE: str(trace), **ENVIRONMENT.get(name, {})}
+        # Servers are told by their flags, not by the environment of the tests, that they run on a CPU.
+        env = {
+            TRACE: str(trace),
+            "SGLANG_PLATFORM": None,
+            **ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {}),
+        }
         return Served(Server(path, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 
     fleet = Fleet(make, request.config.stash[ORDER])

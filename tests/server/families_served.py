@@ -25,6 +25,15 @@ FAMILY_SERVERS: dict[str, tuple[Family, int]] = {
 }
 """The family and the number of ranks of each server."""
 
+MIXED_SERVERS = {"mixed_internvl": "internvl", "mixed_llava_video": "llava_video"}
+"""Servers of a config that leaves much out, which mix decoding into chunks and retract requests: the family of each.
+One has SGLang's model class and one ours, and neither has M-RoPE; Qwen2.5-VL, which has it, is the server "main"."""
+
+MIXED_FLAGS = (
+    *("--attention-backend", "mminfer", "--mminfer-config", "test_a_shape", "--sleep-on-idle"),
+    *("--chunked-prefill-size", "96", "--enable-mixed-chunk"),
+)
+
 ALWAYS = {family.module: family.name for family in reversed(FAMILIES) if family.name != "qwen2_5_vl"}.values()
 """Servers of `make test`: the first of each kind on one rank. Qwen2.5-VL has all other tests of this folder."""
 
@@ -33,6 +42,13 @@ EVERY_SERVER = [
     for name in FAMILY_SERVERS
 ]
 """Parameters of a test that runs on every server."""
+
+
+def mixed_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """As `family_server`, of `MIXED_SERVERS`."""
+    family, _ = FAMILY_SERVERS[MIXED_SERVERS[name]]
+    options = ("--mm-process-config", json.dumps({"video": dict(family.video_options)})) if family.video_options else ()
+    return family.make(folder / "model"), (*MIXED_FLAGS, *options, *family.flags)
 
 
 def family_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
@@ -137,9 +153,8 @@ class Running:
 
     def rasters(self, rid: str) -> list[str]:
         """The modalities of the segments that have a raster."""
-        # Without M-RoPE a chunk of text behind the last medium looks like the last one, so there may be several.
-        found = [r.map for r in self.served.records(rid) if r.map]
-        return [entry.modality for entry in found[-1] if entry.grid is not None]
+        (found,) = (r.map for r in self.served.records(rid) if r.map)  # with the last chunk of the prompt only
+        return [entry.modality for entry in found if entry.grid is not None]
 
     @cached_property
     def turns(self) -> Dialogue:

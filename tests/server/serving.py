@@ -75,14 +75,12 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 
 
+RETRACTS = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "16"}
+"""SGLang's own switch for tests: every 16th step takes a request's KV slots away, if there are two or more."""
+
 ENVIRONMENT = {
-    # SGLang's own switch for tests: every 16th step takes a request's KV slots away, if there are two or more.
-    # And here dense heads run on the stock backend, as they do on a GPU.
-    "paged": {
-        "SGLANG_TEST_RETRACT": "1",
-        "SGLANG_TEST_RETRACT_INTERVAL": "16",
-        "SGLANG_MMINFER_DENSE_HEADS": "stock",
-    },
+    # Here dense heads run on the stock backend, as they do on a GPU.
+    "paged": {**RETRACTS, "SGLANG_MMINFER_DENSE_HEADS": "stock"},
 }
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from serving import Media, Message, Served, image, same, text, user, video
 
+from sglang_mminfer import prompts
 from sglang_mminfer.evaluation.media import make_video
 from sglang_mminfer.head_config import HeadConfig
 
@@ -96,7 +97,10 @@ def launches(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         if written is not None:
             path.write_text(written)
         starts.append(
-            [*("--model-path", str(model), "--attention-backend", "mminfer"), *("--mminfer-config", str(path))]
+            [
+                *("--model-path", str(model), "--device", "cpu"),
+                *("--attention-backend", "mminfer", "--mminfer-config", str(path)),
+            ]
         )
     out = subprocess.run(
         [sys.executable, "-c", LAUNCH_ALL, json.dumps(starts)], capture_output=True, text=True, check=True, timeout=300
@@ -226,11 +230,13 @@ def batch_of(*media_of_requests: Any) -> Any:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     count = len(media_of_requests)
+    rids = [f"request-{i}" for i in range(count)]
+    prompts.keep(dict.fromkeys(rids, LENGTH))
     return SimpleNamespace(
         forward_mode=ForwardMode.EXTEND,
         extend_seq_lens_cpu=[LENGTH] * count,
         extend_prefix_lens_cpu=[0] * count,
-        rids=[f"request-{i}" for i in range(count)],
+        rids=rids,
         mm_inputs=list(media_of_requests),
         req_pool_indices=torch.arange(count),
     )

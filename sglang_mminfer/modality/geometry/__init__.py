@@ -29,7 +29,6 @@ __all__ = [
     "family_of",
     "has_raster",
     "map_from_mm_inputs",
-    "prompt_length",
 ]
 
 FAMILIES: dict[str, Any] = {
@@ -45,7 +44,6 @@ FAMILIES: dict[str, Any] = {
 
 # No "_id" in this name: SGLang's MultimodalInputs.merge copies attributes that have it to other requests.
 _CACHE = "_mminfer_map"
-_PROMPT = "_mminfer_prompt"
 
 
 def family_of(hf_config: Any) -> str | None:
@@ -65,27 +63,6 @@ def has_raster(hf_config: Any) -> bool:
     return getattr(hf_config, "vision_tokens_merged", False) is not True
 
 
-def prompt_length(mm_inputs: Any, known: int, rid: str = "") -> int:
-    """Tokens of the whole prompt, `known` of which have come so far (a chunk tells no more than that).
-
-    A map must not change from chunk to chunk, nor with what was generated before a retraction, so it needs the
-    length of the prompt. M-RoPE positions are made for the whole prompt; SGLang appends to them when it retracts
-    a request, so the length they had when the request `rid` was first seen is kept on `mm_inputs`. Without such
-    positions the last medium is as far as can be seen.
-    """
-    if mm_inputs is None:
-        return known
-    positions = getattr(mm_inputs, "mrope_positions", None)
-    if positions is None:
-        return max(known, max((last + 1 for item in _offsets(mm_inputs) for _, last in item), default=0))
-    first_seen = getattr(mm_inputs, _PROMPT, None)
-    if rid and first_seen is not None and first_seen[0] == rid:
-        return first_seen[1]
-    length = int(positions.shape[-1])
-    setattr(mm_inputs, _PROMPT, (rid, length))
-    return length
-
-
 def _offsets(mm_inputs: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
     return tuple(offsets_of(item, f"mm_items[{index}]") for index, item in enumerate(mm_inputs.mm_items))
 
@@ -95,7 +72,7 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
 
     Args:
         mm_inputs: SGLang's MultimodalInputs; None for a request without media.
-        length: tokens of the whole prompt, later chunks included; see `prompt_length`. No medium may reach
+        length: tokens of the whole prompt, later chunks included. No medium may reach
             beyond it. Nothing is clipped, because SGLang never truncates a prompt that brings media (it
             aborts the request, even with --allow-auto-truncate): offsets beyond the prompt are stale ones of
             a session that was cut back, and other tokens may stand where they point.
@@ -140,29 +117,30 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
     return ModalityMap(segments)
 
 
-def cached_map(mm_inputs: Any, length: int, family: str | None, rid: str = "") -> ModalityMap:
-    """`map_from_mm_inputs` for the whole prompt, kept on `mm_inputs` until what it was made from changes.
+def cached_map(mm_inputs: Any, length: int, family: str | None) -> ModalityMap:
+    """`map_from_mm_inputs`, kept on `mm_inputs` until what it was made from changes.
 
     SGLang hands the same object to every chunk of a request, so chunks share one map, and one failure. It is
-    kept in an attribute because the object is unhashable; sessions move offsets in place, hence the key.
+    kept in an attribute because the object is unhashable; sessions move offsets in place, and their turns of text
+    share the object of the turn before, hence the key.
 
     Args:
-        length, rid: tokens known so far, and the request; `prompt_length` makes of them what the map covers.
+        length: tokens of the whole prompt, as for `map_from_mm_inputs`. The same for every chunk, or the map
+            would change from chunk to chunk.
 
     Raises:
         GeometryError: with `repeated` set if this failure was raised before.
     """
     if mm_inputs is None:
         return map_from_mm_inputs(None, length, family)
-    whole = prompt_length(mm_inputs, length, rid)
-    key = (_offsets(mm_inputs), whole, family)
+    key = (_offsets(mm_inputs), length, family)
     kept = getattr(mm_inputs, _CACHE, None)
     if kept is not None and kept[0] == key:
         if isinstance(kept[1], GeometryError):
             raise GeometryError(kept[1].reason, str(kept[1]), repeated=True)
         return kept[1]
     try:
-        outcome = map_from_mm_inputs(mm_inputs, whole, family)
+        outcome = map_from_mm_inputs(mm_inputs, length, family)
     except GeometryError as error:
         # A copy: the raised one carries the frames it went through, and with them the whole batch.
         setattr(mm_inputs, _CACHE, (key, GeometryError(error.reason, str(error))))

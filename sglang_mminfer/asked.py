@@ -1,0 +1,37 @@
+"""Whether this process works for a server with mminfer, so that hooks on SGLang's model code leave other servers alone.
+
+Model code of SGLang is asked for a config, a processor or a class without the server's arguments. Every process of a
+server resolves or publishes its arguments before that, and both go through ServerArgs.resolve_once: the last ones
+count, as the last published ones do in SGLang's own runtime context.
+
+Nothing of SGLang is imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from sglang_mminfer import mends
+
+_last: Any = None
+_insisted = False
+
+
+def note(server_args: Any) -> None:
+    """BEFORE ServerArgs.resolve_once."""
+    global _last
+    before, _last = for_mminfer(), server_args
+    if for_mminfer() != before and (known := sys.modules.get("sglang.srt.utils.hf_transformers.config")):
+        known.get_config.cache_clear()  # of another server of this process, which may have read a config otherwise
+
+
+def insist() -> None:
+    """This process uses SGLang's model code as a server with mminfer does, without arguments of a server."""
+    global _insisted
+    _insisted = True
+
+
+def for_mminfer() -> bool:
+    """True if the arguments of this process name mminfer as their attention backend."""
+    return _insisted or (_last is not None and mends.wanted(_last))
