@@ -115,6 +115,22 @@ MENDS: tuple[Mend, ...] = (
         "tests/server/test_mends.py",
         "base_processor: expand placeholders in the ids that came.",
     ),
+    Mend(
+        "sessions",
+        "A turn of a session keeps all media of its parent whatever its offset cuts off, and the server ends; it ends, "
+        "too, when a session is replaced or closed while a turn runs, or a turn with media names no known parent.",
+        "A turn has the media that its offset leaves; one cut in two, or gone with an aborted turn, is a 400 that "
+        "names it.",
+        "tests/server/test_sessions.py",
+        "session_controller.Session.create_req: drop items behind the offset, in a copy of the parent's.",
+    ),
+    Mend(
+        "aborts",
+        "An abort that comes while media are loaded is lost, as is a client's leaving: the request runs to its end.",
+        "The request ends there, and nothing of it reaches the scheduler.",
+        "tests/server/test_aborts.py",
+        "TokenizerManager.abort_request: cancel what prepares a request that is not dispatched.",
+    ),
 )
 
 
@@ -196,6 +212,13 @@ def wanted(server_args: Any) -> bool:
         return bool(known)
     backends = (getattr(server_args, name, None) for name in _BACKEND_FIELDS)
     return BACKEND_NAME in backends
+
+
+def here(name: str) -> bool:
+    """Whether a mend acts in this process, where code that gets no arguments of the server asks."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return wanted(get_server_args()) and active(name)
 
 
 _BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
