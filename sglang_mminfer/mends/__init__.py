@@ -125,6 +125,14 @@ MENDS: tuple[Mend, ...] = (
         "session_controller.Session.create_req: drop items behind the offset, in a copy of the parent's.",
     ),
     Mend(
+        "item_checks",
+        "Media that a client sends preprocessed (processor_output, precomputed_embedding) are taken as they are: "
+        "without a grid, with too few rows or numbers that are none they end the server.",
+        "They are held against the prompt and the model first, and refused with a sentence.",
+        "tests/backend/test_items.py",
+        "base_processor.process_and_combine_mm_data: validate items of clients.",
+    ),
+    Mend(
         "aborts",
         "An abort that comes while media are loaded is lost, as is a client's leaving: the request runs to its end.",
         "The request ends there, and nothing of it reaches the scheduler.",

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 NAME = "sessions"
 
+_INHERITED = "_mminfer_inherited"
+"""On a request: the media that it began with, which its own children have when it is aborted."""
+
 _FIELDS: dict[str, type] = {"id": str, "rid": str, "offset": int, "replace": bool, "drop_previous_output": bool}
 
 
@@ -58,7 +61,7 @@ def create_request(original: Callable[..., Any], self: Any, turn: Any, *args: An
         turn.mm_inputs = None
     elif node is not None:
         try:
-            _inherit(created, node, len(created.origin_input_ids) - len(turn.input_ids))
+            _inherit(created, node.req, len(created.origin_input_ids) - len(turn.input_ids))
         except LostHistory as error:
             created.set_finish_with_abort(f"session_params: {error}")
             turn.mm_inputs = None
@@ -109,16 +112,15 @@ def _parent_of(session: Any, params: Any) -> Any:
     return None if params.rid is None else session.req_nodes.get(params.rid)
 
 
-def _inherit(turn: Any, parent: Any, length: int) -> None:
+def _inherit(turn: Any, before: Any, length: int) -> None:
     """Leaves a turn those media of its ancestors that stand in the first `length` tokens of its prompt.
 
     Raises:
         LostHistory: if a medium is cut in two, or tokens of one remain whose features are gone.
     """
-    before = parent.req
     if _was_refused(before):
         raise LostHistory(f"rid: the request {before.rid!r} was refused, so nothing can follow it")
-    inherited = _media_of_line(parent)
+    inherited = _media_of(before)
     if inherited is not None and length < len(before.origin_input_ids):
         kept = _before(inherited.mm_items, length)
         if len(kept) < len(inherited.mm_items):
@@ -127,6 +129,7 @@ def _inherit(turn: Any, parent: Any, length: int) -> None:
         turn.multimodal_inputs = inherited
         turn.mm_token_counts_ready = False
         turn.mm_image_tokens = turn.mm_audio_tokens = turn.mm_video_tokens = 0
+    setattr(turn, _INHERITED, inherited)
     _check_all_there(turn, length, before.rid)
 
 
@@ -136,13 +139,11 @@ def _was_refused(request: Any) -> bool:
     return request.finished() and len(ids) == 1 and ids[0] == 0 and len(unpadded) > 1
 
 
-def _media_of_line(node: Any) -> Any:
-    """The media of a turn, or of the nearest ancestor that still has some: an aborted turn has let go of all."""
-    while node is not None:
-        if node.req.multimodal_inputs is not None:
-            return node.req.multimodal_inputs
-        node = node.parent
-    return None
+def _media_of(request: Any) -> Any:
+    """The media of a turn; of an aborted one, which has let go of all, those that it inherited."""
+    if request.multimodal_inputs is not None:
+        return request.multimodal_inputs
+    return getattr(request, _INHERITED, None)
 
 
 def _before(items: Sequence[Any], length: int) -> list[Any]:

@@ -165,7 +165,9 @@ def test_offset_inside_a_medium_is_refused(covering: Served, session: str, film:
     first = fine(generate(covering, text=ONE, video_data=film, session_params={"id": session}))
     start, last = extent(first, tokens["video"])
     for offset in (start + 1, (start + last) // 2, last):
-        status, answer = generate(covering, text="So?", session_params={"id": session, "rid": rid(first), "offset": offset})
+        status, answer = generate(
+            covering, text="So?", session_params={"id": session, "rid": rid(first), "offset": offset}
+        )
         assert status == 400, answer
         said = f"offset: {offset} is inside the video at tokens [{start}, {last}]"
         assert said in json.dumps(answer)

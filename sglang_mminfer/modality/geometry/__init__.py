@@ -41,6 +41,7 @@ __all__ = [
     "grid_rows",
     "has_raster",
     "map_from_mm_inputs",
+    "offsets_of",
     "prompt_length",
 ]
 

@@ -20,7 +20,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_mminfer.modality.geometry._items import VIDEO_KEY, GeometryError, Span, data_of, one_segment, spans_of, whole
+from sglang_mminfer.modality.geometry._items import (
+    VIDEO_KEY,
+    GeometryError,
+    Span,
+    data_of,
+    one_segment,
+    spans_of,
+    whole,
+)
 from sglang_mminfer.modality.segments import Modality, Segment
 
 MERGED = {"nvila": 2, "nvila_lite": 3}
