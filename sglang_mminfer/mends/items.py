@@ -10,6 +10,7 @@ held to all that the family's encoder takes for granted; those of SGLang's own p
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from sglang_mminfer import mends
@@ -101,7 +102,7 @@ def _check_places(items: Iterable[Any], length: int) -> None:
                 )
             spans.append((first, last, name))
     spans.sort()
-    for (_, last, one), (first, _, other) in zip(spans, spans[1:]):
+    for (_, last, one), (first, _, other) in pairwise(spans):
         if first <= last:
             raise GeometryError("overlapping_offsets", f"{other} at {first}: overlaps {one}")
 

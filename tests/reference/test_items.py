@@ -39,9 +39,9 @@ def picture(processing: Processing, tmp_path_factory: pytest.TempPathFactory) ->
     return {**data, "tokens": last - first + 1}
 
 
-def take(processing: Processing, data: Any, tokens: int) -> Any:
+def take(processing: Processing, data: Any, tokens: int, prompt: str = "") -> Any:
     """What the tokenizer's process makes of a prompt with `tokens` placeholders and one preprocessed picture."""
-    prompt = "Look: " + BEFORE + PAD * tokens + AFTER + " What is it?"
+    prompt = prompt or "Look: " + BEFORE + PAD * tokens + AFTER + " What is it?"
     request = SimpleNamespace(image_data=[data], video_data=None, audio_data=None, modalities=None, rid="test")
     with processing._within(processing._context):
         return asyncio.run(
@@ -154,9 +154,10 @@ def test_pictures_and_videos_are_as_before(processing: Processing, tmp_path: Pat
     assert {item.modality.name for item in found.items} == {"IMAGE", "VIDEO"}
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 56, 56), (2, 5), ()])
-def test_families_that_take_pictures_only_say_so(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_a_family_that_takes_pictures_only_says_so(tmp_path: Path) -> None:
     own = Processing(internvl.make(tmp_path / "model"), "internvl")
-    data = {"format": "processor_output", "modality": "IMAGE", "pixel_values": torch.zeros(shape)}
-    with pytest.raises(ValueError):
-        take(own, data, 4)
+    for shape in ((1, 3, 56, 56), (2, 5), ()):
+        data = {"format": "processor_output", "modality": "IMAGE", "pixel_values": torch.zeros(shape)}
+        for prompt in ("<image>?", "<img>" + "<IMG_CONTEXT>" * 16 + "</img>?"):
+            with pytest.raises(ValueError, match=r"mm_items\[0\] \(image\)|expected media for every image placeholder"):
+                take(own, data, 16, prompt)

@@ -88,12 +88,8 @@ def media_of(items: Iterable[Any]) -> list[list[Any]]:
     media: list[list[Any]] = []
     for item in items:
         data = data_of(item)
-        joins = media and (
-            data.get(VIDEO_KEY) is not None
-            and data.get(VIDEO_KEY) == data_of(media[-1][0]).get(VIDEO_KEY)
-            or bool(data.get(FRAME_KEY))
-        )
-        if joins:
+        same = data.get(VIDEO_KEY) is not None and media and data[VIDEO_KEY] == data_of(media[-1][0]).get(VIDEO_KEY)
+        if media and (same or data.get(FRAME_KEY)):
             media[-1].append(item)
         else:
             media.append([item])
