@@ -133,6 +133,14 @@ MENDS: tuple[Mend, ...] = (
         "base_processor.process_and_combine_mm_data: validate items of clients.",
     ),
     Mend(
+        "known_ids",
+        "A token id that the model has no embedding of (-1, or one behind the vocabulary), an empty prompt, or more "
+        "log-probabilities than there are words end the server.",
+        "They are a 400 that names the field.",
+        "tests/server/test_odd_fields.py",
+        "TokenizerManager._validate_one_request: hold input_ids against the vocabulary.",
+    ),
+    Mend(
         "aborts",
         "An abort that comes while media are loaded is lost, as is a client's leaving: the request runs to its end.",
         "The request ends there, and nothing of it reaches the scheduler.",

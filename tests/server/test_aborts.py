@@ -135,4 +135,9 @@ def test_abort_of_all(main: Served, slow: Dribbling) -> None:
 
 
 def generate(slow: Dribbling, rid: str) -> dict[str, Any]:
-    return {"text": "<|image_pad|>?", "image_data": slow.url(rid), "rid": rid, "sampling_params": {"max_new_tokens": 4}}
+    return {
+        "text": "<|vision_start|><|image_pad|><|vision_end|>?",
+        "image_data": slow.url(rid),
+        "rid": rid,
+        "sampling_params": {"max_new_tokens": 4},
+    }
