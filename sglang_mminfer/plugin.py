@@ -172,6 +172,49 @@ HOOKS: tuple[Hook, ...] = (
         "batch of a request that wants several answers.",
     ),
     Hook(
+        "sglang.srt.session.session_controller.Session.create_req",
+        "around",
+        "sglang_mminfer.mends.sessions:create_request",
+        "Only here a turn's prompt and the media it inherits are put together; what does not fit ends the scheduler.",
+    ),
+    Hook(
+        "sglang.srt.session.session_controller.SessionController._close",
+        "around",
+        "sglang_mminfer.mends.sessions:close",
+        "Closing a session frees the media of turns that still run, and the scheduler ends.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler._get_multimodal_inputs",
+        "around",
+        "sglang_mminfer.mends.sessions:media_of",
+        "What the scheduler cannot read of a request's media is the request's error, and no exception in its loop.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state",
+        "after",
+        "sglang_mminfer.mends.aborts:remember_client",
+        "Here alone a request's state and its client's connection are seen together.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
+        "around",
+        "sglang_mminfer.mends.aborts:prepare",
+        "Media are loaded inside, and SGLang looks for aborts and clients that left only when the scheduler has the "
+        "request.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request",
+        "around",
+        "sglang_mminfer.mends.aborts:abort",
+        "Every abort comes through here, and goes to the scheduler only.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "around",
+        "sglang_mminfer.mends.requests:validate",
+        "The last place where a request can be refused with a sentence: fields of the wrong kind end the scheduler.",
+    ),
+    Hook(
         "sglang.srt.model_loader.utils.get_model_architecture",
         "after",
         "sglang_mminfer.processors.llava_original:adapt_model",

@@ -165,6 +165,38 @@ MENDS: tuple[Mend, ...] = (
         "tests/backend/test_mends_media.py",
         "io_struct.GenerateReqInput._handle_parallel_sampling: wrap media as text is wrapped.",
     ),
+    Mend(
+        "sessions",
+        "A turn of a session keeps all media of its parent whatever its offset cuts off, and the server ends; it ends, "
+        "too, when a session is replaced or closed while a turn runs, or a turn with media names no known parent.",
+        "A turn has the media that its offset leaves; one cut in two, or gone with an aborted turn, is a 400 that "
+        "names it.",
+        "tests/server/test_sessions.py",
+        "session_controller.Session.create_req: drop items behind the offset, in a copy of the parent's.",
+    ),
+    Mend(
+        "item_checks",
+        "Media that a client sends preprocessed (processor_output, precomputed_embedding) are taken as they are: "
+        "without a grid, with too few rows or numbers that are none they end the server.",
+        "They are held against the prompt and the model first, and refused with a sentence.",
+        "tests/backend/test_items.py",
+        "base_processor.process_and_combine_mm_data: validate items of clients.",
+    ),
+    Mend(
+        "known_ids",
+        "A token id that the model has no embedding of (-1, or one behind the vocabulary), an empty prompt, or more "
+        "log-probabilities than there are words end the server.",
+        "They are a 400 that names the field.",
+        "tests/server/test_odd_fields.py",
+        "TokenizerManager._validate_one_request: hold input_ids against the vocabulary.",
+    ),
+    Mend(
+        "aborts",
+        "An abort that comes while media are loaded is lost, as is a client's leaving: the request runs to its end.",
+        "The request ends there, and nothing of it reaches the scheduler.",
+        "tests/server/test_aborts.py",
+        "TokenizerManager.abort_request: cancel what prepares a request that is not dispatched.",
+    ),
 )
 
 
@@ -246,6 +278,13 @@ def wanted(server_args: Any) -> bool:
         return bool(known)
     backends = (getattr(server_args, name, None) for name in _BACKEND_FIELDS)
     return BACKEND_NAME in backends
+
+
+def here(name: str) -> bool:
+    """Whether a mend acts in this process, where code that gets no arguments of the server asks."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return wanted(get_server_args()) and active(name)
 
 
 _BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")

@@ -75,6 +75,7 @@ def _mended(base: Any) -> type:
             given = {**call.arguments, **call.arguments.get("kwargs", {})}
             request, prompt = given["request_obj"], given["input_text"]
             try:
+                items.check_preprocessed(request)
                 prompt = token_ids.as_text(self, prompt, request)
                 items.check_placeholders(self, prompt, request)
                 call.arguments["input_text"] = prompt

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from sglang_mminfer import mends
 from sglang_mminfer.mends import limits, options
 from sglang_mminfer.mends.token_ids import Piece, collapsed
-from sglang_mminfer.modality.geometry import qwen3_vl, qwen_vl
+from sglang_mminfer.modality.geometry import grid_rows, qwen3_vl, qwen_vl
 
 MODEL_TYPES = (*qwen_vl.MODEL_TYPES, *qwen3_vl.MODEL_TYPES)
 
@@ -215,10 +215,10 @@ def _behind_frame(pieces: Sequence[Piece], at: int, tokenizer: Any) -> int | Non
 
 def videos_of(item: Any) -> list[Any]:
     """The videos of an item that holds several with one span of tokens each; any other item as it is."""
-    grids, count = item.model_specific_data.get("video_grid_thw"), len(item.offsets or ())
+    grids, count = grid_rows(item.model_specific_data.get("video_grid_thw")), len(item.offsets or ())
     if not item.is_video() or count < 2 or grids is None or len(grids) != count:
         return [item]
-    patches = [int(t) * int(h) * int(w) for t, h, w in grids]
+    patches = [t * h * w for t, h, w in grids]
     if getattr(item.feature, "ndim", 0) != 2 or len(item.feature) != sum(patches):
         return [item]
     videos, start = [], 0
@@ -227,10 +227,18 @@ def videos_of(item: Any) -> list[Any]:
         video.feature = item.feature[start : start + length]
         video.offsets = [item.offsets[i]]
         video.model_specific_data = {
-            key: value[i : i + 1] if hasattr(value, "__len__") and len(value) == count else value
+            key: value[i : i + 1] if _has_rows(value, count) else value
             for key, value in item.model_specific_data.items()
         }
         video.hash = None  # of all videos so far; SGLang computes it anew
         videos.append(video)
         start += length
     return videos
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    """Whether a value holds something of each of `count` videos."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return len(shape) > 0 and shape[0] == count
+    return isinstance(value, list | tuple) and len(value) == count
