@@ -54,7 +54,7 @@ def load(
     if not wanted and picture.format == "JPEG" and picture.mode == "RGB" and not _turned(picture):
         from sglang.srt.utils import common
 
-        file = picture.fp.getvalue() if isinstance(getattr(picture, "fp", None), BytesIO) else b""
+        file = _file_of(picture)
         if file and common.is_jpeg_with_cuda(file, family.gpu_image_decode):
             return original(file, modality, frame_count_limit, audio_sample_rate, discard_alpha_channel)
     # Some families have a way of their own with what is transparent.
@@ -83,15 +83,16 @@ def as_file(family: Any, data: Any, *, squared: bool = False) -> Any:
         limits.check_size("image", *picture.size)
         if squared:
             limits.check_square(*picture.size)
+    file = _file_of(picture)
     plain = picture.mode == "RGB" and "transparency" not in picture.info and not _turned(picture)
     if plain and not wanted and picture is not source:
-        return picture.fp.getvalue()  # type: ignore[attr-defined]
+        return file
     seen = shown(picture, wanted)
     if picture is source:
         return seen
-    file = BytesIO()
-    seen.save(file, "BMP")
-    return file.getvalue()
+    other = BytesIO()
+    seen.save(other, "BMP")
+    return other.getvalue()
 
 
 def snapshot(original: Callable[..., Any], family: Any, data: Any, modality: Any) -> Any:
@@ -246,6 +247,12 @@ def opened(source: Any) -> Image.Image | None:
         raise
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"image: {_named(source)} is no picture that PIL can read: {error}") from error
+
+
+def _file_of(picture: Image.Image) -> bytes:
+    """What a picture that is not yet decoded was opened from; nothing of one that is no file's."""
+    file = getattr(picture, "fp", None)
+    return file.getvalue() if isinstance(file, BytesIO) else b""
 
 
 def _bytes_of(source: str | bytes) -> bytes:

@@ -125,7 +125,7 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _channels_last(frames: Any) -> np.ndarray:
+def _channels_last(frames: Any) -> Any:
     """uint8 [frames, height, width, 3] of an array or tensor with its channels anywhere usual.
 
     Raises:

@@ -150,7 +150,8 @@ def _class(base: Any) -> type:
         def _tiles_wanted(self, kind: str, request: Any, given: dict[str, Any], usual: int) -> int:
             names = (f"{kind}_max_dynamic_patch", "max_dynamic_patch")
             found = [getattr(request, name, None) for name in names] + [given.get(name) for name in names]
-            return max(1, int(next((value for value in found if value), usual)))
+            said: Any = next(filter(None, found), usual)
+            return max(1, int(said))
 
         def _tiles(self, picture: Any, most: int, *, thumbnail: bool) -> torch.Tensor:
             """Tiles of a PIL image, or an array [height, width, 3] of bytes."""
@@ -202,7 +203,7 @@ def _class(base: Any) -> type:
                         f"{pieces.count(placeholder)}"
                     )
             waiting, playing = iter(pictures), iter(films)
-            text, media = "", []
+            text, media = "", list[_Medium]()
             for piece in pieces:
                 if piece == image:
                     media.append(next(waiting))

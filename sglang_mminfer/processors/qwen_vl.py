@@ -94,7 +94,10 @@ def _class(base: Any) -> type:
             """
             from sglang.srt.multimodal.processors.qwen_vl import smart_resize
 
-            sizes = {**usual, **{name: wanted[name] for name in ("min_pixels", "max_pixels") if name in wanted}}
+            sizes: dict[str, int] = {
+                **usual,
+                **{name: wanted[name] for name in ("min_pixels", "max_pixels") if name in wanted},
+            }
             if sizes.get("min_pixels", 0) > sizes.get("max_pixels", math.inf):
                 raise ValueError(f"min_pixels: expected no more than max_pixels, got {sizes}")
             height, width = wanted.get("resized_height", height), wanted.get("resized_width", width)

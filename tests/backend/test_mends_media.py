@@ -27,13 +27,17 @@ MODULES = {
     "internvl": ("internvl", {"num_frames": 6}),
     "nvila_lite": ("nvila", {"num_frames": 6}),
     "llava_onevision": ("transformers_auto", {"num_frames": 6}),
+    "llava_onevision_lmms": ("llava", {}),
     "llava_video": ("qwen_vl", {"fps": 1, "max_frames": 16}),
     "longvila": ("qwen_vl", {"num_frames": 6}),
     "videochat_flash": ("qwen_vl", {"min_frames": 4, "max_frames": 16}),
 }
 """By family, SGLang's module with its processor, and options of the server."""
 
+IMAGES_ONLY = "llava_onevision_lmms"
+
 PLACEHOLDERS = {
+    IMAGES_ONLY: ("<image>", ""),
     "qwen2_5_vl": ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"),
     "nvila_lite": ("<image>", "<vila/video>"),
 }
@@ -51,7 +55,7 @@ class Asked:
         fields = {"model_impl": "transformers"} if module == "transformers_auto" else {}
         self.processing = Processing(path, module, mm_process_config={"video": video}, trust_remote_code=True, **fields)
         tokens = self.processing.processor.mm_tokens
-        usual = (tokens.image_token or "<image>", tokens.video_token or "<video>")
+        usual = (getattr(tokens, "image_token", None) or "<image>", getattr(tokens, "video_token", None) or "<video>")
         self.image, self.video = PLACEHOLDERS.get(name, usual)
 
     def __call__(self, *, images=(), videos=()):
@@ -88,6 +92,7 @@ def family(request, folder) -> Asked:
 
 
 every_family = pytest.mark.parametrize("family", MODULES, indirect=True)
+with_videos = pytest.mark.parametrize("family", [name for name in MODULES if name != IMAGES_ONLY], indirect=True)
 qwen = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 
 
@@ -321,7 +326,7 @@ def test_a_square_is_measured_before_it_is_made(monkeypatch):
         squared(SimpleNamespace(size=(20_000, 100), width=20_000, height=100))
 
 
-@every_family
+@with_videos
 @pytest.mark.parametrize("side", [2, 16])
 def test_a_small_video_is_seen(family, side, tmp_path, without):
     frames = [np.full((side, side, 3), 20 * i, np.uint8) for i in range(8)]
@@ -334,7 +339,7 @@ def test_a_small_video_is_seen(family, side, tmp_path, without):
         assert abs(float(one.feature.float().mean()) - float(other.feature.float().mean())) < 0.02 * 255
 
 
-@every_family
+@with_videos
 def test_frames_are_bounded_before_they_are_decoded(family, tmp_path, monkeypatch):
     path = str(make_video(tmp_path / "a.mp4", 16, 96, 64, 4))
     monkeypatch.setattr(limits, "DECODED_BYTES", 1000)
@@ -387,7 +392,7 @@ def _forms():
     }
 
 
-@every_family
+@with_videos
 @pytest.mark.parametrize("form", _forms())
 def test_frames_are_as_a_file_of_them(family, form, tmp_path):
     file = str(write_video(tmp_path / "stills.mp4", STILLS, 96, 64, 1))
@@ -421,7 +426,7 @@ def test_frames_of_files(family, tmp_path):
     assert same(family(videos=[[f"file://{path}" for path in paths]]), family(videos=[STILLS]))
 
 
-@every_family
+@with_videos
 @pytest.mark.parametrize(
     ("frames", "told"),
     [
@@ -462,7 +467,7 @@ FRAMES = {  # of `film`
 }
 
 
-@every_family
+@with_videos
 @pytest.mark.parametrize(
     ("asked", "frames"),
     [
@@ -484,7 +489,7 @@ def test_a_request_says_how_many_frames(family, film, asked, frames, without):
     assert same(family(videos=[VideoData(film, preprocess_kwargs=asked)]), family(videos=[film]))
 
 
-@every_family
+@with_videos
 def test_each_video_of_a_prompt_has_its_own(family, film):
     asked = [{"url": film, "num_frames": 4}, film]
     if family.name == "llava_onevision":
@@ -498,7 +503,7 @@ def test_each_video_of_a_prompt_has_its_own(family, film):
     assert all(torch.equal(item.feature, feature) for item, feature in zip(both.mm_items, features))
 
 
-@every_family
+@with_videos
 def test_a_request_says_how_large(family, film):
     assert not same(family(videos=[{"url": film, "max_long_side_pixel": 32}]), family(videos=[film]))
     photo = coded(Image.effect_noise((96, 64), 90).convert("RGB"))
@@ -523,7 +528,7 @@ def test_pixels_of_qwen(family, film):
     assert shape(resized_height=56, resized_width=84) == [4, 6]
 
 
-@every_family
+@with_videos
 @pytest.mark.parametrize(
     ("asked", "told"),
     [

@@ -17,7 +17,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image, ImageOps
-from serving import Media, Served, difference, same, text, user
+from serving import Media, Served, same, text, user
 
 from sglang_mminfer.evaluation.media import make_video, write_video
 
@@ -39,6 +39,13 @@ def picture(url: str, **options: Any) -> dict[str, Any]:
 
 def film(url: Path | str, **options: Any) -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": str(url), **options}}
+
+
+def decoded(file: Path) -> list[np.ndarray]:
+    """The frames of a file as they come out of it: H.264 is not lossless."""
+    import decord
+
+    return [frame.asnumpy() for frame in decord.VideoReader(str(file))]
 
 
 def generate(served: Served, **body: Any) -> tuple[int, Any]:
@@ -91,12 +98,11 @@ def test_options_that_cannot_be_had(main: Served, media: Media) -> None:
 
 def test_videos_of_frames(main: Served, tmp_path: Path) -> None:
     file = write_video(tmp_path / "stills.mp4", STILLS, 112, 112, 1)
-    frames = [coded(Image.fromarray(still)).partition(",")[2] for still in STILLS]
+    frames = [coded(Image.fromarray(still)).partition(",")[2] for still in decoded(file)]
     right = main.ask([user(film(file), text("What?"))])
     main.server.flush_cache()
     got = main.ask([user(film("data:video/jpeg;base64," + ",".join(frames)), text("What?"))])
-    assert got.prompt_ids == right.prompt_ids
-    assert difference(got, right) < 0.05  # H.264 is not lossless
+    same(got, right)
     for entry in (frames, [f"data:image/png;base64,{frame}" for frame in frames], {"url": frames, "fps": 1}):
         for samples in (1, 2):
             sampling = {"max_new_tokens": 2, "n": samples}
