@@ -190,15 +190,21 @@ HOOKS: tuple[Hook, ...] = (
         "What the scheduler cannot read of a request's media is the request's error, and no exception in its loop.",
     ),
     Hook(
+        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        "around",
+        "sglang_mminfer.mends.requests:normalize",
+        "Lists of media in lists, or too few of them, are an internal error here, and the client's by right.",
+    ),
+    Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state",
-        "after",
-        "sglang_mminfer.mends.aborts:remember_client",
+        "around",
+        "sglang_mminfer.mends.aborts:begin",
         "Here alone a request's state and its client's connection are seen together.",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
         "around",
-        "sglang_mminfer.mends.aborts:prepare",
+        "sglang_mminfer.mends.aborts:tokenize",
         "Media are loaded inside, and SGLang looks for aborts and clients that left only when the scheduler has the "
         "request.",
     ),

@@ -183,9 +183,9 @@ MENDS: tuple[Mend, ...] = (
         "base_processor.process_and_combine_mm_data: validate items of clients.",
     ),
     Mend(
-        "known_ids",
+        "request_fields",
         "A token id that the model has no embedding of (-1, or one behind the vocabulary), an empty prompt, or more "
-        "log-probabilities than there are words end the server.",
+        "log-probabilities than there are words end the server; lists of media of another length are a 500.",
         "They are a 400 that names the field.",
         "tests/server/test_odd_fields.py",
         "TokenizerManager._validate_one_request: hold input_ids against the vocabulary.",

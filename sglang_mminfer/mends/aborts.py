@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_mminfer import mends
+from sglang_mminfer.mends import requests
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,28 @@ class Aborted(ValueError):
     """A request ended before it reached the scheduler."""
 
 
-def remember_client(result: None, self: Any, obj: Any, request: Any = None) -> None:
-    """AFTER TokenizerManager._init_req_state."""
-    if request is None or not _acts(self):
-        return
-    for rid in [obj.rid] if getattr(obj, "is_single", True) else obj.rid:
-        setattr(self.rid_to_state[rid], _CLIENT, request)
+def begin(original: Callable[..., None], self: Any, obj: Any, request: Any = None) -> None:
+    """AROUND TokenizerManager._init_req_state."""
+    if mends.wanted(self.server_args) and mends.active(requests.NAME):
+        with requests.readable():
+            original(self, obj, request)
+    else:
+        original(self, obj, request)
+    if request is not None and _acts(self):
+        for rid in [obj.rid] if getattr(obj, "is_single", True) else obj.rid:
+            setattr(self.rid_to_state[rid], _CLIENT, request)
+
+
+async def tokenize(original: Callable[..., Any], self: Any, obj: Any) -> Any:
+    """AROUND TokenizerManager._tokenize_one_request."""
+    if not mends.wanted(self.server_args) or not mends.active(requests.NAME):
+        return await prepare(original, self, obj)
+    with requests.readable():
+        return await prepare(original, self, obj)
 
 
 async def prepare(original: Callable[..., Any], self: Any, obj: Any) -> Any:
-    """AROUND TokenizerManager._tokenize_one_request.
+    """A request with its token ids and media.
 
     Raises:
         Aborted: if the request is aborted, or its client has gone, before it is ready for the scheduler.

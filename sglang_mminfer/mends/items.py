@@ -45,7 +45,9 @@ def check_preprocessed(request: Any) -> None:
     for kind in ("image", "video", "audio"):
         media = getattr(request, f"{kind}_data", None)
         for one in media if isinstance(media, list | tuple) else [media]:
-            said = one.get("format") if isinstance(one, dict) else None
+            if not isinstance(one, dict):
+                continue
+            said = one.get("format")
             if said is None or str(getattr(said, "name", said)).upper() not in _FORMATS:
                 continue
             features = [one[name] for name in _FEATURES if name in one]
@@ -185,7 +187,7 @@ def _check_encodable(item: Any, name: str, shape: tuple[int, ...], family: str |
     """The rows that the family's encoder makes a medium's tokens of."""
     base = (family or "").partition(":")[0]
     tokens = sum(last + 1 - first for first, last in offsets_of(item, name))
-    vision = getattr(hf_config, "vision_config", None)
+    vision: Any = getattr(hf_config, "vision_config", None)
     if base in ("qwen_vl", "qwen3_vl"):
         rows = _grid_patches(item, name)
         channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)

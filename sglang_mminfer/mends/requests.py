@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_mminfer import mends
 from sglang_mminfer.mends import sessions
 
-NAME = "known_ids"
+logger = logging.getLogger(__name__)
+
+NAME = "request_fields"
+
+_ODD = (TypeError, IndexError, KeyError, AttributeError, OverflowError)
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What goes wrong while a request's fields are read is the client's error: of SGLang's own, only ValueError is."""
+    try:
+        yield
+    except _ODD as error:
+        logger.warning("mminfer: a request cannot be read", exc_info=True)
+        raise ValueError(f"request: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def normalize(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND GenerateReqInput.normalize_batch_and_arguments."""
+    if not mends.here(NAME):
+        return original(self, *args, **kwargs)
+    with readable():
+        return original(self, *args, **kwargs)
 
 
 def validate(original: Callable[..., None], self: Any, obj: Any, input_ids: Any, *args: Any, **kwargs: Any) -> None:

@@ -143,16 +143,20 @@ def generate_bodies(picture: str, film: str, sessions: list[str]) -> st.SearchSt
         "mm_content_hashes": odd,
     }
     wild = st.fixed_dictionaries({"sampling_params": sampling()}, optional=fields)
+    harmless = {name: fields[name] for name in ("return_logprob", "stream", "modalities", "mm_hashes", "extra_key")}
     near = st.builds(
         lambda base, more: {"sampling_params": {"max_new_tokens": 2, "temperature": 0}, **base, **more},
-        fitting,
-        st.one_of(*(st.fixed_dictionaries({name: value}) for name, value in fields.items() if name != "input_ids")),
+        st.one_of(fitting, prompts().map(lambda words: {"text": words})),
+        st.one_of(
+            st.fixed_dictionaries({}, optional=harmless),
+            *(st.fixed_dictionaries({name: value}) for name, value in fields.items() if name != "input_ids"),
+        ),
     )
-    return st.one_of(near, wild)
+    return st.one_of(near, near, wild)
 
 
-def parts(picture: str, film: str) -> st.SearchStrategy[Any]:
-    """Parts of a chat message."""
+def parts(picture: str, film: str, wrong: bool = True) -> st.SearchStrategy[Any]:
+    """Parts of a chat message, none of them wrong if so asked."""
     name = files(picture, film)
     url = st.one_of(
         name.map(lambda one: {"url": one}),
@@ -172,18 +176,25 @@ def parts(picture: str, film: str) -> st.SearchStrategy[Any]:
             {"type": "video_url", "video_url": {"url": film}},
         ]
     )
-    wrong = st.fixed_dictionaries(
+    if not wrong:
+        return right
+    odd_part = st.fixed_dictionaries(
         {"type": kinds},
         optional={"text": st.one_of(words, odd), "image_url": url, "video_url": url, "audio_url": url, "colour": odd},
     )
-    return st.one_of(right, right, right, wrong)
+    return st.one_of(right, right, right, odd_part)
 
 
 def chat_bodies(picture: str, film: str) -> st.SearchStrategy[dict[str, Any]]:
     """Bodies of /v1/chat/completions."""
     content = st.one_of(st.lists(parts(picture, film), max_size=4), st.sampled_from(["Hello", "<image>", ""]), odd)
     role = st.sampled_from(["user", "user", "user", "assistant", "system", "tool", "developer", "smell", None])
+    right = st.lists(parts(picture, film, wrong=False), min_size=1, max_size=4).map(
+        lambda found: {"role": "user", "content": found}
+    )
     message = st.one_of(
+        right,
+        right,
         st.fixed_dictionaries({"role": role, "content": content}),
         st.fixed_dictionaries({"role": role}, optional={"content": content, "name": odd, "tool_call_id": odd}),
         odd,
@@ -191,8 +202,10 @@ def chat_bodies(picture: str, film: str) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(
         {
             "model": st.just("default"),
-            "messages": st.one_of(st.lists(message, min_size=1, max_size=4), odd),
-            "max_tokens": st.sampled_from([1, 2, 2, 2, 0, -1, "x"]),
+            "messages": st.one_of(
+                st.lists(right, min_size=1, max_size=3), st.lists(message, min_size=1, max_size=4), odd
+            ),
+            "max_tokens": st.sampled_from([1, *[2] * 9, 0, -1, "x"]),
             "temperature": st.just(0),
         },
         optional={

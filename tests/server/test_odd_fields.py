@@ -16,6 +16,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "no words": ({"text": ""}, "prompt: expected at least one token"),
     "log-probabilities of nothing": ({"text": "", "return_logprob": True}, "prompt: expected at least one token"),
     "too many log-probabilities": ({"text": "Hello", "top_logprobs_num": 1 << 20}, "top_logprobs_num"),
+    "fewer media than prompts": ({"input_ids": [[5]], "video_data": []}, "request: cannot be read"),
     "less than no log-probabilities": ({"text": "Hello", "top_logprobs_num": -1}, "top_logprobs_num"),
 }
 
