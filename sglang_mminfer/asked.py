@@ -32,6 +32,11 @@ def insist() -> None:
     _insisted = True
 
 
+def server_args() -> Any:
+    """The ServerArgs that this process resolved or published last; None before."""
+    return _last
+
+
 def for_mminfer() -> bool:
     """True if the arguments of this process name mminfer as their attention backend."""
     return _insisted or (_last is not None and mends.wanted(_last))

@@ -8,6 +8,8 @@ config (which is where --json-model-override-args puts it), and else the built-i
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import math
 import os
@@ -231,9 +233,40 @@ def dense_backend_name(server_args: Any, device: str) -> str:
     """The attention backend that SGLang would run the prefill on if this plugin were not there.
 
     A base backend that the user named beside `--prefill-attention-backend mminfer` is the answer; otherwise
-    SGLang's own choice for this model and device. Where that choice would also have changed the page size
-    (SGLang does so by the backend's name, and saw ours), the next one that takes any page size is used.
+    SGLang's own choice for this model and device. Where that needs another page size than the user asked for, the
+    next one that takes any page size is used; see `page_size_of_default`.
     """
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    view = resolving_view(server_args)
+    name = _default_backend_name(server_args, device)
+    page_sizes = PAGE_SIZES.get(name)
+    if view.attention_backend in (None, BACKEND_NAME) and page_sizes and view.page_size not in page_sizes:
+        return "triton" if model_config_of(server_args).has_asymmetric_kv else "flashinfer"
+    return name
+
+
+PAGE_SIZES: dict[str, tuple[int, ...]] = {"trtllm_mha": (64, 16, 32, 128), "fa4": (128,)}
+"""Of default backends that take these alone, the one first that SGLang sets when it sees the backend's name."""
+
+
+def page_size_of_default(server_args: Any, device: str) -> tuple[str, int] | None:
+    """The dense backend that SGLang takes by default, and the page size that it would set for it; None if it leaves
+    the page size alone, the user named one, or the backend is the user's.
+
+    SGLang sets page sizes by the backend's name, and sees ours.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    view = resolving_view(server_args)
+    if view.attention_backend != BACKEND_NAME or view.page_size not in (None, 1):
+        return None
+    name = _default_backend_name(server_args, device)
+    return (name, PAGE_SIZES[name][0]) if name in PAGE_SIZES else None
+
+
+def _default_backend_name(server_args: Any, device: str) -> str:
+    """The base backend of the user, or SGLang's choice, whatever page size it needs."""
     from sglang.srt.arg_groups.model_override_base import (
         get_default_attn_backend,
         model_config_of,
@@ -247,9 +280,25 @@ def dense_backend_name(server_args: Any, device: str) -> str:
     if str(device).split(":")[0] == "cpu":
         return "torch_native"
     name = get_default_attn_backend(server_args, use_mla_backend(server_args), model_config_of(server_args))
-    if name == "fa3" and view.kv_cache_dtype == "fp8_e5m2":
-        return "triton"
-    page_sizes = {"trtllm_mha": (16, 32, 64, 128), "fa4": (128,)}.get(name)
-    if page_sizes and view.page_size not in page_sizes:
-        return "triton" if model_config_of(server_args).has_asymmetric_kv else "flashinfer"
-    return name
+    return "triton" if name == "fa3" and view.kv_cache_dtype == "fp8_e5m2" else name
+
+
+def storage_model_name(name: str | None, *args: Any, **kwargs: Any) -> str | None:
+    """AFTER storage_model_name: the name with a digest of the head config, which the KV of a page depends on.
+
+    None, which leaves the name as it is, in a server without mminfer and where every head is dense.
+    """
+    from sglang_mminfer import asked
+
+    if not asked.for_mminfer() or asked.server_args() is None:
+        return None
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    model = model_config_of(asked.server_args())
+    head_config, _ = load_for_model(asked.server_args(), model.hf_config)
+    if all(head_config.is_dense(layer) for layer in range(model.num_hidden_layers)):
+        return None
+    content = json.loads(head_config.to_json())
+    del content["provenance"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{name or ''}-mminfer-{digest}"

@@ -125,6 +125,14 @@ HOOKS: tuple[Hook, ...] = (
         essential=True,
     ),
     Hook(
+        "sglang.srt.managers.cache_controller.storage_model_name",
+        "after",
+        "sglang_mminfer.config:storage_model_name",
+        "Pages in HiCache's storage outlive a server and are shared between servers by the model's name, and the KV of "
+        "sparse layers is another one for each head config.",
+        essential=True,
+    ),
+    Hook(
         "sglang.srt.managers.mm_schedule.get_embedding_and_mask",
         "around",
         "sglang_mminfer.embedding_cache:watch_encoder",
@@ -466,6 +474,17 @@ def _needs_draft_backend(cfg: Any) -> bool:
     )
 
 
+NAMED_STORAGE = ("file", "nixl", "mooncake", "eic", "simm", "mori", "seaweedfs")
+"""Storage backends of HiCache whose keys hold the model's name."""
+
+
+def _media_are_ours(cfg: Any) -> bool:
+    """Whether this package reads or mends media of the model."""
+    from sglang_mminfer.modality.geometry import family_of
+
+    return family_of(_model_config(cfg).hf_config) is not None
+
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "executor",
@@ -586,6 +605,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "the attention backend; drop --attention-backend mminfer.",
     ),
     Refusal(
+        "encoder_decoder",
+        lambda cfg: _model_config(cfg).is_encoder_decoder,
+        "this model is an encoder-decoder, whose requests keep the encoder's KV slots before those of the prompt, and "
+        "mminfer reads a prompt from its first slot; drop --attention-backend mminfer.",
+    ),
+    Refusal(
         "own_sparse_attention",
         _has_own_sparse_attention,
         "this model brings a sparse attention of its own; drop --attention-backend mminfer.",
@@ -598,9 +623,15 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "tokenizer_workers",
-        lambda cfg: cfg.device == "cpu" and cfg.tokenizer_worker_num > 1,
-        "--tokenizer-worker-num above 1 starts tokenizers that load no plugins, and without an accelerator "
-        "they could not read video; use 1.",
+        lambda cfg: cfg.tokenizer_worker_num > 1 and (cfg.device == "cpu" or _media_are_ours(cfg)),
+        "--tokenizer-worker-num above 1 starts tokenizers that load no plugins, so media of this model would not be "
+        "mended, or not be read at all; use 1.",
+    ),
+    Refusal(
+        "hicache_storage",
+        lambda cfg: cfg.hicache_storage_backend not in (None, *NAMED_STORAGE),
+        "--hicache-storage-backend: this storage does not keep pages by the model's name, to which mminfer adds its "
+        f"head config, so servers would read each other's approximated KV; use one of {', '.join(NAMED_STORAGE)}.",
     ),
 )
 
@@ -655,6 +686,12 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
             draft = _draft_backend(cfg)
             logger.info("mminfer: the draft model runs on %s.", draft)
             declare_resolution(server_args, _HERE, speculative_draft_attention_backend=draft)
+        if page := config.page_size_of_default(server_args, cfg.device or ""):
+            backend, size = page
+            logger.info("mminfer: the page size is %d, as %s needs, which SGLang takes by default here.", size, backend)
+            declare_resolution(server_args, _HERE, page_size=size)
+        if cfg.tokenizer_worker_num > 1:
+            logger.warning("mminfer: tokenizer workers load no plugins, so no mend of this package acts on media.")
         model = model_config_of(server_args)
         config.load_for_model(server_args, model.hf_config)
         if not model.is_multimodal:

@@ -36,6 +36,7 @@ def examine(fields: dict[str, Any]) -> dict[str, Any]:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     load_plugins()
+    _HUB.clear()
     from sglang.srt.server_args import ServerArgs
 
     server_args = ServerArgs(**fields)
@@ -64,7 +65,7 @@ def examine(fields: dict[str, Any]) -> dict[str, Any]:
         "platform": os.environ.get("SGLANG_PLATFORM"),
         "platform_class": type(platforms.current_platform).__name__,
         "hooks": sorted(HookRegistry._patched),
-        "hub": _HUB,
+        "hub": list(_HUB),
     }
 
 

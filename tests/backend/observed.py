@@ -20,6 +20,7 @@ LENGTH, SLOTS = 700, 1000
 VIDEO = (100, 483)  # inclusive, as in SGLang
 GRID = torch.tensor([[24, 8, 8]])  # 24 frames of 4 x 4 tokens
 SCALE = D**-0.5
+KV_DTYPE = torch.float32
 
 
 class Keeps:
@@ -100,6 +101,8 @@ def prefill(
         req_to_token_pool=SimpleNamespace(req_to_token=pool.slots[None].int()),
         token_to_kv_pool=pool,
         device="cpu",
+        dtype=torch.float32,
+        kv_cache_dtype=KV_DTYPE,
     )
     found = SparsePrefill(runner, "torch_native")
     for observer in observers:
@@ -126,26 +129,31 @@ def batch(prefix: int = 0, stop: int = LENGTH, rid: str = "request-0", prompt: i
     )
 
 
-def run(prefill: Any, forward_batch: Any) -> list[torch.Tensor]:
-    """The answers [rows, HEADS * D] of all layers."""
+def layer(number: int, **changed: Any) -> Any:
+    """What the backend is told of a layer."""
+    fields: dict[str, Any] = {
+        "layer_id": number,
+        "tp_q_head_num": HEADS,
+        "tp_k_head_num": KV_HEADS,
+        "qk_head_dim": D,
+        "v_head_dim": D,
+        "scaling": SCALE,
+        "logit_cap": 0.0,
+        "xai_temperature_len": -1,
+        "sliding_window_size": -1,
+        "is_cross_attention": False,
+        "attn_type": SimpleNamespace(name="DECODER"),
+    }
+    return SimpleNamespace(**(fields | changed))
+
+
+def run(prefill: Any, forward_batch: Any, **changed: Any) -> list[torch.Tensor]:
+    """The answers [rows, HEADS * D] of all layers; `changed`: of the layers."""
     backend: Any = _sparse_class(Stock)()
     backend.mminfer, backend.pool = prefill, prefill.kv_pool
     backend.init_forward_metadata(forward_batch)
     answers = []
     for number in range(LAYERS):
-        layer = SimpleNamespace(
-            layer_id=number,
-            tp_q_head_num=HEADS,
-            tp_k_head_num=KV_HEADS,
-            qk_head_dim=D,
-            v_head_dim=D,
-            scaling=SCALE,
-            logit_cap=0.0,
-            xai_temperature_len=-1,
-            sliding_window_size=-1,
-            is_cross_attention=False,
-            attn_type=SimpleNamespace(name="DECODER"),
-        )
         q = prefill.kv_pool.q[number, forward_batch.extend_prefix_lens_cpu[0] : forward_batch.seq_len]
-        answers.append(backend.forward_extend(q, None, None, layer, forward_batch))
+        answers.append(backend.forward_extend(q, None, None, layer(number, **changed), forward_batch))
     return answers

@@ -64,6 +64,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     }
     | TEXT,
+    "encoder_decoder": {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "text_config": TEXT | {"model_type": "mllama_text_model", "num_hidden_layers": 2, "cross_attention_layers": []},
+        "vision_config": {"model_type": "mllama_vision_model"},
+    },
     "own_sparse_attention": {
         "architectures": ["MiniMaxM3SparseForCausalLM"],
         "model_type": "llama",
@@ -123,11 +129,49 @@ def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert state() == before
 
 
+def test_a_missing_target_costs_mminfer_alone(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of an SGLang that moved it: registration is silent, a launch with mminfer is told, and others are not."""
+    gone = [
+        plugin.Hook("sglang.srt.nowhere.f", "around", "sglang_mminfer.plugin:decode_without_ffmpeg", "Why it is there."),
+        plugin.Hook("handle_nothing", "resolution", "sglang_mminfer.plugin:check_launch", "A test.", essential=True),
+    ]
+    monkeypatch.setattr(plugin, "HOOKS", tuple(gone))
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(plugin, "_missing", [])
+    plugin.register()
+    assert plugin._missing == gone and not caplog.text
+    arguments(models, attention_backend="triton", device="cuda").resolve_once()
+    with pytest.raises(plugin.UnsupportedLaunch, match=r"has no handle_nothing, without which answers could be wrong"):
+        arguments(models).resolve_once()
+    assert "Why it is there" not in caplog.text
+    monkeypatch.setattr(plugin, "_missing", gone[:1])
+    arguments(models, device="cpu").resolve_once()
+    assert caplog.text.count("so this goes unmended: Why it is there.") == 1
+
+
+def test_another_sglang_is_said_to_be_untested(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(config, "TESTED_SGLANG", ">=0.5.24,<0.5.25")
+    arguments(models, device="cpu").resolve_once()
+    assert "untested with SGLang 0.5.23" in caplog.text
+
+
+def test_the_tested_versions_are_those_of_the_distribution() -> None:
+    import tomllib
+
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert f"sglang{config.TESTED_SGLANG}" in pyproject["project"]["dependencies"]
+
+
 def test_failure_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    broken = plugin.Hook("nothing", "resolution", "sglang_mminfer.plugin:check_launch", "A test.")
+    target = "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
+    broken = plugin.Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.")
     monkeypatch.setattr(plugin, "HOOKS", (broken,))
     monkeypatch.setattr(plugin, "_registered", False)
-    with pytest.raises(ValueError, match="'nothing' is not an overridable"):
+    with pytest.raises(AttributeError, match="not_there"):
         plugin.register()
     assert "could NOT be registered" in caplog.text
     assert "mminfer doctor" in caplog.text
@@ -298,6 +342,55 @@ def test_dense_backend(models: dict[str, str], fields: dict[str, Any], device: s
     assert config.dense_backend_name(arguments(models, **fields), device) == name
 
 
+@pytest.mark.parametrize(
+    "default, page_size, expected, dense",
+    [
+        ("trtllm_mha", None, 64, "trtllm_mha"),  # as SGLang would set it if it saw this name
+        ("trtllm_mha", 32, 32, "trtllm_mha"),
+        ("trtllm_mha", 8, 8, "flashinfer"),  # the user's, which trtllm_mha does not take
+        ("fa4", None, 128, "fa4"),
+        ("fa3", None, None, "fa3"),
+        ("flashinfer", None, None, "flashinfer"),
+    ],
+)
+def test_blackwell_keeps_its_dense_backend(
+    models: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    default: str,
+    page_size: int | None,
+    expected: int | None,
+    dense: str,
+) -> None:
+    """Decoding and whatever is not sparse run on what SGLang would have used, page size and all."""
+    from sglang.srt.arg_groups import model_override_base
+
+    monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *args: default)
+    server_args = arguments(models, device="cuda", page_size=page_size)
+    with caplog.at_level(logging.INFO, logger="sglang_mminfer"):
+        plugin.check_launch(server_args, lambda server_args: None)
+    assert resolving_view(server_args).page_size == expected
+    assert config.dense_backend_name(server_args, "cuda") == dense
+    assert ("the page size is" in caplog.text) == (page_size is None and expected is not None)
+
+
+def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str]) -> None:
+    from sglang.srt.managers.cache_controller import storage_model_name
+
+    pool = SimpleNamespace(storage_format_tag=None)
+
+    def name(model: str = "vision", head_config: str | None = None, **fields: Any) -> str:
+        server_args = arguments(models, model, device="cuda", **fields)
+        setattr(server_args, config.ATTRIBUTE, head_config)
+        server_args.resolve_once()
+        return storage_model_name("served", pool)
+
+    default, other = name(), name(head_config="test_a_shape")
+    assert default.startswith("served-mminfer-") and other.startswith("served-mminfer-") and default != other
+    assert name() == default
+    assert name(head_config="dense") == name(attention_backend="triton") == "served"  # that KV is stock's
+
+
 # Refusals
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -326,9 +419,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "full_prefill_graph": {"cuda_graph_backend_prefill": "full"},
     "mla": {"model": "mla"},
     "linear_attention": {"model": "linear_attention"},
+    "encoder_decoder": {"model": "encoder_decoder"},
     "own_sparse_attention": {"model": "own_sparse_attention"},
     "draft_backend": {"speculative_algorithm": "EAGLE", "device": "cpu"},
     "tokenizer_workers": {"tokenizer_worker_num": 2, "device": "cpu"},
+    "hicache_storage": {"enable_hierarchical_cache": True, "hicache_storage_backend": "hf3fs"},
 }
 ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("deterministic", {"rl_on_policy_target": "fsdp"}),
@@ -336,6 +431,8 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("block_scaled_kv", {"kv_cache_dtype": "mxfp8"}),
     ("prefill_context_parallel", {"enable_prefill_cp": True}),
     ("decode_only", {"prefill_attention_backend": "triton"}),
+    ("tokenizer_workers", {"tokenizer_worker_num": 2, "device": "cuda"}),  # of a model whose media are mended
+    ("hicache_storage", {"enable_hierarchical_cache": True, "hicache_storage_backend": "dynamic"}),
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {},
@@ -349,7 +446,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "device": "cpu"},
     {"tp_size": 2, "pp_size": 2, "dp_size": 2},
     {"disable_radix_cache": True, "chunked_prefill_size": -1},
-    {"tokenizer_worker_num": 2, "device": "cuda"},
+    {"tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
+    {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"},
+    {"is_embedding": True},
     {"model": "text"},
 ]
 
