@@ -169,7 +169,7 @@ def _class(base: Any) -> type:
             """The frames of each video; fewer than wanted if the context has no room for them."""
             if not loaded.videos:
                 return []
-            usual = self.num_frames or int(given.get("video_num_frames", self.DEFAULT_VIDEO_NUM_FRAMES))
+            usual = int(self.num_frames or given.get("video_num_frames") or self.DEFAULT_VIDEO_NUM_FRAMES)
             most_tiles = self._tiles_wanted("video", request, given, self.VIDEO_MAX_NUM)
             text = self._token_len(loaded.input_text)
             films = []
