@@ -231,10 +231,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.model_loader.utils.get_model_architecture",
         "after",
-        "sglang_mminfer.processors.llava_original:adapt_model",
-        "SGLang's model of original LLaVA checkpoints reserves other numbers of tokens than it fills (a newline "
-        "replaces the token behind an image), encodes every image again for every chunk, and fails in any dtype but "
-        "half precision.",
+        "sglang_mminfer.mends.models:adapt_model",
+        "Faults in SGLang's models: `mends.MENDS` has them, llava_original and frames_apart.",
     ),
     Hook(
         "sglang.srt.utils.video_decoder.VideoDecoderWrapper.__init__",

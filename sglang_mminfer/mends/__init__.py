@@ -100,6 +100,14 @@ MENDS: tuple[Mend, ...] = (
         "processors/qwen_vl.py: pass video_metadata for qwen2_5_vl, too.",
     ),
     Mend(
+        "frames_apart",
+        "Qwen2.5-VL's vision blocks with full attention see all frames of a video at once.",
+        "They see their frame, as the model was trained and as SGLang's other Qwen models do it; a long video is "
+        "encoded in a fraction of the time.",
+        "tests/server/test_hf_equality.py",
+        "models/qwen2_5_vl.py: cu_seqlens for each temporal patch, as compute_cu_seqlens_from_grid_numpy makes them.",
+    ),
+    Mend(
         "placeholder_words",
         "Words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a question, an answer of the "
         "history or a tool's result beside media end the server, never come back, or are refused for good.",

@@ -6,8 +6,8 @@ pictures only the first is seen unless every part of the request says "modalitie
 lays the prompt out, from what the model will do with each picture, so that every item knows its tokens as those of
 other families do.
 
-Two hooks of `plugin.HOOKS` lead here, `adapted` by way of `processors.adapted`. Classes are made when SGLang asks for
-those of such a model.
+Two hooks of `plugin.HOOKS` lead here, by way of `processors.adapted` and of `mends.models`. Classes are made when
+SGLang asks for those of such a model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sglang_mminfer import asked, mends
 from sglang_mminfer.mends import pictures
 
 if TYPE_CHECKING:
@@ -39,18 +38,12 @@ def adapted(base: type, hf_config: Any) -> type | None:
     return _processor_class(base) if hf_config.architectures[0] in ARCHITECTURES else None
 
 
-def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[type, str] | None:
-    """AFTER get_model_architecture: our model in place of SGLang's, else None (SGLang's stays).
+def is_served(kind: type, architecture: str) -> bool:
+    """Whether a model is SGLang's of these checkpoints.
 
-    Pictures that our processor has not placed our model treats as SGLang's does.
+    By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
     """
-    kind, architecture = resolved
-    if not asked.for_mminfer() or not mends.active("llava_original"):
-        return None
-    # By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
-    if architecture not in ARCHITECTURES or kind.__module__ != "sglang.srt.models.llava":
-        return None
-    return _model_class(kind), architecture
+    return architecture in ARCHITECTURES and kind.__module__ == "sglang.srt.models.llava"
 
 
 # ---- layout ------------------------------------------------------------------------------------------------
@@ -212,7 +205,9 @@ def _words(modalities: Any) -> list[str]:
 
 
 @functools.cache
-def _model_class(base: Any) -> type:
+def model_class(base: Any) -> type:
+    """SGLang's model with pictures where our processor has placed them; others it treats as SGLang's does."""
+
     class MMInferLlava(base):
         """SGLang's model, told by the items where their pictures stand, in any dtype."""
 
