@@ -131,7 +131,11 @@ def servers(
         else:
             path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
         # Servers are told by their flags, not by the environment of the tests, that they run on a CPU.
-        env = {TRACE: str(trace), "SGLANG_PLATFORM": None, **ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})}
+        env = {
+            TRACE: str(trace),
+            "SGLANG_PLATFORM": None,
+            **ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {}),
+        }
         return Served(Server(path, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 
     fleet = Fleet(make, request.config.stash[ORDER])
