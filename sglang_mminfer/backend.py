@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
 """Plans and layers that may fail before everything runs dense: a defect that stays costs a traceback only once."""
-
-MOST_PENDING = 64
-"""Batches whose densities a GPU has not computed yet; the oldest is waited for beyond that."""
 
 
 def create_backend(runner: Any) -> Any:
@@ -166,21 +164,13 @@ class _Batch:
         for request in self.requests:
             request.dense_reason = request.dense_reason or reason
 
-    @property
-    def densities(self) -> list[torch.Tensor]:
-        """The density of each sparse request, on the device, in the order of the requests."""
-        return [torch.stack(request.densities).mean() for request in self.requests if self._has_density(request)]
-
-    def _has_density(self, request: _Request) -> bool:
-        return request.dense_reason is None and self.sparse_layers > 0 and bool(request.densities)
-
-    def records(self, again: EncodedAgain, timed: bool) -> tuple[list[PrefillRecord], list[PrefillRecord]]:
-        """A record of each request, and those of them whose density is still to come, in order.
+    def records(self, again: EncodedAgain, waited: bool) -> list[PrefillRecord]:
+        """A record of each request.
 
         Args:
-            timed: whether the time in attention is known, and not only that of launches.
+            waited: whether the device was waited for, so that times are more than those of launches.
         """
-        records, sparse_ones = [], []
+        records = []
         for request in self.requests:
             sparse = request.dense_reason is None and self.sparse_layers > 0
             reason = None if sparse else request.dense_reason or ",".join(sorted(self.layer_reasons)) or "no_layer"
@@ -193,39 +183,16 @@ class _Batch:
                     segments=len(request.map.segments) if request.map else 0,
                     map=map_entries(request.map) if request.ends_prompt and request.map else None,
                     sparse_layers=self.sparse_layers if sparse else 0,
-                    density=None,
+                    density=fmean(map(float, request.densities)) if sparse and request.densities else None,
                     dense_reason=reason,
                     plan_ms=self.plan_s * 1e3,
-                    attn_ms=self.attn_s * 1e3 if timed else 0.0,
-                    forward_ms=self.forward_s * 1e3 if timed else 0.0,
+                    attn_ms=self.attn_s * 1e3 if waited else 0.0,
+                    forward_ms=self.forward_s * 1e3 if waited else 0.0,
                     encoded_again=again.times,
                     encoded_again_ms=again.milliseconds,
                 )
             )
-            if self._has_density(request):
-                sparse_ones.append(records[-1])
-        return records, sparse_ones
-
-
-@dataclass
-class _Pending:
-    """Records of a batch whose densities are on their way from the device."""
-
-    records: list[PrefillRecord]
-    sparse: list[PrefillRecord]
-    densities: torch.Tensor  # [sparse requests], on the host once `arrived`
-    arrived: Any  # an event of the device; None: they are there
-
-    def take(self, wait: bool) -> list[PrefillRecord] | None:
-        """The records with their densities; None if these are not there, and are not waited for."""
-        if self.arrived is not None:
-            if wait:
-                self.arrived.synchronize()
-            elif not self.arrived.query():
-                return None
-        for record, density in zip(self.sparse, self.densities.tolist()):
-            record.density = density
-        return self.records
+        return records
 
 
 @dataclass(frozen=True)
@@ -263,9 +230,10 @@ class SparsePrefill:
         if self.leads or (audited and self.rank):
             self.trace = TraceFile.from_environment(self.rank, data_rank)
         self.metrics = trace.metrics() if runner.server_args.enable_metrics and self.leads else None
-        self._pending: deque[_Pending] = deque()
         self._failures = 0
         prompts.watch()
+        # To time a GPU, or to count what it visits, is to wait for it: with a trace only, which says so.
+        self._waits = self.device.type == "cpu" or self.trace.enabled
         self._encoder = EncoderWatch()
         if self.leads:
             embedding_cache.watch = self._encoder
@@ -340,27 +308,7 @@ class SparsePrefill:
             return
         again = self._encoder.take()
         if self.trace.enabled or self.metrics is not None or self.observers:
-            self._pending.append(self._account(batch, again))
-        self._give_account(wait=self.trace.enabled or bool(self.observers))
-
-    def _account(self, batch: _Batch, again: EncodedAgain) -> _Pending:
-        on_cpu = self.device.type == "cpu"
-        records, sparse_ones = batch.records(again, timed=on_cpu or self.trace.enabled)
-        densities, arrived = torch.empty(0), None
-        if sparse_ones:
-            densities = torch.stack(batch.densities).to("cpu", non_blocking=True)
-            if not on_cpu:
-                arrived = torch.get_device_module(self.device).Event()
-                arrived.record()
-        return _Pending(records, sparse_ones, densities, arrived)
-
-    def _give_account(self, wait: bool) -> None:
-        """Of the batches whose densities are known: without a trace or an observer nobody waits for a GPU."""
-        while self._pending:
-            records = self._pending[0].take(wait or len(self._pending) > MOST_PENDING)
-            if records is None:
-                return
-            self._pending.popleft()
+            records = batch.records(again, self._waits)
             self.observers.batch_done(records)
             self.trace.append(records if self.leads else [record for record in records if record.audit])
             if self.metrics is not None:
@@ -524,7 +472,7 @@ class SparsePrefill:
             return None
         batch.sparse_layers += 1
         batch.ran = plan, lse
-        if self.trace.enabled or self.metrics is not None:
+        if self._waits and (self.trace.enabled or self.metrics is not None):
             self._note_density(batch, plan, heads)
         return out.flatten(1)
 

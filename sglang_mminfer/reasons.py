@@ -6,7 +6,7 @@ REASONS: dict[str, str] = {
     # of a request
     "no_media": "text-only requests",
     "short": "every row lies below `dense_below` of the config",
-    "decode": "generated tokens, which see everything also where they come as prefill: in mixed chunks, after retraction",
+    "decode": "generated tokens, which see everything; as prefill they come in mixed chunks and after retractions",
     "dense_config": "every head of the config is dense",
     "no_raster": "media whose raster nobody told, and a config that leaves nothing out without it",
     "no_prompt_length": "SGLang did not say how long the prompt is",

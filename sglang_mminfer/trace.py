@@ -106,7 +106,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     segments: segments of the request's modality map, 0 without one. sparse_layers: layers that ran sparse.
     density: visited over causal pairs, mean over those layers and this rank's heads; None where dense.
     dense_reason: why the request ran dense; None where it ran sparse.
-    attn_ms, forward_ms: 0 on a GPU without a trace, where nobody waits for the device to know.
+    density, attn_ms, forward_ms: None and 0 on a GPU without a trace, where nobody waits for the device to know.
     forward_ms: from the start of planning to the end of the last attention layer, so all of the model but its
     last MLP and head; the vision tower too, unless SGLang had the embeddings cached, and the audit.
     map: the request's modality map, with the last chunk of its prompt only.
@@ -188,7 +188,8 @@ class Metrics:
         )
         self._density_tokens = Counter(
             "sglang:mminfer_density_tokens",
-            "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density.",
+            "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density. On a GPU only "
+            "with a trace, which waits for it.",
         )
         self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
         self._attn_ms = Counter(

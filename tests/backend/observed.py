@@ -21,6 +21,7 @@ VIDEO = (100, 483)  # inclusive, as in SGLang
 GRID = torch.tensor([[24, 8, 8]])  # 24 frames of 4 x 4 tokens
 SCALE = D**-0.5
 KV_DTYPE = torch.float32
+RANKS = {"attn_tp_rank": 0, "attn_tp_size": 1, "tp_rank": 0, "tp_size": 1, "attn_dp_rank": 0, "pp_rank": 0}
 
 
 class Keeps:
@@ -79,10 +80,12 @@ def prefill(
     *observers: observe.Observer,
     rank: int = 0,
     ranks: int = 1,
+    metrics: bool = False,
     **server_args: Any,
 ) -> Any:
     """A SparsePrefill that runs the head config `config`, on one of `ranks` tensor-parallel ranks."""
-    parallel = SimpleNamespace(attn_tp_rank=rank, attn_tp_size=ranks, tp_rank=rank, tp_size=ranks)
+    ours = {"attn_tp_rank": rank, "attn_tp_size": ranks, "tp_rank": rank, "tp_size": ranks} if rank or ranks > 1 else {}
+    parallel = SimpleNamespace(**RANKS | ours)
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
     monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config)
     monkeypatch.setattr("sglang_mminfer.config.dense_backend_name", lambda *_: "torch_native")
@@ -97,7 +100,7 @@ def prefill(
     pool = Pool()
     runner = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config, num_hidden_layers=LAYERS),
-        server_args=SimpleNamespace(enable_metrics=False, **server_args),
+        server_args=SimpleNamespace(enable_metrics=metrics, **server_args),
         req_to_token_pool=SimpleNamespace(req_to_token=pool.slots[None].int()),
         token_to_kv_pool=pool,
         device="cpu",

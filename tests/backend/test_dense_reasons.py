@@ -9,7 +9,7 @@ from typing import Any
 import observed
 import pytest
 import torch
-from observed import D, LENGTH, VIDEO
+from observed import LENGTH, VIDEO, D
 
 from sglang_mminfer import prompts
 from sglang_mminfer.reasons import REASONS
@@ -183,8 +183,12 @@ def test_a_retracted_request_is_dense_from_its_prompts_end_on(monkeypatch: pytes
     assert record.dense_reason is None and record.map[-1].stop == prompt
     dense = stock_answers(monkeypatch, observed.batch())
     assert all(torch.allclose(a[prompt:], b[prompt:], atol=1e-5) for a, b in zip(answers, dense))
-    assert not any(torch.allclose(a[VIDEO[1] : prompt], b[VIDEO[1] : prompt], atol=1e-3) for a, b in zip(answers, dense))
-    (record,), answers = records_of(observed.prefill("test_a_shape", monkeypatch), observed.batch(prompt, prompt=prompt))
+    assert not any(
+        torch.allclose(a[VIDEO[1] : prompt], b[VIDEO[1] : prompt], atol=1e-3) for a, b in zip(answers, dense)
+    )
+    (record,), answers = records_of(
+        observed.prefill("test_a_shape", monkeypatch), observed.batch(prompt, prompt=prompt)
+    )
     assert record.dense_reason == "decode"
     assert same(answers, stock_answers(monkeypatch, observed.batch(prompt)))
 
@@ -208,9 +212,7 @@ def test_a_dense_layer_beside_sparse_ones(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_mask_of_the_model_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma's, which a Triton base finds in its metadata: only that base can apply it."""
-    monkeypatch.setattr(
-        observed.Stock, "forward_metadata", SimpleNamespace(custom_mask=torch.ones(1)), raising=False
-    )
+    monkeypatch.setattr(observed.Stock, "forward_metadata", SimpleNamespace(custom_mask=torch.ones(1)), raising=False)
     (record,), answers = records_of(observed.prefill("test_a_shape", monkeypatch), observed.batch())
     assert record.dense_reason == "layer_custom_mask"
     assert same(answers, stock_answers(monkeypatch, observed.batch()))
