@@ -54,8 +54,8 @@ class LineOrder:
         room = np.where(small, _power_of_two(most // cells), frames)  # in frames
         group = (shape * len(CODES) + table.code[chosen]) * 2 + small
         by_group = np.argsort(group, kind="stable")
-        chosen, shape, group = chosen[by_group], shape[by_group], group[by_group]
-        small, room, frames = small[by_group], room[by_group], frames[by_group]
+        chosen, shape, small, group = chosen[by_group], shape[by_group], small[by_group], group[by_group]
+        frames, room = frames[by_group], room[by_group]
         # Frame by frame: a pack begins with a group, with a large segment, and where a pack of small ones is full.
         segment = np.repeat(np.arange(len(chosen)), frames)
         number = np.arange(len(segment))
