@@ -134,9 +134,7 @@ def test_a_missing_target_costs_mminfer_alone(
 ) -> None:
     """Of an SGLang that moved it: registration is silent, a launch with mminfer is told, and others are not."""
     gone = [
-        plugin.Hook(
-            "sglang.srt.nowhere.f", "around", "sglang_mminfer.plugin:decode_without_ffmpeg", "Why it is there."
-        ),
+        plugin.Hook("sglang.srt.no.f", "around", "sglang_mminfer.plugin:decode_without_ffmpeg", "Why it is there."),
         plugin.Hook("handle_nothing", "resolution", "sglang_mminfer.plugin:check_launch", "A test.", essential=True),
     ]
     monkeypatch.setattr(plugin, "HOOKS", tuple(gone))
