@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup ready demo test test-interpreted test-fast test-server test-gpu test-gpu-sanitize check bench bench-gpu \
-	bench-gpu-tune bench-gpu-model soak test-families support-matrix clean
+.PHONY: setup ready demo test test-interpreted test-fast test-server test-gpu test-gpu-sanitize check bench bench-plan \
+	bench-gpu bench-gpu-tune bench-gpu-model soak fuzz test-families support-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -46,6 +46,10 @@ check: setup
 bench: setup
 	$(BIN)/python -m sglang_mminfer.evaluation.prefill_bench
 
+# What planning one chunk costs, many small images and frames among the cases.
+bench-plan: setup
+	$(BIN)/python -m sglang_mminfer.evaluation.plan_time --out kernels/benchmarks/results/plan_time.json
+
 # What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch and triton: for a
 # machine without SGLang. The tests then need pytest and hypothesis in it.
 ifdef BARE
@@ -80,6 +84,10 @@ bench-gpu-model: ready
 # 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
 soak: setup
 	$(BIN)/python -m pytest -m soak tests/server
+
+# Anything that a client may send; MMINFER_FUZZ payloads, 2,000 if it does not say: a few minutes.
+fuzz: setup
+	$(BIN)/python -m pytest -s -m fuzz tests/server
 
 # All model families on one rank and on two; `make test` has the first of each kind on one. A server each: half an hour.
 test-families: setup

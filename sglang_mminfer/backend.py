@@ -28,6 +28,7 @@ from sglang_mminfer.embedding_cache import EncodedAgain, EncoderWatch
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.geometry import GeometryError, cached_map, family_of
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.budget import PlanBudget, line_strides
 from sglang_mminfer.patterns.coverage import lacks_raster, leaves_out
 from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
@@ -240,6 +241,7 @@ class SparsePrefill:
         self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self._num_layers))
         self._patterns = {head for layer in range(self._num_layers) for head in self.head_config.patterns(layer)}
+        self._budget, self._line_strides = PlanBudget(*config.plan_budget()), line_strides(self._patterns)
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
         self._executor = executors.name_for(config.executor(), self.device)
@@ -394,6 +396,9 @@ class SparsePrefill:
             rows = max(request.prefix_len, dense_below), min(prompt, request.seq_len)
             if not any(leaves_out(head, modality_map, *rows) for head in self._patterns):
                 return modality_map, "no_raster"
+        # All ranks answer alike: the budget counts and has no clock.
+        if not self._budget.allows(modality_map, request.prefix_len, min(prompt, request.seq_len), self._line_strides):
+            return modality_map, "plan_budget"
         return modality_map, None
 
     # ---- a layer -------------------------------------------------------------------------------------------

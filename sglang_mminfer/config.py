@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ DENSE_HEADS_CHOICES = ("auto", "stock", "own")
 AUDIT_FLAG = "--mminfer-audit"
 AUDIT_ENVIRONMENT = "SGLANG_MMINFER_AUDIT"
 AUDIT_ATTRIBUTE = "_mminfer_audit"
+
+PLAN_BUDGET_ENVIRONMENT = {"SGLANG_MMINFER_PLAN_BUDGET_MS": 200.0, "SGLANG_MMINFER_PLAN_BUDGET_MB": 256.0}
+"""What planning one head pattern of a chunk may cost by estimate, and the defaults; see `patterns/budget.py`."""
 
 ATTRIBUTE = "_mminfer_config"
 """Where the flag's value rides on ServerArgs. A real field cannot be added from outside; an attribute with an
@@ -140,6 +144,35 @@ def audit_environment_is_bad() -> bool:
     try:
         audit_rate(None)
     except argparse.ArgumentTypeError:
+        return True
+    return False
+
+
+def plan_budget(environ: Mapping[str, str] | None = None) -> tuple[float, float]:
+    """Milliseconds and megabytes that planning one head pattern of a chunk may cost: the environment's, else 200, 256.
+
+    Raises:
+        ValueError: naming the variable that holds no number above 0.
+    """
+    environ = os.environ if environ is None else environ
+    values = []
+    for name, default in PLAN_BUDGET_ENVIRONMENT.items():
+        text = environ.get(name) or str(default)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not value > 0:
+            raise ValueError(f"{name}: expected a number above 0 (inf: no limit), got {text!r}")
+        values.append(value)
+    return values[0], values[1]
+
+
+def plan_budget_is_bad() -> bool:
+    """True if the environment names something that is no budget."""
+    try:
+        plan_budget()
+    except ValueError:
         return True
     return False
 

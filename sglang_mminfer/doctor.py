@@ -78,6 +78,7 @@ def examine(
     sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("installed", _versions),
         ("plugin", lambda: _plugin(problems)),
+        ("mends", _mends),
         ("machine", _machine),
         ("gpu", _gpu),
         ("video", _video),
@@ -249,6 +250,18 @@ def _filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
             "brings mminfer_cpu",
             "unset it; SGLang finds the hardware without it.",
         )
+
+
+def _mends() -> Iterator[Finding]:
+    from sglang_mminfer import mends
+
+    if why := mends.why_bad():
+        yield Finding("mends", "setting", "error", why, f"correct {mends.ENVIRONMENT}, or unset it to have all mends.")
+        return
+    on = mends.active_names()
+    yield Finding("mends", "on", "ok", ", ".join(on) or "none")
+    if off := [mend.name for mend in mends.MENDS if mend.name not in on]:
+        yield Finding("mends", "off", "note", f"{', '.join(off)} ({mends.ENVIRONMENT}, or not a fault of this SGLang)")
 
 
 def _machine() -> Iterator[Finding]:

@@ -160,12 +160,79 @@ HOOKS: tuple[Hook, ...] = (
         "Only before the chat template runs can words of a conversation be told from placeholders of its media.",
     ),
     Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+        "around",
+        "sglang_mminfer.mends.options:carry",
+        "SGLang's models of a chat part drop the options that they do not know, and its conversation templates nearly "
+        "all; here the request as it came and what is made of it are both at hand.",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._apply_conversation_template",
+        "around",
+        "sglang_mminfer.mends.order:apply_template",
+        "SGLang has the conversation template of InternVL in a table, with pictures before all else of a message.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "around",
+        "sglang_mminfer.mends.batches:generate_request",
+        "What a request brings for one prompt can be told from what it brings for many only before SGLang makes a "
+        "batch of a request that wants several answers.",
+    ),
+    Hook(
+        "sglang.srt.session.session_controller.Session.create_req",
+        "around",
+        "sglang_mminfer.mends.sessions:create_request",
+        "Only here a turn's prompt and the media it inherits are put together; what does not fit ends the scheduler.",
+    ),
+    Hook(
+        "sglang.srt.session.session_controller.SessionController._close",
+        "around",
+        "sglang_mminfer.mends.sessions:close",
+        "Closing a session frees the media of turns that still run, and the scheduler ends.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler._get_multimodal_inputs",
+        "around",
+        "sglang_mminfer.mends.sessions:media_of",
+        "What the scheduler cannot read of a request's media is the request's error, and no exception in its loop.",
+    ),
+    Hook(
+        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        "around",
+        "sglang_mminfer.mends.requests:normalize",
+        "Lists of media in lists, or too few of them, are an internal error here, and the client's by right.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state",
+        "around",
+        "sglang_mminfer.mends.aborts:begin",
+        "Here alone a request's state and its client's connection are seen together.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
+        "around",
+        "sglang_mminfer.mends.aborts:tokenize",
+        "Media are loaded inside, and SGLang looks for aborts and clients that left only when the scheduler has the "
+        "request.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request",
+        "around",
+        "sglang_mminfer.mends.aborts:abort",
+        "Every abort comes through here, and goes to the scheduler only.",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "around",
+        "sglang_mminfer.mends.requests:validate",
+        "The last place where a request can be refused with a sentence: fields of the wrong kind end the scheduler.",
+    ),
+    Hook(
         "sglang.srt.model_loader.utils.get_model_architecture",
         "after",
-        "sglang_mminfer.processors.llava_original:adapt_model",
-        "SGLang's model of original LLaVA checkpoints reserves other numbers of tokens than it fills (a newline "
-        "replaces the token behind an image), encodes every image again for every chunk, and fails in any dtype but "
-        "half precision.",
+        "sglang_mminfer.mends.models:adapt_model",
+        "Faults in SGLang's models: `mends.MENDS` has them, llava_original and frames_apart.",
     ),
     Hook(
         "sglang.srt.utils.video_decoder.VideoDecoderWrapper.__init__",
@@ -437,6 +504,11 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda cfg: mends.why_bad() is not None,
         f"{mends.ENVIRONMENT}: expected all, none, names of mends (`mminfer doctor` lists them) to have only these, or "
         "names with a minus each to have all others.",
+    ),
+    Refusal(
+        "plan_budget",
+        lambda cfg: config.plan_budget_is_bad(),
+        f"{' and '.join(config.PLAN_BUDGET_ENVIRONMENT)}: expected numbers above 0 (inf: no limit).",
     ),
     Refusal(
         "decode_only",

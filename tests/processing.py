@@ -60,12 +60,15 @@ class Processing:
         from sglang.srt.server_args import ServerArgs
         from sglang.srt.utils.hf_transformers_utils import get_processor
 
-        arguments = ServerArgs(model_path=str(path), **{"attention_backend": "mminfer", **fields})
+        fields = {"attention_backend": "mminfer", "tokenizer_path": _tokenizer_of(path), **fields}
+        arguments = ServerArgs(model_path=str(path), **fields)
         self._context = runtime_context.create_context(arguments, role="tokenizer")
         self._within = runtime_context.use_context
         with self._within(self._context):
             self.hf_config = ModelConfig.from_server_args(arguments).hf_config
-            hf_processor = get_processor(str(path), trust_remote_code=arguments.trust_remote_code)
+            hf_processor = get_processor(
+                arguments.tokenizer_path, model_name=str(path), trust_remote_code=arguments.trust_remote_code
+            )
             self.tokenizer = getattr(hf_processor, "tokenizer", hf_processor)
             for kind in vars(importlib.import_module(f"sglang.srt.multimodal.processors.{module}")).values():
                 if isinstance(kind, type):
@@ -92,6 +95,12 @@ class Processing:
                 )
             )
         return Processed(output, self.hf_config)
+
+
+def _tokenizer_of(path: Path) -> str:
+    """The folder of a checkpoint's tokenizer: LongVILA keeps it with its language model."""
+    below = path / "llm"
+    return str(below if (below / "tokenizer_config.json").exists() else path)
 
 
 def runs_of(ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -88,10 +88,10 @@ def main() -> int:
 
 
 def through_files(options: argparse.Namespace, make: Any, bank_seed: int) -> int:
-    """The whole way: H.264 and PNG files, SGLang's sampling, the checkpoint's processor, transformers' model."""
+    """The whole way: H.264 and PNG files, sampled as a server does, the checkpoint's processor, transformers' model."""
     from sglang_mminfer.evaluation.hf_oracle import HFOracle
 
-    oracle = HFOracle(options.checkpoint, mm_process_config=MM_PROCESS_CONFIG, positions="sglang")
+    oracle = HFOracle(options.checkpoint, mm_process_config=MM_PROCESS_CONFIG)
     digits = set(task.DIGITS)
     for length in options.lengths:
         random = np.random.default_rng((options.seed, length))

@@ -5,36 +5,31 @@
     got = ask(server.client(), messages, max_new_tokens=8)
     assert compare(expected, got).max_difference < 1e-4
 
-Shared with the server, because there is no independent standard for it: how a URL becomes a picture or a
-video decoder, which frames are sampled and how they are resized (SGLang's `load_image`, `load_video`,
-`preprocess_video`, with the same `mm_process_config`), and the checkpoint's own Hugging Face processor,
-loaded by SGLang's loader and called with SGLang's arguments. So both sides see the same pixels.
+Independent of the server: media are read with PIL and PyAV (`oracle_media`); which frames of a video are shown, their
+size and their seconds (`qwen_video`) and m-RoPE positions (`mrope`) follow the released model code, written out here.
+The rest is transformers alone: the checkpoint's own processor, which is told the true frame rate, vision tower,
+language model, KV cache and greedy choice, on dense attention in fp32. No module of SGLang is imported, and none of
+this plugin's models and processors (a test).
 
-Independent: the rendering and tokenization of the prompt and the count of its placeholders, m-RoPE positions,
-vision tower, the scatter of its output into the prompt, language model, KV cache and greedy choice are
-transformers' code alone, on dense attention in fp32. `OracleAnswer.prompt_ids` of both sides should be
-compared, too: a server that was shown another number of frames has other ones.
+`OracleAnswer.prompt_ids` of both sides should be compared, too: a server that was shown another number of frames has
+other ones.
 
-Where the two differ by themselves (SGLang 0.5.23, transformers 5.19), whatever attends in the language model:
-
-* Vision blocks of Qwen2.5-VL with full attention see the whole video in SGLang, one frame in transformers.
-  `frames="joint"` shows them the whole video here, too. The tiny checkpoints have no such block by default.
-* Text after a video goes on behind the highest position of the video in SGLang, as in the released model code,
-  but behind its rows and columns in transformers, even if the video's time went further. They agree until a
-  video has more temporal positions than rows and columns. `answer` refuses a conversation that is beyond,
-  unless it is told whose `positions` to take.
+Where SGLang 0.5.23 differs from the released code whatever attends in the language model: vision blocks of Qwen2.5-VL
+with full attention see the whole video there, one frame in transformers and in the released code. `frames="joint"`
+shows them the whole video here, too. The tiny checkpoints have no such block by default.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from unittest import mock
 
 import torch
+
+from sglang_mminfer.evaluation import mrope, qwen_video
+from sglang_mminfer.evaluation.oracle_media import open_video, read_picture
 
 Message = Mapping[str, Any]
 """OpenAI chat message: role, and content as text or as parts of type text, image_url or video_url."""
@@ -78,8 +73,6 @@ class HFOracle:
         path: the checkpoint.
         attention: "sdpa" or "eager", of transformers.
         mm_process_config: what the server was given as --mm-process-config.
-        positions: whose m-RoPE positions apply where the two disagree: "transformers", "sglang", or
-            "same" to refuse such a conversation.
         frames: what vision blocks with full attention see: their frame ("apart", transformers' way) or the
             whole video ("joint", SGLang's way with Qwen2.5-VL).
     """
@@ -90,21 +83,15 @@ class HFOracle:
         *,
         attention: str = "sdpa",
         mm_process_config: Mapping[str, Mapping[str, Any]] | None = None,
-        positions: Literal["same", "transformers", "sglang"] = "same",
         frames: Literal["apart", "joint"] = "apart",
     ) -> None:
         if frames not in ("apart", "joint"):
             raise ValueError(f'HFOracle.frames: expected "apart" or "joint", got {frames!r}')
-        if positions not in ("same", "transformers", "sglang"):
-            raise ValueError(f'HFOracle.positions: expected "same", "transformers" or "sglang", got {positions!r}')
-        load_sglang()
-        from sglang.srt.utils.hf_transformers_utils import get_processor
-        from transformers import AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
         name = os.fspath(path)
-        self.positions = positions
         self.config = {kind: dict(options) for kind, options in (mm_process_config or {}).items()}
-        self.processor = get_processor(name)
+        self.processor = AutoProcessor.from_pretrained(name)
         self.model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=torch.float32, attn_implementation=attention
         ).eval()
@@ -112,7 +99,7 @@ class HFOracle:
             self.model.model.visual.register_forward_pre_hook(_join_frames, with_kwargs=True)
 
     def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
-        """The model's inputs for the prompt of a conversation: ids, pixels, grids, seconds per grid row.
+        """The model's inputs for the prompt of a conversation: ids, pixels, grids, m-RoPE positions.
 
         A subclass whose server has other ids for the same prompt adds them as "prompt_ids".
         """
@@ -120,26 +107,28 @@ class HFOracle:
         text = self.processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         arguments: dict[str, Any] = {}
         if images:
-            arguments["images"] = [load_image(url) for url in images]
+            arguments["images"] = [read_picture(url) for url in images]
             arguments["images_kwargs"] = dict(self.config.get("image", {}))
-        if videos:
-            from sglang.srt.multimodal.processors.qwen_vl import QWEN_VIDEO_PREPROCESS_CONFIG_KEYS
-
-            options = self.config.get("video", {})
-            loaded = [_load_video(url, options) for url in videos]
-            arguments["videos"] = [frames for frames, _ in loaded]
-            if self.model.config.model_type.startswith("qwen3"):  # writes the time of each frame into the prompt
-                arguments["video_metadata"] = [metadata for _, metadata in loaded]
-                arguments["do_sample_frames"] = False
-            # The rest is what `preprocess_video` has used up.
+        options = self.config.get("video", {})
+        sampled = [qwen_video.sample(open_video(url), options) for url in videos]
+        if sampled:
+            arguments["videos"] = [video.frames for video in sampled]
             arguments["videos_kwargs"] = {
-                key: value for key, value in options.items() if key not in QWEN_VIDEO_PREPROCESS_CONFIG_KEYS
+                **{key: value for key, value in options.items() if key not in qwen_video.OPTIONS},
+                # The frames are chosen, and this is when they were.
+                "do_sample_frames": False,
+                "video_metadata": [video.metadata for video in sampled],
             }
         inputs = self.processor(text=[text], padding=True, return_tensors="pt", **arguments)
-        inputs.pop("video_metadata", None)
-        for name, value in inputs.items():
-            if not isinstance(value, torch.Tensor):
-                inputs[name] = torch.as_tensor(value)
+        for name in ("video_metadata", "second_per_grid_ts"):  # the positions have it
+            inputs.pop(name, None)
+        inputs["position_ids"] = mrope.positions(
+            inputs["input_ids"][0].tolist(),
+            mrope.Rule.of(self.model.config),
+            inputs.get("image_grid_thw", torch.empty(0, 3)).tolist(),
+            inputs.get("video_grid_thw", torch.empty(0, 3)).tolist(),
+            [self.model.config.vision_config.temporal_patch_size / video.sampled_fps for video in sampled],
+        )[:, None]
         return dict(inputs)
 
     @torch.no_grad()
@@ -147,65 +136,25 @@ class HFOracle:
         """The greedy continuation of exactly `max_new_tokens` tokens (an end-of-turn token does not stop it)."""
         inputs = self.inputs(messages)
         prompt_ids = inputs.pop("prompt_ids", inputs["input_ids"])[0].tolist()
-        self.model.model.rope_deltas = None  # of the conversation before; a text-only one would take it over
-        self._place(inputs)
+        places = inputs.get("position_ids")
         token_ids: list[int] = []
         tops: list[dict[int, float]] = []
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        for _ in range(max_new_tokens):
+        for i in range(max_new_tokens):
             logprobs = torch.log_softmax(output.logits[0, -1].float(), dim=-1)
             values, ids = logprobs.topk(top_logprobs)
             tops.append(dict(zip(ids.tolist(), values.tolist())))
             token_ids.append(int(logprobs.argmax()))
             if len(token_ids) < max_new_tokens:
                 step = torch.tensor([token_ids[-1:]])
-                output = self.model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+                # Without positions of its own a model of transformers counts on from the prompt's length.
+                place = {} if places is None else {"position_ids": torch.full((3, 1, 1), int(places.max()) + 1 + i)}
+                output = self.model(input_ids=step, past_key_values=output.past_key_values, use_cache=True, **place)
         return OracleAnswer(prompt_ids, token_ids, tops, self.decode(token_ids))
 
     def decode(self, token_ids: list[int]) -> str:
         """The words of an answer."""
         return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-    def _place(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Checks that both libraries place the prompt alike, or puts in SGLang's positions."""
-        if self.positions == "transformers" or not {"image_grid_thw", "video_grid_thw"} & set(inputs):
-            return
-        own, _ = self.model.model.get_rope_index(
-            inputs["input_ids"],
-            **{
-                name: inputs.get(name)
-                for name in ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-            },
-            **({"second_per_grid_ts": inputs["second_per_grid_ts"]} if "second_per_grid_ts" in inputs else {}),
-        )
-        served, delta = self._sglang_positions(inputs)
-        if self.positions == "sglang":
-            inputs["position_ids"] = served
-            self.model.model.rope_deltas = delta
-        elif not torch.equal(own, served):
-            first = int((own != served).any(0)[0].nonzero()[0])
-            raise ValueError(
-                f"transformers and SGLang place this conversation differently from token {first} on (a video "
-                f"has more temporal positions than rows and columns): give HFOracle positions='sglang' or "
-                f"'transformers', or use fewer frames or larger pictures"
-            )
-
-    def _sglang_positions(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        from sglang.srt.layers.rotary_embedding.mrope_rope_index import get_rope_index
-
-        config = self.model.config
-        return get_rope_index(
-            spatial_merge_size=config.vision_config.spatial_merge_size,
-            image_token_id=config.image_token_id,
-            video_token_id=config.video_token_id,
-            vision_start_token_id=config.vision_start_token_id,
-            model_type=config.model_type,
-            tokens_per_second=getattr(config.vision_config, "tokens_per_second", None),
-            **{
-                name: inputs.get(name)
-                for name in ("input_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-            },
-        )
 
 
 def ask(
@@ -292,49 +241,3 @@ def split_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], l
                 raise ValueError(f"message part: expected text, image_url or video_url, got {kind!r}")
         rendered.append({**message, "content": parts})
     return rendered, images, videos
-
-
-def load_sglang() -> None:
-    """As in a server with mminfer. Without our CPU platform parts of SGLang cannot be imported where no GPU is."""
-    from sglang.srt.plugins import load_plugins
-
-    from sglang_mminfer import asked, cpu_platform
-
-    load_plugins()
-    asked.insist()
-    if not cpu_platform.accelerators():
-        cpu_platform.use()
-
-
-def load_image(url: str) -> Any:
-    """A PIL image, RGB, by SGLang's own loader."""
-    from sglang.srt import utils
-
-    image, _ = utils.load_image(url, False)
-    return image.convert("RGB")
-
-
-def open_video(url: str) -> Any:
-    """SGLang's decoder of a video."""
-    from sglang.srt.utils import load_video
-
-    return load_video(url, use_gpu=False)
-
-
-def _load_video(url: str, options: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    import asyncio
-
-    from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
-
-    with _no_pinning():
-        return asyncio.run(preprocess_video(open_video(url), video_config=dict(options)))
-
-
-@contextlib.contextmanager
-def _no_pinning() -> Iterator[None]:
-    """SGLang pins decoded frames for the copy to a GPU, which torch refuses where there is none."""
-    if torch.cuda.is_available():
-        yield
-        return
-    with mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor):
-        yield

@@ -63,7 +63,7 @@ def medians(roots: Mapping[str, Path | None], program: str, runs: int) -> dict[s
     }
 
 
-def _unpacked(revision: str, into: Path) -> Path:
+def unpacked(revision: str, into: Path) -> Path:
     """The package of a git revision, laid out as it is installed."""
     top = subprocess.run(
         ["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     revisions = {name: getattr(options, name) for name in ("before", "after") if getattr(options, name)}
     figures: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        roots = {f"{name} ({rev})": _unpacked(rev, Path(scratch) / name) for name, rev in revisions.items()}
+        roots = {f"{name} ({rev})": unpacked(rev, Path(scratch) / name) for name, rev in revisions.items()}
         for name, program, runs, paths in (
             ("import", IMPORT, options.runs, roots),
             ("load", LOAD, options.load_runs, {**roots, "without the plugin": None}),

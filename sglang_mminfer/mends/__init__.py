@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,14 @@ MENDS: tuple[Mend, ...] = (
         "processors/qwen_vl.py: pass video_metadata for qwen2_5_vl, too.",
     ),
     Mend(
+        "frames_apart",
+        "Qwen2.5-VL's vision blocks with full attention see all frames of a video at once.",
+        "They see their frame, as the model was trained and as SGLang's other Qwen models do it; a long video is "
+        "encoded in a fraction of the time.",
+        "tests/server/test_hf_equality.py",
+        "models/qwen2_5_vl.py: cu_seqlens for each temporal patch, as compute_cu_seqlens_from_grid_numpy makes them.",
+    ),
+    Mend(
         "placeholder_words",
         "Words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a question, an answer of the "
         "history or a tool's result beside media end the server, never come back, or are refused for good.",
@@ -114,6 +122,88 @@ MENDS: tuple[Mend, ...] = (
         "Ids outside media are never changed; expanded media are found, or refused with a sentence.",
         "tests/backend/test_mends.py",
         "base_processor: expand placeholders in the ids that came.",
+    ),
+    Mend(
+        "picture_orientation",
+        "The EXIF orientation of a picture is left out: photos lie on their side.",
+        "Pictures are turned as every viewer shows them, pixels and grid.",
+        "tests/backend/test_mends_media.py",
+        "base_processor._load_single_item: ImageOps.exif_transpose, and no decoding on the GPU of turned files.",
+    ),
+    Mend(
+        "picture_modes",
+        "Grey of 16 or 32 bits and floats are white or black, and what is transparent shows the colours beneath.",
+        "More than 8 bits are seen as their upper 8, transparent pixels on white.",
+        "tests/backend/test_mends_media.py",
+        "base_processor._load_single_item: scale the modes I and F, composite alpha on white.",
+    ),
+    Mend(
+        "odd_sizes",
+        "Nothing bounds a picture, a square made of one, or the frames of a video before they are allocated; videos "
+        "of less than 32 pixels across are an error of the server.",
+        "Sizes are checked before anything is decoded, and the client is told size and limit; small videos are seen.",
+        "tests/backend/test_mends_media.py",
+        "utils.common.load_image: limits on the header.",
+    ),
+    Mend(
+        "video_frames",
+        "A video given as its frames (data:video/jpeg, a list, an array) is an error of the server, or has no time.",
+        "It is as a file of these frames, at 1 frame a second or the rate that is stated.",
+        "tests/backend/test_mends_media.py",
+        "utils.common.load_video: a decoder over frames.",
+    ),
+    Mend(
+        "video_options",
+        "fps, max_frames, max_long_side_pixel and all that a request asks of one picture or video is left out.",
+        "Each family does what it can, and refuses the rest by name.",
+        "tests/backend/test_mends_media.py",
+        "base_processor._load_single_item: keep VideoData.preprocess_kwargs with the decoder.",
+    ),
+    Mend(
+        "media_order",
+        "InternVL's conversation template puts the pictures of a message before its text and its videos.",
+        "They stand where the message has them, as in OpenGVLab's own code.",
+        "tests/backend/test_mends_media.py",
+        "parser/conversation.py: internvl-2-5 without image_token_at_prefix.",
+    ),
+    Mend(
+        "media_of_samples",
+        "With n > 1 a request with several pictures is refused, and each answer sees one of several videos.",
+        "Each answer sees all media of the request.",
+        "tests/backend/test_mends_media.py",
+        "io_struct.GenerateReqInput._handle_parallel_sampling: wrap media as text is wrapped.",
+    ),
+    Mend(
+        "sessions",
+        "A turn of a session keeps all media of its parent whatever its offset cuts off, and the server ends; it ends, "
+        "too, when a session is replaced or closed while a turn runs, or a turn with media names no known parent.",
+        "A turn has the media that its offset leaves; one cut in two, or gone with an aborted turn, is a 400 that "
+        "names it.",
+        "tests/server/test_sessions.py",
+        "session_controller.Session.create_req: drop items behind the offset, in a copy of the parent's.",
+    ),
+    Mend(
+        "item_checks",
+        "Media that a client sends preprocessed (processor_output, precomputed_embedding) are taken as they are: "
+        "without a grid, with too few rows or numbers that are none they end the server.",
+        "They are held against the prompt and the model first, and refused with a sentence.",
+        "tests/backend/test_items.py",
+        "base_processor.process_and_combine_mm_data: validate items of clients.",
+    ),
+    Mend(
+        "request_fields",
+        "A token id that the model has no embedding of (-1, or one behind the vocabulary), an empty prompt, or more "
+        "log-probabilities than there are words end the server; lists of media of another length are a 500.",
+        "They are a 400 that names the field.",
+        "tests/server/test_odd_fields.py",
+        "TokenizerManager._validate_one_request: hold input_ids against the vocabulary.",
+    ),
+    Mend(
+        "aborts",
+        "An abort that comes while media are loaded is lost, as is a client's leaving: the request runs to its end.",
+        "The request ends there, and nothing of it reaches the scheduler.",
+        "tests/server/test_aborts.py",
+        "TokenizerManager.abort_request: cancel what prepares a request that is not dispatched.",
     ),
 )
 
@@ -198,10 +288,36 @@ def wanted(server_args: Any) -> bool:
     return BACKEND_NAME in backends
 
 
+def here(name: str) -> bool:
+    """Whether a mend acts in this process, where code that gets no arguments of the server asks."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return wanted(get_server_args()) and active(name)
+
+
 _BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 
-def table(mends: Iterable[Mend] = MENDS) -> str:
-    """The list as a Markdown table, for documents."""
-    rows = ["| mend | stock SGLang | with mminfer |", "| --- | --- | --- |"]
-    return "\n".join([*rows, *(f"| `{mend.name}` | {mend.stock} | {mend.right} |" for mend in mends)])
+def page() -> str:
+    """The list as a page of the documents."""
+    lines = [
+        "# Mends",
+        "",
+        "Faults in how SGLang handles media, which a server with `--attention-backend mminfer` (or",
+        "`--prefill-attention-backend mminfer`) does not have. Other servers are left as they are. Each mend is on by",
+        f"default; `{ENVIRONMENT}` says otherwise: `none`, `-name,-other` for all but these, `name,other` for",
+        "these only. `mminfer doctor` lists what is on. This page is made by `python -m sglang_mminfer.mends`.",
+        "",
+    ]
+    for mend in MENDS:
+        lines += [
+            f"## {mend.name}",
+            "",
+            f"Stock SGLang ({mend.versions}): {mend.stock}",
+            "",
+            f"With mminfer: {mend.right}",
+        ]
+        lines += ["", f"Shown by `{mend.test}`."]
+        lines += [f"Upstream it would be a patch of {mend.upstream}" if mend.upstream else "It is no patch of SGLang."]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"

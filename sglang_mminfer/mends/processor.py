@@ -48,10 +48,21 @@ def _mended(base: Any) -> type:
             if cls._is_preprocessed_input(data):
                 return data
             if modality.name == "IMAGE":
-                return pictures.load(load, data, modality, *args, **kwargs)
+                return pictures.load(load, cls, data, modality, *args, **kwargs)
             if modality.name == "VIDEO":
-                return videos.load(load, data, modality, *args, **kwargs)
+                return videos.load(load, cls, data, modality, *args, **kwargs)
             return load(data, modality, *args, **kwargs)
+
+        def snapshot_media_source(self, source: Any, modality: Any) -> Any:
+            if modality.name != "IMAGE":
+                return super().snapshot_media_source(source, modality)
+            return pictures.snapshot(super().snapshot_media_source, type(self), source, modality)
+
+        def decode_media_snapshot(self, snapshot: Any, modality: Any) -> Any:
+            decode = functools.partial(super().decode_media_snapshot, snapshot)
+            if modality.name != "IMAGE" or not pictures.is_file(snapshot.data):
+                return decode(modality)
+            return pictures.load(lambda data, modality, *_: decode(modality), type(self), snapshot.data, modality)
 
         def process_and_combine_mm_data(self, *args: Any, **kwargs: Any) -> Any:
             try:
@@ -64,6 +75,7 @@ def _mended(base: Any) -> type:
             given = {**call.arguments, **call.arguments.get("kwargs", {})}
             request, prompt = given["request_obj"], given["input_text"]
             try:
+                items.check_preprocessed(request)
                 prompt = token_ids.as_text(self, prompt, request)
                 items.check_placeholders(self, prompt, request)
                 call.arguments["input_text"] = prompt

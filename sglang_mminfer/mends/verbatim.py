@@ -77,9 +77,7 @@ def _pieces(text: str, is_special: Any) -> Iterator[tuple[str, Any]]:
 
 def aware(tokenizer: Any) -> Any:
     """A copy of a tokenizer that resolves marks; any other text it treats as before."""
-    own = copy.deepcopy(tokenizer)
-    own.__class__ = _aware_class(type(own))
-    return own
+    return _restored(copy.deepcopy(tokenizer))
 
 
 def aware_processor(processor: Any) -> Any:
@@ -94,7 +92,8 @@ def aware_processor(processor: Any) -> Any:
 
 
 def _restored(plain: Any) -> Any:
-    plain.__class__ = _aware_class(type(plain))
+    kind: Any = type(plain)
+    plain.__class__ = _aware_class(kind)
     return plain
 
 

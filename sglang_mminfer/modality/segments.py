@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from sglang_mminfer.modality.runs import Ints, Runs
+from sglang_mminfer.modality.runs import Runs, expand
+from sglang_mminfer.modality.segment_table import SegmentTable, codes_of
 
 
 class Modality(StrEnum):
@@ -80,11 +81,6 @@ class VisionGrid:
     def has_cells(self, stride: str) -> bool:
         """True if `stride` ("frame" or "row") gives the tokens a cell."""
         return self.raster or stride == "frame"
-
-    @cached_property
-    def starts(self) -> Ints:
-        """`frame_starts` as an array: int64 [frames]."""
-        return np.array(self.frame_starts, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -167,28 +163,33 @@ class ModalityMap:
         flags = torch.tensor([modality.covers(s.modality) for s in self.segments], dtype=torch.bool)
         return flags[self.segment_ids.long()] if self.segments else flags
 
+    @cached_property
+    def table(self) -> SegmentTable:
+        """The segments as arrays."""
+        return SegmentTable.of(self.segments)
+
     def runs(self, modality: Modality) -> Runs:
         """The positions that `modality` covers."""
-        runs: list[list[int]] = []
-        for segment in self.segments:
-            if not modality.covers(segment.modality):
-                continue
-            if runs and runs[-1][1] == segment.start:
-                runs[-1][1] = segment.stop
-            else:
-                runs.append([segment.start, segment.stop])
-        return Runs([start for start, _ in runs], [stop for _, stop in runs])
+        table = self.table
+        covered = np.isin(table.code, codes_of(modality))
+        # Segments leave no gaps, so a run begins and ends where its neighbour is of another kind.
+        starts = covered & ~np.concatenate([[False], covered[:-1]])
+        stops = covered & ~np.concatenate([covered[1:], [False]])
+        return Runs(table.start[starts], table.stop[stops])
 
     def on_phase(self, stride: str, phase: int) -> Runs:
         """The positions whose cell is `phase`; `stride` as in `cells`."""
-        found = [np.empty(0, dtype=np.int64)]
-        for segment in self.segments:
-            grid = segment.grid
-            if grid is None or not grid.has_cells(stride) or phase >= (grid.cells if stride == "frame" else grid.cols):
-                continue
-            rows = np.arange(1 if stride == "frame" else grid.rows) * grid.cols
-            found.append((grid.starts[:, None] + rows + phase).ravel())
-        return Runs.points(np.concatenate(found))
+        table = self.table
+        in_frame = stride == "frame"
+        lines = table.rows * table.cols if in_frame else table.cols
+        chosen = np.flatnonzero(table.has_cells(stride) & (phase < lines))
+        frames = table.frames[chosen]
+        starts = table.frame_starts[expand(table.first_frame[chosen], frames)]
+        if in_frame:
+            return Runs.points(starts + phase)
+        rows, cols = (np.repeat(size[chosen], frames) for size in (table.rows, table.cols))
+        row = expand(np.zeros_like(rows), rows)
+        return Runs.points(np.repeat(starts, rows) + row * np.repeat(cols, rows) + phase)
 
     def cells(self, stride: str) -> torch.Tensor:
         """int32 [length]: the cell of each token, -1 where it has none (text, separators, no grid, no raster).

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sglang_mminfer.mends import limits
+
 MEAN = 0.5
 """Of pixel values in 0..1, as these models reckon it; of every channel."""
 
 BATCH = 32
-"""Frames that are decoded at a time, so that a long video of large frames does not fill the memory."""
+"""Frames that are decoded at a time; of large frames fewer, so that they do not fill the memory."""
 
 
 def resize(picture: Image.Image, width: int, height: int) -> torch.Tensor:
@@ -23,9 +25,23 @@ def resize(picture: Image.Image, width: int, height: int) -> torch.Tensor:
 
 
 def squared(picture: Image.Image) -> Image.Image:
-    """With a border of the pixels' mean, so that it is not stretched where a model sees squares."""
+    """With a border of the pixels' mean, so that it is not stretched where a model sees squares.
+
+    Raises:
+        ValueError: if the square would be larger than a picture may be.
+    """
+    return in_square(picture, (int(MEAN * 255),) * 3)
+
+
+def in_square(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """In the middle of a square of one colour.
+
+    Raises:
+        ValueError: if the square would be larger than a picture may be.
+    """
+    limits.check_square(*picture.size)
     side = max(picture.size)
-    square = Image.new("RGB", (side, side), (int(MEAN * 255),) * 3)
+    square = Image.new("RGB", (side, side), colour)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square
 
@@ -50,8 +66,9 @@ def decode(
     """
     wanted = sorted(set(indices))
     frames: dict[int, torch.Tensor] = {}
-    for start in range(0, len(wanted), BATCH):
-        part = wanted[start : start + BATCH]
+    batch = _batch(video)
+    for start in range(0, len(wanted), batch):
+        part = wanted[start : start + batch]
         pictures = frames_at(video, part, f"frames {part[0]} to {part[-1]}")
         if len(pictures) != len(part):
             raise ValueError(f"video: expected {len(part)} frames from {part[0]} on, got {len(pictures)}")
@@ -59,6 +76,13 @@ def decode(
             whole = _as_image(picture)
             frames[index] = resize(squared(whole) if bordered else whole, width, height)
     return [frames[i] for i in indices]
+
+
+def _batch(video: Any) -> int:
+    if not hasattr(video, "frame_shape"):
+        return BATCH
+    height, width = video.frame_shape
+    return limits.batch_of(width, height, BATCH)
 
 
 def frames_at(video: Any, indices: Sequence[int], named: str) -> Sequence[Any]:

@@ -28,10 +28,12 @@ class MediaProcessor(BaseMultimodalProcessor):
 
     Attributes:
         VIDEO_OPTIONS: names and types that `--mm-process-config '{"video": {...}}'` may give.
+        REQUEST_OPTIONS: names that a request may give of an "image" or a "video"; see `mends.options`.
     """
 
     models: ClassVar[list[type]] = []  # SGLang's own scan finds none; see registration.py
     VIDEO_OPTIONS: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
+    REQUEST_OPTIONS: ClassVar[Mapping[str, frozenset[str]]] = {}
 
     # By these words a prompt is cut at its media; the id that stands for their tokens may stand for others, too.
     placeholder_words: ClassVar[tuple[str, ...]] = (IMAGE, VIDEO)

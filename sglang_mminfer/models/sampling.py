@@ -41,10 +41,10 @@ def every_second(total: int, rate: float, *, fps: float, most: int, forced: bool
         forced: always take exactly `most` frames, some of them repeatedly if the video has fewer.
     """
     rate = check(total, rate)
-    step = max(1, round(rate / fps))
-    indices = list(range(0, total, step))
-    if len(indices) <= most and not forced:
+    step = max(1, round(min(rate / fps, total)))
+    if -(-total // step) <= most and not forced:
         # The model was trained on the number of the frame as its time, at one frame a second.
+        indices = list(range(0, total, step))
         return Sampled(indices, [i / step / fps for i in indices], total / rate)
     indices = np.linspace(0, total - 1, most, dtype=int).tolist()
     return Sampled(indices, [i / rate for i in indices], total / rate)
@@ -53,7 +53,9 @@ def every_second(total: int, rate: float, *, fps: float, most: int, forced: bool
 def first_seconds(total: int, rate: float, *, fps: float, most: int) -> Sampled:
     """VILA with a frame rate: `fps` frames a second from the start, no more than `most`."""
     rate = check(total, rate)
-    seconds = np.arange(0, total / rate, 1.0 / fps)[:most]
+    # The file says how long it is: no more times than frames that are wanted, however long.
+    seconds = np.arange(0, total / rate, 1.0 / fps) if total / rate * fps < most else np.arange(most) * (1.0 / fps)
+    seconds = seconds[:most]
     indices = [min(int(t * rate), total - 1) for t in seconds]
     return Sampled(indices, seconds.tolist(), total / rate)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from sglang_mminfer.modality.runs import Runs
+from sglang_mminfer.modality.segment_table import codes_of
 from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
 from sglang_mminfer.patterns.spec import Grid
@@ -29,9 +32,7 @@ def pair_index(pattern: Grid, scope: Scope) -> PairIndex:
 
 def _first_without_cells(stride: str, scope: Scope) -> int:
     """Start of the first image or video among the scope's keys whose raster is not known, or has no such stride."""
-    for segment in scope.map.segments:
-        if segment.modality is Modality.TEXT or (segment.grid is not None and segment.grid.has_cells(stride)):
-            continue
-        if scope.keys is None or scope.keys.covers(segment.modality):
-            return segment.start
-    return scope.map.length
+    table = scope.map.table
+    vision = codes_of(Modality.VISION)
+    unplaced = np.isin(table.code, [code for code in codes_of(scope.keys) if code in vision]) & ~table.has_cells(stride)
+    return int(table.start[unplaced.argmax()]) if unplaced.any() else scope.map.length

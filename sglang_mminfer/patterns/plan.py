@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes_on_host
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
 from sglang_mminfer.kernels.threads import one_thread
 from sglang_mminfer.kernels.transfer import to_device
 from sglang_mminfer.kernels.triton import interpreted
@@ -259,8 +259,9 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
     tile, count = joined([v.tile for v in visits]), joined([v.count for v in visits])
     start = joined([v.start + keys.first_tile(request, v.order) for v in visits])
     kind = joined([np.full(len(v.tile), v.kind) for v in visits])
-    hidden = joined([v.hidden for v in visits if v.hidden is not None], (0, keys.block_k))
-    order = np.lexsort((start, kind, tile))
+    hidden = joined([v.hidden for v in visits if v.hidden is not None], (0, -(-keys.block_k // 32)))
+    # One number for tile, kind and start: parts are ascending already, which a stable sort makes use of.
+    order = ((tile * 3 + kind) * (start.max(initial=0) + 1) + start).argsort(kind="stable")
     row_of = np.cumsum(kind == PICKED) - 1  # in `hidden`
     hidden = hidden[row_of[order[kind[order] == PICKED]]]
     by_kind = np.bincount(tile * 3 + kind, minlength=3 * num_tiles).reshape(num_tiles, 3)
@@ -277,7 +278,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         start[order],
         count[order],
         ends,
-        pack_lanes_on_host(hidden),
+        hidden,
         *(array for arrays in uploads for array in arrays),
     )
     return Tiles(

@@ -18,12 +18,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, pack_lanes_on_host
 from sglang_mminfer.modality.runs import Ints, Runs, expand
+from sglang_mminfer.modality.segment_table import codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns import a_shape, dense, grid, tri_shape, vertical_slash
 from sglang_mminfer.patterns.boundary import RowClass, row_classes
 from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
-from sglang_mminfer.patterns.order import CompactOrder, KeyOrder, LineOrder
+from sglang_mminfer.patterns.lines import LineOrder
+from sglang_mminfer.patterns.order import CompactOrder, KeyOrder
 from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape, VerticalSlash
 
 INDEX: dict[type, Callable[..., PairIndex]] = {
@@ -42,7 +45,7 @@ FULL, PARTIAL, PICKED = range(3)
 class Visits:
     """Query tile tile[i] visits the key tiles start[i] .. start[i] + count[i] - 1 of `order`.
 
-    hidden: bool [visits, block_k], lanes that do not count; for PICKED, whose visits are of one key tile each.
+    hidden: int32 [visits, words], lanes that do not count, packed; for PICKED, whose visits are of one key tile each.
     """
 
     order: KeyOrder
@@ -50,7 +53,7 @@ class Visits:
     tile: Ints
     start: Ints
     count: Ints
-    hidden: NDArray[np.bool_] | None = None
+    hidden: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class TilePass:
         self.visit(order, FULL, tiles, start, np.minimum(stop, sure))
         self.visit(order, PARTIAL, tiles, np.maximum(start, sure), stop)
 
-    def pick(self, order: KeyOrder, tiles: Ints, blocks: Ints, hidden: NDArray[np.bool_]) -> None:
-        """Tile tiles[i] visits key tile blocks[i], of which hidden[i] does not count."""
+    def pick(self, order: KeyOrder, tiles: Ints, blocks: Ints, hidden: NDArray[np.int32]) -> None:
+        """Tile tiles[i] visits key tile blocks[i], of which hidden[i] (packed) does not count."""
         if len(tiles):
             self.visits.append(Visits(order, PICKED, tiles, blocks, np.ones_like(blocks), hidden))
 
@@ -123,7 +126,7 @@ class ChunkTiler:
         self.dense_below, self.block_q, self.block_k = dense_below, block_q, block_k
         self._base: dict[Modality | None, CompactOrder] = {}
         self._columns: dict[tuple, CompactOrder] = {}
-        self._lines: dict[tuple[str, tuple[int, int]], LineOrder] = {}
+        self._lines: dict[str, LineOrder] = {}
 
     def tile(self, head: HeadPattern) -> list[TilePass]:
         """The passes of one head pattern: first all tiles by row class, then one for each set of raster lines."""
@@ -252,14 +255,14 @@ class ChunkTiler:
         out.visit(order, FULL, tiles, np.zeros_like(whole), whole)
         cut = in_reach % self.block_k > 0
         hidden = np.arange(self.block_k) >= (in_reach % self.block_k)[cut, None]
-        out.pick(order, tiles[cut], whole[cut], hidden)
+        out.pick(order, tiles[cut], whole[cut], pack_lanes_on_host(hidden))
 
     # ---- rows along the lines of a raster ------------------------------------------------------------------
 
     def _line_pass(
         self, row_class: RowClass, key_class: Modality | None, index: PairIndex, lines: Lines, bound: Ints
     ) -> TilePass:
-        """Rows in phase-major order over the keys of their own line, in all segments of the same raster so far.
+        """Rows in phase-major order over the keys of their own line, in all packs of the same raster so far.
 
         Only keys between the sink and the row's window count (`bound`); the rest is visited by the first pass.
         """
@@ -267,48 +270,31 @@ class ChunkTiler:
         keys = self._base_order(Scope(self.map, self.kv_len, keys=key_class)).keys
         sink_stop = -(-index.sink // self.block_k) * self.block_k
         first_key = int(keys.select(sink_stop)) if sink_stop < len(keys) else self.kv_len
-        for number, segment in enumerate(self.map.segments):
-            if segment.stop <= self.q_start or segment.start >= self.kv_len:
-                continue
-            if segment.grid is None or not segment.grid.has_cells(lines.stride):
-                continue
-            if row_class.rows is not None and not row_class.rows.covers(segment.modality):
-                continue
-            order = self._line_order(lines.stride, segment.grid.shape)
-            own = order.numbers.index(number)
-            live, q_pos = self._live_rows(order, own, lines, bound, first_key)
-            if not len(live):
-                continue
-            tile_ids, begin, rows_per_tile = np.unique(live // self.block_q, return_index=True, return_counts=True)
-            stops = bound[q_pos - self.q_start]
-            tiles = out.add_tiles(q_pos, stops, rows_per_tile)
-            least, most = np.minimum.reduceat(stops, begin), np.maximum.reduceat(stops, begin)
-            last = np.minimum((tile_ids + 1) * self.block_q, order.size(own)) - 1
-            length = order.length[own]
-            first_line, last_line = tile_ids * self.block_q // length, last // length
-            earlier = np.array([s for s in range(own + 1) if self._in_class(order.numbers[s], key_class)], dtype=int)
-            # [query tiles, segments]: the key tiles of these lines in each segment so far
-            length = order.length[earlier]
-            start = order.first_tile[earlier] + first_line[:, None] * length // self.block_k
-            stop = order.first_tile[earlier] - (-(last_line[:, None] + 1) * length // self.block_k)
-            count = (stop - start).ravel()
-            number_of_tile = np.repeat(np.arange(len(tiles)).repeat(len(earlier)), count)
-            blocks = expand(start.ravel(), count)
-            reached = order.nearest[blocks] < most[number_of_tile]
-            blocks, number_of_tile = blocks[reached], number_of_tile[reached]
-            self._visit_lines(order, lines, first_key, blocks, tiles[number_of_tile], least[number_of_tile], out)
-        return out
-
-    def _live_rows(self, order: LineOrder, own: int, lines: Lines, bound: Ints, first_key: int) -> tuple[Ints, Ints]:
-        """This chunk's rows of a segment that have anything to see along their line: index and position, ascending."""
-        before, so_far = order.count_below(own, self.q_start), order.count_below(own, self.kv_len)
-        length = order.length[own]
-        live = expand(np.arange(order.num_lines) * length + before, so_far - before)
-        q_pos = order.position(own, live)
-        wanted = bound[q_pos - self.q_start] > first_key
+        order = self._line_order(lines.stride)
+        pack, row, q_pos = order.rows
+        wanted = (bound[q_pos - self.q_start] > first_key) & np.isin(order.code[pack], codes_of(row_class.rows))
         if lines.skip is not None:
-            wanted &= live // length != lines.skip
-        return live[wanted], q_pos[wanted]
+            wanted &= row // order.length[pack] != lines.skip
+        pack, row, q_pos = pack[wanted], row[wanted], q_pos[wanted]
+        if not len(pack):
+            return out
+        begin = np.flatnonzero(np.append(True, (np.diff(pack) > 0) | (np.diff(row // self.block_q) != 0)))
+        stops = bound[q_pos - self.q_start]
+        tiles = out.add_tiles(q_pos, stops, np.diff(np.append(begin, len(pack))))
+        least, most = np.minimum.reduceat(stops, begin), np.maximum.reduceat(stops, begin)
+        # A tile's lines are those of all its places, whether their rows are in this chunk or not.
+        pack, first = pack[begin], row[begin] // self.block_q * self.block_q
+        last = np.minimum(first + self.block_q, order.size[pack]) - 1
+        first_line, last_line = first // order.length[pack], last // order.length[pack]
+        for code in codes_of(key_class):
+            first_pack, count = order.packs_before(pack, code, most)
+            number, earlier = np.repeat(tiles, count), expand(first_pack, count)
+            start, count = order.tiles_of_lines(earlier, first_line[number], last_line[number])
+            blocks, number = expand(start, count), np.repeat(number, count)
+            reached = order.nearest[blocks] < most[number]
+            blocks, number = blocks[reached], number[reached]
+            self._visit_lines(order, lines, first_key, blocks, number, least[number], out)
+        return out
 
     def _visit_lines(
         self,
@@ -322,24 +308,21 @@ class ChunkTiler:
     ) -> None:
         """Tile tiles[i], whose rows all see the positions below least[i], visits blocks[i]. Keys in the sink and
         those that are columns are visited by the first pass already: they are hidden here."""
-        suspect = order.nearest[blocks] < first_key
+        suspect = order.nearest < first_key
         if lines.skip is not None and lines.skip_keys:
-            suspect |= order.touches(lines.skip)[blocks]
-        full = ~suspect & (order.farthest[blocks] < least)
-        one = np.ones_like(blocks)
-        for kind, chosen in ((FULL, full), (PARTIAL, ~full & ~suspect)):
-            if chosen.any():
-                out.visits.append(Visits(order, kind, tiles[chosen], blocks[chosen], one[chosen]))
-        distinct, which = np.unique(blocks[suspect], return_inverse=True)
+            suspect |= order.touches(lines.skip)
+        picked, full = suspect[blocks], order.farthest[blocks] < least
+        for kind, chosen in ((FULL, full & ~picked), (PARTIAL, ~full & ~picked)):
+            out.visit(order, kind, tiles[chosen], blocks[chosen], blocks[chosen] + 1)
+        tiles, blocks = tiles[picked], blocks[picked]
+        distinct = np.flatnonzero(np.bincount(blocks, minlength=order.num_tiles))
         position, line = order.lanes(distinct)
-        hidden = (position < first_key) | (lines.skip_keys & (line == lines.skip))
+        hidden = (position < first_key) | (lines.skip_keys & (line == lines.skip)) | (position == PAD_POSITION)
+        which = np.searchsorted(distinct, blocks)
         counts = ~hidden.all(axis=1)[which]
-        out.pick(order, tiles[suspect][counts], blocks[suspect][counts], hidden[which[counts]])
+        out.pick(order, tiles[counts], blocks[counts], pack_lanes_on_host(hidden)[which[counts]])
 
     # ---- shared orders -------------------------------------------------------------------------------------
-
-    def _in_class(self, number: int, key_class: Modality | None) -> bool:
-        return key_class is None or key_class.covers(self.map.segments[number].modality)
 
     def _base_order(self, scope: Scope) -> CompactOrder:
         if scope.keys not in self._base:
@@ -352,15 +335,9 @@ class ChunkTiler:
             self._columns[name] = CompactOrder(Runs.points(columns), self.block_k)
         return self._columns[name]
 
-    def _line_order(self, stride: str, shape: tuple[int, int]) -> LineOrder:
-        if (stride, shape) not in self._lines:
-            segments = [
-                (number, segment)
-                for number, segment in enumerate(self.map.segments)
-                if segment.grid is not None
-                and segment.grid.has_cells(stride)
-                and segment.grid.shape == shape
-                and segment.start < self.kv_len
-            ]
-            self._lines[stride, shape] = LineOrder(segments, stride, self.block_k)
-        return self._lines[stride, shape]
+    def _line_order(self, stride: str) -> LineOrder:
+        if stride not in self._lines:
+            self._lines[stride] = LineOrder(
+                self.map.table, stride, self.q_start, self.kv_len, self.block_q, self.block_k
+            )
+        return self._lines[stride]

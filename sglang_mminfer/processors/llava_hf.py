@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
+from sglang_mminfer.mends import limits, options
 from sglang_mminfer.modality.geometry import llava_hf
 from sglang_mminfer.models.frames import frames_at
 from sglang_mminfer.processors import frames_wanted
@@ -28,6 +29,10 @@ def _class(base: Any) -> type:
         libraries, and takes every frame.
         """
 
+        REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
+            "video": frozenset({"fps", "max_frames", "num_frames"}),
+        }
+
         @functools.cached_property
         def num_frames(self) -> int:
             return frames_wanted(self.video_config) or NUM_FRAMES
@@ -42,13 +47,24 @@ def _class(base: Any) -> type:
         def _load_images(self, image_data: Any) -> list[Any]:
             from sglang.srt.managers.schedule_batch import Modality
 
-            return [self._load_single_item(image, Modality.IMAGE) for image in image_data or ()]
+            images = [self._load_single_item(image, Modality.IMAGE) for image in image_data or ()]
+            # Of these models only LLaVA 1.5 puts a picture into a square before it is made smaller.
+            pads = getattr(self._processor.image_processor, "do_pad", False) is True
+            if pads and self.hf_config.model_type == "llava":
+                for image in images:
+                    limits.check_square(*(image.size if hasattr(image, "convert") else image.shape[:-3:-1]))
+            return images
 
         def _apply_hf_processor(self, text: str, images: Any = None, videos: Any = None) -> Any:
             if not videos:
                 return super()._apply_hf_processor(text, images)
             arguments: dict[str, Any] = {"images": images} if images else {}
-            arguments["videos"] = [self._frames(video) for video in videos]
+            arguments["videos"] = films = [self._frames(video) for video in videos]
+            if len({len(film) for film in films}) > 1:
+                raise ValueError(
+                    f"video: this model takes equally many frames of all videos of a prompt, got "
+                    f"{', '.join(str(len(film)) for film in films)}: give num_frames for each"
+                )
             return self._processor(
                 text=text, return_tensors="pt", videos_kwargs={"do_sample_frames": False}, **arguments
             )
@@ -62,8 +78,12 @@ def _class(base: Any) -> type:
             decoder = self._load_single_item(video, Modality.VIDEO)
             # Exactly as many as asked for, of a shorter file some twice: transformers takes several videos in a
             # prompt only if they are of one length.
-            indices = np.linspace(0, len(decoder) - 1, num=self.num_frames, dtype=int)
-            frames = frames_at(decoder, indices.tolist(), f"{self.num_frames} frames")
+            rate = float(getattr(decoder, "avg_fps", 0) or 0)
+            count = options.count_of_frames(options.on(decoder), self.num_frames, len(decoder), rate)
+            if hasattr(decoder, "frame_shape"):
+                limits.check_frames(count, *decoder.frame_shape)
+            indices = np.linspace(0, len(decoder) - 1, num=count, dtype=int)
+            frames = frames_at(decoder, indices.tolist(), f"{count} frames")
             return torch.as_tensor(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
 
     return MMInferLlavaProcessor

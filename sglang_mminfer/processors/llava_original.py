@@ -6,21 +6,23 @@ pictures only the first is seen unless every part of the request says "modalitie
 lays the prompt out, from what the model will do with each picture, so that every item knows its tokens as those of
 other families do.
 
-Two hooks of `plugin.HOOKS` lead here, `adapted` by way of `processors.adapted`. Classes are made when SGLang asks for
-those of such a model.
+Two hooks of `plugin.HOOKS` lead here, by way of `processors.adapted` and of `mends.models`. Classes are made when
+SGLang asks for those of such a model.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import functools
 import math
 import re
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from sglang_mminfer import asked, mends
+from sglang_mminfer.mends import pictures
 
 if TYPE_CHECKING:
     import torch
@@ -36,18 +38,12 @@ def adapted(base: type, hf_config: Any) -> type | None:
     return _processor_class(base) if hf_config.architectures[0] in ARCHITECTURES else None
 
 
-def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[type, str] | None:
-    """AFTER get_model_architecture: our model in place of SGLang's, else None (SGLang's stays).
+def is_served(kind: type, architecture: str) -> bool:
+    """Whether a model is SGLang's of these checkpoints.
 
-    Pictures that our processor has not placed our model treats as SGLang's does.
+    By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
     """
-    kind, architecture = resolved
-    if not asked.for_mminfer() or not mends.active("llava_original"):
-        return None
-    # By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
-    if architecture not in ARCHITECTURES or kind.__module__ != "sglang.srt.models.llava":
-        return None
-    return _model_class(kind), architecture
+    return architecture in ARCHITECTURES and kind.__module__ == "sglang.srt.models.llava"
 
 
 # ---- layout ------------------------------------------------------------------------------------------------
@@ -148,6 +144,7 @@ def _processor_class(base: Any) -> type:
         """Several pictures are several whatever the request calls them; items know their tokens."""
 
         prefer_tokenized_input = True
+        REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {"image": frozenset()}
 
         async def process_mm_data_async(
             self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
@@ -164,6 +161,16 @@ def _processor_class(base: Any) -> type:
             if images and not isinstance(images[0], dict):  # a dict is a picture that the client has processed
                 self._place(output, input_text)
             return output
+
+        async def _process_single_image(self, image_data: Any, aspect_ratio: Any, grid_pinpoints: Any) -> Any:
+            # In a process of its own SGLang reads files by itself, as no other family does.
+            url = getattr(image_data, "url", image_data)
+            if isinstance(url, str) and url.startswith(("http://", "https://")):
+                file = await self._fetch_remote_image_bytes(url)
+                image_data = dataclasses.replace(image_data, url=file) if hasattr(image_data, "url") else file
+            as_file = functools.partial(pictures.as_file, type(self), image_data, squared=aspect_ratio == "pad")
+            file = await asyncio.get_running_loop().run_in_executor(self.io_executor, as_file)
+            return await super()._process_single_image(file, aspect_ratio, grid_pinpoints)
 
         @functools.cached_property
         def _side(self) -> tuple[int, int]:
@@ -198,7 +205,9 @@ def _words(modalities: Any) -> list[str]:
 
 
 @functools.cache
-def _model_class(base: Any) -> type:
+def model_class(base: Any) -> type:
+    """SGLang's model with pictures where our processor has placed them; others it treats as SGLang's does."""
+
     class MMInferLlava(base):
         """SGLang's model, told by the items where their pictures stand, in any dtype."""
 

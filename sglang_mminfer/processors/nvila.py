@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from sglang_mminfer.mends import limits, options
 from sglang_mminfer.mends.token_ids import Piece
 from sglang_mminfer.modality.geometry import VIDEO_KEY, nvila
 from sglang_mminfer.models.frames import frames_at
@@ -26,6 +28,10 @@ def _class(base: Any) -> type:
         SGLang's own takes 8 frames, asks each for a method that only decord's frames have, and fails on every
         video because its decoder gives arrays.
         """
+
+        REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
+            "video": frozenset({"fps", "max_frames", "num_frames"}),
+        }
 
         @functools.cached_property
         def num_frames(self) -> int:
@@ -74,7 +80,7 @@ def _class(base: Any) -> type:
             items, ids, _ = await self.process_and_combine_mm_data_async(
                 loaded, self.mm_tokens, processor_video_config={}
             )
-            number_media(items, len(loaded.images), len(loaded.videos))
+            number_media(items, len(loaded.images), [len(video) for video in loaded.videos])
             if self.hf_config.model_type == "nvila":
                 name_blocks(items)
             return MultimodalProcessorOutput(
@@ -87,32 +93,49 @@ def _class(base: Any) -> type:
     return MMInferNVILAProcessor
 
 
-def frames_of(video: Any, count: int) -> list[Any]:
-    """`count` frames from the first to the last, each uint8 [height, width, 3]; of a shorter video some come twice.
+def frames_of(video: Any, usual: int) -> list[Any]:
+    """Frames from the first to the last, each uint8 [height, width, 3]; of a shorter video some come twice.
 
     Args:
         video: SGLang's decoder, or the frames themselves.
+        usual: how many, where the request does not say it.
 
     Raises:
         ValueError: if it has no frames or breaks off; the client is told.
     """
     import numpy as np
 
+    rate = float(getattr(video, "avg_fps", 0) or 0)
+    count = options.count_of_frames(options.on(video), usual, len(video), rate)
+    if hasattr(video, "frame_shape"):
+        limits.check_frames(count, *video.frame_shape)
     frames = frames_at(video, evenly(len(video), 0.0, count=count).indices, f"{count} frames")
     return [np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame) for frame in frames]
 
 
-def number_media(items: Sequence[Any], images: int, videos: int) -> None:
+def number_media(items: Sequence[Any], images: int, videos: Sequence[int]) -> None:
     """Gives each item the number of its medium.
 
-    Items are of one tile each, or of a whole image, and in the order of their media; all videos have as many frames.
+    Items are of one tile each, or of a whole image, and in the order of their media.
+
+    Args:
+        videos: the number of frames of each.
     """
-    for of_video, media in ((False, images), (True, videos)):
-        own = [item for item in items if item.is_video() == of_video]
-        if media and len(own) % media == 0:
-            numbers = fresh_numbers(media)
-            for i, item in enumerate(own):
-                item.model_specific_data[VIDEO_KEY] = numbers[i // (len(own) // media)]
+    pictures = [item for item in items if not item.is_video()]
+    if images and len(pictures) % images == 0:
+        _number(pictures, [len(pictures) // images] * images)
+    frames = [item for item in items if item.is_video()]
+    if len(frames) == sum(videos):
+        _number(frames, videos)
+    elif videos and len(frames) % len(videos) == 0:
+        _number(frames, [len(frames) // len(videos)] * len(videos))
+
+
+def _number(items: Sequence[Any], lengths: Sequence[int]) -> None:
+    left = iter(items)
+    for number, length in zip(fresh_numbers(len(lengths)), lengths):
+        for item in itertools.islice(left, length):
+            item.model_specific_data[VIDEO_KEY] = number
 
 
 def name_blocks(items: Sequence[Any]) -> None:

@@ -346,3 +346,8 @@ def test_a_setting_that_names_nothing_is_refused(said: str, monkeypatch: pytest.
 
 def test_placeholders_of_all_families_are_words() -> None:
     assert all(pattern_of(None).fullmatch(word) for word in PLACEHOLDERS)
+
+
+def test_the_page_of_mends_is_of_this_list() -> None:
+    page = Path(__file__).parents[2] / "docs" / "mends.md"
+    assert page.read_text() == mends.page(), "make it anew: python -m sglang_mminfer.mends > docs/mends.md"

@@ -398,6 +398,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "dense_heads": {"environ": {"SGLANG_MMINFER_DENSE_HEADS": "1"}},
     "audit": {"environ": {"SGLANG_MMINFER_AUDIT": "1.5"}},
     "mends": {"environ": {"SGLANG_MMINFER_MENDS": "no_such_mend"}},
+    "plan_budget": {"environ": {"SGLANG_MMINFER_PLAN_BUDGET_MS": "0"}},
     "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
     "ray": {"use_ray": True},
     "deterministic": {"enable_deterministic_inference": True},

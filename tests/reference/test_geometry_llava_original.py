@@ -16,9 +16,10 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 from sglang_mminfer.evaluation.families import llava_original
 from sglang_mminfer.evaluation.media import make_image
 from sglang_mminfer.mends import OLD_ENVIRONMENT as SPLIT_VIDEOS_ENVIRONMENT
+from sglang_mminfer.mends.models import adapt_model
 from sglang_mminfer.modality.geometry import GeometryError, family_of, map_from_mm_inputs
 from sglang_mminfer.modality.geometry.llava_original import RASTERS
-from sglang_mminfer.processors.llava_original import adapt_model, lay_out, rasters_of, side_of
+from sglang_mminfer.processors.llava_original import lay_out, rasters_of, side_of
 
 SIDE, PIXELS = 5, 70
 PINPOINTS = [[PIXELS * w, PIXELS * h] for w in range(1, 5) for h in range(1, 5)]

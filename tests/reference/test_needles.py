@@ -49,13 +49,10 @@ def test_a_quarter_of_a_mixed_conversation_is_text():
 
 
 @pytest.mark.parametrize("kind,seed", [("video", 2), ("video", 3), ("mixed", 0), ("mixed", 4)])
-def test_a_sequence_is_what_template_processor_and_sglang_make_of_it(processor, kind, seed):
+def test_a_sequence_is_what_template_processor_and_the_rule_of_positions_make_of_it(processor, kind, seed):
     from PIL import Image
 
-    from sglang_mminfer.evaluation.hf_oracle import load_sglang
-
-    load_sglang()
-    from sglang.srt.layers.rotary_embedding.mrope_rope_index import get_rope_index
+    from sglang_mminfer.evaluation import mrope
 
     conversation = _conversation(kind, seed, pairs=24)
     vocabulary = sequence.Vocabulary(processor.tokenizer)
@@ -84,20 +81,10 @@ def test_a_sequence_is_what_template_processor_and_sglang_make_of_it(processor, 
         **({"videos": videos} if videos else {}),
     )
     assert inputs["input_ids"][0].tolist() == item.ids.tolist()
-    positions, _ = get_rope_index(
-        spatial_merge_size=2,
-        image_token_id=vocabulary.image_pad,
-        video_token_id=vocabulary.video_pad,
-        vision_start_token_id=vocabulary.vision_start,
-        model_type="qwen2_5_vl",
-        tokens_per_second=2,
-        input_ids=inputs["input_ids"],
-        image_grid_thw=inputs.get("image_grid_thw"),
-        video_grid_thw=inputs.get("video_grid_thw"),
-        second_per_grid_ts=torch.ones(len(videos)) if videos else None,
-    )
-    assert np.array_equal(positions[:, 0].numpy(), item.positions)
     model = checkpoint.make_model(processor.tokenizer, 0).eval()
+    grids = (inputs.get(f"{kind}_grid_thw", torch.empty(0, 3)).tolist() for kind in ("image", "video"))
+    positions = mrope.positions(item.ids, mrope.Rule.of(model.config), *grids, [1.0] * len(videos))
+    assert np.array_equal(positions.numpy(), item.positions)
     with torch.no_grad():
         embeddings = model.model.language_model.embed_tokens(torch.from_numpy(item.ids))
         cells = network.encode_windows(model, sequence.normalized(item.windows), torch.from_numpy(item.corners))
@@ -105,7 +92,7 @@ def test_a_sequence_is_what_template_processor_and_sglang_make_of_it(processor, 
         states = network.run_layers(model, embeddings[None], torch.from_numpy(item.positions)[:, None])
         mine = network.answer_logits(model, states[-1], torch.arange(model.lm_head.weight.shape[0]))
         inputs = {name: value for name, value in inputs.items() if name != "second_per_grid_ts"}
-        theirs = model(**inputs, position_ids=positions).logits
+        theirs = model(**inputs, position_ids=positions[:, None]).logits
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -160,8 +147,23 @@ def test_a_shipped_model_finds_needles_and_a_relay_needs_its_own_row(kind):
 def test_a_shipped_model_answers_through_files(kind, tmp_path):
     from sglang_mminfer.evaluation.hf_oracle import HFOracle
 
-    oracle = HFOracle(EXAMPLES / kind, mm_process_config=checkpoint.MM_PROCESS_CONFIG, positions="sglang")
+    oracle = HFOracle(EXAMPLES / kind, mm_process_config=checkpoint.MM_PROCESS_CONFIG)
     conversation = _conversation(kind, 7, pairs=40, needles=8)
     said = media_files.messages(conversation, tmp_path)
     got = [oracle.answer(said[: 2 * i + 1], max_new_tokens=2).text for i in range(len(conversation.turns))]
     assert got == [turn.answer for turn in conversation.turns]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_files_stand_in_time_where_the_models_were_trained(kind, tmp_path):
+    """2 frames a second, two to a step: a step lasts a second, which is what `interval` is 1.0 for."""
+    from sglang_mminfer.evaluation.hf_oracle import HFOracle
+
+    oracle = HFOracle(EXAMPLES / kind, mm_process_config=checkpoint.MM_PROCESS_CONFIG)
+    conversation = _conversation(kind, 8, pairs=40)
+    item = sequence.build(conversation, sequence.Vocabulary(oracle.processor.tokenizer))
+    inputs = oracle.inputs(media_files.messages(conversation, tmp_path)[:-1])
+    asked = inputs["input_ids"].shape[1]
+    assert inputs["input_ids"][0].tolist() == item.ids[:asked].tolist()
+    assert np.array_equal(inputs["position_ids"][:, 0], item.positions[:, :asked])
+    assert {part.interval for part in conversation.parts} == {1.0}

@@ -35,6 +35,7 @@ from videochat_flash_original import (
 )
 
 from sglang_mminfer.evaluation.families.videochat_flash import merged as merged_by_loops
+from sglang_mminfer.evaluation.families.videochat_towers import Tower, umt_positions
 from sglang_mminfer.models.frames import resize
 from sglang_mminfer.models.videochat_flash.config import TowerConfig, UnsupportedCheckpoint, tower_config
 from sglang_mminfer.models.videochat_flash.merging import merge_tokens, rounds
@@ -75,6 +76,17 @@ def test_towers_and_projector(original: dict[str, np.ndarray], kind: str, frames
     np.testing.assert_allclose(tokens[:, ::TOKENS], original[f"{kind}_{frames}_projected"], atol=WITHIN)
 
 
+@pytest.mark.parametrize("frames", [4, 1])
+@pytest.mark.parametrize("kind", ["umt", "internvideo2"])
+@torch.no_grad()
+def test_the_oracles_towers(original: dict[str, np.ndarray], kind: str, frames: int) -> None:
+    path = VisionPath(tiny(kind), TEXT_HIDDEN).eval()
+    draw_weights(path.tower)  # by names and shapes alone
+    tower = Tower(dict(path.tower.named_parameters()), HEADS, PATCH[kind])
+    for clip, expected in zip(pixels(kind, frames), original[f"{kind}_{frames}"]):
+        np.testing.assert_allclose(tower.seen(clip)[::ROWS], expected, atol=WITHIN)
+
+
 @pytest.mark.parametrize("name", MERGED)
 def test_merging_at_released_sizes(original: dict[str, np.ndarray], name: str) -> None:
     merged = merge_tokens(drawn(name, 1, MERGED[name], MERGE_HIDDEN), 64, HEADS)
@@ -85,7 +97,8 @@ def test_merging_at_released_sizes(original: dict[str, np.ndarray], name: str) -
 def test_positions_at_released_sizes(original: dict[str, np.ndarray], size: int, frames: int) -> None:
     table = sinusoid_positions(frames, size // 16, 1024)
     assert table.shape == (1, frames * (size // 16) ** 2, 1024)
-    np.testing.assert_allclose(table[0, ::97, ::64], original[f"positions_{size}_{frames}"], atol=1e-6)
+    for own in (table[0], umt_positions(frames, size // 16, 1024)):
+        np.testing.assert_allclose(own[::97, ::64], original[f"positions_{size}_{frames}"], atol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)

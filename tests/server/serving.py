@@ -19,7 +19,7 @@ from sglang_mminfer.evaluation.server import Server
 from sglang_mminfer.trace import PrefillRecord, read_trace
 
 LAYERS = 2
-RECIPE = {"layers": LAYERS, "heads": 8, "kv_heads": 2, "head_dim": 16}
+RECIPE = {"layers": LAYERS, "heads": 8, "kv_heads": 2, "head_dim": 16, "vision_full_blocks": 1}
 """The model of all tests here: 16 heads in all, so that every entry of a cycle in the test configs is used."""
 
 MEDIUM_TOKENS, MEDIUM_FRAME = 2048, 256

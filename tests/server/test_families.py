@@ -14,7 +14,8 @@ from pathlib import Path
 import openai
 import pytest
 from families_served import EVERY_SERVER, FAMILY_SERVERS, Files, Running, make_files
-from serving import LAYERS, Message, Served, image, same, text, user, video
+from serving import LAYERS, Message, Served, assistant, image, same, text, user, video
+from transformers import AutoTokenizer
 
 from sglang_mminfer.evaluation.media import make_video
 
@@ -160,11 +161,28 @@ def test_media_within_the_request(running: Running) -> None:
         same(running.served.ask([message]), running.served.ask([user(within, told)]))
 
 
-def test_a_placeholder_in_the_words_is_said_to_the_client(running: Running) -> None:
-    needs(running.family.served_by == "plugin", "by SGLang's own processor")
-    asked = [user(video(running.files.videos[0]), text("What is <image>?"))]
-    with pytest.raises(openai.BadRequestError, match=r"expected one <image> for each of the 0 given, found 1"):
-        running.served.ask(asked, 1)
+def test_words_that_look_like_placeholders_are_words(running: Running) -> None:
+    """In a question and in the history, beside media: they are tokenized as words, and nobody is hurt."""
+    family, files = running.family, running.files
+    shown = video(files.videos[0]) if family.video else image(files.images[0])
+    asked = "How do <image>, <video>, <img>, </img>, <|image_pad|> and <IMG_CONTEXT> differ?"
+    said = "Use <video> or <image>, or <img></img>."
+    messages: list[Message] = [user(shown, text(asked)), assistant(said), user(text(asked))]
+    got = running.served.ask(messages, rid="words")
+    quiet = running.served.ask([user(shown, text("What?")), assistant("This."), user(text("What?"))], rid="quiet")
+    assert running.rasters("words") == running.rasters("quiet")
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(running.served.server.model))
+    decoded = tokenizer.decode(got.prompt_ids)
+    assert decoded.count(asked) == 2 and said in decoded, decoded[-600:]
+    for name, token in tokenizer.get_added_vocab().items():  # no special token of media more than without the words
+        if name in asked + said:
+            assert got.prompt_ids.count(token) == quiet.prompt_ids.count(token), name
+    _unharmed(running)
+
+
+def _tokenizer_folder(model: str) -> Path:
+    folder = Path(model)
+    return folder / "llm" if (folder / "llm").is_dir() else folder
 
 
 def test_nothing_failed_inside(running: Running) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from sglang_mminfer.evaluation import tiny_model
-from sglang_mminfer.evaluation.hf_oracle import HFOracle, Message, load_image, load_sglang, open_video, split_messages
+from sglang_mminfer.evaluation.families import internvl_tiles
+from sglang_mminfer.evaluation.hf_oracle import HFOracle, Message, split_messages
+from sglang_mminfer.evaluation.oracle_media import Video, open_video, read_picture
 
 SEED = 0
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 128, 2, 8, 2, 32
@@ -30,7 +32,6 @@ TOKENS = (TILE // PATCH // 2) ** 2
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 """The system message of released models."""
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 SPECIAL_TOKENS = (
     *tiny_model.SPECIAL_TOKENS,
@@ -208,14 +209,14 @@ class InternVLOracle(HFOracle):
     Args:
         path: the checkpoint.
         num_frames: taken of every video, as the server is told.
-
-    Shared with the server: how pictures and frames become tiles of pixels (SGLang's `dynamic_preprocess`).
+        rule: how pictures and frames become tiles of pixels; see `internvl_tiles`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], num_frames: int) -> None:
-        load_sglang()
+    def __init__(
+        self, path: str | os.PathLike[str], num_frames: int, rule: internvl_tiles.Rule = internvl_tiles.SERVED
+    ) -> None:
         self.num_frames = num_frames
-        self.positions = "transformers"
+        self.rule = rule
         from safetensors.torch import load_file
         from transformers import AutoTokenizer
 
@@ -234,50 +235,35 @@ class InternVLOracle(HFOracle):
         text, tiles = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n", []
         for message in messages:
             (rendered,), images, videos = split_messages([message])
-            shown = [_picture_tiles(load_image(url)) for url in images]
-            pictures = "".join(f"<img>{'<IMG_CONTEXT>' * (TOKENS * len(own))}</img>\n" for own in shown)
-            tiles += shown
             words = ""
             parts = rendered["content"]
             for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
                 if part["type"] == "text":
                     words += part["text"]
+                elif part["type"] == "image":
+                    picture = self.rule.tiles(read_picture(images.pop(0)), TILE)
+                    tiles.append(picture)
+                    words += f"<img>{'<IMG_CONTEXT>' * (TOKENS * len(picture))}</img>\n"
                 elif part["type"] == "video":
-                    frames = _frame_tiles(open_video(videos.pop(0)), self.num_frames)
+                    frames = self._frames(open_video(videos.pop(0)))
                     tiles.append(frames)
                     words += "".join(
                         f"Frame {i}: <img>{'<|video_pad|>' * TOKENS}</img>\n" for i in range(1, len(frames) + 1)
                     )
-            text += f"<|im_start|>{message['role']}\n{pictures}{words}<|im_end|>\n"
+            text += f"<|im_start|>{message['role']}\n{words}<|im_end|>\n"
         ids = self.tokenizer(text + "<|im_start|>assistant\n", return_tensors="pt")["input_ids"]
         inputs = {"prompt_ids": ids, "input_ids": torch.where(ids == self.video, self.context, ids)}
         if tiles:
-            inputs["pixel_values"] = torch.cat(tiles).float()
+            inputs["pixel_values"] = torch.cat(tiles)
         return inputs
 
+    def _frames(self, video: Video) -> torch.Tensor:
+        """[num_frames, 3, TILE, TILE]"""
+        from PIL import Image
 
-def _normalised(picture: Any) -> torch.Tensor:
-    """[3, height, width] of an array [height, width, 3] of bytes."""
-    pixels = torch.as_tensor(picture).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def _picture_tiles(picture: Any) -> torch.Tensor:
-    import numpy as np
-    from sglang.srt.multimodal.processors.internvl import InternVLProcessor
-
-    pixels = _normalised(np.array(picture))
-    return InternVLProcessor.dynamic_preprocess(pixels, image_size=TILE, max_num=12, use_thumbnail=True)
-
-
-def _frame_tiles(video: Any, num_frames: int) -> torch.Tensor:
-    import numpy as np
-    from sglang.srt.multimodal.processors.internvl import InternVLProcessor
-
-    wanted = np.linspace(0, len(video) - 1, num=num_frames, dtype=int)
-    frames = [InternVLProcessor.dynamic_preprocess(_normalised(video[int(i)]), TILE, max_num=1) for i in wanted]
-    return torch.cat(frames)
+        frames = video.frames(self.rule.frames(len(video), self.num_frames))
+        return torch.cat([self.rule.tiles(Image.fromarray(frame), TILE, most=1) for frame in frames])
 
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> InternVLOracle:
-    return InternVLOracle(path, **video)
+    return InternVLOracle(path, video["num_frames"])

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sglang_mminfer.evaluation import tiny_model
-from sglang_mminfer.evaluation.hf_oracle import HFOracle, Message, load_image, open_video, split_messages
+from sglang_mminfer.evaluation.hf_oracle import HFOracle, Message, split_messages
+from sglang_mminfer.evaluation.oracle_media import Video, open_video, read_picture
 
 SEED = 0
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 2, 16, 2
@@ -149,20 +151,17 @@ class LlavaOracle(HFOracle):
         text = self.processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         arguments: dict[str, Any] = {}
         if images:
-            arguments["images"] = [load_image(url) for url in images]
+            arguments["images"] = [read_picture(url) for url in images]
         if videos:
-            decoders = [open_video(url) for url in videos]
-            arguments["videos"] = [
-                torch.stack([torch.as_tensor(video[int(i)]).permute(2, 0, 1) for i in self._taken(len(video))])
-                for video in decoders
-            ]
+            arguments["videos"] = [self._frames(open_video(url)) for url in videos]
             arguments["videos_kwargs"] = {"do_sample_frames": False}
         return dict(self.processor(text=text, return_tensors="pt", **arguments))
 
-    def _taken(self, frames: int) -> Any:
-        import numpy as np
-
-        return np.linspace(0, frames - 1, num=self.config.get("video", {}).get("num_frames", frames), dtype=int)
+    def _frames(self, video: Video) -> torch.Tensor:
+        """uint8 [frames, 3, height, width], from the first to the last."""
+        total = len(video)
+        wanted = np.linspace(0, total - 1, self.config.get("video", {}).get("num_frames", total))
+        return torch.from_numpy(video.frames([int(i) for i in wanted])).permute(0, 3, 1, 2)
 
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> LlavaOracle:

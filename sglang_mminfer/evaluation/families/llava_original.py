@@ -21,6 +21,7 @@ from sglang_mminfer.evaluation import tiny_model
 from sglang_mminfer.evaluation.families.embedded import Chat, EmbeddedOracle, Piece, output_of
 from sglang_mminfer.evaluation.families.llava_video import LANGUAGE, any_resolution, random_tower
 from sglang_mminfer.evaluation.hf_oracle import Message, split_messages
+from sglang_mminfer.evaluation.oracle_media import read_picture
 
 PATCH, SIDE = 14, 20
 TOWER = {
@@ -247,7 +248,7 @@ class OriginalLlavaOracle(EmbeddedOracle):
         """A picture on a square of the mean colour, and a newline behind it where the model has learned one."""
         from PIL import Image
 
-        picture = Image.open(path).convert("RGB")
+        picture = read_picture(path)
         longest = max(picture.size)
         square = Image.new("RGB", (longest, longest), tuple(int(255 * mean) for mean in self.processor.image_mean))
         square.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))

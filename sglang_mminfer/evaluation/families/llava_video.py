@@ -1,7 +1,7 @@
 """Tiny LLaVA-Video checkpoints with the files and names of the released ones, and an oracle for them.
 
 The oracle follows the original code's description in plain loops over transformers' SigLIP and Qwen2, and shares
-nothing with `models/`: it decodes with decord, resizes with transformers' image processor, pools cell by cell.
+nothing with `models/`: it decodes with PyAV, resizes with transformers' image processor, pools cell by cell.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from sglang_mminfer.evaluation import tiny_model
 from sglang_mminfer.evaluation.families.embedded import EmbeddedOracle, Piece, output_of
+from sglang_mminfer.evaluation.oracle_media import open_video, read_picture
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOWER = {
@@ -229,18 +230,17 @@ class LlavaVideoOracle(EmbeddedOracle):
 
     def of_video(self, path: str) -> tuple[torch.Tensor, str]:
         """Embeddings of a video, and what the model is told about it."""
-        import decord
         import numpy as np
 
-        reader = decord.VideoReader(path)
-        total, rate = len(reader), reader.get_avg_fps()
+        video = open_video(path)
+        total, rate = len(video), video.fps
         step = round(rate / self.video["fps"])
         wanted = list(range(0, total, step))
         times = [i / step for i in wanted]
         if len(wanted) > self.video["max_frames"] or self.video["force_sample"]:
             wanted = np.linspace(0, total - 1, self.video["max_frames"], dtype=int).tolist()
             times = [i / rate for i in wanted]
-        frames = self.projected(reader.get_batch(wanted).asnumpy())
+        frames = self.projected(list(video.frames(wanted)))
         tokens: list[torch.Tensor] = []
         position = self.config["mm_newline_position"]
         for frame in frames:
@@ -285,7 +285,7 @@ def any_resolution(
     """
     from PIL import Image
 
-    picture = Image.open(path).convert("RGB")
+    picture = read_picture(path)
     width, height = picture.size
     pinpoints = config["image_grid_pinpoints"]
     pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints

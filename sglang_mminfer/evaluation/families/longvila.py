@@ -1,6 +1,6 @@
 """Tiny LongVILA checkpoints with the folders, files and names of the released ones, and an oracle for them.
 
-The oracle shares nothing with `models/`: it decodes with decord, resizes with transformers' image processor, merges
+The oracle shares nothing with `models/`: it decodes with PyAV, resizes with transformers' image processor, merges
 patches one square at a time, and asks transformers' own Qwen2 or Llama.
 """
 
@@ -18,6 +18,7 @@ import torch
 from sglang_mminfer.evaluation import tiny_model
 from sglang_mminfer.evaluation.families.embedded import Chat, EmbeddedOracle, Piece, output_of
 from sglang_mminfer.evaluation.families.llava_video import random_tower
+from sglang_mminfer.evaluation.oracle_media import open_video, read_picture
 
 SPECIAL_TOKENS = {
     "qwen2": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]"),
@@ -250,18 +251,17 @@ class LongVilaOracle(EmbeddedOracle):
         from PIL import Image
 
         if kind == "image_url":
-            return [Image.open(path).convert("RGB")]
-        import decord
+            return [read_picture(path)]
         import numpy as np
 
-        reader = decord.VideoReader(path)
-        total, rate = len(reader), reader.get_avg_fps()
+        video = open_video(path)
+        total, rate = len(video), video.fps
         if self.video["fps"] > 0:
             times = np.arange(0, total / rate, 1.0 / self.video["fps"])[: self.video["num_frames"]]
             wanted = [int(t * rate) for t in times]
         else:
             wanted = np.round(np.linspace(0, total - 1, self.video["num_frames"])).astype(int).tolist()
-        return [Image.fromarray(reader[i].asnumpy()) for i in wanted]
+        return [Image.fromarray(frame) for frame in video.frames(wanted)]
 
     @torch.no_grad()
     def embedded(self, pictures: Sequence[Any]) -> torch.Tensor:

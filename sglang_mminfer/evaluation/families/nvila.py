@@ -2,9 +2,8 @@
 
 SGLang's classes fix the width of the vision tower, 1152, and with it the projector's; only depth and picture are small.
 
-The oracle shares nothing with SGLang's classes or with the remote code of the checkpoints, but for how a URL becomes a
-picture or a video decoder and for transformers' image processor. It cuts pictures, joins tiles and merges patches in
-plain loops, and asks transformers' SigLIP and Qwen2.
+The oracle shares nothing with SGLang's classes or with the remote code of the checkpoints, but for transformers' image
+processor. It cuts pictures, joins tiles and merges patches in plain loops, and asks transformers' SigLIP and Qwen2.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from sglang_mminfer.evaluation.families import nvila_remote
 from sglang_mminfer.evaluation.families.embedded import EmbeddedOracle, Piece, output_of
 from sglang_mminfer.evaluation.families.llava_video import random_tower
 from sglang_mminfer.evaluation.families.longvila import merged, projected, random_projector
-from sglang_mminfer.evaluation.hf_oracle import Message, OracleAnswer, load_image, load_sglang, open_video
+from sglang_mminfer.evaluation.hf_oracle import Message, OracleAnswer
+from sglang_mminfer.evaluation.oracle_media import open_video, read_picture
 
 HIDDEN, LAYERS, HEADS, KV_HEADS = 128, 2, 8, 2
 PATCH = 16
@@ -161,7 +161,6 @@ class NVILAOracle(EmbeddedOracle):
     """
 
     def __init__(self, path: str | os.PathLike[str], num_frames: int) -> None:
-        load_sglang()
         self.num_frames = num_frames
         import transformers
         from safetensors.torch import load_file
@@ -213,9 +212,9 @@ class NVILAOracle(EmbeddedOracle):
             video = open_video(path)
             last = len(video) - 1
             taken = [round(i * last / (self.num_frames - 1)) for i in range(self.num_frames)]
-            frames = [Image.fromarray(video[i]) for i in taken]
+            frames = [Image.fromarray(frame) for frame in video.frames(taken)]
             return _with(self.newline, self._tiles(frames)), ""
-        picture = load_image(path)
+        picture = read_picture(path)
         if not self.alone:
             return _with(self.newline, self._tiles([picture])), ""
         side = self.variant.patches * PATCH

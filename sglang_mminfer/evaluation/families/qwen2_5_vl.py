@@ -12,7 +12,7 @@ from sglang_mminfer.evaluation.hf_oracle import HFOracle
 
 def make(path: str | os.PathLike[str]) -> Path:
     """Writes a tiny random Qwen2.5-VL to the folder `path`. Errors: as `make_checkpoint`."""
-    return tiny_model.make_tiny_qwen2_5_vl(path, layers=2, heads=8, kv_heads=2, head_dim=16)
+    return tiny_model.make_tiny_qwen2_5_vl(path, layers=2, heads=8, kv_heads=2, head_dim=16, vision_full_blocks=1)
 
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:

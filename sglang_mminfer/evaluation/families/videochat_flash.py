@@ -1,8 +1,8 @@
 """Tiny VideoChat-Flash checkpoints with the files and names of the released ones, and an oracle for them.
 
-The oracle decodes with decord, resizes with transformers' image transforms, merges pair by pair, puts tiles together
-in loops and runs transformers' Qwen2. The towers alone are those of `models/`: no library has them, and they are
-held against the original's own outputs in tests/reference/test_videochat_flash.py.
+The oracle decodes with PyAV, resizes with transformers' image transforms, merges pair by pair, puts tiles together in
+loops and runs transformers' Qwen2. No library has the towers: they are written out in `videochat_towers`, which is held
+against the original's own outputs in tests/reference/test_videochat_flash.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 
 from sglang_mminfer.evaluation import tiny_model
 from sglang_mminfer.evaluation.families.embedded import EmbeddedOracle, Piece
+from sglang_mminfer.evaluation.families.videochat_towers import Tower
+from sglang_mminfer.evaluation.oracle_media import open_video, read_picture
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -190,9 +192,6 @@ class VideoChatFlashOracle(EmbeddedOracle):
         import transformers
         from safetensors.torch import load_file
 
-        from sglang_mminfer.models.videochat_flash.config import TowerConfig
-        from sglang_mminfer.models.videochat_flash.towers import build_tower
-
         root = Path(path)
         self.config = json.loads((root / "config.json").read_text())
         tensors = {name: tensor for file in root.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -200,11 +199,13 @@ class VideoChatFlashOracle(EmbeddedOracle):
         language = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**text))
         language.load_state_dict({name: tensors[name] for name in language.state_dict()})
         sizes = self.config["mm_vision_config"]
-        kind: Any = "umt" if self.config["mm_vision_tower"].startswith("umt") else "internvideo2"
         self.heads, self.size = sizes["heads"], sizes["image_size"]
-        self.tower = build_tower(TowerConfig(kind, **sizes, layers_used=sizes["layers"] - 1)).eval()
         theirs = "model.vision_tower.vision_tower."
-        self.tower.load_state_dict({k.removeprefix(theirs): v for k, v in tensors.items() if k.startswith(theirs)})
+        self.tower = Tower(
+            {k.removeprefix(theirs): v for k, v in tensors.items() if k.startswith(theirs)},
+            sizes["heads"],
+            sizes["patch"],
+        )
         self.projector = [tensors[f"model.mm_projector.mlp.{i}.{part}"] for i in (0, 2) for part in ("weight", "bias")]
         self.least, self.most = ({"min_frames": 64, "max_frames": 512, **(video or {})}[k] for k in _VIDEO)
         tokenizer = transformers.AutoTokenizer.from_pretrained(root, trust_remote_code=False)
@@ -230,24 +231,22 @@ class VideoChatFlashOracle(EmbeddedOracle):
             scaled = rescale(squeezed, 1 / 255, data_format=ChannelDimension.FIRST)
             mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
             pixels.append(normalize(scaled, mean, std, data_format=ChannelDimension.FIRST))
-        seen = self.tower(torch.from_numpy(np.stack(pixels)).float()[None])[0]
+        seen = self.tower.seen(torch.from_numpy(np.stack(pixels)).float())
         first, first_bias, second, second_bias = self.projector
         inner = torch.nn.functional.gelu(merged(seen, 64, self.heads).float() @ first.T + first_bias)
         return inner @ second.T + second_bias
 
     def of_video(self, path: str) -> tuple[torch.Tensor, str]:
         """Embeddings of a video, and what the model is told about it."""
-        import decord
-
-        reader = decord.VideoReader(path)
-        total, rate = len(reader), reader.get_avg_fps()
+        video = open_video(path)
+        total, rate = len(video), video.fps
         least = self.least if self.least <= total else total // 4 * 4
         count = max(least, min(max(4, int(total / rate // 4) * 4), self.most))
         parts = np.linspace(0, total, min(count, total) + 1).astype(int)
         wanted = [(parts[i] + parts[i + 1] - 1) // 2 for i in range(len(parts) - 1)]
         while len(wanted) < count:
             wanted.append(wanted[-1])
-        frames = reader.get_batch(wanted).asnumpy()
+        frames = list(video.frames(wanted))
         clips = [self.embedded(frames[i : i + 4]) for i in range(0, count, 4)]
         seconds = f"{total / rate:.2f}"
         told = f"The video lasts for {seconds} seconds, and {count} frames are uniformly sampled from it."
@@ -255,9 +254,7 @@ class VideoChatFlashOracle(EmbeddedOracle):
 
     def of_image(self, path: str) -> torch.Tensor:
         """Embeddings of a picture of any resolution: the whole, then its tiles ("anyres_nopad")."""
-        from PIL import Image
-
-        picture = Image.open(path).convert("RGB")
+        picture = read_picture(path)
         width, height = picture.size
         size = self.size
         best, best_kept, best_waste = (0, 0), 0, 0

@@ -72,7 +72,7 @@ class Sequence:
 
     ids: np.ndarray
     positions: np.ndarray
-    """int64 [3, tokens]: time, row, column, as SGLang counts them (text goes on behind the highest)."""
+    """int64 [3, tokens]: time, row, column, as `mrope` counts them (text goes on behind the highest)."""
     windows: np.ndarray
     """uint8 [windows, 64, 1176]."""
     corners: np.ndarray
@@ -106,7 +106,7 @@ def build(
     random: np.random.Generator | None = None,
     bank_seed: int = 0,
 ) -> Sequence:
-    """Lays a conversation out as the chat template, the processor and SGLang do.
+    """Lays a conversation out as the chat template, the processor and the rule of m-RoPE do.
 
     Args:
         hay: draws pictures without needles.
@@ -223,7 +223,7 @@ def _positions(length: int, spans: list[tuple[int, Part]]) -> np.ndarray:
         following += first - done
         side = part.side // CELL
         pairs = part.size if part.kind == "video" else 1
-        # fp32, as in SGLang, because the product is cut to whole numbers.
+        # In fp32, as in the released code, because the product is cut to whole numbers.
         time = (
             (torch.arange(pairs) * torch.tensor(part.interval if part.kind == "video" else 0.0) * TOKENS_PER_SECOND)
             .long()

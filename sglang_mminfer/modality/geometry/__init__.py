@@ -6,6 +6,8 @@ SGLang is not imported; its objects are read by attribute.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_mminfer.modality.geometry import (
@@ -18,7 +20,15 @@ from sglang_mminfer.modality.geometry import (
     qwen3_vl,
     qwen_vl,
 )
-from sglang_mminfer.modality.geometry._items import VIDEO_KEY, GeometryError, modality_of, offsets_of, whole_videos
+from sglang_mminfer.modality.geometry._items import (
+    VIDEO_KEY,
+    GeometryError,
+    extents_of,
+    grid_rows,
+    modality_of,
+    offsets_of,
+    whole_videos,
+)
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
 __all__ = [
@@ -26,9 +36,12 @@ __all__ = [
     "VIDEO_KEY",
     "GeometryError",
     "cached_map",
+    "extents_of",
     "family_of",
+    "grid_rows",
     "has_raster",
     "map_from_mm_inputs",
+    "offsets_of",
 ]
 
 FAMILIES: dict[str, Any] = {
@@ -84,13 +97,30 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
     name, _, argument = (family or "").partition(":")
     if name and name not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)} or None, got {family!r}")
-    reader = FAMILIES[name] if name else generic
+    with _readable():
+        return _read(mm_inputs, length, FAMILIES[name] if name else generic, argument)
 
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Items may come from clients and hold anything: whatever goes wrong with them is a GeometryError."""
+    try:
+        yield
+    except GeometryError:
+        raise
+    except Exception as error:
+        said = f"mm_items: cannot be read: {type(error).__name__}: {error}"
+        raise GeometryError("unreadable", said[:300]) from error
+
+
+def _read(mm_inputs: Any, length: int, reader: Any, argument: str) -> ModalityMap:
     items: list[tuple[Any, Modality, str]] = []
     for index, item in enumerate(whole_videos(mm_inputs.mm_items) if mm_inputs is not None else ()):
         modality = modality_of(item, index)
         if modality is not Modality.TEXT:
-            items.append((item, modality, f"mm_items[{index}] ({modality})"))
+            label = f"mm_items[{index}] ({modality})"
+            _check_inside(item, label, length)
+            items.append((item, modality, label))
     found: list[tuple[Segment, str]] = []
     if hasattr(reader, "conversation"):
         found.extend(reader.conversation(items, argument))
@@ -104,10 +134,6 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
     for segment, label in found:
         if segment.start < position:
             raise GeometryError("overlapping_offsets", f"{label}: overlaps {before}")
-        if segment.stop > length:
-            raise GeometryError(
-                "out_of_range_offsets", f"{label}: expected tokens inside the prompt of {length} tokens"
-            )
         if segment.start > position:
             segments.append(Segment(Modality.TEXT, position, segment.start))
         segments.append(segment)
@@ -115,6 +141,16 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, family: str | None) -> Modal
     if position < length:
         segments.append(Segment(Modality.TEXT, position, length))
     return ModalityMap(segments)
+
+
+def _check_inside(item: Any, label: str, length: int) -> None:
+    """Before anything is made that is as large as an item says it is."""
+    for i, (first, last) in enumerate(offsets_of(item, label)):
+        if last >= length:
+            raise GeometryError(
+                "out_of_range_offsets",
+                f"{label} span {i} at [{first}, {last}]: expected tokens inside the prompt of {length} tokens",
+            )
 
 
 def cached_map(mm_inputs: Any, length: int, family: str | None) -> ModalityMap:
@@ -133,7 +169,8 @@ def cached_map(mm_inputs: Any, length: int, family: str | None) -> ModalityMap:
     """
     if mm_inputs is None:
         return map_from_mm_inputs(None, length, family)
-    key = (_offsets(mm_inputs), length, family)
+    with _readable():
+        key = (_offsets(mm_inputs), length, family)
     kept = getattr(mm_inputs, _CACHE, None)
     if kept is not None and kept[0] == key:
         if isinstance(kept[1], GeometryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from itertools import groupby, pairwise
 from types import SimpleNamespace
@@ -14,12 +15,18 @@ VIDEO_KEY = "mminfer_video"
 each frame or tile is an item. No two media of a session have the same."""
 
 
+FRAME_KEY = "placed_frame"
+"""The same for the families that this package brings: the number of a frame in its video, or of a view in its picture.
+0 begins a medium."""
+
+
 class GeometryError(ValueError):
     """The media of a request cannot be laid out; the request runs dense, counted under `reason`.
 
     Attributes:
         reason: a short slug: "no_offsets", "bad_offsets", "empty_span", "out_of_range_offsets",
-            "overlapping_offsets", "grid_mismatch", "zero_frames", "unknown_modality" or "moving_offsets".
+            "overlapping_offsets", "grid_mismatch", "zero_frames", "unknown_modality", "moving_offsets" or
+            "unreadable".
         repeated: True where `cached_map` raises the same failure again, so that a log names it once.
     """
 
@@ -64,23 +71,47 @@ def data_of(item: Any) -> Mapping[str, Any]:
 
 def whole_videos(items: Iterable[Any]) -> list[Any]:
     """The items with all frames of a video, or tiles of an image, in one, where each came as an item."""
-    whole: list[Any] = []
+    media: list[Any] = []
     for video, group in groupby(items, key=lambda item: data_of(item).get(VIDEO_KEY)):
         frames = list(group)
         if video is None:
-            whole += frames
+            media += frames
         else:
-            offsets = [offset for frame in frames for offset in frame.offsets or ()]
+            offsets = [offset for frame in frames for offset in offsets_of(frame, "a frame")]
             data = data_of(frames[0])
-            whole.append(SimpleNamespace(modality=frames[0].modality, offsets=offsets, model_specific_data=data))
-    return whole
+            media.append(SimpleNamespace(modality=frames[0].modality, offsets=offsets, model_specific_data=data))
+    return media
+
+
+def media_of(items: Iterable[Any]) -> list[list[Any]]:
+    """The items of each medium: one, or those of all its frames or tiles."""
+    media: list[list[Any]] = []
+    for item in items:
+        data = data_of(item)
+        same = data.get(VIDEO_KEY) is not None and media and data[VIDEO_KEY] == data_of(media[-1][0]).get(VIDEO_KEY)
+        if media and (same or data.get(FRAME_KEY)):
+            media[-1].append(item)
+        else:
+            media.append([item])
+    return media
+
+
+def extents_of(items: Iterable[Any]) -> list[tuple[int, int, list[Any]]]:
+    """From the first token to behind the last, and the items, of each medium that says where it stands."""
+    extents = []
+    for medium in media_of(items):
+        offsets = [offset for item in medium for offset in offsets_of(item, "item")]
+        if offsets:
+            first, last = min(first for first, _ in offsets), max(last for _, last in offsets)
+            extents.append((first, last + 1, medium))
+    return extents
 
 
 def offsets_of(item: Any, name: str) -> tuple[tuple[int, int], ...]:
     """The (first, last) pairs of an item as plain integers, whatever holds them; () if there are none."""
     offsets = getattr(item, "offsets", None)
     try:
-        return () if offsets is None else tuple((int(first), int(last)) for first, last in offsets)
+        return () if offsets is None else tuple((whole(first), whole(last)) for first, last in offsets)
     except (TypeError, ValueError):
         raise GeometryError(
             "bad_offsets", f"{name}: expected offsets as (first, last) pairs, got {offsets!r}"
@@ -107,13 +138,28 @@ def spans_of(item: Any, name: str) -> list[Span]:
     return spans
 
 
+def whole(value: Any) -> int:
+    """A whole number, whatever holds it.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        number = float(value)
+        if not number.is_integer() or isinstance(value, str | bytes):
+            raise ValueError(f"expected a whole number, got {value!r}") from None
+        return int(number)
+
+
 def grid_rows(value: Any) -> list[tuple[int, int, int]] | None:
-    """[[t, h, w], ...] from a tensor, an array or lists, or a bare [t, h, w]; None if it is neither."""
+    """[[t, h, w], ...] from a tensor, an array or lists, or a bare [t, h, w]; None if it is none of them."""
     try:
         rows = [row.tolist() if hasattr(row, "tolist") else row for row in value]
         if len(rows) == 3 and not any(isinstance(row, list | tuple) for row in rows):
             rows = [rows]
-        return [(int(t), int(h), int(w)) for t, h, w in rows]
+        return [(whole(t), whole(h), whole(w)) for t, h, w in rows]
     except (TypeError, ValueError):
         return None
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sglang_mminfer.modality.geometry._items import GeometryError, Span, data_of, spans_of
+from sglang_mminfer.modality.geometry._items import GeometryError, Span, data_of, spans_of, whole
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
 ONEVISION, NEXT_VIDEO = "llava_onevision", "llava_next_video"
@@ -74,7 +74,7 @@ def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterato
         for span in spans:
             yield _video(span, layout), span.name
         return
-    sizes = _sizes(data_of(item).get("image_sizes"))
+    sizes = _sizes(data_of(item).get("image_sizes"), name)
     if len(sizes) != len(spans):
         raise GeometryError(
             "grid_mismatch",
@@ -85,11 +85,17 @@ def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterato
             yield segment, span.name
 
 
-def _sizes(value: Any) -> list[tuple[int, int]]:
-    rows = value.tolist() if hasattr(value, "tolist") else list(value or ())
-    if len(rows) == 2 and not any(isinstance(row, list | tuple) or hasattr(row, "tolist") for row in rows):
-        rows = [rows]
-    return [(int(height), int(width)) for height, width in rows]
+def _sizes(value: Any, name: str) -> list[tuple[int, int]]:
+    try:
+        rows = value.tolist() if hasattr(value, "tolist") else list(() if value is None else value)
+        if len(rows) == 2 and not any(isinstance(row, list | tuple) or hasattr(row, "tolist") for row in rows):
+            rows = [rows]
+        sizes = [(whole(height), whole(width)) for height, width in rows]
+    except (TypeError, ValueError):
+        sizes = [(0, 0)]
+    if any(min(size) < 1 for size in sizes):
+        raise GeometryError("grid_mismatch", f"{name}: expected heights and widths in image_sizes, got {value!r:.80}")
+    return sizes
 
 
 def _video(span: Span, layout: Layout) -> Segment:
@@ -108,9 +114,9 @@ def _video(span: Span, layout: Layout) -> Segment:
 
 def _image(span: Span, size: tuple[int, int], layout: Layout) -> Iterator[Segment]:
     tile, tokens = layout.side**2, span.stop - span.start
-    whole = VisionGrid(1, layout.side, layout.side, (span.start,))
+    tile_grid = VisionGrid(1, layout.side, layout.side, (span.start,))
     if layout.video_tail and tokens == tile + 1:  # one of several
-        yield Segment(Modality.IMAGE, span.start, span.stop, whole)
+        yield Segment(Modality.IMAGE, span.start, span.stop, tile_grid)
         return
     rows, cols = _unpadded(size, layout)
     if tokens != tile + rows * (cols + 1):
@@ -120,7 +126,7 @@ def _image(span: Span, size: tuple[int, int], layout: Layout) -> Iterator[Segmen
             f"got {tokens}",
         )
     middle = span.start + tile
-    yield Segment(Modality.IMAGE, span.start, middle, whole)
+    yield Segment(Modality.IMAGE, span.start, middle, tile_grid)
     if rows:  # none is left of an image that is far too long for its tiles
         yield Segment(Modality.IMAGE, middle, span.stop, VisionGrid(1, rows, cols + 1, (middle,)))
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sglang_mminfer.modality.geometry import generic
-from sglang_mminfer.modality.geometry._items import GeometryError, data_of, spans_of
+from sglang_mminfer.modality.geometry._items import GeometryError, data_of, spans_of, whole
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
 MODEL_TYPES = ("llava",)
@@ -41,6 +41,12 @@ def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterato
         yield from generic.segments(item, modality, name, argument)
         return
     spans = spans_of(item, name)
+    try:
+        rasters = [(whole(rows), whole(cols), whole(tail)) for rows, cols, tail in rasters]
+    except (TypeError, ValueError):
+        rasters = [(0, 0, 0)]
+    if any(min(rows, cols) < 1 or tail < 0 for rows, cols, tail in rasters):
+        raise GeometryError("grid_mismatch", f"{name}: expected [rows, cols, tail] of each raster in {RASTERS}")
     tokens = [rows * cols + tail for rows, cols, tail in rasters]
     if len(spans) != 1 or sum(tokens) != spans[0].stop - spans[0].start:
         raise GeometryError(

@@ -20,7 +20,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_mminfer.modality.geometry._items import VIDEO_KEY, GeometryError, Span, data_of, one_segment, spans_of
+from sglang_mminfer.modality.geometry._items import (
+    VIDEO_KEY,
+    GeometryError,
+    Span,
+    data_of,
+    one_segment,
+    spans_of,
+    whole,
+)
 from sglang_mminfer.modality.segments import Modality, Segment
 
 MERGED = {"nvila": 2, "nvila_lite": 3}
@@ -63,12 +71,17 @@ def _check(span: Span, side: int, tiles: int) -> None:
 def _blocks(item: Any, name: str) -> tuple[int, int] | None:
     """Rows and columns of tiles that were put together in a span; None where the span is a tile."""
     given: Any = data_of(item).get("block_sizes")
-    if given is None or list(given) == [None]:
+    if given is None:
         return None
     try:
-        ((rows, cols),) = given
-        return int(rows), int(cols)
+        (one,) = given
+        if one is None:
+            return None
+        rows, cols = map(whole, one)
+        if min(rows, cols) < 1:
+            raise ValueError
+        return rows, cols
     except (TypeError, ValueError):
         raise GeometryError(
-            "grid_mismatch", f"{name}: expected rows and columns of tiles in block_sizes, got {given!r}"
+            "grid_mismatch", f"{name}: expected rows and columns of tiles in block_sizes, got {given!r:.80}"
         ) from None

@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sglang_mminfer.modality.geometry._items import GeometryError, Span, data_of, spans_of
+from sglang_mminfer.modality.geometry._items import FRAME_KEY, GeometryError, Span, data_of, spans_of, whole
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
 MODEL_TYPES = ("llava_video", "longvila", "videochat_flash")
 
-FRAME, FRAMES, ROWS, COLS, TAIL = KEYS = tuple(f"placed_{name}" for name in ("frame", "frames", "rows", "cols", "tail"))
+FRAME, FRAMES, ROWS, COLS, TAIL = KEYS = (
+    FRAME_KEY,
+    *(f"placed_{name}" for name in ("frames", "rows", "cols", "tail")),
+)
 """Plain integers in an item's `model_specific_data`; `models/prompt.py` writes them."""
 
 
@@ -64,7 +67,7 @@ def _read(item: Any, name: str, argument: str) -> tuple[Span, tuple[int, ...]]:
     """The span of an item, and its numbers in the order of `KEYS`."""
     data = data_of(item)
     try:
-        shape = tuple(int(data[key]) for key in KEYS)
+        shape = tuple(whole(data[key]) for key in KEYS)
     except (KeyError, TypeError, ValueError):
         raise GeometryError(
             "grid_mismatch", f"{name}: expected integers {', '.join(KEYS)}, got { ({k: data.get(k) for k in KEYS}) }"

@@ -90,7 +90,7 @@ def rasters_of(item: Any, modality: Modality, name: str, argument: str) -> list[
     value = data_of(item)[key]
     rows = grid_rows(value)
     if rows is None:
-        raise GeometryError("grid_mismatch", f"{name}: expected rows of [t, h, w] in {key}, got {value!r}")
+        raise GeometryError("grid_mismatch", f"{name}: expected rows of [t, h, w] in {key}, got {value!r:.80}")
     for i, (t, _, _) in enumerate(rows):
         # Before the offsets: a medium without frames has no tokens, so its offset is missing or empty too.
         if t < 1:

@@ -19,6 +19,10 @@ class LlavaVideoProcessor(MediaProcessor):
         "force_sample": bool,
     }
 
+    REQUEST_OPTIONS: ClassVar[Mapping[str, frozenset[str]]] = {
+        "video": frozenset({"fps", "max_frames", "num_frames"}),
+    }
+
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, *args, **kwargs)
         self.rasters = LlavaVideoRasters(hf_config, self.video_config)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from sglang_mminfer.mends import options as request_options
 from sglang_mminfer.models.frames import decode, length_and_rate, resize, squared
 from sglang_mminfer.models.llava_video import layout
 from sglang_mminfer.models.llava_video.config import check
@@ -41,12 +42,22 @@ class LlavaVideoRasters:
 
     def video(self, video: Any) -> Medium:
         total, rate = length_and_rate(video)
-        sampled = every_second(total, rate, fps=self.fps, most=self.max_frames, forced=self.forced)
+        sampled = self._sampled(total, rate, request_options.on(video))
         frames = decode(video, sampled.indices, self.size, self.size)
         last = len(frames) - 1
         rasters = [Raster(pixels, *layout.frame_shape(self.config, i == last)) for i, pixels in enumerate(frames)]
         told = f"{time_instruction(sampled)}\n" if self.config.add_time_instruction else ""
         return Medium("video", rasters, f"\n{told}")
+
+    def _sampled(self, total: int, rate: float, wanted: Mapping[str, Any]) -> Sampled:
+        """As the request wants it, else as the server does."""
+        within = request_options.within
+        if count := wanted.get("num_frames"):
+            most = within(count, self.max_frames, "num_frames")
+            return every_second(total, rate, fps=self.fps, most=most, forced=True)
+        most = within(wanted.get("max_frames", self.max_frames), self.max_frames, "max_frames")
+        fps, forced = wanted.get("fps", self.fps), self.forced and "fps" not in wanted
+        return every_second(total, rate, fps=fps, most=most, forced=forced)
 
     def image(self, picture: Image.Image) -> list[Medium]:
         config, size, side = self.config, self.size, layout.patches(self.config)

@@ -15,6 +15,10 @@ class LongVilaProcessor(MediaProcessor):
 
     VIDEO_OPTIONS: ClassVar[Mapping[str, type | tuple[type, ...]]] = {"num_frames": int, "fps": (int, float)}
 
+    REQUEST_OPTIONS: ClassVar[Mapping[str, frozenset[str]]] = {
+        "video": frozenset({"fps", "max_frames", "num_frames"}),
+    }
+
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, *args, **kwargs)
         self.rasters = LongVilaRasters(hf_config, self.video_config)

@@ -7,10 +7,12 @@ from typing import Any
 
 from PIL import Image
 
+from sglang_mminfer.mends import limits
+from sglang_mminfer.mends import options as request_options
 from sglang_mminfer.models.frames import decode, length_and_rate, resize, squared
 from sglang_mminfer.models.longvila.config import check, tokens_per_side
 from sglang_mminfer.models.prompt import Medium, Raster
-from sglang_mminfer.models.sampling import evenly, first_seconds
+from sglang_mminfer.models.sampling import Sampled, evenly, first_seconds
 
 
 class LongVilaRasters:
@@ -38,13 +40,21 @@ class LongVilaRasters:
 
     def video(self, video: Any) -> Medium:
         total, rate = length_and_rate(video)
-        if self.fps > 0:
-            sampled = first_seconds(total, rate, fps=self.fps, most=self.frames)
-        else:
-            sampled = evenly(total, rate, count=self.frames)
+        sampled = self._sampled(total, rate, request_options.on(video))
         bordered = self.config.image_aspect_ratio == "pad"
         frames = decode(video, sampled.indices, self.size, self.size, bordered=bordered)
         return Medium("video", [self._raster(pixels) for pixels in frames])
+
+    def _sampled(self, total: int, rate: float, wanted: Mapping[str, Any]) -> Sampled:
+        """As the request wants it, else as the server does."""
+        within = request_options.within
+        if count := wanted.get("num_frames"):
+            return evenly(total, rate, count=within(count, self.frames, "num_frames"))
+        # Its frames are counted from the start: few of them at a rate of the request's would leave out the rest.
+        usual = max(self.frames, limits.FRAMES) if "fps" in wanted else self.frames
+        most = within(wanted.get("max_frames", usual), self.frames, "max_frames")
+        fps = wanted.get("fps", self.fps)
+        return first_seconds(total, rate, fps=fps, most=most) if fps > 0 else evenly(total, rate, count=most)
 
     def image(self, picture: Image.Image) -> list[Medium]:
         if self.config.image_aspect_ratio == "pad":

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from sglang_mminfer.models.frames import decode, length_and_rate, resize
+from sglang_mminfer.mends import options
+from sglang_mminfer.models.frames import decode, in_square, length_and_rate, resize
 from sglang_mminfer.models.processor import MediaProcessor
 from sglang_mminfer.models.prompt import Medium, Raster
 from sglang_mminfer.models.sampling import Sampled
@@ -26,6 +27,10 @@ class VideoChatFlashProcessor(MediaProcessor):
 
     VIDEO_OPTIONS: ClassVar[Mapping[str, type | tuple[type, ...]]] = {"min_frames": int, "max_frames": int}
 
+    REQUEST_OPTIONS: ClassVar[Mapping[str, frozenset[str]]] = {
+        "video": frozenset({"fps", "min_frames", "max_frames", "num_frames"}),
+    }
+
     def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(hf_config, *args, **kwargs)
         self.size = tower_config(hf_config).image_size
@@ -41,15 +46,31 @@ class VideoChatFlashProcessor(MediaProcessor):
 
     def video(self, video: Any) -> Medium:
         total, rate = length_and_rate(video)
-        sampled = by_clips(total, rate, least=self.least, most=self.most)
+        sampled = self._sampled(total, rate, options.on(video))
         frames = decode(video, sampled.indices, self.size, self.size)
         clips = [torch.stack(frames[i : i + CLIP]) for i in range(0, len(frames), CLIP)]
         return Medium("video", [Raster(clip, 1, CLIP_TOKENS) for clip in clips], f"\n{time_message(sampled)} ")
 
+    def _sampled(self, total: int, rate: float, wanted: Mapping[str, Any]) -> Sampled:
+        """As the request wants it, in whole clips, else as the server does."""
+
+        def clips(name: str, usual: int) -> int:
+            count = options.within(wanted.get(name, usual), self.most, name)
+            return max(CLIP, count // CLIP * CLIP)
+
+        if "num_frames" in wanted:
+            count = clips("num_frames", self.most)
+            return by_clips(total, rate, least=count, most=count)
+        most = clips("max_frames", self.most)
+        # Whoever names a rate or a limit means it, and the usual least number of frames is for others.
+        usual = CLIP if "fps" in wanted else self.least
+        least = min(clips("min_frames", usual), most)
+        return by_clips(total, rate, least=least, most=most, fps=wanted.get("fps", 1.0))
+
     def image(self, picture: Image.Image) -> list[Medium]:
         picture = picture.convert("RGB")
         if self.aspect == "pad":
-            picture = _squared(picture)
+            picture = in_square(picture, tuple(int(value * 255) for value in MEAN))
         media = [Medium("image", [_view([resize(picture, self.size, self.size)], 1)])]
         if "anyres" in self.aspect:
             across, down = best_canvas(*picture.size, self.canvases, self.size)
@@ -69,11 +90,3 @@ def time_message(sampled: Sampled) -> str:
 
 def _view(tiles: list[torch.Tensor], across: int) -> Raster:
     return Raster(torch.stack(tiles), 1, CLIP_TOKENS * len(tiles), values={ACROSS: across})
-
-
-def _squared(picture: Image.Image) -> Image.Image:
-    """With a border of the mean colour, so that it is not stretched."""
-    side = max(picture.size)
-    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in MEAN))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square

@@ -12,8 +12,8 @@ CLIP = 4
 """Frames of a clip."""
 
 
-def by_clips(total: int, rate: float, *, least: int, most: int) -> Sampled:
-    """The middle of equal parts of the video: as many as it has seconds, rounded down to whole clips.
+def by_clips(total: int, rate: float, *, least: int, most: int, fps: float = 1.0) -> Sampled:
+    """The middle of equal parts of the video: `fps` for each second, in all rounded down to whole clips.
 
     Args:
         total, rate: frames of the file, and frames a second.
@@ -24,7 +24,7 @@ def by_clips(total: int, rate: float, *, least: int, most: int) -> Sampled:
         ValueError: if the video has no frames.
     """
     rate = check(total, rate)
-    wanted = min(CLIP * max(1, int(total / rate // CLIP)), most)
+    wanted = min(CLIP * max(1, int(min(total / rate * fps, most) // CLIP)), most)
     wanted = max(wanted, least if least <= total else total // CLIP * CLIP)
     ends = np.linspace(0, total, min(wanted, total) + 1).astype(int)
     indices = [(start + stop - 1) // 2 for start, stop in pairwise(ends.tolist())]

@@ -1,0 +1,114 @@
+"""m-RoPE positions of Qwen2-VL, Qwen2.5-VL and Qwen3-VL by the rule of the released model code.
+
+Written out here for the oracle: transformers' own has text go on behind a video's rows and columns even where its time
+went further, and SGLang's takes the seconds that it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Grid = tuple[int, int, int]
+"""Steps in time, rows and columns of a medium, in patches."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a config says about positions.
+
+    Attributes:
+        image, video: the ids of placeholders.
+        merge: patches along a side of a token.
+        tokens_per_second: positions that a second of a video is long; None where time is counted in steps (Qwen2-VL),
+            and where each step is a picture of its own behind its time in words (Qwen3-VL).
+        steps_apart: whether it is the latter.
+    """
+
+    image: int
+    video: int
+    merge: int
+    tokens_per_second: float | None
+    steps_apart: bool
+
+    @classmethod
+    def of(cls, config: Any) -> Rule:
+        """Of a config of transformers.
+
+        Raises:
+            ValueError: for a model type that this module knows nothing about.
+        """
+        kind = config.model_type
+        if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
+            raise ValueError(f"m-RoPE: expected qwen2_vl, qwen2_5_vl, qwen3_vl or qwen3_vl_moe, got {kind!r}")
+        return cls(
+            image=config.image_token_id,
+            video=config.video_token_id,
+            merge=config.vision_config.spatial_merge_size,
+            tokens_per_second=config.vision_config.tokens_per_second if kind == "qwen2_5_vl" else None,
+            steps_apart=kind.startswith("qwen3"),
+        )
+
+
+def positions(
+    ids: Sequence[int],
+    rule: Rule,
+    images: Sequence[Grid] = (),
+    videos: Sequence[Grid] = (),
+    seconds: Sequence[float] = (),
+) -> torch.Tensor:
+    """Time, row and column of each token: int64 [3, len(ids)].
+
+    Args:
+        images, videos: grids in the order of the prompt.
+        seconds: of each video, from one step in time to the next; needed where the rule has `tokens_per_second`.
+
+    Raises:
+        ValueError: if placeholders and grids do not fit.
+    """
+    media = {rule.image: _pictures(images, rule), rule.video: _steps(videos, seconds, rule)}
+    word, nothing = torch.zeros(3, 1, dtype=torch.int64), torch.empty(3, 0)
+    parts: list[torch.Tensor] = []
+    at = following = 0
+    while at < len(ids):
+        part = next(media[ids[at]], nothing) if ids[at] in media else word
+        tokens = part.shape[1]
+        if part is not word and (not tokens or list(ids[at : at + tokens]) != [ids[at]] * tokens):
+            raise ValueError(f"m-RoPE: placeholders from token {at} on do not fit the grids {images} and {videos}")
+        parts.append(part + following)
+        at += tokens
+        following = int(parts[-1].max()) + 1  # text, and what comes next, behind the highest position
+    if any(next(left, None) is not None for left in media.values()):
+        raise ValueError(f"m-RoPE: the prompt has fewer placeholders than the grids {images} and {videos}")
+    return torch.cat(parts, dim=1)
+
+
+def _pictures(grids: Sequence[Grid], rule: Rule) -> Iterator[torch.Tensor]:
+    for frames, height, width in grids:
+        yield _raster(torch.arange(frames), height // rule.merge, width // rule.merge)
+
+
+def _steps(grids: Sequence[Grid], seconds: Sequence[float], rule: Rule) -> Iterator[torch.Tensor]:
+    """Of each run of placeholders of videos."""
+    if rule.tokens_per_second is not None and len(seconds) != len(grids):
+        raise ValueError(f"m-RoPE: expected the seconds of {len(grids)} videos, got {len(seconds)}")
+    for i, (steps, height, width) in enumerate(grids):
+        rows, columns = height // rule.merge, width // rule.merge
+        if rule.steps_apart:
+            for _ in range(steps):
+                yield _raster(torch.zeros(1, dtype=torch.int64), rows, columns)
+        elif rule.tokens_per_second is not None:
+            # In fp32, as in the released code: the product is cut to whole numbers, and near one it matters.
+            time = torch.arange(steps) * torch.tensor(seconds[i], dtype=torch.float32) * rule.tokens_per_second
+            yield _raster(time.long(), rows, columns)
+        else:
+            yield _raster(torch.arange(steps), rows, columns)
+
+
+def _raster(time: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[3, len(time) * rows * columns]"""
+    axes = torch.meshgrid(time, torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes])

@@ -1,0 +1,172 @@
+"""Videos that quack as SGLang's decoder does: single frames, and a file whose frames are held within bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+from sglang_mminfer.mends import limits, pictures
+
+
+class _Decoder(VideoDecoderWrapper):
+    """What SGLang asks of a decoder, from frames one by one or in batches."""
+
+    def __init__(self) -> None:
+        # Nothing of the base class, which opens a file.
+        self._source = self._source_bytes = self._source_path = self._tmp_path = self._decoder = None
+
+    def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
+        """uint8 [frames, height, width, 3]"""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        frame = self._tensor([range(len(self))[int(index)]])[0]
+        return frame if frame.is_cuda else frame.numpy()
+
+    def get_frames_at(self, indices: Any) -> Any:
+        frames = self._tensor([int(i) for i in indices])
+        return frames if frames.is_cuda else frames.numpy()
+
+    def get_frames_as_tensor(self, indices: Any) -> torch.Tensor:
+        frames = self._tensor([int(i) for i in indices])
+        return frames.pin_memory() if not frames.is_cuda and torch.cuda.is_available() else frames
+
+
+class Frames(_Decoder):
+    """A video that came as its frames.
+
+    Args:
+        frames: what `read` makes an array of; nothing is decoded before it is asked for.
+        read: uint8 [height, width, 3] of one of `frames`.
+        size: height and width of all of them.
+        fps: frames a second.
+    """
+
+    def __init__(
+        self, frames: Sequence[Any], read: Callable[[Any], np.ndarray], size: tuple[int, int], fps: float
+    ) -> None:
+        super().__init__()
+        self._frames, self._read, self._size, self._fps = frames, read, size, fps
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @property
+    def avg_fps(self) -> float:
+        return self._fps
+
+    @property
+    def frame_shape(self) -> tuple[int, int]:
+        return self._size
+
+    def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
+        limits.check_frames(len(indices), self._size[1], self._size[0])
+        read: dict[int, np.ndarray] = {}
+        out = np.empty((len(indices), *self._size, 3), np.uint8)
+        for place, index in enumerate(indices):
+            if index not in read:
+                read = {index: self._read(self._frames[index])}
+            out[place] = read[index]
+        return torch.from_numpy(out)
+
+
+class Bounded(_Decoder):
+    """SGLang's decoder, with no more of its frames at a time than `limits` allow.
+
+    Args:
+        inner: the decoder.
+        size: height and width that its frames are resized to as they are decoded; None for as they are.
+    """
+
+    def __init__(self, inner: Any, size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self._inner, self._resized = inner, size
+        self._whole: tuple[int, int] | None = None
+        self._one_by_one = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_inner":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    @property
+    def avg_fps(self) -> float:
+        return float(self._inner.avg_fps or 0.0)
+
+    @property
+    def source_bytes(self) -> bytes | None:
+        return self._inner.source_bytes
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Height and width in the file."""
+        if self._whole is None:
+            frame = None if _tells_its_size(self._inner) else self._inner[0]
+            self._whole = self._inner.frame_shape if frame is None else (int(frame.shape[0]), int(frame.shape[1]))
+            # decord pads rows to 32 pixels: of narrower frames it says a wrong shape, and cannot copy a batch.
+            self._one_by_one = frame is not None and frame.shape[2] != 3
+        return self._whole
+
+    @property
+    def frame_shape(self) -> tuple[int, int]:
+        return self._resized or self.whole
+
+    def resized(self, height: int, width: int) -> Bounded:
+        """The same video with its frames in another size."""
+        other = Bounded(self._inner, (height, width))
+        other._whole, other._one_by_one = self.whole, self._one_by_one
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name.startswith("mminfer")})
+        return other
+
+    def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
+        height, width = self.frame_shape
+        limits.check_frames(len(indices), width, height)
+        _ = self.whole
+        if self._resized in (None, self.whole):
+            return self._read(list(indices))
+        import torchvision
+
+        batch, parts = limits.batch_of(self.whole[1], self.whole[0], len(indices)), []
+        for start in range(0, len(indices), batch):
+            frames = self._read(list(indices[start : start + batch])).permute(0, 3, 1, 2)
+            # As SGLang resizes frames for Qwen.
+            smaller = torchvision.transforms.functional.resize(
+                frames, [height, width], interpolation=torchvision.transforms.InterpolationMode.BILINEAR
+            )
+            parts.append(smaller.permute(0, 2, 3, 1))
+        return torch.cat(parts).contiguous()
+
+    def _read(self, indices: list[int]) -> torch.Tensor:
+        if not self._one_by_one:
+            return self._inner.get_frames_as_tensor(indices)
+        height, width = self.whole
+        frames = [np.asarray(self._inner[i]).reshape(height, -1, 3)[:, :width] for i in indices]
+        return torch.from_numpy(np.stack(frames))
+
+    def __del__(self) -> None:
+        """Leaves the file open: a decoder of other sizes may read on."""
+
+    def close(self) -> None:
+        inner = self.__dict__.get("_inner")
+        if inner is not None:
+            inner.close()
+            self._inner = None
+
+
+def _tells_its_size(decoder: Any) -> bool:
+    metadata = getattr(decoder._decoder, "metadata", None)
+    return bool(getattr(metadata, "height", None) and getattr(metadata, "width", None))
+
+
+def shrunk(video: Bounded, longest: int) -> Bounded:
+    """No side of a frame longer than `longest` pixels."""
+    height, width = video.whole
+    new_width, new_height = pictures.shrunk(width, height, longest)
+    return video if (new_height, new_width) == (height, width) else video.resized(new_height, new_width)

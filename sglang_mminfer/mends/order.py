@@ -1,0 +1,36 @@
+"""InternVL's pictures where the message has them.
+
+SGLang's conversation template puts the pictures of a message before all else of it. OpenGVLab's own code does not:
+`InternVLChatModel.chat` puts each picture where its <image> stands in the question, and the chat template of the
+released "-HF" checkpoints writes the parts of a message in their order. A system message or an answer with a picture
+stays refused: no InternVL was trained with one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sglang_mminfer import mends
+
+STOCK, OURS = "internvl-2-5", "mminfer-internvl-2-5"
+
+
+def apply_template(original: Any, self: Any, request: Any, is_multimodal: bool) -> Any:
+    """AROUND OpenAIServingChat._apply_conversation_template."""
+    manager = self.template_manager
+    if (
+        manager.chat_template_name == STOCK
+        and mends.wanted(self.tokenizer_manager.server_args)
+        and mends.active("media_order")
+    ):
+        _register()
+        manager._chat_template_name = OURS  # of this server alone, from now on
+    return original(self, request, is_multimodal)
+
+
+def _register() -> None:
+    from sglang.srt.parser.conversation import chat_templates, register_conv_template
+
+    if OURS not in chat_templates:
+        register_conv_template(dataclasses.replace(chat_templates[STOCK], name=OURS, image_token_at_prefix=False))

@@ -1,0 +1,121 @@
+"""Anything that a client may send: answered or refused, in time, and nobody else notices.
+
+`make fuzz` takes as many payloads as MMINFER_FUZZ says; `make test` a few, always the same.
+"""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import json
+import os
+import re
+import time
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import strategies as st
+from payloads import chat_bodies, generate_bodies
+from serving import Media, Message, OracleAnswer, Served, image, same, text, user, video
+
+SECONDS = 30
+"""Within which every payload is answered."""
+
+FEW = 60
+EVERY = 25
+"""After so many payloads a known conversation is asked again."""
+
+ALLOWED: dict[str, str] = {}
+"""Answers of SGLang with a status of 500 that have nothing to do with media or mminfer: what they say, and why."""
+
+
+class Client:
+    """Sends payloads, and sees to it that a known conversation is answered as before."""
+
+    def __init__(self, main: Served, media: Media) -> None:
+        self.main = main
+        film, picture = str(media.videos[2]), str(media.images[0])
+        self.bodies = st.one_of(
+            generate_bodies(picture, film, [self._session()]).map(lambda body: ("/generate", body)),
+            chat_bodies(picture, film).map(lambda body: ("/v1/chat/completions", body)),
+        )
+        self.known: list[Message] = [
+            user(video(media.videos[1]), image(media.images[1]), text("And now? " + "stone river " * 60))
+        ]
+        self.before: OracleAnswer = main.ask(self.known)
+        self.sent = 0
+        self.statuses: collections.Counter[int] = collections.Counter()
+        self.allowed: collections.Counter[str] = collections.Counter()
+
+    def _session(self) -> str:
+        status, raw = self._post("/open_session", {"capacity_of_str_len": 10_000})
+        assert status == 200, raw
+        session = json.loads(raw)
+        sampling = {"max_new_tokens": 2, "temperature": 0}
+        parent = {"text": "Hello", "rid": "fuzz-parent", "session_params": {"id": session}, "sampling_params": sampling}
+        assert self._post("/generate", parent)[0] == 200
+        return session
+
+    def _post(self, path: str, body: Any) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(self.main.server.host, self.main.server.port, timeout=SECONDS)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(errors="replace")
+        finally:
+            connection.close()
+
+    def send(self, path: str, body: dict[str, Any]) -> None:
+        begin = time.monotonic()
+        try:
+            status, said = self._post(path, body)
+        except (OSError, http.client.HTTPException) as error:
+            seconds = time.monotonic() - begin
+            pytest.fail(f"{path} {json.dumps(body)[:3000]}: no answer after {seconds:.0f} s: {error!r}", pytrace=False)
+        self.sent += 1
+        self.statuses[status] += 1
+        reason = next((name for name in ALLOWED if re.search(name, said)), None) if status >= 500 else None
+        if reason is not None:
+            self.allowed[reason] += 1
+        assert status < 500 or reason, f"{path} {json.dumps(body)[:3000]}: {status} {said[:600]}"
+        if self.sent % EVERY == 0:
+            self.ask_again()
+
+    def ask_again(self) -> None:
+        if self.sent % (4 * EVERY) == 0:
+            self.main.server.flush_cache()
+        same(self.before, self.main.ask(self.known))
+
+
+def fuzz(main: Served, media: Media, examples: int, fixed: bool) -> Client:
+    client = Client(main, media)
+
+    @settings(
+        max_examples=examples,
+        derandomize=fixed,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
+    )
+    @given(client.bodies)
+    def send(payload: tuple[str, dict[str, Any]]) -> None:
+        client.send(*payload)
+
+    send()
+    client.ask_again()
+    print(f"{client.sent} payloads: {dict(client.statuses)}, allowed {dict(client.allowed)}")
+    return client
+
+
+@pytest.mark.server("main")
+def test_a_few_payloads(main: Served, media: Media) -> None:
+    client = fuzz(main, media, FEW, fixed=True)
+    assert client.statuses[200] >= FEW // 10 and client.statuses[400] >= FEW // 10, client.statuses
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(0)
+@pytest.mark.server("main")
+def test_many_payloads(main: Served, media: Media) -> None:
+    fuzz(main, media, int(os.environ.get("MMINFER_FUZZ") or 2000), fixed=False)
