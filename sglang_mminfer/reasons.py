@@ -9,6 +9,7 @@ REASONS: dict[str, str] = {
     "decode": "generated tokens, which see everything; as prefill they come in mixed chunks and after retractions",
     "dense_config": "every head of the config is dense",
     "no_raster": "media whose raster nobody told, and a config that leaves nothing out without it",
+    "plan_budget": "a chunk whose plan would take longer or more memory than the budget: thousands of small images",
     "no_prompt_length": "SGLang did not say how long the prompt is",
     # of media that do not add up; the log says which
     "no_offsets": "an item without offsets",

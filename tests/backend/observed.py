@@ -78,14 +78,14 @@ def prefill(
     config: str,
     monkeypatch: pytest.MonkeyPatch,
     *observers: observe.Observer,
+    metrics: bool = False,
     rank: int = 0,
     ranks: int = 1,
-    metrics: bool = False,
     **server_args: Any,
 ) -> Any:
     """A SparsePrefill that runs the head config `config`, on one of `ranks` tensor-parallel ranks."""
-    ours = {"attn_tp_rank": rank, "attn_tp_size": ranks, "tp_rank": rank, "tp_size": ranks} if rank or ranks > 1 else {}
-    parallel = SimpleNamespace(**RANKS | ours)
+    placed = {"attn_tp_rank": rank, "attn_tp_size": ranks, "tp_rank": rank, "tp_size": ranks} if ranks > 1 else {}
+    parallel = SimpleNamespace(**(RANKS | placed))
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
     monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config)
     monkeypatch.setattr("sglang_mminfer.config.dense_backend_name", lambda *_: "torch_native")

@@ -51,6 +51,9 @@ CALLABLES: list[tuple[str, tuple[str, ...], str]] = [
     (f"{POOL}.MHATokenToKVPool.get_kv_buffer", ("self", "layer_id"), "backend.py"),
     (f"{POOL}.KVWriteLoc.for_layer", ("forward_batch", "layer"), "backend.py"),
     (f"{BATCH}.ForwardMode.is_decode_or_idle", ("self",), "backend.py"),
+    (f"{BATCH}.ForwardBatch.init_new", ("batch", "model_runner"), "prompts.py"),
+    ("sglang.srt.managers.cache_controller.storage_model_name", ("model_name", "host_pool"), "config.py"),
+    ("sglang.srt.utils.hf_transformers.config.get_config.cache_clear", (), "asked.py"),
     ("sglang.srt.runtime_context.get_parallel", (), "backend.py, config.py"),
     (
         f"{ARGS}.model_override_base.get_default_attn_backend",
@@ -191,6 +194,8 @@ FIELDS: list[tuple[str, tuple[str, ...], str]] = [
             "seq_lens_cpu",
             "extend_seq_lens_cpu",
             "extend_prefix_lens_cpu",
+            "tbo_children",
+            "tbo_parent_token_range",
         ),
         "backend.py",
     ),
@@ -398,3 +403,10 @@ def test_mm_items_are_cleared_before_the_first_layer() -> None:
     assert "forward_batch.mm_inputs = None" in inspect.getsource(mm_utils), (
         "mm_utils no longer clears forward_batch.mm_inputs after embedding; backend.py may read it later now."
     )
+
+
+def test_every_publication_of_arguments_resolves_them() -> None:
+    """asked.py counts on it: the arguments that a process resolves last are those that it works for."""
+    from sglang.srt import runtime_context
+
+    assert "server_args.resolve_once()" in inspect.getsource(runtime_context._configure_context)

@@ -77,9 +77,7 @@ def test_the_entry_point_waits_to_be_named(monkeypatch: pytest.MonkeyPatch, sele
     ],
     ids=str,
 )
-def test_what_keeps_it_from_a_cpu_that_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], reason: str | None
-) -> None:
+def test_what_keeps_it_from_a_cpu_that_was_asked_for(environ: dict[str, str], reason: str | None) -> None:
     found = cpu_platform.why_unfit(environ)
     assert found is None if reason is None else reason in str(found)
 

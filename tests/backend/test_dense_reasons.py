@@ -91,6 +91,7 @@ REQUESTS: dict[str, tuple[str, Change]] = {
     "short": ("test_a_shape", short),
     "dense_config": ("dense", nothing),
     "no_raster": ("test_grid_frame", behind_a_gridless_video),
+    "plan_budget": ("test_a_shape", lambda p, b, m: m.setattr(type(p._budget), "allows", lambda *arguments: False)),
     "no_prompt_length": ("test_a_shape", no_length),
     "no_offsets": ("test_a_shape", offsets(None)),
     "bad_offsets": ("test_a_shape", offsets([3])),

@@ -134,9 +134,7 @@ def test_a_missing_target_costs_mminfer_alone(
 ) -> None:
     """Of an SGLang that moved it: registration is silent, a launch with mminfer is told, and others are not."""
     gone = [
-        plugin.Hook(
-            "sglang.srt.nowhere.f", "around", "sglang_mminfer.plugin:decode_without_ffmpeg", "Why it is there."
-        ),
+        plugin.Hook("sglang.srt.no.f", "around", "sglang_mminfer.plugin:decode_without_ffmpeg", "Why it is there."),
         plugin.Hook("handle_nothing", "resolution", "sglang_mminfer.plugin:check_launch", "A test.", essential=True),
     ]
     monkeypatch.setattr(plugin, "HOOKS", tuple(gone))
@@ -399,8 +397,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "executor": {"environ": {"SGLANG_MMINFER_EXECUTOR": "cutlass"}},
     "dense_heads": {"environ": {"SGLANG_MMINFER_DENSE_HEADS": "1"}},
     "audit": {"environ": {"SGLANG_MMINFER_AUDIT": "1.5"}},
-    "plan_budget": {"environ": {"SGLANG_MMINFER_PLAN_BUDGET_MS": "0"}},
     "mends": {"environ": {"SGLANG_MMINFER_MENDS": "no_such_mend"}},
+    "plan_budget": {"environ": {"SGLANG_MMINFER_PLAN_BUDGET_MS": "0"}},
     "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
     "ray": {"use_ray": True},
     "deterministic": {"enable_deterministic_inference": True},

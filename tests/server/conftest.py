@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import probe
 import pytest
 from families_served import FAMILY_SERVERS, MIXED_SERVERS, family_server, mixed_server
 from fleet import Fleet
@@ -32,6 +33,9 @@ from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.trace import ENVIRONMENT as TRACE
 
 NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS]
+
+PROBED = "mixed_internvl"
+"""The server that tests look into; see probe.py."""
 
 ORDER = pytest.StashKey[list[str]]()
 """Servers in the order in which tests come to them."""
@@ -131,11 +135,12 @@ def servers(
         else:
             path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
         # Servers are told by their flags, not by the environment of the tests, that they run on a CPU.
-        env = {
-            TRACE: str(trace),
-            "SGLANG_PLATFORM": None,
-            **ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {}),
-        }
+        own = ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})
+        env = {TRACE: str(trace), "SGLANG_PLATFORM": None, **own}
+        if name == PROBED:
+            probed = folder / "probe.jsonl"
+            probed.unlink(missing_ok=True)
+            env |= {"PYTHONPATH": probe.install(folder / "probe"), probe.FILE: str(probed)}
         return Served(Server(path, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 
     fleet = Fleet(make, request.config.stash[ORDER])

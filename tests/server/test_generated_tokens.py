@@ -106,10 +106,11 @@ def test_a_prompt_has_one_map(runs: Callable[[str], Run], name: str) -> None:
     """With its last chunk, also where the last chunks have no media."""
     run = runs(name)
     for i, answer in enumerate(run.alone):
-        records = run.served.records(f"alone-{i}")
+        records, prompt = run.served.records(f"alone-{i}"), len(answer.prompt_ids)
         assert len(records) > 1
-        assert [r.map is not None for r in records] == [False] * (len(records) - 1) + [True]
-        assert records[-1].map[-1].stop == len(answer.prompt_ids)
+        for record in records:
+            assert (record.map is not None) == (record.prefix_len < prompt <= record.seq_len)
+        assert {record.map[-1].stop for record in records if record.map} == {prompt}
 
 
 # ---- sessions ----------------------------------------------------------------------------------------------
