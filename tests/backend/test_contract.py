@@ -53,7 +53,6 @@ CALLABLES: list[tuple[str, tuple[str, ...], str]] = [
     (f"{BATCH}.ForwardMode.is_decode_or_idle", ("self",), "backend.py"),
     (f"{BATCH}.ForwardBatch.init_new", ("batch", "model_runner"), "prompts.py"),
     ("sglang.srt.managers.cache_controller.storage_model_name", ("model_name", "host_pool"), "config.py"),
-    ("sglang.srt.utils.hf_transformers.config.get_config.cache_clear", (), "asked.py"),
     ("sglang.srt.runtime_context.get_parallel", (), "backend.py, config.py"),
     (
         f"{ARGS}.model_override_base.get_default_attn_backend",
@@ -410,3 +409,10 @@ def test_every_publication_of_arguments_resolves_them() -> None:
     from sglang.srt import runtime_context
 
     assert "server_args.resolve_once()" in inspect.getsource(runtime_context._configure_context)
+
+
+def test_sglang_forgets_configs() -> None:
+    """asked.py has it do so where the next server of a process reads a checkpoint otherwise."""
+    from sglang.srt.utils.hf_transformers.config import get_config
+
+    assert callable(get_config.cache_clear)
