@@ -150,8 +150,8 @@ def _class(base: Any) -> type:
         def _tiles_wanted(self, kind: str, request: Any, given: dict[str, Any], usual: int) -> int:
             names = (f"{kind}_max_dynamic_patch", "max_dynamic_patch")
             found = [getattr(request, name, None) for name in names] + [given.get(name) for name in names]
-            said: Any = next(filter(None, found), usual)
-            return max(1, int(said))
+            said = [int(value) for value in found if value]
+            return max(1, *said[:1]) if said else usual
 
         def _tiles(self, picture: Any, most: int, *, thumbnail: bool) -> torch.Tensor:
             """Tiles of a PIL image, or an array [height, width, 3] of bytes."""

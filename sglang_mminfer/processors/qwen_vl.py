@@ -86,7 +86,7 @@ def _class(base: Any) -> type:
             width, height = picture.size
             return picture.resize(self._size_of(wanted, height, width)[::-1])
 
-        def _size_of(self, wanted: dict[str, Any], height: int, width: int, **usual: int) -> tuple[int, int]:
+        def _size_of(self, wanted: dict[str, Any], height: int, width: int) -> tuple[int, int]:
             """Height and width in whole patches.
 
             Raises:
@@ -94,10 +94,7 @@ def _class(base: Any) -> type:
             """
             from sglang.srt.multimodal.processors.qwen_vl import smart_resize
 
-            sizes: dict[str, int] = {
-                **usual,
-                **{name: wanted[name] for name in ("min_pixels", "max_pixels") if name in wanted},
-            }
+            sizes: dict[str, int] = {name: wanted[name] for name in ("min_pixels", "max_pixels") if name in wanted}
             if sizes.get("min_pixels", 0) > sizes.get("max_pixels", math.inf):
                 raise ValueError(f"min_pixels: expected no more than max_pixels, got {sizes}")
             height, width = wanted.get("resized_height", height), wanted.get("resized_width", width)
