@@ -1,7 +1,8 @@
 """What a request asks of one picture or video: how many frames, how large. Honoured, or refused by name.
 
 In chat they stand in the part's `image_url` or `video_url`; for /generate and Engine in a dictionary in place of the
-file: {"url": FILE, "fps": 1}. SGLang keeps the few that it knows and its processors read none of them.
+file: {"url": FILE, "fps": 1}. SGLang keeps the few that it knows and its processors read none of them. What /generate
+takes in such a dictionary is checked by SGLang itself, before: a string for "url", and names that it knows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ COUNTS = (
     *("max_tokens_per_frame", "max_image_tokens"),
 )
 RATES = ("fps",)
-_OTHER_NAMES = {"nframes": "num_frames"}
+_OTHER_NAMES = {"nframes": "num_frames", "total_max_pixels": "total_pixels"}
 _NAMES = frozenset({*COUNTS, *RATES, *_OTHER_NAMES})
 
 ANY_FAMILY = frozenset({"max_long_side_pixel"})

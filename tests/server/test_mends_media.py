@@ -86,6 +86,19 @@ def test_options_of_a_video(main: Served, media: Media, tmp_path: Path, options:
     assert main.ask([user(film(path, of_another_server=1), text("What?"))], 1).prompt_ids == plain.prompt_ids
 
 
+def test_options_of_generate(main: Served, tmp_path: Path) -> None:
+    """By the names that SGLang takes there."""
+    path = str(make_video(tmp_path / "a.mp4", 48, 336, 336, 8, seed=6))
+    lengths = []
+    for options in ({}, {"fps": 1}, {"num_frames": 4}, {"total_max_pixels": 1000}):
+        entry = {"url": path, **options}
+        body = {"text": f"{PLACEHOLDER}What?", "video_data": [entry], "sampling_params": {"max_new_tokens": 1}}
+        status, answer = generate(main, **body)
+        assert status == 200, answer
+        lengths.append(answer["meta_info"]["prompt_tokens"])
+    assert lengths[0] > lengths[1] > lengths[2] and lengths[3] < lengths[0]
+
+
 def test_options_that_cannot_be_had(main: Served, media: Media) -> None:
     for options, told in (
         ({"max_frames": 5000}, "max_frames: expected at most 1024, got 5000"),
@@ -103,14 +116,15 @@ def test_videos_of_frames(main: Served, tmp_path: Path) -> None:
     main.server.flush_cache()
     got = main.ask([user(film("data:video/jpeg;base64," + ",".join(frames)), text("What?"))])
     same(got, right)
-    for entry in (frames, [f"data:image/png;base64,{frame}" for frame in frames], {"url": frames, "fps": 1}):
+    joined = "data:video/jpeg;base64," + ",".join(frames)
+    for entry in (frames, [f"data:image/png;base64,{frame}" for frame in frames], {"url": joined, "fps": 1}):
         for samples in (1, 2):
             sampling = {"max_new_tokens": 2, "n": samples}
             status, answer = generate(main, text=f"{PLACEHOLDER}What?", video_data=[entry], sampling_params=sampling)
             assert status == 200, answer
             for one in answer if samples > 1 else [answer]:
                 assert one["meta_info"]["prompt_tokens"] == len(right.prompt_ids) - _around(main, right)
-    status, answer = generate(main, text=f"{PLACEHOLDER}What?", video_data=[[1, 2]], sampling_params={})
+    status, answer = generate(main, text=f"{PLACEHOLDER}What?", video_data=[["!!"]], sampling_params={})
     assert status == 400 and "a video is a file, a URL" in answer
 
 
