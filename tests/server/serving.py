@@ -76,6 +76,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
 
 
 ENVIRONMENT = {
+    # For how many seconds it waits for a medium behind a URL: long enough to abort meanwhile.
+    "main": {"REQUEST_TIMEOUT": "60"},
     # SGLang's own switch for tests: every 16th step takes a request's KV slots away, if there are two or more.
     # And here dense heads run on the stock backend, as they do on a GPU.
     "paged": {
