@@ -79,6 +79,8 @@ RETRACTS = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "16"}
 """SGLang's own switch for tests: every 16th step takes a request's KV slots away, if there are two or more."""
 
 ENVIRONMENT = {
+    # For how many seconds it waits for a medium behind a URL: long enough to abort meanwhile.
+    "main": {"REQUEST_TIMEOUT": "60"},
     # Here dense heads run on the stock backend, as they do on a GPU.
     "paged": {**RETRACTS, "SGLANG_MMINFER_DENSE_HEADS": "stock"},
 }
