@@ -187,7 +187,7 @@ MENDS: tuple[Mend, ...] = (
         "Media that a client sends preprocessed (processor_output, precomputed_embedding) are taken as they are: "
         "without a grid, with too few rows or numbers that are none they end the server.",
         "They are held against the prompt and the model first, and refused with a sentence.",
-        "tests/backend/test_items.py",
+        "tests/reference/test_items.py",
         "base_processor.process_and_combine_mm_data: validate items of clients.",
     ),
     Mend(

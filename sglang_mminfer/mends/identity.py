@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_mminfer import mends
-from sglang_mminfer.modality.geometry import VIDEO_KEY
 
 KEY = "mminfer_arrangement"
 """In an item's `model_specific_data`: a digest of all that is no feature, which its hash has yet to take in."""
@@ -59,6 +58,8 @@ def _mix(item: Any) -> None:
 
 def arrangement(item: Any) -> bytes:
     """A digest of an item's modality, the shape of its features, and its small values (grids, sizes, seconds)."""
+    from sglang_mminfer.modality.geometry import VIDEO_KEY
+
     told = [item.modality.name, _shape(item.feature)]
     for name, value in sorted(item.model_specific_data.items()):
         if name not in (KEY, VIDEO_KEY):  # a number of this request alone

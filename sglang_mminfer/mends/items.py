@@ -29,7 +29,10 @@ def check_placeholders(processor: Any, prompt: Any, request: Any) -> None:
         return
     for kind, found in count(prompt).items():
         media = getattr(request, f"{kind}_data", None) or ()
-        given = len(media) if isinstance(media, list | tuple) else 1
+        media = media if isinstance(media, list | tuple) else [media]
+        if any(processor._is_preprocessed_input(one) for one in media):
+            continue  # of these a prompt may have every token; `check` holds them against it
+        given = len(media)
         if found > given or (found < given and not getattr(processor, "adds_placeholders", False)):
             raise ValueError(
                 f"prompt: expected one {kind} placeholder for each of the {given} {kind}s given, found {found}"

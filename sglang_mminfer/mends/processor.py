@@ -13,7 +13,7 @@ import logging
 from typing import Any
 
 from sglang_mminfer import mends
-from sglang_mminfer.mends import identity, items, pictures, token_ids, verbatim, videos
+from sglang_mminfer.mends import identity, pictures, token_ids, verbatim, videos
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *a
 
 @functools.cache
 def _mended(base: Any) -> type:
+    from sglang_mminfer.mends import items  # it imports more than a process without media needs
+
     signature = inspect.signature(base.process_mm_data_async)
 
     class Mended(base):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang_mminfer import mends
-from sglang_mminfer.modality.geometry import extents_of
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +151,8 @@ def _before(items: Sequence[Any], length: int) -> list[Any]:
     Raises:
         LostHistory: naming the medium that is cut.
     """
+    from sglang_mminfer.modality.geometry import extents_of
+
     if not all(item.offsets for item in items):
         raise LostHistory("offset: media of this model do not say where they stand, so no turn can be cut")
     kept = []

@@ -608,8 +608,13 @@ def test_pictures_of_internvl_stand_where_the_message_has_them(monkeypatch):
     assert f"user\n{image}{image}onetwo{video}<|im_end|>" in rendered(True)
 
 
-def test_each_of_several_answers_sees_all_media():
+def test_each_of_several_answers_sees_all_media(monkeypatch):
+    from sglang.srt import runtime_context
     from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.server_args import ServerArgs
+
+    # SGLang asks the server's arguments while it makes a batch.
+    monkeypatch.setattr(runtime_context.get_context(), "_server_args", ServerArgs(model_path="none"))
 
     def normalised(gather, **data):
         request = GenerateReqInput(text="x", sampling_params={"n": 2}, **data)
