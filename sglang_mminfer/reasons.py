@@ -20,6 +20,7 @@ REASONS: dict[str, str] = {
     "moving_offsets": "video tokens that are dropped while they are embedded (EVS)",
     "grid_mismatch": "a grid that does not fit its tokens",
     "zero_frames": "a grid without frames",
+    "unreadable": "an item that holds what no reader of media can make sense of",
     "unknown_modality": "an item that is no image, video or audio",
     # of a batch or a server
     "mode_*": "speculative and other modes that are no plain prefill",

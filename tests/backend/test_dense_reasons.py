@@ -101,6 +101,7 @@ REQUESTS: dict[str, tuple[str, Change]] = {
     "moving_offsets": ("test_a_shape", data(pre_chunked_input_ids=[1])),
     "grid_mismatch": ("test_a_shape", data(video_grid_thw=torch.tensor([[3, 8, 8]]))),
     "zero_frames": ("test_a_shape", data(video_grid_thw=torch.tensor([[0, 8, 8]]))),
+    "unreadable": ("test_a_shape", lambda p, b, m: setattr(item(b), "model_specific_data", [1])),
     "unknown_modality": ("test_a_shape", odd_modality),
     "mode_*": ("test_a_shape", mode("TARGET_VERIFY")),
     "two_batch_overlap": ("test_a_shape", of_batch(tbo_parent_token_range=(0, LENGTH))),
