@@ -5,7 +5,7 @@ Three servers get the same conversation through the official OpenAI client, one 
 * stock:    SGLang's own dense attention (torch_native);
 * mminfer:  sparse, with the head config a user gets without asking (`default`);
 * covering: mminfer with a config whose permuted, sparse code path visits everything, so that its answers have to
-  be stock's answers, token by token.
+  be stock's answers, token by token. It has no mends: with them a video has its true times, and stock's are others.
 
 A table grows while they answer; afterwards one picture and one JSON file stand in the output folder. The exit
 status is 0 only if every answer of the covering server is stock's.
@@ -35,7 +35,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sglang_mminfer import HeadConfig
+from sglang_mminfer import HeadConfig, mends
 from sglang_mminfer.evaluation import machine
 from sglang_mminfer.evaluation.media import make_image, make_video
 from sglang_mminfer.evaluation.server import Server, ServerError
@@ -385,7 +385,7 @@ class Demo:
             trace.unlink(missing_ok=True)
             config = self.settings.config if name == MMINFER else self.settings.covering
             flags = ("--attention-backend", "mminfer", "--mminfer-config", config, *CHUNK)
-            env = {TRACE: str(trace)}
+            env = {TRACE: str(trace)} | ({mends.ENVIRONMENT: mends.NONE} if name == COVERING else {})
         return Server(
             model.resolve(), *flags, *COMMON_FLAGS, serve=True, log=logs / f"{name}.log", env=env, timeout=600
         )
@@ -548,7 +548,7 @@ class Demo:
             )
         say(
             f"covering = stock?: the same tokens, log-probabilities as close as shown, with the config "
-            f"{self.settings.covering}, which skips nothing."
+            f"{self.settings.covering}, which skips nothing, and without mends: stock's faults are in both."
         )
         say(
             f"With the sparse config {same} of {turns} answers are stock's. This model's weights are random, so what a "
