@@ -90,7 +90,9 @@ def _mended(base: Any) -> type:
             except Exception as error:
                 if type(error).__module__.startswith("torch"):
                     raise  # the device's, not the client's
-                logger.warning("mminfer: media of request %s failed", getattr(request, "rid", ""), exc_info=True)
+                # A line and no traceback: clients decide how often this happens.
+                logger.warning("mminfer: media of request %s: %r", getattr(request, "rid", ""), error)
+                logger.debug("mminfer: where it failed", exc_info=True)
                 raise ValueError(f"media: could not be processed: {type(error).__name__}: {error}") from error
             return output
 

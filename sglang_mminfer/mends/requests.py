@@ -23,7 +23,7 @@ def readable() -> Iterator[None]:
     try:
         yield
     except _ODD as error:
-        logger.warning("mminfer: a request cannot be read", exc_info=True)
+        logger.warning("mminfer: a request cannot be read: %r", error)  # no traceback: clients decide how often
         raise ValueError(f"request: cannot be read: {type(error).__name__}: {error}") from error
 
 

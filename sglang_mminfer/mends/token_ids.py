@@ -39,6 +39,7 @@ def as_text(processor: Any, prompt: Any, request: Any) -> Any:
     Raises:
         ValueError: for an id that is none of the vocabulary, and for placeholders that are not as many as the media.
     """
+    prompt = _with_marks_resolved(processor, prompt, request)
     if not isinstance(prompt, list) or not mends.active("token_ids"):
         return prompt
     _check_range(prompt, vocabulary_of(processor))
@@ -56,6 +57,14 @@ def as_text(processor: Any, prompt: Any, request: Any) -> Any:
 
 def _text(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text() for piece in pieces)
+
+
+def _with_marks_resolved(processor: Any, prompt: Any, request: Any) -> Any:
+    """A prompt that SGLang has tokenized itself, marks and all, for a processor that prefers ids."""
+    text = getattr(request, "text", None)
+    if not isinstance(prompt, list) or not isinstance(text, str) or not verbatim.has_marks(text):
+        return prompt
+    return list(processor._tokenizer.encode(text))
 
 
 def vocabulary_of(processor: Any) -> int:

@@ -75,7 +75,10 @@ def _class(base: Any) -> type:
             import torch
             from sglang.srt.managers.schedule_batch import Modality
 
-            decoder = self._load_single_item(video, Modality.VIDEO)
+            try:
+                decoder = self._load_single_item(video, Modality.VIDEO)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"video: expected a path or URL of a video file: {error}") from error
             # Exactly as many as asked for, of a shorter file some twice: transformers takes several videos in a
             # prompt only if they are of one length.
             rate = float(getattr(decoder, "avg_fps", 0) or 0)
