@@ -93,7 +93,7 @@ def media_of(original: Callable[..., Any], self: Any, media: Any) -> Any:
     except Exception as error:
         if not mends.here(NAME):
             raise
-        logger.warning("mminfer: the media of a request cannot be read", exc_info=True)
+        logger.warning("mminfer: the media of a request cannot be read: %r", error)
         raise _MultimodalInputProcessingError(f"media: cannot be read: {type(error).__name__}: {error}") from error
 
 
