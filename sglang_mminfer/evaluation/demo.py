@@ -5,7 +5,7 @@ Three servers get the same conversation through the official OpenAI client, one 
 * stock:    SGLang's own dense attention (torch_native);
 * mminfer:  sparse, with the head config a user gets without asking (`default`);
 * covering: mminfer with a config whose permuted, sparse code path visits everything, so that its answers have to
-  be stock's answers, token by token. It has no mends: with them a video has its true times, and stock's are others.
+  be stock's answers, token by token. It has videos as stock has them (`AS_STOCK`): their true times are others.
 
 A table grows while they answer; afterwards one picture and one JSON file stand in the output folder. The exit
 status is 0 only if every answer of the covering server is stock's.
@@ -43,6 +43,9 @@ from sglang_mminfer.trace import ENVIRONMENT as TRACE
 from sglang_mminfer.trace import PrefillRecord, read_trace
 
 STOCK, MMINFER, COVERING = "stock", "mminfer", "covering"
+
+AS_STOCK = "-video_seconds,-frames_apart"
+"""The mends that the covering server is without, because they change answers: SGLANG_MMINFER_MENDS."""
 
 FPS, SIDE = 10, 448
 """Of the videos. SGLang samples two frames a second and the model folds them in pairs: a second of video is one
@@ -385,7 +388,7 @@ class Demo:
             trace.unlink(missing_ok=True)
             config = self.settings.config if name == MMINFER else self.settings.covering
             flags = ("--attention-backend", "mminfer", "--mminfer-config", config, *CHUNK)
-            env = {TRACE: str(trace)} | ({mends.ENVIRONMENT: mends.NONE} if name == COVERING else {})
+            env = {TRACE: str(trace)} | ({mends.ENVIRONMENT: AS_STOCK} if name == COVERING else {})
         return Server(
             model.resolve(), *flags, *COMMON_FLAGS, serve=True, log=logs / f"{name}.log", env=env, timeout=600
         )
@@ -548,7 +551,7 @@ class Demo:
             )
         say(
             f"covering = stock?: the same tokens, log-probabilities as close as shown, with the config "
-            f"{self.settings.covering}, which skips nothing, and without mends: stock's faults are in both."
+            f"{self.settings.covering}, which skips nothing, and with a video's times as stock has them ({AS_STOCK})."
         )
         say(
             f"With the sparse config {same} of {turns} answers are stock's. This model's weights are random, so what a "
