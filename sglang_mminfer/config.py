@@ -181,12 +181,18 @@ def why_untested() -> str | None:
     """A sentence if the SGLang that is installed is not one that the tests were run with."""
     from importlib.metadata import version
 
+    if sglang_is_within(TESTED_SGLANG):
+        return None
+    return f"untested with SGLang {version('sglang')}; the tests were run with {TESTED_SGLANG}."
+
+
+def sglang_is_within(versions: str) -> bool:
+    """Whether the SGLang that is installed fits a version specifier."""
+    from importlib.metadata import version
+
     from packaging.specifiers import SpecifierSet
 
-    installed = version("sglang")
-    if SpecifierSet(TESTED_SGLANG).contains(installed, prereleases=True):
-        return None
-    return f"untested with SGLang {installed}; the tests were run with {TESTED_SGLANG}."
+    return SpecifierSet(versions).contains(version("sglang"), prereleases=True)
 
 
 def executor() -> str:

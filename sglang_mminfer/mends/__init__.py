@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_mminfer import config
+
 ENVIRONMENT = "SGLANG_MMINFER_MENDS"
 ALL, NONE = "all", "none"
 
 OLD_ENVIRONMENT = "SGLANG_MMINFER_SPLIT_VIDEOS"
 """The switch of the first five mends before there were others; understood for one more release."""
-
-BACKEND_NAME = "mminfer"
 
 
 @dataclass(frozen=True)
@@ -270,11 +270,7 @@ def active_names() -> list[str]:
 
 @functools.cache
 def _has_fault(versions: str) -> bool:
-    from importlib.metadata import version
-
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(versions).contains(version("sglang"), prereleases=True)
+    return config.sglang_is_within(versions)
 
 
 def wanted(server_args: Any) -> bool:
@@ -285,7 +281,7 @@ def wanted(server_args: Any) -> bool:
     if known is not None:
         return bool(known)
     backends = (getattr(server_args, name, None) for name in _BACKEND_FIELDS)
-    return BACKEND_NAME in backends
+    return config.BACKEND_NAME in backends
 
 
 def here(name: str) -> bool:

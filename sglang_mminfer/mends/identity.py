@@ -7,10 +7,12 @@ lying, a black video) are one to the radix cache and to the cache of embeddings.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 from sglang_mminfer import mends
+from sglang_mminfer.mends.requests import media_in
 
 KEY = "mminfer_arrangement"
 """In an item's `model_specific_data`: a digest of all that is no feature, which its hash has yet to take in."""
@@ -38,8 +40,8 @@ def add(output: Any, request: Any) -> None:
 
 
 def _brings_hashes(request: Any) -> bool:
-    media = [getattr(request, f"{kind}_data", None) or () for kind in ("image", "video", "audio")]
-    return any(isinstance(one, dict) and one.get("hash") is not None for of_kind in media for one in of_kind)
+    media = [one for kind in ("image", "video", "audio") for one in media_in(request, kind)]
+    return any(isinstance(one, dict) and one.get("hash") is not None for one in media)
 
 
 def set_pad_value(original: Callable[[Any], None], self: Any) -> None:
@@ -78,11 +80,8 @@ def _written(value: Any) -> str:
     if isinstance(value, str | int | float | bool | bytes | None):
         return repr(value)
     if hasattr(value, "tolist") and hasattr(value, "shape"):
-        count = 1
-        for side in value.shape:
-            count *= int(side)
         on_host = getattr(getattr(value, "device", None), "type", "cpu") == "cpu"
-        return f"{tuple(value.shape)}{value.tolist() if on_host and count <= _MOST else ''}"
+        return f"{tuple(value.shape)}{value.tolist() if on_host and math.prod(value.shape) <= _MOST else ''}"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_written, value[:_MOST]))}]{len(value)}"
     return type(value).__name__

@@ -9,11 +9,13 @@ held to all that the family's encoder takes for granted; those of SGLang's own p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 from sglang_mminfer import mends
+from sglang_mminfer.mends.requests import media_in
 from sglang_mminfer.modality.geometry import GeometryError, family_of, map_from_mm_inputs, offsets_of
 
 NAME = "item_checks"
@@ -28,8 +30,7 @@ def check_placeholders(processor: Any, prompt: Any, request: Any) -> None:
     if count is None or not isinstance(prompt, str):
         return
     for kind, found in count(prompt).items():
-        media = getattr(request, f"{kind}_data", None) or ()
-        media = media if isinstance(media, list | tuple) else [media]
+        media = media_in(request, kind)
         if any(processor._is_preprocessed_input(one) for one in media):
             continue  # of these a prompt may have every token; `check` holds them against it
         given = len(media)
@@ -46,8 +47,7 @@ def check_preprocessed(request: Any) -> None:
     if not mends.active(NAME):
         return
     for kind in ("image", "video", "audio"):
-        media = getattr(request, f"{kind}_data", None)
-        for one in media if isinstance(media, list | tuple) else [media]:
+        for one in media_in(request, kind):
             if not isinstance(one, dict):
                 continue
             said = one.get("format")
@@ -73,22 +73,22 @@ def check(output: Any, processor: Any) -> None:
     """Raises ValueError for items that do not fit the prompt that they stand in."""
     if not mends.active(NAME) or output.input_ids is None:
         return
-    ids = [int(token) for token in output.input_ids]
+    length = len(output.input_ids)
     family = family_of(processor.hf_config)
     try:
-        _check_places(output.mm_items, len(ids))
+        _check_places(output.mm_items, length)
         theirs = [(i, item) for i, item in enumerate(output.mm_items) if item.format.name != "NORMAL"]
         if theirs or (family is not None and not output.mm_items):
-            _check_covered(output, ids)
+            _check_covered(output)
         for i, item in theirs:
             _check_features(item, f"mm_items[{i}] ({item.modality.name.lower()})", family, processor.hf_config)
         if theirs:
-            map_from_mm_inputs(output, len(ids), family)
+            map_from_mm_inputs(output, length, family)
     except GeometryError as error:
         raise ValueError(f"media: {error}") from error
     positions = output.mrope_positions
-    if positions is not None and tuple(positions.shape) != (3, len(ids)):
-        raise ValueError(f"media: expected positions of 3 x {len(ids)} tokens, got {tuple(positions.shape)}")
+    if positions is not None and tuple(positions.shape) != (3, length):
+        raise ValueError(f"media: expected positions of 3 x {length} tokens, got {tuple(positions.shape)}")
 
 
 def _check_places(items: Iterable[Any], length: int) -> None:
@@ -112,8 +112,9 @@ def _check_places(items: Iterable[Any], length: int) -> None:
             raise GeometryError("overlapping_offsets", f"{other} at {first}: overlaps {one}")
 
 
-def _check_covered(output: Any, ids: list[int]) -> None:
+def _check_covered(output: Any) -> None:
     """Every placeholder in the prompt belongs to an item."""
+    ids = [int(token) for token in output.input_ids]
     covered = [False] * len(ids)
     for item in output.mm_items:
         for first, last in item.offsets or ():
@@ -149,13 +150,13 @@ def _check_features(item: Any, name: str, family: str | None, hf_config: Any) ->
     shape = _shape_of(value, name)
     if embedded:
         wide = _widths(hf_config)
-        if len(shape) < 2 or shape[-1] not in wide or _rows(shape) != tokens:
+        if len(shape) < 2 or shape[-1] not in wide or math.prod(shape[:-1]) != tokens:
             raise ValueError(
                 f"{name}: expected embeddings of {tokens} x {' or '.join(map(str, wide))} for its {tokens} tokens, got "
                 f"{' x '.join(map(str, shape))}"
             )
         return
-    _check_encodable(item, name, shape, family, hf_config)
+    _check_encodable(item, name, shape, tokens, family, hf_config)
 
 
 def _shape_of(value: Any, name: str) -> tuple[int, ...]:
@@ -171,13 +172,6 @@ def _shape_of(value: Any, name: str) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _rows(shape: tuple[int, ...]) -> int:
-    rows = 1
-    for side in shape[:-1]:
-        rows *= side
-    return rows
-
-
 def _widths(hf_config: Any) -> list[int]:
     """Of an embedding: the language model's, and with the layers of Qwen3-VL's encoder that are added later."""
     get = getattr(hf_config, "get_text_config", None)
@@ -186,10 +180,11 @@ def _widths(hf_config: Any) -> list[int]:
     return [width * (1 + len(deep))]
 
 
-def _check_encodable(item: Any, name: str, shape: tuple[int, ...], family: str | None, hf_config: Any) -> None:
+def _check_encodable(
+    item: Any, name: str, shape: tuple[int, ...], tokens: int, family: str | None, hf_config: Any
+) -> None:
     """The rows that the family's encoder makes a medium's tokens of."""
-    base = (family or "").partition(":")[0]
-    tokens = sum(last + 1 - first for first, last in offsets_of(item, name))
+    base, _, argument = (family or "").partition(":")
     vision: Any = getattr(hf_config, "vision_config", None)
     if base in ("qwen_vl", "qwen3_vl"):
         rows = _grid_patches(item, name)
@@ -201,7 +196,7 @@ def _check_encodable(item: Any, name: str, shape: tuple[int, ...], family: str |
                 f"{' x '.join(map(str, shape))}"
             )
     elif base == "internvl":
-        side = int((family or "").partition(":")[2] or 16)
+        side = int(argument or 16)
         if len(shape) != 4 or shape[0] * side * side != tokens or shape[1] != 3 or shape[2] != shape[3]:
             raise ValueError(
                 f"{name}: expected a feature of {tokens // side**2} x 3 x height x width, a tile for every {side**2} "

@@ -27,7 +27,8 @@ def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *a
     self.__class__ = _mended(adapted(type(self), hf_config))
     self._processor = verbatim.aware_processor(self._processor)
     self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
-    self.check_options()
+    if hasattr(self, "check_options"):
+        self.check_options()
 
 
 @functools.cache
@@ -38,11 +39,6 @@ def _mended(base: Any) -> type:
 
     class Mended(base):
         """What holds for the media of every family."""
-
-        def check_options(self) -> None:
-            """Raises ValueError for options of --mm-process-config that the family cannot have."""
-            if hasattr(base, "check_options"):
-                super().check_options()
 
         @classmethod
         def _load_single_item(cls, data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,8 @@ def validate(original: Callable[..., None], self: Any, obj: Any, input_ids: Any,
     """AROUND TokenizerManager._validate_one_request."""
     if mends.wanted(self.server_args):
         if mends.active(NAME):
-            _check_ids(getattr(obj, "input_ids", None), self.model_config.vocab_size)
+            if isinstance(ids := getattr(obj, "input_ids", None), list):
+                check_ids(ids, self.model_config.vocab_size)
             _check_numbers(obj, self.model_config.vocab_size)
             if not input_ids and not getattr(obj, "session_params", None) and obj.input_embeds is None:
                 raise ValueError("prompt: expected at least one token, got none")
@@ -48,10 +49,14 @@ def validate(original: Callable[..., None], self: Any, obj: Any, input_ids: Any,
     original(self, obj, input_ids, *args, **kwargs)
 
 
-def _check_ids(ids: Any, vocabulary: int) -> None:
+def media_in(request: Any, kind: str) -> list[Any]:
+    """The media of one kind ("image", "video", "audio") that a request brings, which may come as one or as a list."""
+    media = getattr(request, f"{kind}_data", None) or ()
+    return list(media) if isinstance(media, list | tuple) else [media]
+
+
+def check_ids(ids: Sequence[Any], vocabulary: int) -> None:
     """Raises ValueError for token ids of a client that the model has no embedding of."""
-    if not isinstance(ids, list):
-        return
     for place, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < vocabulary:
             raise ValueError(f"input_ids[{place}]: expected a token id from 0 to {vocabulary - 1}, got {token!r:.40}")

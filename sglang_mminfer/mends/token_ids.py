@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from sglang_mminfer import mends
-from sglang_mminfer.mends import verbatim
+from sglang_mminfer.mends import requests, verbatim
 
 _KINDS = ("image", "video")
 
@@ -42,8 +42,8 @@ def as_text(processor: Any, prompt: Any, request: Any) -> Any:
     prompt = _with_marks_resolved(processor, prompt, request)
     if not isinstance(prompt, list) or not mends.active("token_ids"):
         return prompt
-    _check_range(prompt, vocabulary_of(processor))
-    media = {kind: list(getattr(request, f"{kind}_data", None) or ()) for kind in _KINDS}
+    requests.check_ids(prompt, vocabulary_of(processor))
+    media = {kind: requests.media_in(request, kind) for kind in _KINDS}
     if any(processor._is_preprocessed_input(one) for of_kind in media.values() for one in of_kind):
         return prompt  # SGLang takes the ids as they are
     counts = {kind: len(of_kind) for kind, of_kind in media.items()}
@@ -72,12 +72,6 @@ def vocabulary_of(processor: Any) -> int:
     text = processor.hf_config.get_text_config() if hasattr(processor.hf_config, "get_text_config") else None
     sizes = [getattr(config, "vocab_size", None) for config in (text, processor.hf_config)]
     return int(next((size for size in sizes if size), len(processor._tokenizer)))
-
-
-def _check_range(prompt: Sequence[Any], size: int) -> None:
-    for i, token in enumerate(prompt):
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
-            raise ValueError(f"input_ids[{i}]: expected a token id from 0 to {size - 1}, got {token!r}")
 
 
 def _placeholders(processor: Any) -> dict[int, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from sglang_mminfer.mends import options, verbatim
 from sglang_mminfer.mends.token_ids import Piece
 from sglang_mminfer.modality.geometry import VIDEO_KEY
 from sglang_mminfer.models.frames import frames_at
-from sglang_mminfer.processors import frames_wanted, fresh_numbers
+from sglang_mminfer.processors import VIDEO_OPTIONS, counting_frames, fresh_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class _Medium:
 
 @functools.cache
 def _class(base: Any) -> type:
-    class MMInferInternVLProcessor(base):
+    class MMInferInternVLProcessor(counting_frames(base)):  # type: ignore[misc]
         """InternVL with any number of frames, one item for each frame in the order of the prompt.
 
         SGLang takes equally many frames of all videos of a prompt, and all of them are one item. Tiles are still cut
@@ -47,15 +47,8 @@ def _class(base: Any) -> type:
 
         REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
             "image": frozenset({"max_dynamic_patch"}),
-            "video": frozenset({"fps", "max_frames", "num_frames", "max_dynamic_patch"}),
+            "video": VIDEO_OPTIONS | {"max_dynamic_patch"},
         }
-
-        @functools.cached_property
-        def num_frames(self) -> int | None:
-            return frames_wanted(self.video_config)
-
-        def check_options(self) -> None:
-            _ = self.num_frames
 
         placeholder_words = ("<image>", "<video>")
         adds_placeholders = True  # SGLang's own: a prompt that has too few

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
-from sglang_mminfer.mends import limits, options
+from sglang_mminfer.mends import limits
 from sglang_mminfer.modality.geometry import llava_hf
 from sglang_mminfer.models.frames import frames_at
-from sglang_mminfer.processors import frames_wanted
+from sglang_mminfer.processors import count_for, counting_frames
 
 NUM_FRAMES = 32
 """Of a video where nobody says how many. Stock takes all, each at its full size: an hour of video would fill any
@@ -22,27 +22,12 @@ def adapted(base: type, hf_config: Any) -> type | None:
 
 @functools.cache
 def _class(base: Any) -> type:
-    class MMInferLlavaProcessor(base):
+    class MMInferLlavaProcessor(counting_frames(base, NUM_FRAMES)):  # type: ignore[misc]
         """The Transformers fallback with videos read by SGLang's own decoder, and any number of frames.
 
         By itself it has transformers fetch files, which knows no data: URL, needs torchcodec with FFmpeg's
         libraries, and takes every frame.
         """
-
-        REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
-            "video": frozenset({"fps", "max_frames", "num_frames"}),
-        }
-
-        @functools.cached_property
-        def num_frames(self) -> int:
-            return frames_wanted(self.video_config) or NUM_FRAMES
-
-        def check_options(self) -> None:
-            _ = self.num_frames
-
-        def placeholders_in(self, prompt: str) -> dict[str, int]:
-            tokens = {"image": self.mm_tokens.image_token, "video": self.mm_tokens.video_token}
-            return {kind: prompt.count(token) for kind, token in tokens.items() if token}
 
         def _load_images(self, image_data: Any) -> list[Any]:
             from sglang.srt.managers.schedule_batch import Modality
@@ -81,10 +66,7 @@ def _class(base: Any) -> type:
                 raise ValueError(f"video: expected a path or URL of a video file: {error}") from error
             # Exactly as many as asked for, of a shorter file some twice: transformers takes several videos in a
             # prompt only if they are of one length.
-            rate = float(getattr(decoder, "avg_fps", 0) or 0)
-            count = options.count_of_frames(options.on(decoder), self.num_frames, len(decoder), rate)
-            if hasattr(decoder, "frame_shape"):
-                limits.check_frames(count, *decoder.frame_shape)
+            count = count_for(decoder, self.num_frames)
             indices = np.linspace(0, len(decoder) - 1, num=count, dtype=int)
             frames = frames_at(decoder, indices.tolist(), f"{count} frames")
             return torch.as_tensor(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)

@@ -6,14 +6,13 @@ import asyncio
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-from sglang_mminfer.mends import limits, options
 from sglang_mminfer.mends.token_ids import Piece
 from sglang_mminfer.modality.geometry import VIDEO_KEY, nvila
 from sglang_mminfer.models.frames import frames_at
 from sglang_mminfer.models.sampling import evenly
-from sglang_mminfer.processors import frames_wanted, fresh_numbers
+from sglang_mminfer.processors import count_for, counting_frames, fresh_numbers
 
 
 def adapted(base: type, hf_config: Any) -> type | None:
@@ -22,29 +21,14 @@ def adapted(base: type, hf_config: Any) -> type | None:
 
 @functools.cache
 def _class(base: Any) -> type:
-    class MMInferNVILAProcessor(base):
+    from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES
+
+    class MMInferNVILAProcessor(counting_frames(base, NUM_VIDEO_FRAMES)):  # type: ignore[misc]
         """NVILA with videos, of any number of frames, and with the number of its medium on each tile.
 
         SGLang's own takes 8 frames, asks each for a method that only decord's frames have, and fails on every
         video because its decoder gives arrays.
         """
-
-        REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
-            "video": frozenset({"fps", "max_frames", "num_frames"}),
-        }
-
-        @functools.cached_property
-        def num_frames(self) -> int:
-            from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES
-
-            return frames_wanted(self.video_config) or NUM_VIDEO_FRAMES
-
-        def check_options(self) -> None:
-            _ = self.num_frames
-
-        def placeholders_in(self, prompt: str) -> dict[str, int]:
-            tokens = {"image": self.mm_tokens.image_token, "video": self.mm_tokens.video_token}
-            return {kind: prompt.count(token) for kind, token in tokens.items()}
 
         def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
             """The pieces as they are.
@@ -105,10 +89,7 @@ def frames_of(video: Any, usual: int) -> list[Any]:
     """
     import numpy as np
 
-    rate = float(getattr(video, "avg_fps", 0) or 0)
-    count = options.count_of_frames(options.on(video), usual, len(video), rate)
-    if hasattr(video, "frame_shape"):
-        limits.check_frames(count, *video.frame_shape)
+    count = count_for(video, usual)
     frames = frames_at(video, evenly(len(video), 0.0, count=count).indices, f"{count} frames")
     return [np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame) for frame in frames]
 
