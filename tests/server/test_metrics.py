@@ -19,18 +19,15 @@ def figures(served: Served) -> dict[tuple[str, str], float]:
 
 def traced(served: Served) -> dict[tuple[str, str], float]:
     sums: dict[tuple[str, str], float] = defaultdict(float)
-    batches, audits = set(), set()
+    batches = set()  # by all three times: two batches that share one of them are common, all three are not
     for record in served.records():
         ran = record.dense_reason or "sparse"
         sums["prefill_requests", ran] += 1
         sums["prefill_tokens", ran] += record.chunk_len
         sums["density_tokens", ""] += (record.density or 0.0) * record.chunk_len
-        batches.add((record.plan_ms, record.attn_ms))
-        audits.add(record.audit_ms)
-    for plan_ms, attn_ms in batches:
-        sums["plan_ms", ""] += plan_ms
-        sums["attn_ms", ""] += attn_ms
-    sums["audit_ms", ""] = sum(audits)
+        batches.add((record.plan_ms, record.attn_ms, record.audit_ms))
+    for name, times in zip(("plan_ms", "attn_ms", "audit_ms"), zip(*batches, strict=True), strict=True):
+        sums[name, ""] = sum(times)
     sums["audit_failures", ""] = sums["encoded_again", ""] = sums["encoded_again_ms", ""] = 0.0
     return sums
 
