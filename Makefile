@@ -16,19 +16,19 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python -m sglang_mminfer.evaluation.demo --out demo-out
+	$(BIN)/python examples/demo/demo.py --out demo-out
 
 test: check test-interpreted test-fast test-server
 
 # The GPU kernel in Triton's interpreter, on the tests that hold every executor.
 test-interpreted: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/reference/test_kernels.py tests/reference/test_estimate.py \
-		tests/semantics/test_wrapper.py tests/backend/test_self_check.py \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/unit/kernels/test_kernels.py tests/unit/kernels/test_estimate.py \
+		tests/properties/test_wrapper.py tests/unit/serving/test_self_check.py \
 		-k "triton or every_pattern_is_visited or with_real_tile_sizes or found_right"
 
 # Everything that needs no server, a process for each core.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 tests/reference tests/semantics tests/backend
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 tests/unit tests/properties
 
 # What needs servers, which keep the cores busy by themselves.
 test-server: setup
@@ -42,13 +42,13 @@ check: setup
 	cp -rs $(CURDIR)/head_configs build/types/sglang_mminfer/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sglang_mminfer
 
-# Prefill time of the real server against stock dense, into kernels/benchmarks/results/.
+# Prefill time of the real server against stock dense, into sglang_mminfer/benchmarks/results/.
 bench: setup
-	$(BIN)/python -m sglang_mminfer.evaluation.prefill_bench
+	$(BIN)/python -m sglang_mminfer.benchmarks.server_prefill
 
 # What planning one chunk costs, many small images and frames among the cases.
 bench-plan: setup
-	$(BIN)/python -m sglang_mminfer.evaluation.plan_time --out kernels/benchmarks/results/plan_time.json
+	$(BIN)/python -m sglang_mminfer.benchmarks.plan_time --out sglang_mminfer/benchmarks/results/plan_time.json
 
 # What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch and triton: for a
 # machine without SGLang. The tests then need pytest and hypothesis in it.
@@ -66,20 +66,20 @@ endif
 # The kernel in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; then
 # a small case under compute-sanitizer.
 test-gpu: ready
-	$(RUN) -m pytest tests/backend/test_gpu_kernel.py tests/backend/test_gpu_flashinfer.py
+	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py
 
 test-gpu-sanitize: ready
-	$(RUN) -m pytest tests/backend/test_gpu_sanitizer.py
+	$(RUN) -m pytest tests/gpu/test_gpu_sanitizer.py
 
-# Speed against dense and others, resumable, under 8 minutes each; into kernels/benchmarks/results/.
+# Speed against dense and others, resumable, under 8 minutes each; into sglang_mminfer/benchmarks/results/.
 bench-gpu: ready
-	$(RUN) -m sglang_mminfer.kernels.benchmarks.tile_attention
+	$(RUN) -m sglang_mminfer.benchmarks.tile_attention
 
 bench-gpu-tune: ready
-	$(RUN) -m sglang_mminfer.kernels.benchmarks.tile_attention --tune
+	$(RUN) -m sglang_mminfer.benchmarks.tile_attention --tune
 
 bench-gpu-model: ready
-	$(RUN) -m sglang_mminfer.evaluation.model_prefill
+	$(RUN) -m sglang_mminfer.benchmarks.model_prefill
 
 # 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
 soak: setup
@@ -96,7 +96,7 @@ test-families: setup
 # Both, and the README's table of families from how they ended.
 support-matrix: setup
 	$(BIN)/python -m pytest -m "" tests/server/test_families.py --support tests/server/support.json
-	$(BIN)/python -m sglang_mminfer.evaluation.support_matrix tests/server/support.json README.md
+	$(BIN)/python tests/server/support_matrix.py tests/server/support.json README.md
 
 clean:
 	rm -rf build demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,11 +16,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from sglang_mminfer import HeadConfig
-from sglang_mminfer.evaluation.media import make_image, make_video
-from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
-from sglang_mminfer.trace import ENVIRONMENT as TRACE
-from sglang_mminfer.trace import read_trace
+from sglang_mminfer import HeadConfig, settings
+from sglang_mminfer.serving.trace import read_trace
+from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
+from sglang_mminfer.tools.media import make_image, make_video
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +61,9 @@ def run(options: argparse.Namespace, head_config: str, folder: Path) -> int:
     )
 
     trace = folder / "trace.jsonl"
-    os.environ[TRACE] = str(trace)  # before the engine: its scheduler is another process and inherits this
+    os.environ[settings.TRACE.variable] = str(
+        trace
+    )  # before the engine: its scheduler is another process and inherits this
     engine = sglang.Engine(
         model_path=model,
         attention_backend="mminfer",

@@ -16,14 +16,15 @@ The second condition is for keys that the row's tile visits elsewhere: they must
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 
-from .transfer import to_device
+from .indexing import to_device
 
 PAD_POSITION = torch.iinfo(torch.int32).max  # position of padding keys: beyond every row's bound
 MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of a head in a stack of tiles: small enough to share out to threads
@@ -79,6 +80,7 @@ class BlockPlan:
     hidden_lanes:  [at least all picked, words] the lanes that do not count, packed by `pack_lanes`, a row for each
                    picked key tile in the order of the visits.
     num_work:      (tile, head) pairs in all, if the host knows.
+    derived:       what an executor made of the plan and keeps with it, by a key of its own.
     """
 
     keys: KeyTable
@@ -95,6 +97,7 @@ class BlockPlan:
     block_q: int
     block_k: int
     num_work: int | None = None
+    derived: dict[tuple[object, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_tiles(self) -> int:
@@ -105,7 +108,7 @@ class BlockPlan:
         """`head_groups` on the device, int32: their sizes, where each begins, and all heads one after the other."""
         sizes = np.array([len(heads) for heads in self.head_groups], dtype=np.int64)
         heads = np.array([head for heads in self.head_groups for head in heads], dtype=np.int64)
-        return tuple(to_device(self.q_rows.device, sizes, np.cumsum(sizes) - sizes, heads))  # type: ignore[return-value]
+        return tuple(to_device(self.q_rows.device, sizes, np.cumsum(sizes) - sizes, heads))
 
     @cached_property
     def picked_start(self) -> torch.Tensor:

@@ -12,14 +12,14 @@ Parser = argparse.ArgumentParser
 
 
 def _doctor(parser: Parser) -> None:
-    from sglang_mminfer import config
+    from sglang_mminfer import settings
 
     parser.description = (
         "Says what is installed, whether SGLang sees the plugin, what would run for a model, and "
         "how to mend what is wrong. Exit status 0 if all that is needed is fine, else 1."
     )
     parser.add_argument("--model-path", metavar="P", help="a model directory, or its name on the hub")
-    parser.add_argument(config.FLAG, metavar="NAME|PATH", help="head config, as for the server")
+    parser.add_argument(settings.CONFIG.flag, metavar="NAME|PATH", help="head config, as for the server")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
         "--video", metavar="FILE", help="tokens, frames, grid, memory and density of this video with --model-path"
@@ -39,13 +39,13 @@ def _doctor(parser: Parser) -> None:
     )
 
     def run(arguments: argparse.Namespace) -> int:
-        from sglang_mminfer.doctor import run
+        from sglang_mminfer.tools.doctor.report import run
 
         video = None
         if arguments.video is not None:
             if arguments.model_path is None:
                 parser.error("--video needs --model-path: tokens and frames differ from model to model")
-            from sglang_mminfer.doctor_video import VideoOptions
+            from sglang_mminfer.tools.doctor.video import VideoOptions
 
             video = VideoOptions(arguments.video, arguments.mm_process_config, arguments.chunked_prefill_size)
         return run(
@@ -71,7 +71,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _search(parser: Parser) -> None:
-    from sglang_mminfer.search.command import add_arguments, run
+    from sglang_mminfer.tools.search.command import add_arguments, run
 
     parser.description = (
         "Runs candidates of every pattern inside the model's own layers, in a real server, and shares one "
@@ -82,7 +82,7 @@ def _search(parser: Parser) -> None:
 
 
 def _niah(parser: Parser) -> None:
-    from sglang_mminfer.evaluation import niah_command
+    from sglang_mminfer.tools.niah import command as niah_command
 
     parser.description = niah_command.DESCRIPTION
     niah_command.add_options(parser)
@@ -90,7 +90,7 @@ def _niah(parser: Parser) -> None:
 
 
 def _compare(parser: Parser) -> None:
-    from sglang_mminfer.evaluation import compare
+    from sglang_mminfer.tools import compare
 
     parser.description = compare.DESCRIPTION
     compare.add_options(parser)
@@ -98,7 +98,7 @@ def _compare(parser: Parser) -> None:
 
 
 def _inspect(parser: Parser) -> None:
-    from sglang_mminfer.inspect_command import add_arguments, run
+    from sglang_mminfer.tools.inspect.command import add_arguments, run
 
     parser.description = (
         "Draws the modality map, the real attention of heads against the tiles they visit, recall, density "

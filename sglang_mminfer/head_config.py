@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 import msgspec
 
-from sglang_mminfer.modality.geometry import has_raster
+from sglang_mminfer.families.maps import has_raster
 from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.patterns.spec import PATTERNS, Boundary2D, Dense, Grid, HeadPattern, QBoundary
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from sglang_mminfer import executors
-from sglang_mminfer.executors import EXECUTORS
-from sglang_mminfer.kernels import reference
+from sglang_mminfer.kernels import executors, reference
 from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.plan import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
 from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
 
 
 class SparsePrefillWithPagedKVCacheWrapper:

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_mminfer.evaluation.needles import media_files, score, sequence, task
-from sglang_mminfer.evaluation.needles.checkpoint import MM_PROCESS_CONFIG
+import score
+from sglang_mminfer.tools.needles import media_files, sequence, task
+from sglang_mminfer.tools.needles.media_files import MM_PROCESS_CONFIG
 
 
 def main() -> int:
@@ -89,7 +90,7 @@ def main() -> int:
 
 def through_files(options: argparse.Namespace, make: Any, bank_seed: int) -> int:
     """The whole way: H.264 and PNG files, sampled as a server does, the checkpoint's processor, transformers' model."""
-    from sglang_mminfer.evaluation.hf_oracle import HFOracle
+    from sglang_mminfer.testing.oracle import HFOracle
 
     oracle = HFOracle(options.checkpoint, mm_process_config=MM_PROCESS_CONFIG)
     digits = set(task.DIGITS)

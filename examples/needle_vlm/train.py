@@ -1,4 +1,4 @@
-"""Trains a small Qwen2.5-VL to find needles, on one processor core, and writes it as a checkpoint.
+"""Trains a small Qwen2.5-VL to find needles, on one processor core, and writes it as a needle_model.
 
     python examples/needle_vlm/train.py video --out NEW_FOLDER
     python examples/needle_vlm/train.py mixed --out NEW_FOLDER --start-from examples/needle_vlm/video --words-from-cards
@@ -23,7 +23,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sglang_mminfer.evaluation.needles import checkpoint, network, pictures, sequence, task
+import network
+from sglang_mminfer.testing import needle_model
+from sglang_mminfer.tools.needles import pictures, sequence, task
 
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Pairs of frames. One picture with one needle comes first: a start with four of them never got anywhere."""
@@ -43,7 +45,7 @@ CARDS = 24
 
 
 class Helpers(nn.Module):
-    """Linear readers of hidden states for the auxiliary losses. Not part of the checkpoint."""
+    """Linear readers of hidden states for the auxiliary losses. Not part of the needle_model."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -195,7 +197,7 @@ def words_from_cards(model: Any, vocabulary: sequence.Vocabulary, seed: int) -> 
     weight = model.model.language_model.embed_tokens.weight
     hay = pictures.haystack(2 * CARDS, pictures.TILE, seed)
     every = torch.arange(CARDS)
-    for word in checkpoint.NEEDLE_WORDS:
+    for word in task.NEEDLE_WORDS:
         frames, cells = hay.copy(), random.integers(16, size=CARDS)
         for pair, cell in enumerate(cells):
             card = sequence.draw_card(word[0], word[-1], random)
@@ -216,18 +218,18 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--tokens", type=int, default=2048, help="about so many in a step")
-    parser.add_argument("--layers", type=int, default=checkpoint.SIZES["layers"])
-    parser.add_argument("--hidden", type=int, default=checkpoint.SIZES["hidden"])
+    parser.add_argument("--layers", type=int, default=needle_model.SIZES["layers"])
+    parser.add_argument("--hidden", type=int, default=needle_model.SIZES["hidden"])
     parser.add_argument("--level", type=int, default=0, help="of the curriculum, to start at")
     parser.add_argument("--spacing", type=float, nargs=2, default=(0.17, 16.0), help="seconds from pair to pair")
     parser.add_argument("--log-every", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-    processor = checkpoint.make_processor()
+    processor = needle_model.make_processor()
     vocabulary = sequence.Vocabulary(processor.tokenizer)
     sizes = {"layers": options.layers, "hidden": options.hidden, "intermediate": 2 * options.hidden}
-    model = checkpoint.make_model(processor.tokenizer, options.seed, **sizes)
+    model = needle_model.make_model(processor.tokenizer, options.seed, **sizes)
     torch.manual_seed(options.seed)
     helpers = Helpers(options.hidden)
     progress = Progress(level=options.level)
@@ -312,7 +314,7 @@ def main() -> int:
         if progress.step % 100 == 0:
             keep()
     keep()
-    checkpoint.save_checkpoint(model, processor, options.out)
+    needle_model.save_checkpoint(model, processor, options.out)
     print(f"wrote {options.out} after {progress.seconds:.0f} s", flush=True)
     return 0
 

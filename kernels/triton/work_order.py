@@ -19,10 +19,10 @@ def work_order(plan: BlockPlan, group: int) -> tuple[torch.Tensor, torch.Tensor]
     Args:
         group: query heads that share a KV head. Made once for a plan, without waiting for the device.
     """
-    kept: tuple[torch.Tensor, torch.Tensor] | None = plan.__dict__.get("_work_order")
-    if kept is None:
-        kept = plan.__dict__["_work_order"] = _ordered(plan, group)
-    return kept
+    key = ("work_order", group)
+    if key not in plan.derived:
+        plan.derived[key] = _ordered(plan, group)
+    return plan.derived[key]
 
 
 def _ordered(plan: BlockPlan, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,18 +9,13 @@ Importing this module costs nothing; what a mend does stands in the module of it
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_mminfer import config
+from sglang_mminfer import settings
 
-ENVIRONMENT = "SGLANG_MMINFER_MENDS"
 ALL, NONE = "all", "none"
-
-OLD_ENVIRONMENT = "SGLANG_MMINFER_SPLIT_VIDEOS"
-"""The switch of the first five mends before there were others; understood for one more release."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ MENDS: tuple[Mend, ...] = (
         "Media of equal patches in another arrangement (a blank page upright and lying, a black video) have one hash, "
         "so the second is answered from the first one's cache.",
         "Modality, grid, sizes and seconds are part of the hash.",
-        "tests/backend/test_mends.py",
+        "tests/unit/mends/test_mends.py",
         "MultimodalDataItem.set_pad_value: hash the grid beside the feature.",
     ),
     Mend(
@@ -96,7 +91,7 @@ MENDS: tuple[Mend, ...] = (
         "Qwen2.5-VL's processor is told no frame rate and takes every video for one of 24 frames a second, so "
         "that time is squeezed twelvefold at 2 frames a second.",
         "second_per_grid is the time between two grid steps of the file, as the model was trained.",
-        "tests/backend/test_mends.py",
+        "tests/unit/mends/test_mends.py",
         "processors/qwen_vl.py: pass video_metadata for qwen2_5_vl, too.",
     ),
     Mend(
@@ -112,7 +107,7 @@ MENDS: tuple[Mend, ...] = (
         "Words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a question, an answer of the "
         "history or a tool's result beside media end the server, never come back, or are refused for good.",
         "Words stay words; only what the chat template wrote is bound to media.",
-        "tests/backend/test_mends.py",
+        "tests/unit/mends/test_mends.py",
         "serving_chat: render with unique placeholders.",
     ),
     Mend(
@@ -120,21 +115,21 @@ MENDS: tuple[Mend, ...] = (
         "input_ids with media are decoded and encoded again, and ids of an answer sent back (with the media's tokens) "
         "hang, fail inside, or are refused.",
         "Ids outside media are never changed; expanded media are found, or refused with a sentence.",
-        "tests/backend/test_mends.py",
+        "tests/unit/mends/test_mends.py",
         "base_processor: expand placeholders in the ids that came.",
     ),
     Mend(
         "picture_orientation",
         "The EXIF orientation of a picture is left out: photos lie on their side.",
         "Pictures are turned as every viewer shows them, pixels and grid.",
-        "tests/backend/test_mends_media.py",
+        "tests/unit/mends/test_mends_media.py",
         "base_processor._load_single_item: ImageOps.exif_transpose, and no decoding on the GPU of turned files.",
     ),
     Mend(
         "picture_modes",
         "Grey of 16 or 32 bits and floats are white or black, and what is transparent shows the colours beneath.",
         "More than 8 bits are seen as their upper 8, transparent pixels on white.",
-        "tests/backend/test_mends_media.py",
+        "tests/unit/mends/test_mends_media.py",
         "base_processor._load_single_item: scale the modes I and F, composite alpha on white.",
     ),
     Mend(
@@ -142,35 +137,35 @@ MENDS: tuple[Mend, ...] = (
         "Nothing bounds a picture, a square made of one, or the frames of a video before they are allocated; videos "
         "of less than 32 pixels across are an error of the server.",
         "Sizes are checked before anything is decoded, and the client is told size and limit; small videos are seen.",
-        "tests/backend/test_mends_media.py",
+        "tests/unit/mends/test_mends_media.py",
         "utils.common.load_image: limits on the header.",
     ),
     Mend(
         "video_frames",
         "A video given as its frames (data:video/jpeg, a list, an array) is an error of the server, or has no time.",
         "It is as a file of these frames, at 1 frame a second or the rate that is stated.",
-        "tests/backend/test_mends_media.py",
+        "tests/unit/mends/test_mends_media.py",
         "utils.common.load_video: a decoder over frames.",
     ),
     Mend(
         "video_options",
         "fps, max_frames, max_long_side_pixel and all that a request asks of one picture or video is left out.",
         "Each family does what it can, and refuses the rest by name.",
-        "tests/backend/test_mends_media.py",
+        "tests/unit/mends/test_mends_media.py",
         "base_processor._load_single_item: keep VideoData.preprocess_kwargs with the decoder.",
     ),
     Mend(
         "media_order",
         "InternVL's conversation template puts the pictures of a message before its text and its videos.",
         "They stand where the message has them, as in OpenGVLab's own code.",
-        "tests/backend/test_mends_media.py",
+        "tests/unit/mends/test_mends_media.py",
         "parser/conversation.py: internvl-2-5 without image_token_at_prefix.",
     ),
     Mend(
         "media_of_samples",
         "With n > 1 a request with several pictures is refused, and each answer sees one of several videos.",
         "Each answer sees all media of the request.",
-        "tests/backend/test_mends_media.py",
+        "tests/unit/mends/test_mends_media.py",
         "io_struct.GenerateReqInput._handle_parallel_sampling: wrap media as text is wrapped.",
     ),
     Mend(
@@ -187,7 +182,7 @@ MENDS: tuple[Mend, ...] = (
         "Media that a client sends preprocessed (processor_output, precomputed_embedding) are taken as they are: "
         "without a grid, with too few rows or numbers that are none they end the server.",
         "They are held against the prompt and the model first, and refused with a sentence.",
-        "tests/reference/test_items.py",
+        "tests/unit/families/test_item_checks.py",
         "base_processor.process_and_combine_mm_data: validate items of clients.",
     ),
     Mend(
@@ -234,27 +229,28 @@ def _chosen(said: str) -> frozenset[str]:
         return frozenset()
     if unknown := [entry for entry in entries if entry.removeprefix("-") not in every]:
         raise MendsError(
-            f"{ENVIRONMENT}: expected all, none, or names of mends ({', '.join(sorted(every))}), each with a minus to "
-            f"leave it out; got {unknown[0]!r}"
+            f"{settings.MENDS.variable}: expected all, none, or names of mends ({', '.join(sorted(every))}), each with "
+            f"a minus to leave it out; got {unknown[0]!r}"
         )
     without = frozenset(entry[1:] for entry in entries if entry.startswith("-"))
     if without and len(without) != len(set(entries)):
-        raise MendsError(f"{ENVIRONMENT}: expected names to keep, or names to leave out, not both; got {said!r}")
+        raise MendsError(
+            f"{settings.MENDS.variable}: expected names to keep, or names to leave out, not both; got {said!r}"
+        )
     return every - without if without else frozenset(entries)
 
 
 def active(name: str, environ: Mapping[str, str] | None = None) -> bool:
     """Whether a mend is switched on and the SGLang that is installed has its fault."""
-    environ = os.environ if environ is None else environ
-    if environ.get(OLD_ENVIRONMENT) == "0" and name in _FIRST:
+    if settings.SPLIT_VIDEOS.read(environ) == "0" and name in _FIRST:
         return False
-    return name in _chosen(environ.get(ENVIRONMENT, "")) and _has_fault(named(name).versions)
+    return name in _chosen(settings.MENDS.read(environ)) and _has_fault(named(name).versions)
 
 
 def why_bad() -> str | None:
     """What is wrong with the setting, None if nothing is."""
     try:
-        _chosen(os.environ.get(ENVIRONMENT, ""))
+        _chosen(settings.MENDS.read())
     except MendsError as error:
         return str(error)
     return None
@@ -270,18 +266,18 @@ def active_names() -> list[str]:
 
 @functools.cache
 def _has_fault(versions: str) -> bool:
-    return config.sglang_is_within(versions)
+    return settings.sglang_is_within(versions)
 
 
 def wanted(server_args: Any) -> bool:
     """Whether a server runs with mminfer, so that its media are mended."""
-    if os.environ.get(OLD_ENVIRONMENT) == "1":
+    if settings.SPLIT_VIDEOS.read() == "1":
         return True
     known = getattr(server_args, "_mminfer_wanted", None)
     if known is not None:
         return bool(known)
     backends = (getattr(server_args, name, None) for name in _BACKEND_FIELDS)
-    return config.BACKEND_NAME in backends
+    return settings.BACKEND_NAME in backends
 
 
 def here(name: str) -> bool:
@@ -301,8 +297,8 @@ def page() -> str:
         "",
         "Faults in how SGLang handles media, which a server with `--attention-backend mminfer` (or",
         "`--prefill-attention-backend mminfer`) does not have. Other servers are left as they are. Each mend is on by",
-        f"default; `{ENVIRONMENT}` says otherwise: `none`, `-name,-other` for all but these, `name,other` for",
-        "these only. `mminfer doctor` lists what is on. This page is made by `python -m sglang_mminfer.mends`.",
+        f"default; `{settings.MENDS.variable}` says otherwise: `none`, `-name,-other` for all but these, `name,other`",
+        "for these only. `mminfer doctor` lists what is on. This page is made by `python -m sglang_mminfer.mends`.",
         "",
     ]
     for mend in MENDS:

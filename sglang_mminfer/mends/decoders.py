@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,9 +121,9 @@ class Bounded(_Decoder):
 
     def resized(self, height: int, width: int) -> Bounded:
         """The same video with its frames in another size."""
-        other = Bounded(self._inner, (height, width))
-        other._whole, other._one_by_one = self.whole, self._one_by_one
-        other.__dict__.update({name: value for name, value in self.__dict__.items() if name.startswith("mminfer")})
+        _ = self.whole  # known once, for both
+        other = copy.copy(self)
+        other._resized = (height, width)
         return other
 
     def _tensor(self, indices: Sequence[int]) -> torch.Tensor:

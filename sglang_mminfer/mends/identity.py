@@ -60,7 +60,7 @@ def _mix(item: Any) -> None:
 
 def arrangement(item: Any) -> bytes:
     """A digest of an item's modality, the shape of its features, and its small values (grids, sizes, seconds)."""
-    from sglang_mminfer.modality.geometry import VIDEO_KEY
+    from sglang_mminfer.modality.items import VIDEO_KEY
 
     told = [item.modality.name, _shape(item.feature)]
     for name, value in sorted(item.model_specific_data.items()):

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-ENVIRONMENT = "SGLANG_MMINFER_MAX_MEGAPIXELS"
-"""Of a picture, or of a frame: a lower limit than `MEGAPIXELS`, for a host with little memory; or a higher one."""
-
-MEGAPIXELS = 100
-MOST_MEGAPIXELS = 178
-"""More than this PIL itself refuses to open."""
+from sglang_mminfer import settings
 
 RATIO = 200
 """The longer side over the shorter one, as Qwen's own code has it: of a longer picture nothing is to be seen."""
@@ -27,30 +20,14 @@ BATCH_BYTES = 256 << 20
 """Of the frames that are decoded at one time where they are made smaller one by one."""
 
 
-def megapixels() -> float:
-    """The limit for this process.
-
-    Raises:
-        ValueError: if the setting is no positive number.
-    """
-    said = os.environ.get(ENVIRONMENT, "")
-    try:
-        limit = float(said) if said else float(MEGAPIXELS)
-    except ValueError:
-        limit = 0.0
-    if not limit > 0:
-        raise ValueError(f"{ENVIRONMENT}: expected megapixels, got {said!r}")
-    return min(limit, MOST_MEGAPIXELS)
-
-
 def check_size(kind: str, width: int, height: int) -> None:
     """Raises ValueError for a picture or a frame that is too large, too long or empty; `kind` says which it is."""
     if width < 1 or height < 1:
         raise ValueError(f"{kind}: expected at least one pixel, got {width} x {height}")
-    if width * height > megapixels() * 1e6:
+    if width * height > settings.max_megapixels() * 1e6:
         raise ValueError(
             f"{kind}: {width} x {height} pixels are {width * height / 1e6:.1f} megapixels, and at most "
-            f"{megapixels():g} are taken"
+            f"{settings.max_megapixels():g} are taken"
         )
     if max(width, height) > RATIO * min(width, height):
         raise ValueError(
@@ -62,10 +39,10 @@ def check_size(kind: str, width: int, height: int) -> None:
 def check_square(width: int, height: int) -> None:
     """Raises ValueError for a picture that its model wants in a square, if that square is too large."""
     side = max(width, height)
-    if side * side > megapixels() * 1e6:
+    if side * side > settings.max_megapixels() * 1e6:
         raise ValueError(
             f"image: {width} x {height} pixels, put into a square as this model has it, are {side * side / 1e6:.1f} "
-            f"megapixels, and at most {megapixels():g} are taken"
+            f"megapixels, and at most {settings.max_megapixels():g} are taken"
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from sglang_mminfer import mends
+from sglang_mminfer import mends, settings
 from sglang_mminfer.mends import limits, options
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def opened(source: Any) -> Image.Image | None:
         return Image.open(BytesIO(file))
     except Image.DecompressionBombError as error:
         if mends.active("odd_sizes"):
-            raise ValueError(f"image: {error}; at most {limits.megapixels():g} megapixels are taken") from error
+            raise ValueError(f"image: {error}; at most {settings.max_megapixels():g} megapixels are taken") from error
         raise
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"image: {_named(source)} is no picture that PIL can read: {error}") from error

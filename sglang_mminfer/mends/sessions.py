@@ -151,7 +151,7 @@ def _before(items: Sequence[Any], length: int) -> list[Any]:
     Raises:
         LostHistory: naming the medium that is cut.
     """
-    from sglang_mminfer.modality.geometry import extents_of
+    from sglang_mminfer.modality.items import extents_of
 
     if not all(item.offsets for item in items):
         raise LostHistory("offset: media of this model do not say where they stand, so no turn can be cut")

@@ -97,6 +97,12 @@ def _restored(plain: Any) -> Any:
     return plain
 
 
+def _blank(base: Any) -> Any:
+    """An `Aware` without its state, which the unpickler or `copy` puts in."""
+    kind = _aware_class(base)
+    return kind.__new__(kind)
+
+
 @functools.cache
 def _aware_class(base: Any) -> type:
     class Aware(base):
@@ -104,9 +110,7 @@ def _aware_class(base: Any) -> type:
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             # A class made at run time cannot be found by its name: processors are pickled and copied for workers.
-            plain = base.__new__(base)
-            plain.__dict__.update(self.__dict__)
-            return _restored, (plain,)
+            return _blank, (base,), self.__dict__
 
         def encode(self, text: Any, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(text, str) or not has_marks(text):

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import probe
 import pytest
+
+import probe
 from families_served import FAMILY_SERVERS, MIXED_SERVERS, family_server, mixed_server
 from fleet import Fleet
 from serving import (
@@ -26,11 +27,10 @@ from serving import (
     video,
     write_sparse_config,
 )
-
-from sglang_mminfer.evaluation.media import make_image, make_video
-from sglang_mminfer.evaluation.server import Server
-from sglang_mminfer.evaluation.tiny_model import make_tiny_qwen2_5_vl
-from sglang_mminfer.trace import ENVIRONMENT as TRACE
+from sglang_mminfer import settings
+from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
+from sglang_mminfer.tools.media import make_image, make_video
+from sglang_mminfer.tools.server import Server
 
 NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS]
 
@@ -78,7 +78,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if path := session.config.getoption("--support"):
-        from sglang_mminfer.evaluation import machine
+        from sglang_mminfer.tools import machine
 
         file = Path(path)
         before = json.loads(file.read_text())["servers"] if file.exists() else {}
@@ -136,7 +136,7 @@ def servers(
             path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
         # Servers are told by their flags, not by the environment of the tests, that they run on a CPU.
         own = ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})
-        env = {TRACE: str(trace), "SGLANG_PLATFORM": None, **own}
+        env = {settings.TRACE.variable: str(trace), "SGLANG_PLATFORM": None, **own}
         if name == PROBED:
             probed = folder / "probe.jsonl"
             probed.unlink(missing_ok=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import LAYERS, ROUNDING, Dialogue, Message, Served, assistant, image, text, user, video
 
-from sglang_mminfer.evaluation.families import FAMILIES, Family
-from sglang_mminfer.evaluation.hf_oracle import OracleAnswer, compare
-from sglang_mminfer.evaluation.media import make_image, make_video
+from families import FAMILIES, Family
+from serving import LAYERS, ROUNDING, Dialogue, Message, Served, assistant, image, text, user, video
+from sglang_mminfer.testing.oracle import OracleAnswer, compare
+from sglang_mminfer.tools.media import make_image, make_video
 
 CHUNK = 117
 EVERYTHING = 1 << 30

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from serving import Served
-
-from sglang_mminfer.evaluation.server import Server
+from sglang_mminfer.tools.server import Server
 
 ALIVE = 2
 """Servers that were asked for and still run, besides the one that is starting. Each takes some 3 GB, nearly all of it

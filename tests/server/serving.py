@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sglang_mminfer.evaluation.hf_oracle import Comparison, Message, OracleAnswer, ask, compare
-from sglang_mminfer.evaluation.server import Server
-from sglang_mminfer.trace import PrefillRecord, read_trace
+from sglang_mminfer.serving.trace import PrefillRecord, read_trace
+from sglang_mminfer.testing.oracle import Comparison, Message, OracleAnswer, ask, compare
+from sglang_mminfer.tools.server import Server
 
 LAYERS = 2
 RECIPE = {"layers": LAYERS, "heads": 8, "kv_heads": 2, "head_dim": 16, "vision_full_blocks": 1}

@@ -14,11 +14,11 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serving import Media, Message, Served, image, same, text, user, video
 
-from sglang_mminfer import prompts
-from sglang_mminfer.evaluation.media import make_video
+from serving import Media, Message, Served, image, same, text, user, video
 from sglang_mminfer.head_config import HeadConfig
+from sglang_mminfer.serving import prompts
+from sglang_mminfer.tools.media import make_video
 
 # ---- at launch ---------------------------------------------------------------------------------------------
 
@@ -247,10 +247,10 @@ def prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     """A SparsePrefill without a server around it, which writes its trace to `tmp_path`."""
     from transformers import AutoConfig
 
-    from sglang_mminfer.backend import SparsePrefill
-    from sglang_mminfer.trace import ENVIRONMENT
+    from sglang_mminfer import settings
+    from sglang_mminfer.serving.backend import SparsePrefill
 
-    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "trace.jsonl"))
+    monkeypatch.setenv(settings.TRACE.variable, str(tmp_path / "trace.jsonl"))
     monkeypatch.setenv("SGLANG_MMINFER_CONFIG", "test_grid_frame")
     monkeypatch.setattr(
         "sglang.srt.runtime_context.get_parallel",
@@ -293,6 +293,6 @@ def test_its_neighbour_in_the_batch_stays_sparse(prefill: Any, name: str) -> Non
 
 
 def traced(prefill: Any) -> list[Any]:
-    from sglang_mminfer.trace import read_trace
+    from sglang_mminfer.serving.trace import read_trace
 
     return read_trace(prefill.trace.path)

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from serving import DENSE_BELOW, Media, Message, Served, image, ran_sparse, same, scripted, text, user
 
-from sglang_mminfer.evaluation.hf_oracle import OracleAnswer
+from serving import DENSE_BELOW, Media, Message, Served, image, ran_sparse, same, scripted, text, user
+from sglang_mminfer.testing.oracle import OracleAnswer
 
 pytestmark = pytest.mark.server("main")
 

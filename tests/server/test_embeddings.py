@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import LAYERS, Media
 
-from sglang_mminfer.evaluation.hf_oracle import HFOracle
-from sglang_mminfer.evaluation.server import Server
-from sglang_mminfer.trace import ENVIRONMENT as TRACE
-from sglang_mminfer.trace import read_trace
+from serving import LAYERS, Media
+from sglang_mminfer import settings
+from sglang_mminfer.serving.trace import read_trace
+from sglang_mminfer.testing.oracle import HFOracle
+from sglang_mminfer.tools.server import Server
 
 
 def test_an_embedding_is_transformers_last_hidden_state(model: Path, media: Media, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_an_embedding_is_transformers_last_hidden_state(model: Path, media: Medi
     trace, picture = tmp_path / "trace.jsonl", str(media.images[0])
     prompt = "<|vision_start|><|image_pad|><|vision_end|>" + "What do you see?" * 40
     flags = ("--attention-backend", "mminfer", "--mminfer-config", "test_covering", "--chunked-prefill-size", "64")
-    env = {TRACE: str(trace), "SGLANG_PLATFORM": None}
+    env = {settings.TRACE.variable: str(trace), "SGLANG_PLATFORM": None}
     with Server(model, *flags, "--is-embedding", env=env, log=tmp_path / "server.log", timeout=400) as server:
         body = {"text": prompt, "image_data": picture, "rid": "embedded"}
         request = urllib.request.Request(

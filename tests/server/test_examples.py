@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import Media
 
-from sglang_mminfer.evaluation.demo import Agreement, Answer
-from sglang_mminfer.evaluation.server import Server
+from demo import Agreement, Answer
+from serving import Media
+from sglang_mminfer.tools.server import Server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOWHERE = "http://127.0.0.1:9/v1"  # the discard port: nobody listens

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import openai
 import pytest
-from families_served import EVERY_SERVER, FAMILY_SERVERS, Files, Running, make_files
-from serving import LAYERS, Message, Served, assistant, image, same, text, user, video
 from transformers import AutoTokenizer
 
-from sglang_mminfer.evaluation.media import make_video
+from families_served import EVERY_SERVER, FAMILY_SERVERS, Files, Running, make_files
+from serving import LAYERS, Message, Served, assistant, image, same, text, user, video
+from sglang_mminfer.tools.media import make_video
 
 pytestmark = pytest.mark.parametrize("name", EVERY_SERVER)
 

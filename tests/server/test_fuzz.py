@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
+
 from payloads import chat_bodies, generate_bodies
 from serving import Media, Message, OracleAnswer, Served, image, same, text, user, video
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from families_served import FAMILY_SERVERS, MIXED_SERVERS
 from serving import LAYERS, Media, Message, Served, image, same, scripted, text, user, video
+from sglang_mminfer.testing.oracle import OracleAnswer
 from test_batching import tokens_only
-
-from sglang_mminfer.evaluation.hf_oracle import OracleAnswer
 
 NEW_TOKENS = 40
 

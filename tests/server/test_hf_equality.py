@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving import LAYERS, ROUNDING, Dialogue, Media, Message, Served, assistant
 
-from sglang_mminfer.evaluation.hf_oracle import HFOracle, OracleAnswer, compare
+from serving import LAYERS, ROUNDING, Dialogue, Media, Message, Served, assistant
+from sglang_mminfer.testing.oracle import HFOracle, OracleAnswer, compare
 
 SERVERS = ["covering_64", "covering_256_no_radix", "covering_mixed_256", "covering_off"]
 """Chunks of 64, of 256, and none; radix cache on and off; one pattern, and all of them with all boundaries."""

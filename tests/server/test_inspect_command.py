@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from serving import DENSE_BELOW, LAYERS, RECIPE, Media
 
-from sglang_mminfer import Dense, Modality, ModalityMap, Segment, cli, inspect_command
+from serving import DENSE_BELOW, LAYERS, RECIPE, Media
+from sglang_mminfer import Dense, Modality, ModalityMap, Segment, cli
 from sglang_mminfer.head_config import HeadConfig
-from sglang_mminfer.patterns.plan import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.tools.inspect import command as inspect_command
 
 HEADS = RECIPE["heads"]
 DRAWN = [(0, 0), (0, 2), (0, 7), (1, 4)]  # an A-shape, a dense head, and two of the other rank: 2D-Boundary, Q-Boundary

@@ -17,9 +17,9 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image, ImageOps
-from serving import Media, Served, same, text, user
 
-from sglang_mminfer.evaluation.media import make_video, write_video
+from serving import Media, Served, same, text, user
+from sglang_mminfer.tools.media import make_video, write_video
 
 pytestmark = pytest.mark.server("main")
 

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 
 import pytest
+
 from serving import Media, Served, scripted, text, user
 
 FIGURE = re.compile(r'^sglang:mminfer_(\w+?)_total(?:\{ran="([\w,]+)"\})? ([\d.e+-]+)$', re.MULTILINE)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from serving import Media, Served
 from test_sessions import IMAGE, fine, generate, post
 

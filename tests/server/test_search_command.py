@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from sglang_mminfer import cli
-from sglang_mminfer.evaluation.needles import media_files, task
-from sglang_mminfer.evaluation.needles.checkpoint import MM_PROCESS_CONFIG
-from sglang_mminfer.evaluation.server import Server
 from sglang_mminfer.head_config import HeadConfig
-from sglang_mminfer.search.tile_times import KINDS
+from sglang_mminfer.tools.needles import media_files, task
+from sglang_mminfer.tools.needles.media_files import MM_PROCESS_CONFIG
+from sglang_mminfer.tools.search.tile_times import KINDS
+from sglang_mminfer.tools.server import Server
 
 MODEL = Path(__file__).parents[2] / "examples" / "needle_vlm" / "video"
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from serving import Media
 from test_generated_tokens import Run, runs  # noqa: F401
 

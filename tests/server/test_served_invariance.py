@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from transformers import AutoConfig
+
 from serving import (
     DENSE_BELOW,
     LAYERS,
@@ -24,8 +26,6 @@ from serving import (
     ran_sparse,
     same,
 )
-from transformers import AutoConfig
-
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape
 from sglang_mminfer.head_config import HeadConfig
 

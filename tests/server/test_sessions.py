@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from serving import ROUNDING, TIE, VOCABULARY, Media, Served, wait_for
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
-from serving import ROUNDING, TIE, Media, Message, Served, difference, is_tie, scripted
 
-from sglang_mminfer.evaluation.hf_oracle import OracleAnswer
+from serving import ROUNDING, TIE, Media, Message, Served, difference, is_tie, scripted
+from sglang_mminfer.testing.oracle import OracleAnswer
 
 pytestmark = pytest.mark.server("main")
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving import DENSE_BELOW, LAYERS, PAGE, RECIPE, References, Served, ran_sparse, same, wait_for
 
+from serving import DENSE_BELOW, LAYERS, PAGE, RECIPE, References, Served, ran_sparse, same, wait_for
 from sglang_mminfer.head_config import HeadConfig
 
 HEADS = RECIPE["heads"]

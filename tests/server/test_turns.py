@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from serving import DENSE_BELOW, LONG_TOKENS, Media, Served, assistant, ran_sparse, same, scripted, text, user, video
 
 

@@ -1,0 +1,111 @@
+"""What the plugin costs a process of SGLang that does not need it.
+
+    python -m sglang_mminfer.benchmarks.import_time [--before REVISION] [--runs 15] [--out FILE.json]
+
+Each figure is the processor's time and, behind it, the clock's: on a busy machine only the first can be compared.
+
+`import` is a fresh interpreter up to `import sglang_mminfer.plugin`. `load` is what SGLang does about plugins in each
+of its processes, `load_plugins()`, in one that has imported the detokenizer, which needs none: finding the entry
+points, `register()`, and SGLang's installing of the hooks, for each of which it searches all modules. Each is the
+median of several processes, taking turns with the files of an earlier git revision, if one is named, and of `load`
+also without this plugin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+
+from sglang_mminfer.tools import machine
+
+IMPORT = """
+import time
+start, clock = time.process_time(), time.perf_counter()
+import sglang_mminfer.plugin
+print(time.process_time() - start, time.perf_counter() - clock)
+"""
+
+LOAD = """
+import time
+import sglang.srt.managers.detokenizer_manager
+from sglang.srt.plugins import load_plugins
+start, clock = time.process_time(), time.perf_counter()
+load_plugins()
+print(time.process_time() - start, time.perf_counter() - clock)
+"""
+
+
+def milliseconds(root: Path | None, program: str) -> tuple[float, float]:
+    """Of one fresh process, by the processor and by the clock. `root` holds sglang_mminfer; None: without it."""
+    # SGLANG_PLUGINS is SGLang's list of those to load.
+    own = {"SGLANG_PLUGINS": "none"} if root is None else {"PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", **own}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    processor, clock = done.stdout.splitlines()[-1].split()
+    return 1e3 * float(processor), 1e3 * float(clock)
+
+
+def medians(roots: Mapping[str, Path | None], program: str, runs: int) -> dict[str, tuple[float, float]]:
+    """Of each root, all taking turns; a first round, which fills the caches, is not counted."""
+    rounds = [{label: milliseconds(root, program) for label, root in roots.items()} for _ in range(runs + 1)]
+    return {
+        label: (median(each[label][0] for each in rounds[1:]), median(each[label][1] for each in rounds[1:]))
+        for label in roots
+    }
+
+
+def unpacked(revision: str, into: Path) -> Path:
+    """The package of a git revision, laid out as it is installed."""
+    top = subprocess.run(
+        ["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    archive = subprocess.run(
+        ["git", "archive", revision, "sglang_mminfer", "kernels", "head_configs"],
+        capture_output=True,
+        check=True,
+        cwd=top,
+    ).stdout
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        tar.extractall(into, filter="data")
+    for name in ("kernels", "head_configs"):
+        (into / name).rename(into / "sglang_mminfer" / name)
+    return into
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_mminfer.benchmarks.import_time", description="What the plugin adds to a process's start."
+    )
+    parser.add_argument("--before", metavar="REVISION", help="a git revision to compare with")
+    parser.add_argument("--after", metavar="REVISION", default="HEAD", help="default: %(default)s")
+    parser.add_argument("--runs", type=int, default=15, help="processes for import; default: %(default)s")
+    parser.add_argument("--load-runs", type=int, default=3, help="for load; default: %(default)s")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    options = parser.parse_args(arguments)
+    revisions = {name: getattr(options, name) for name in ("before", "after") if getattr(options, name)}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        roots = {f"{name} ({rev})": unpacked(rev, Path(scratch) / name) for name, rev in revisions.items()}
+        for name, program, runs, paths in (
+            ("import", IMPORT, options.runs, roots),
+            ("load", LOAD, options.load_runs, {**roots, "without the plugin": None}),
+        ):
+            for label, (processor, clock) in medians(paths, program, runs).items() if runs else ():
+                print(f"{name}, {label}: {processor:.2f} ms ({clock:.2f} ms), median of {runs}")
+                figures.setdefault(name, {})[label] = {"processor_ms": processor, "clock_ms": clock, "runs": runs}
+    if options.out:
+        options.out.write_text(json.dumps({**machine.describe(), "figures": figures}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,487 @@
+"""Prefill of long videos in a language model of Qwen2.5-VL-7B's shape: mminfer against dense, in one run.
+
+    python -m sglang_mminfer.benchmarks.model_prefill [--tokens 131072 1048576] [--chunk 16384] [--out FILE]
+
+The modules are written in plain torch, not served by SGLang: RMSNorm, QKV with bias, rotary embedding by m-RoPE
+positions of a video, grouped-query attention over a pool of K and V, SwiGLU MLP; bf16, random weights, every layer
+with its own. A prompt is one video between two short texts, prefilled in chunks, each through all layers.
+
+* Dense is cuDNN's attention (`kernels/benchmarks/baselines.py`) over a pool in the order of the prompt, so it
+  needs no page table. mminfer is `SparsePrefillWithPagedKVCacheWrapper` with the Triton kernel over a shuffled pool,
+  page size 1: one plan for a chunk, made while it is prefilled, its time counted.
+* Long prompts run fewer layers than 28, because 28 dense ones take minutes; all layers have the same shape, and
+  times are scaled by 28 over the layers that ran, except for planning, which is once a chunk for all of them.
+* cuDNN builds a graph for every new length, which a server's kernel would not, and a chunk's two dense calls must
+  be joined, which a kernel with a bottom-right mask does inside: both are left out of dense's time.
+* Norms, rotation and activation are separate kernels here, so that the linear part is slower than a server's, on
+  both sides alike: it makes the speed-up of the whole smaller, not larger.
+* Random weights say nothing about which keys matter. So patterns are static, given by hand; none is estimated.
+* Not measured: embedding, the head's one row of logits, sampling, the scheduler. The vision tower is measured
+  apart, on some frames, and scaled by their number: its attention stays within a frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from sglang_mminfer.benchmarks import measure
+from sglang_mminfer.benchmarks import rivals as baselines
+from sglang_mminfer.benchmarks.cases import CELLS, video_map
+from sglang_mminfer.benchmarks.inputs import Inputs
+from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern
+from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.prefill import SparsePrefillWithPagedKVCacheWrapper
+from sglang_mminfer.tools import machine
+
+LAYERS = 28
+MEASURED_LAYERS = {131072: 28, 262144: 28, 524288: 8, 1048576: 4}  # so that all lengths take about five minutes
+CHUNK = 8192
+DENSE_BELOW = 4608  # rows below see everything, as in head_configs/default.json
+
+Timed = Callable[[str], AbstractContextManager[None]]
+AttendStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the language model; defaults are Qwen2.5-VL-7B's."""
+
+    hidden: int = 3584
+    intermediate: int = 18944
+    heads: int = 28
+    kv_heads: int = 4
+    head_dim: int = 128
+    theta: float = 1e6
+    mrope: tuple[int, int, int] = (16, 24, 24)  # frequencies that turn with time, row and column
+
+
+def configs(heads: int) -> dict[str, list[HeadPattern]]:
+    """What mminfer runs: head_configs/default.json's pattern; and one head in four each of four patterns, whose
+    density is of the kind the paper has (about 5 % at a million tokens)."""
+    default = Grid("frame", True, True, True, 0, 128, 1024)
+    mixed: list[HeadPattern] = [
+        Grid("row", False, False, True, 0, 128, 1024),
+        Grid("row", True, False, False, 3, 128, 4096),
+        Grid("frame", True, False, True, 0, 128, 8192),
+        AShape(1024, 8192),
+    ]
+    return {"default": [default] * heads, "mixed": [mixed[i * 4 // heads] for i in range(heads)]}
+
+
+# ---- the language model --------------------------------------------------------------------------------------
+
+
+class Attention(Protocol):
+    """How a layer attends: over a pool in an order of its own."""
+
+    slots: torch.Tensor  # int64 [tokens]: row of the pool of every position
+
+    def begin_chunk(self, start: int, stop: int) -> None:
+        """Rows [start, stop) are next, in every layer."""
+
+    def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, timed: Timed) -> torch.Tensor:
+        """q [rows, Hq, D], pools [tokens, Hkv, D] with the chunk's keys in them -> [rows, Hq, D].
+
+        `timed("attention")` is for what counts, `timed("left out")` for what an implementation would not need.
+        """
+
+
+class DenseAttention:
+    def __init__(self, tokens: int, device: str) -> None:
+        self.slots = torch.arange(tokens, device=device)
+        self._stop = 0
+
+    def begin_chunk(self, start: int, stop: int) -> None:
+        self._stop = stop
+
+    def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, timed: Timed) -> torch.Tensor:
+        keys, values = k_pool[: self._stop], v_pool[: self._stop]
+        unused = torch.empty(0, device=q.device)
+        dense = baselines.dense(Inputs(q, keys, values, keys, values, self.slots, unused, unused))
+        with timed("attention"):
+            parts = dense.run()
+        with timed("left out"):
+            return dense.joined(parts)
+
+
+class SparseAttention:
+    """The plugin's wrapper over a pool in which every token lies anywhere. A chunk's first layer makes the plan."""
+
+    def __init__(
+        self, modality_map: ModalityMap, heads: Sequence[HeadPattern], shape: Shape, device: str, dense_below: int
+    ) -> None:
+        tokens = modality_map.length
+        self.slots = torch.randperm(tokens, generator=torch.Generator().manual_seed(1)).to(device)
+        self._pages = self.slots.to(torch.int32)
+        self._map, self._heads, self._shape, self._dense_below = modality_map, list(heads), shape, dense_below
+        backend = "triton" if device == "cuda" else "torch"
+        self._wrapper = SparsePrefillWithPagedKVCacheWrapper(backend=backend)
+
+    def begin_chunk(self, start: int, stop: int) -> None:
+        self._start, self._stop, self._planned = start, stop, False
+
+    def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, timed: Timed) -> torch.Tensor:
+        with timed("attention"):
+            if not self._planned:
+                self._plan(q.dtype)
+            out = self._wrapper.run(q, (k_pool[:, None], v_pool[:, None]))
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def _plan(self, dtype: torch.dtype) -> None:
+        shape = self._shape
+        self._wrapper.plan(
+            torch.tensor([0, self._stop - self._start]),
+            torch.tensor([0, self._stop]),
+            self._pages[: self._stop],
+            torch.tensor([1]),
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            1,
+            modality_maps=[self._map],
+            head_patterns=self._heads,
+            q_data_type=dtype,
+            dense_below=self._dense_below,
+        )
+        self._planned = True
+
+
+class Layer:
+    """One decoder layer with random weights. Its K and V go into `k_pool` and `v_pool`, [tokens, Hkv, D]."""
+
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, device: str, random: torch.Generator) -> None:
+        self.shape = shape
+        kv_width, q_width = shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim
+
+        def weight(*size: int) -> torch.Tensor:
+            values = torch.randn(*size, generator=random, device=device, dtype=torch.float32)
+            return (values * shape.hidden**-0.5).to(dtype)
+
+        self.norms = [torch.ones(shape.hidden, device=device, dtype=dtype) for _ in range(2)]
+        self.qkv, self.qkv_bias = weight(q_width + 2 * kv_width, shape.hidden), weight(q_width + 2 * kv_width)
+        self.o = weight(shape.hidden, q_width)
+        self.gate_up = weight(2 * shape.intermediate, shape.hidden)
+        self.down = weight(shape.hidden, shape.intermediate)
+        self.k_pool = torch.empty(tokens, shape.kv_heads, shape.head_dim, device=device, dtype=dtype)
+        self.v_pool = torch.empty_like(self.k_pool)
+
+    def run(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, attend: AttendStep
+    ) -> torch.Tensor:
+        """x [rows, hidden] -> the same; cos and sin [rows, 1, D / 2]; slots [rows]."""
+        rows, shape = len(x), self.shape
+        q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        qkv = F.linear(F.rms_norm(x, x.shape[1:], self.norms[0], 1e-6), self.qkv, self.qkv_bias)
+        q, k, v = (part.view(rows, -1, shape.head_dim) for part in qkv.split([q_width, kv_width, kv_width], dim=1))
+        self.k_pool[slots], self.v_pool[slots] = rotated(k, cos, sin), v
+        x = x + F.linear(attend(rotated(q, cos, sin), self.k_pool, self.v_pool).reshape(rows, -1), self.o)
+        gate, up = F.linear(F.rms_norm(x, x.shape[1:], self.norms[1], 1e-6), self.gate_up).chunk(2, dim=1)
+        return x + F.linear(F.silu(gate) * up, self.down)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    one, two = x.chunk(2, dim=2)
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=2)
+
+
+def mrope(modality_map: ModalityMap, shape: Shape, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """cos and sin, [tokens, 1, D / 2] each, at the (time, row, column) of every token of a map of text and videos."""
+    at = torch.empty(3, modality_map.length, dtype=torch.int64, device=device)
+    position = 0
+    for segment in modality_map.segments:
+        grid, own = segment.grid, slice(segment.start, segment.stop)
+        if segment.modality is Modality.TEXT or grid is None:
+            at[:, own] = position + torch.arange(segment.stop - segment.start, device=device)
+        else:
+            axes = (torch.arange(size, device=device) for size in (grid.frames, grid.rows, grid.cols))
+            at[:, own] = position + torch.stack([x.flatten() for x in torch.meshgrid(*axes, indexing="ij")])
+        position = int(at[:, own].max()) + 1
+    frequency = shape.theta ** (
+        -torch.arange(0, shape.head_dim, 2, dtype=torch.float64, device=device) / shape.head_dim
+    )
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(shape.mrope))
+    angles = at[axis].T.double() * frequency
+    return tuple(f(angles).to(dtype)[:, None] for f in (torch.cos, torch.sin))
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Time of named stretches of work, on the device or, where there is none, on the host."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._stretches: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, where: str, name: str) -> Iterator[None]:
+        begin = self._now()
+        yield
+        self._stretches.append((name + where, begin, self._now()))
+
+    def _now(self) -> Any:
+        if self._device == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """The sum for each name. Waits for the device."""
+        measure.wait(self._device)
+        total: dict[str, float] = {}
+        for name, begin, end in self._stretches:
+            took = end - begin if self._device == "cpu" else begin.elapsed_time(end) / 1e3
+            total[name] = total.get(name, 0.0) + took
+        return total
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Seconds of one prefill. `attention` is of all layers that ran, `linear` all else in them; `first` is what the
+    first layer of each chunk took longer in attention than the mean of the others: its plan was made there.
+    `hidden` [rows, hidden] is the last chunk's."""
+
+    layers: int
+    attention: float
+    linear: float
+    first: float
+    hidden: torch.Tensor
+
+    def scaled(self, layers: int, planning: bool) -> dict[str, float]:
+        """Seconds of `layers` layers, rounded. `planning`: whether `first` counts; once, not for every layer."""
+        parts = {name: getattr(self, name) * layers / self.layers for name in ("attention", "linear")}
+        if planning:
+            parts["planning"] = self.first
+        return {name: round(value, 4) for name, value in {**parts, "total": sum(parts.values())}.items()}
+
+
+def prefill(
+    layers: Sequence[Layer],
+    embeddings: Callable[[int, int], torch.Tensor],
+    angles: tuple[torch.Tensor, ...],
+    attention: Attention,
+    chunk: int,
+    device: str,
+) -> Prefill:
+    """Run a prompt through the layers, `chunk` rows at a time.
+
+    Args:
+        embeddings: of rows [start, stop), [rows, hidden]. angles: cos and sin of all tokens.
+    """
+    watch, tokens, hidden = Stopwatch(device), len(angles[0]), torch.empty(0)
+    for start in range(0, tokens, chunk):
+        stop = min(start + chunk, tokens)
+        x = embeddings(start, stop)
+        cos, sin = (table[start:stop] for table in angles)
+        attention.begin_chunk(start, stop)
+        for number, layer in enumerate(layers):
+            timed = partial(watch, " of the first layer" if number == 0 else " of others")
+
+            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, timed: Timed = timed) -> torch.Tensor:
+                return attention.run(q, k, v, timed)
+
+            with watch("", "all"):
+                x = layer.run(x, cos, sin, attention.slots[start:stop], attend)
+        hidden = x
+    spent = watch.seconds()
+    parts = {name: spent.get(name, 0.0) for name in ("attention of the first layer", "attention of others")}
+    first, others = parts.values()
+    linear = spent["all"] - first - others - sum(s for name, s in spent.items() if name.startswith("left out"))
+    each = others / (len(layers) - 1) if len(layers) > 1 else first
+    more = max(first - each, 0.0)
+    return Prefill(len(layers), first + others - more, linear, more, hidden)
+
+
+def measure_length(
+    tokens: int,
+    chunk: int,
+    num_layers: int,
+    shape: Shape,
+    names: Sequence[str],
+    device: str,
+    dense_below: int = DENSE_BELOW,
+) -> dict[str, Any]:
+    """Dense and every config of `names` on one prompt of `tokens`."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    modality_map = video_map(tokens)
+    random = torch.Generator(device).manual_seed(0)
+    layers = [Layer(shape, tokens, dtype, device, random) for _ in range(num_layers)]
+    angles = mrope(modality_map, shape, device, dtype)
+    noise = torch.randn(chunk + 997, shape.hidden, generator=random, device=device).to(dtype)
+
+    def embeddings(start: int, stop: int) -> torch.Tensor:
+        shift = start // chunk % 997  # another piece of the same noise for every chunk: 7.5 GB at a million otherwise
+        return noise[shift : shift + stop - start]
+
+    heads = {"dense": [Dense()] * shape.heads} | {name: configs(shape.heads)[name] for name in names}
+    found: dict[str, Any] = {"tokens": tokens, "chunk": chunk, "layers_measured": num_layers, "layers": LAYERS}
+    for name, patterns in heads.items():
+        attention: Attention = DenseAttention(tokens, device)
+        if name != "dense":
+            attention = SparseAttention(modality_map, patterns, shape, device, dense_below)
+        warm = tuple(table[: 2 * chunk] for table in angles)
+        prefill(layers[:2], embeddings, warm, attention, chunk, device)  # compiles
+        ran = prefill(layers, embeddings, angles, attention, chunk, device)
+        figures: dict[str, Any] = {"seconds": ran.scaled(LAYERS, planning=name != "dense")}
+        if name != "dense":
+            own, stock = figures["seconds"], found["dense"]["seconds"]
+            figures["density"] = round(density(modality_map, patterns, chunk, device, dense_below), 4)
+            figures |= {f"speedup_{part}": round(stock[part] / own[part], 2) for part in ("total", "attention")}
+            figures["planning_share_of_attention"] = round(own["planning"] / own["attention"], 4)
+        found[name] = figures
+    return found
+
+
+def density(
+    modality_map: ModalityMap, heads: Sequence[HeadPattern], chunk: int, device: str, dense_below: int
+) -> float:
+    """Visited over causal pairs of the whole prefill, the mean over heads; of more than 32 chunks every eighth."""
+    visited = causal = 0.0
+    tokens = modality_map.length
+    starts = range(0, tokens, chunk)
+    for start in starts if len(starts) <= 32 else starts[4::8]:
+        stop = min(start + chunk, tokens)
+        request = RequestChunk(modality_map, start, stop, 0, torch.arange(stop, device=device))
+        plan = BatchPlanner([request], stop - start, dense_below=dense_below).plan(heads)
+        visited += measure.visited_pairs(plan)
+        causal += measure.causal_pairs(stop - start, stop)
+    return visited / causal
+
+
+# ---- the vision tower ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Of Qwen2.5-VL's tower: 32 blocks, of which 4 attend in a whole frame and the others in windows of 8 x 8
+    patches; 4 patches become a token."""
+
+    depth: int = 32
+    whole: tuple[int, ...] = (7, 15, 23, 31)
+    hidden: int = 1280
+    heads: int = 16
+    intermediate: int = 3420
+    patch: int = 1176  # 2 frames x 14 x 14 pixels x 3 colours
+    out: int = 3584
+    window: int = 64
+
+
+def vision_seconds(frames: int, shape: VisionShape, device: str, cells: int = CELLS) -> float:
+    """Seconds for `frames` frames of `cells` tokens through a tower of this shape, one random block's weights for all.
+
+    Rotary embedding and the order of the windows are left out: they move little beside the matrix products.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def weight(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device, dtype=dtype) * size[-1] ** -0.5
+
+    hidden, patches = shape.hidden, 4 * cells
+    pixels, embed = weight(frames * patches, shape.patch), weight(hidden, shape.patch)
+    ones = torch.ones(hidden, device=device, dtype=dtype)
+    qkv, o = weight(3 * hidden, hidden), weight(hidden, hidden)
+    gate_up, down = weight(2 * shape.intermediate, hidden), weight(hidden, shape.intermediate)
+    merge, out = weight(4 * hidden, 4 * hidden), weight(shape.out, 4 * hidden)
+
+    def run() -> torch.Tensor:
+        x = F.linear(pixels, embed)
+        for block in range(shape.depth):
+            span = patches if block in shape.whole else min(shape.window, patches)
+            parts = F.linear(F.rms_norm(x, (hidden,), ones, 1e-6), qkv).view(
+                -1, span, 3, shape.heads, hidden // shape.heads
+            )
+            q, k, v = parts.permute(2, 0, 3, 1, 4)
+            x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape), o)
+            gate, up = F.linear(F.rms_norm(x, (hidden,), ones, 1e-6), gate_up).chunk(2, dim=1)
+            x = x + F.linear(F.silu(gate) * up, down)
+        return F.linear(F.gelu(F.linear(F.rms_norm(x, (hidden,), ones, 1e-6).view(-1, 4 * hidden), merge)), out)
+
+    return measure.timed(run, device).ms / 1e3
+
+
+def vision(tokens: int, frames: int, shape: VisionShape, device: str) -> dict[str, Any]:
+    """The tower's time for a video of `tokens`, from `frames` frames, and what caching its output takes."""
+    all_frames = (tokens - 128) // CELLS
+    return {
+        "seconds": round(vision_seconds(frames, shape, device) * all_frames / frames, 4),
+        "frames": all_frames,
+        "frames_measured": frames,
+        "embedding_mb": round(tokens * shape.out * 2 / 2**20),
+        "note": "once for a prompt; once for every chunk where the embeddings exceed SGLANG_VLM_CACHE_SIZE_MB",
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(MEASURED_LAYERS))
+    parser.add_argument("--chunk", type=int, default=CHUNK)
+    parser.add_argument("--layers", type=int, help="layers to measure; default: fewer, the longer the prompt")
+    parser.add_argument("--configs", nargs="+", choices=list(configs(4)), default=list(configs(4)))
+    parser.add_argument("--minutes", type=float, default=6.0, help="start no length after this long")
+    parser.add_argument("--tiny", action="store_true", help="a very small model, on a CPU too")
+    parser.add_argument("--out", type=Path, default=Path("sglang_mminfer/benchmarks/results/gpu_model_prefill.json"))
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.tiny:
+        parser.error("expected a GPU; --tiny runs a very small model without")
+    shape, tower, frames, chunk, lengths = Shape(), VisionShape(), 64, options.chunk, options.tokens
+    dense_below = DENSE_BELOW
+    if options.tiny:
+        shape = Shape(hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, mrope=(2, 3, 3))
+        tower = VisionShape(depth=2, whole=(1,), hidden=32, heads=2, intermediate=48, out=64)
+        frames, chunk, lengths, dense_below = 1, 512, [2048], 0
+    found: dict[str, Any] = {**machine.describe(), "card": measure.describe_card(), "about": __doc__, "lengths": {}}
+    if options.out.exists():
+        found["lengths"] = json.loads(options.out.read_text())["lengths"]
+    found |= {"shape": asdict(shape), "vision_shape": asdict(tower)}
+    began = time.monotonic()
+    with torch.inference_mode():
+        for tokens in lengths:
+            name = f"{tokens} tokens, chunks of {chunk}"
+            if name in found["lengths"]:
+                continue
+            if time.monotonic() - began > 60 * options.minutes:
+                print("Time is up; run again to go on.")
+                break
+            layers = options.layers or (2 if options.tiny else MEASURED_LAYERS.get(tokens, 2))
+            figures = measure_length(tokens, chunk, layers, shape, options.configs, device, dense_below)
+            figures["vision_tower"] = vision(tokens, frames, tower, device)
+            found["lengths"][name] = figures
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+            print(_said(name, figures), flush=True)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    print(f"Results: {options.out}")
+    return 0
+
+
+def _said(name: str, figures: dict[str, Any]) -> str:
+    lines = [f"{name} ({figures['layers_measured']} of {LAYERS} layers measured)"]
+    for config in ("dense", *configs(4)):
+        if config not in figures:
+            continue
+        own = figures[config]
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in own["seconds"].items())
+        more = f"; {own['speedup_total']:.2f} x dense at density {own['density']:.1%}" if "density" in own else ""
+        lines.append(f"  {config}: {parts}{more}")
+    return "\n".join([*lines, f"  vision tower, once: {figures['vision_tower']['seconds']:.2f} s"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

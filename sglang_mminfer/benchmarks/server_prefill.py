@@ -1,0 +1,199 @@
+"""Prefill of long videos in the real server on a CPU: mminfer against stock dense, in one run.
+
+    python -m sglang_mminfer.benchmarks.server_prefill [--tokens 4096 8192 16384 32768] [--out FILE]
+
+Stock dense is measured twice, with chunked prefill and without it, because SGLang's `torch_native` computes
+redundant rows for every chunk. Its figures come from the plugin with the config `dense`, which hands every layer
+to the stock backend and only holds the watch; a server without the plugin's backend is timed from outside beside
+it, to show that this changes nothing. Every prompt is sent once to fill the cache of vision embeddings, and timed
+after the prefix cache was flushed, so that `forward_ms` is the language model alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sglang_mminfer import settings
+from sglang_mminfer.serving.trace import PrefillRecord, read_trace
+from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
+from sglang_mminfer.tools import machine
+from sglang_mminfer.tools.media import make_video
+from sglang_mminfer.tools.server import Server, shown_wait
+
+FRAME_TOKENS = 256  # 448 x 448 pixels, 28 x 28 of them a token; two frames share theirs
+SIDE = 448
+CHUNK = 2048
+
+SERVERS = {
+    "mminfer, whole prompt": ("--attention-backend", "mminfer", "--chunked-prefill-size", "-1"),
+    "mminfer, chunked": ("--attention-backend", "mminfer", "--chunked-prefill-size", str(CHUNK)),
+    "stock, whole prompt": (
+        "--attention-backend",
+        "mminfer",
+        "--mminfer-config",
+        "dense",
+        "--chunked-prefill-size",
+        "-1",
+    ),
+    "stock, chunked": (
+        *("--attention-backend", "mminfer", "--mminfer-config", "dense"),
+        *("--chunked-prefill-size", str(CHUNK)),
+    ),
+    "without plugin, whole prompt": ("--attention-backend", "torch_native", "--chunked-prefill-size", "-1"),
+}
+
+
+def measure(
+    names: list[str], model: Path, videos: dict[int, Path], repeats: int, folder: Path, console: Console
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """server -> tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians.
+
+    All servers are up at once and idle but for the one that is asked; they take turns, request by request, so
+    that a machine that slows down or speeds up does so for all of them.
+    """
+    longest = max(videos) + 1024
+    room = ("--context-length", str(longest), "--max-total-tokens", str(longest + 8192))
+    figures: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    with ExitStack() as stack:
+        servers = {}
+        for name in names:
+            trace = folder / f"{name.replace(', ', '_').replace(' ', '_')}.jsonl"
+            with shown_wait(f"{name}: server starts") as wait:
+                server = Server(model, *SERVERS[name], *room, env={settings.TRACE.variable: str(trace)}, progress=wait)
+                servers[name] = stack.enter_context(server), trace
+        for tokens, video in sorted(videos.items()):
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+            for turn in range(repeats + 1):
+                for name, (server, trace) in servers.items():
+                    figure = _ask(server, trace, video)
+                    if turn:  # the first fills the embedding cache
+                        runs[name].append(figure)
+            for name in names:
+                figures[name][tokens] = {key: _median(run[key] for run in runs[name]) for key in runs[name][0]}
+                console.print(f"{name}: {tokens} video tokens: {_line(figures[name][tokens])}")
+    return figures
+
+
+def _ask(server: Server, trace: Path, video: Path) -> dict[str, Any]:
+    """One prompt, nothing of it in the prefix cache."""
+    server.flush_cache()
+    seen = len(read_trace(trace)) if trace.exists() else 0
+    content = [
+        {"type": "video_url", "video_url": {"url": str(video)}},
+        {"type": "text", "text": "What happens here?"},
+    ]
+    started = time.perf_counter()
+    answer = server.client(timeout=3600).chat.completions.create(
+        model=server.model, messages=[{"role": "user", "content": content}], max_tokens=1, temperature=0
+    )
+    ttft_ms = (time.perf_counter() - started) * 1e3
+    records = read_trace(trace)[seen:] if trace.exists() else []
+    return _sum(records, answer.usage.prompt_tokens, ttft_ms)
+
+
+def _sum(records: list[PrefillRecord], prompt_tokens: int, ttft_ms: float) -> dict[str, Any]:
+    ours = [r for r in records if not r.rid.startswith("HEALTH_CHECK")]
+    if ours:
+        computed = sum(r.chunk_len for r in ours)
+        if computed != prompt_tokens:
+            raise RuntimeError(f"expected a prefill of {prompt_tokens} tokens in the trace, got {computed}")
+    causal = [(r.prefix_len + 1 + r.seq_len) * r.chunk_len / 2 for r in ours]
+    dense = [1.0 if r.density is None else r.density for r in ours]
+    return {
+        "prompt_tokens": prompt_tokens,
+        "attn_ms": sum(r.attn_ms for r in ours) if ours else None,
+        "plan_ms": sum(r.plan_ms for r in ours) if ours else None,
+        "forward_ms": sum(r.forward_ms for r in ours) if ours else None,
+        "ttft_ms": ttft_ms,
+        "density": sum(d * c for d, c in zip(dense, causal)) / sum(causal) if ours else None,
+    }
+
+
+def _median(values: Iterable[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    return round(median(known), 4) if known else None
+
+
+def _line(figure: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:,.4g}" for key, value in figure.items() if value is not None)
+
+
+def speedups(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[str, float]]]:
+    """By mminfer server and length: over the better of the stock runs, for attention and for the whole forward."""
+    stock = [results[name] for name in results if name.startswith("stock")]
+    return {
+        name: {
+            tokens: {
+                key: round(min(run[tokens][f"{key}_ms"] for run in stock) / figure[f"{key}_ms"], 3)
+                for key in ("attn", "forward")
+            }
+            for tokens, figure in results[name].items()
+        }
+        for name in results
+        if name.startswith("mminfer")
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="video tokens")
+    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each prompt (median)")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="which of them to run")
+    parser.add_argument("--out", type=Path, default=Path("sglang_mminfer/benchmarks/results/cpu_prefill.json"))
+    options = parser.parse_args(arguments)
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="mminfer-bench-") as name:
+        folder = Path(name)
+        model = make_tiny_qwen2_5_vl(
+            folder / "model", layers=options.layers, hidden=256, heads=4, kv_heads=2, head_dim=64, max_positions=65536
+        )
+        videos = {}
+        for tokens in sorted(options.tokens):
+            frames = 2 * (tokens // FRAME_TOKENS)
+            videos[tokens] = make_video(folder / f"{tokens}.mp4", frames, SIDE, SIDE, 2.0, seed=tokens)
+        results = measure(options.servers, model, videos, options.repeats, folder, console)
+    ratios = speedups(results)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        **machine.describe(),
+        "date": date.today().isoformat(),
+        "model": f"tiny Qwen2.5-VL, {options.layers} layers, 4/2 heads of 64, hidden 256, fp32",
+        "chunk": CHUNK,
+        "repeats": options.repeats,
+        "results": results,
+        "speedup_over_better_stock": ratios,
+    }
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    table = Table("server", "video tokens", "density", "attention ms", "over stock", "forward ms", "over stock")
+    for server, by_length in ratios.items():
+        for tokens, ratio in by_length.items():
+            figure = results[server][tokens]
+            table.add_row(
+                server,
+                f"{tokens:,}",
+                f"{figure['density']:.3f}",
+                f"{figure['attn_ms']:,.0f}",
+                f"{ratio['attn']:.2f} x",
+                f"{figure['forward_ms']:,.0f}",
+                f"{ratio['forward']:.2f} x",
+            )
+    console.print(table)
+    console.print(f"written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

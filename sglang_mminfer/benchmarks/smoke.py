@@ -1,0 +1,55 @@
+"""Does the kernel, compiled on this machine, give right answers, and how fast is one small case?
+
+    python -m sglang_mminfer.benchmarks.smoke [--check-only]
+
+Under compute-sanitizer (`make test-gpu-sanitize`) it is the small case.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from sglang_mminfer.benchmarks import cases, measure
+from sglang_mminfer.benchmarks.inputs import make_inputs
+from sglang_mminfer.kernels.triton import launch
+from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.serving import self_check
+
+SMALL = cases.Case("28/4", 32768, 8192, "a_shape")
+
+
+def check(device: str, dtype: torch.dtype) -> self_check.Answer:
+    """The self-check of the Triton kernel, at the benchmarks' head dim."""
+    return self_check.check(launch.run, device, dtype, cases.HEAD_DIM)
+
+
+def throughput() -> float:
+    """TFLOP/s on visited tiles of SMALL, in bf16."""
+    heads = cases.SHAPES[SMALL.shape]
+    given = make_inputs(SMALL.rows, SMALL.tokens, heads, cases.HEAD_DIM, torch.bfloat16, "cuda", SMALL.slots)
+    chunk = RequestChunk(cases.conversation(SMALL), SMALL.tokens - SMALL.rows, SMALL.tokens, 0, given.slots)
+    plan = BatchPlanner([chunk], SMALL.rows).plan([cases.PATTERNS[SMALL.pattern]] * heads[0])
+    work = lambda: launch.run(given.q, given.k_cache, given.v_cache, plan, given.scale, given.out, given.lse)  # noqa: E731
+    flop = measure.visited_pairs(plan) * 4 * cases.HEAD_DIM * heads[0]
+    return flop / measure.timed(work, "cuda").ms / 1e9
+
+
+def main() -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not launch.interpreted():
+        print("expected a GPU, or TRITON_INTERPRET=1")
+        return 2
+    wrong = 0
+    for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float16,):
+        answer = check(device, dtype)
+        wrong += not answer.good
+        print(f"{dtype}: {answer}{'' if answer.good else ': WRONG'}")
+    if device == "cuda" and "--check-only" not in sys.argv:
+        print(f"{SMALL.name}: {throughput():.0f} TFLOP/s")
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,222 @@
+"""What a processor gives the scheduler, held against the prompt before it gets there.
+
+SGLang's scheduler ends where embeddings are fewer than placeholders, and a processor's worker may never answer where
+a prompt has more placeholders than media. Here both are the client's error.
+
+Items that a client sends as a processor made them (`"format": "processor_output"` or `"precomputed_embedding"`) are
+held to all that the family's encoder takes for granted; those of SGLang's own processor to their places only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+from sglang_mminfer import mends
+from sglang_mminfer.families.maps import GeometryError, family_of, map_from_mm_inputs, offsets_of
+from sglang_mminfer.mends.requests import media_in
+
+NAME = "item_checks"
+
+_OWN_KEYS = "mminfer_"
+"""Begins keys of `model_specific_data` that only this package writes."""
+
+
+def check_placeholders(processor: Any, prompt: Any, request: Any) -> None:
+    """Raises ValueError if a prompt's placeholders are not as many as its media, where the family can tell."""
+    count = getattr(processor, "placeholders_in", None)
+    if count is None or not isinstance(prompt, str):
+        return
+    for kind, found in count(prompt).items():
+        media = media_in(request, kind)
+        if any(processor._is_preprocessed_input(one) for one in media):
+            continue  # of these a prompt may have every token; `check` holds them against it
+        given = len(media)
+        if found > given or (found < given and not getattr(processor, "adds_placeholders", False)):
+            raise ValueError(
+                f"prompt: expected one {kind} placeholder for each of the {given} {kind}s given, found {found}"
+            )
+
+
+def check_preprocessed(request: Any) -> None:
+    """Raises ValueError for media that a client has preprocessed and that hold no tensor: JSON, for one, has none."""
+    import torch
+
+    if not mends.active(NAME):
+        return
+    for kind in ("image", "video", "audio"):
+        for one in media_in(request, kind):
+            if not isinstance(one, dict):
+                continue
+            said = one.get("format")
+            if said is None or str(getattr(said, "name", said)).upper() not in _FORMATS:
+                continue
+            features = [one[name] for name in _FEATURES if name in one]
+            if len(features) != 1 or not isinstance(features[0], torch.Tensor):
+                got = f"{len(features)} of them" if len(features) != 1 else type(features[0]).__name__
+                raise ValueError(
+                    f"{kind}_data: expected one feature, a tensor, in a {one['format']} (as {', '.join(_FEATURES)}), "
+                    f"got {got}"
+                )
+
+
+_FORMATS = ("PROCESSOR_OUTPUT", "PRECOMPUTED_EMBEDDING")
+_FEATURES = (
+    *("feature", "pixel_values", "pixel_values_videos", "precomputed_embeddings"),
+    *("audio_features", "input_features", "images"),
+)
+
+
+def check(output: Any, processor: Any) -> None:
+    """Raises ValueError for items that do not fit the prompt that they stand in."""
+    if not mends.active(NAME) or output.input_ids is None:
+        return
+    length = len(output.input_ids)
+    family = family_of(processor.hf_config)
+    try:
+        _check_places(output.mm_items, length)
+        theirs = [(i, item) for i, item in enumerate(output.mm_items) if item.format.name != "NORMAL"]
+        if theirs or (family is not None and not output.mm_items):
+            _check_covered(output)
+        for i, item in theirs:
+            _check_features(item, f"mm_items[{i}] ({item.modality.name.lower()})", family, processor.hf_config)
+        if theirs:
+            map_from_mm_inputs(output, length, family)
+    except GeometryError as error:
+        raise ValueError(f"media: {error}") from error
+    positions = output.mrope_positions
+    if positions is not None and tuple(positions.shape) != (3, length):
+        raise ValueError(f"media: expected positions of 3 x {length} tokens, got {tuple(positions.shape)}")
+
+
+def _check_places(items: Iterable[Any], length: int) -> None:
+    """Every span in the prompt, and in no other's place.
+
+    Raises:
+        GeometryError: naming the item.
+    """
+    spans = []
+    for i, item in enumerate(items):
+        name = f"mm_items[{i}] ({item.modality.name.lower()})"
+        for first, last in offsets_of(item, name):
+            if not 0 <= first <= last < length:
+                raise GeometryError(
+                    "out_of_range_offsets", f"{name}: expected offsets in a prompt of {length}, got ({first}, {last})"
+                )
+            spans.append((first, last, name))
+    spans.sort()
+    for (_, last, one), (first, _, other) in pairwise(spans):
+        if first <= last:
+            raise GeometryError("overlapping_offsets", f"{other} at {first}: overlaps {one}")
+
+
+def _check_covered(output: Any) -> None:
+    """Every placeholder in the prompt belongs to an item."""
+    ids = [int(token) for token in output.input_ids]
+    covered = [False] * len(ids)
+    for item in output.mm_items:
+        for first, last in item.offsets or ():
+            covered[first : last + 1] = [True] * (last + 1 - first)
+    for kind, token in (("image", output.im_token_id), ("video", output.video_token_id)):
+        left = [i for i, one in enumerate(ids) if one == token and not covered[i]] if token is not None else []
+        if left:
+            raise ValueError(
+                f"prompt: expected media for every {kind} placeholder (token {token}), found {len(left)} more, the "
+                f"first at token {left[0]}"
+            )
+
+
+# ---- what a client says that a processor or an encoder made -----------------------------------------------------
+
+
+def _check_features(item: Any, name: str, family: str | None, hf_config: Any) -> None:
+    """Raises ValueError for features that the model cannot take."""
+    from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
+
+    if own := [key for key in item.model_specific_data if str(key).startswith(_OWN_KEYS)]:
+        raise ValueError(f"{name}: {own[0]} is no field of a client's")
+    pads = (item.pad_value, *(item.pad_values or ()))
+    if any(type(pad) is not int or not MM_PAD_SHIFT_VALUE <= pad < 1 << 63 for pad in pads):
+        raise ValueError(f"{name}: expected a pad_value of at least {MM_PAD_SHIFT_VALUE}, got {item.pad_value!r:.40}")
+    tokens = sum(last + 1 - first for first, last in offsets_of(item, name))
+    embedded = item.format.name == "PRECOMPUTED_EMBEDDING"
+    if item.precomputed_embeddings is not None:
+        if item.feature is not None:
+            raise ValueError(f"{name}: expected a feature or precomputed_embeddings, got both")
+        embedded = True
+    value = item.feature if item.precomputed_embeddings is None else item.precomputed_embeddings
+    shape = _shape_of(value, name)
+    if embedded:
+        wide = _widths(hf_config)
+        if len(shape) < 2 or shape[-1] not in wide or math.prod(shape[:-1]) != tokens:
+            raise ValueError(
+                f"{name}: expected embeddings of {tokens} x {' or '.join(map(str, wide))} for its {tokens} tokens, got "
+                f"{' x '.join(map(str, shape))}"
+            )
+        return
+    _check_encodable(item, name, shape, tokens, family, hf_config)
+
+
+def _shape_of(value: Any, name: str) -> tuple[int, ...]:
+    """Of a tensor of finite numbers."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor as its feature, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected a feature of floating-point numbers, got {value.dtype}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name}: expected a feature of finite numbers")
+    return tuple(value.shape)
+
+
+def _widths(hf_config: Any) -> list[int]:
+    """Of an embedding: the language model's, and with the layers of Qwen3-VL's encoder that are added later."""
+    get = getattr(hf_config, "get_text_config", None)
+    width = int(get().hidden_size if get is not None else hf_config.hidden_size)
+    deep = getattr(getattr(hf_config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    return [width * (1 + len(deep))]
+
+
+def _check_encodable(
+    item: Any, name: str, shape: tuple[int, ...], tokens: int, family: str | None, hf_config: Any
+) -> None:
+    """The rows that the family's encoder makes a medium's tokens of."""
+    base, _, argument = (family or "").partition(":")
+    vision: Any = getattr(hf_config, "vision_config", None)
+    if base in ("qwen_vl", "qwen3_vl"):
+        rows = _grid_patches(item, name)
+        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
+        width = channels * vision.temporal_patch_size * vision.patch_size**2
+        if shape != (rows, width):
+            raise ValueError(
+                f"{name}: expected a feature of {rows} x {width}, a row for each patch of its grid, got "
+                f"{' x '.join(map(str, shape))}"
+            )
+    elif base == "internvl":
+        side = int(argument or 16)
+        if len(shape) != 4 or shape[0] * side * side != tokens or shape[1] != 3 or shape[2] != shape[3]:
+            raise ValueError(
+                f"{name}: expected a feature of {tokens // side**2} x 3 x height x width, a tile for every {side**2} "
+                f"tokens, got {' x '.join(map(str, shape))}"
+            )
+    elif base:
+        raise ValueError(
+            f"{name}: processor_output is not taken for models of this family ({base}); send pictures and videos, or "
+            "precomputed_embedding"
+        )
+
+
+def _grid_patches(item: Any, name: str) -> int:
+    """Patches of a Qwen item's grid."""
+    import torch
+
+    key = "video_grid_thw" if item.is_video() else "image_grid_thw"
+    grid = item.model_specific_data.get(key)
+    if not isinstance(grid, torch.Tensor) or grid.is_floating_point() or grid.ndim != 2 or grid.shape[1] != 3:
+        shape = getattr(grid, "shape", None)
+        got = "none" if grid is None else type(grid).__name__ if shape is None else f"{grid.dtype} of {tuple(shape)}"
+        raise ValueError(f"{name}: expected {key}, a tensor of integers with a row [t, h, w] for each, got {got}")
+    return sum(int(t) * int(h) * int(w) for t, h, w in grid.tolist())

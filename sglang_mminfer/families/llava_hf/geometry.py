@@ -1,0 +1,160 @@
+"""LLaVA-OneVision and LLaVA-NeXT-Video in their Hugging Face form, served by SGLang's Transformers fallback.
+
+A video is one span, frame behind frame without anything between; LLaVA-OneVision ends it with one newline token, a
+member of the video without a cell. An image is one span of two rasters, each a segment: the whole image in one tile,
+then the image at its own resolution, cut into tiles and put together again, without the padding. There every row ends
+with a newline token, which is the last column of its row. Several images in one LLaVA-OneVision prompt are not cut:
+each is its one tile and a newline token, a member without a cell.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from sglang_mminfer.modality.items import GeometryError, Span, data_of, spans_of, whole
+from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
+
+ONEVISION, NEXT_VIDEO = "llava_onevision", "llava_next_video"
+MODEL_TYPES = (ONEVISION, NEXT_VIDEO)
+SHRINK_ABOVE = 1.1  # of LLaVA-OneVision: how many times too large, by side, features may be
+
+
+class Layout(NamedTuple):
+    """What a config says about rasters. Sides are in patches of the vision tower."""
+
+    side: int
+    """Of a tile."""
+    tile_pixels: int
+    """The same in pixels."""
+    frame_side: int
+    """Of a video's frame, after pooling."""
+    video_tail: int
+    """Newline tokens at the end of a video."""
+    tiles: tuple[tuple[int, int], ...]
+    """Rows and columns of tiles that an image may be cut into, in the config's order."""
+    most_tiles: int
+    """As many features as so many tiles have are kept of an image; 0: no limit."""
+
+
+def argument_of(hf_config: Any) -> str:
+    """The layout, as JSON."""
+    vision = hf_config.vision_config
+    pixels = vision.image_size
+    side = pixels // vision.patch_size
+    tiles = tuple((height // pixels, width // pixels) for height, width in hf_config.image_grid_pinpoints)
+    if hf_config.model_type == ONEVISION:
+        most = int(hf_config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        return _written(Layout(side, pixels, math.ceil(side / 2), 1, tiles, most))
+    return _written(Layout(side, pixels, side // 2, 0, tiles, 0))
+
+
+def _written(layout: Layout) -> str:
+    return json.dumps(layout, separators=(",", ":"))
+
+
+@lru_cache
+def _layout(argument: str) -> Layout:
+    layout = Layout(*json.loads(argument))
+    return layout._replace(tiles=tuple((rows, cols) for rows, cols in layout.tiles))
+
+
+def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterator[tuple[Segment, str]]:
+    """The segments of each image or video of the item.
+
+    Raises:
+        GeometryError: "grid_mismatch", besides what the offsets themselves can be wrong in.
+    """
+    layout = _layout(argument)
+    spans = spans_of(item, name)
+    if modality is Modality.VIDEO:
+        for span in spans:
+            yield _video(span, layout), span.name
+        return
+    sizes = _sizes(data_of(item).get("image_sizes"), name)
+    if len(sizes) != len(spans):
+        raise GeometryError(
+            "grid_mismatch",
+            f"{name}: expected a height and width in image_sizes for each of {len(spans)} images, got {len(sizes)}",
+        )
+    for span, size in zip(spans, sizes):
+        for segment in _image(span, size, layout):
+            yield segment, span.name
+
+
+def _sizes(value: Any, name: str) -> list[tuple[int, int]]:
+    try:
+        rows = value.tolist() if hasattr(value, "tolist") else list(() if value is None else value)
+        if len(rows) == 2 and not any(isinstance(row, list | tuple) or hasattr(row, "tolist") for row in rows):
+            rows = [rows]
+        sizes = [(whole(height), whole(width)) for height, width in rows]
+    except (TypeError, ValueError):
+        sizes = [(0, 0)]
+    if any(min(size) < 1 for size in sizes):
+        raise GeometryError("grid_mismatch", f"{name}: expected heights and widths in image_sizes, got {value!r:.80}")
+    return sizes
+
+
+def _video(span: Span, layout: Layout) -> Segment:
+    cells, tokens = layout.frame_side**2, span.stop - span.start
+    frames, tail = divmod(tokens, cells)
+    if not frames or tail != layout.video_tail:
+        raise GeometryError(
+            "grid_mismatch",
+            f"{span.name}: expected frames of {cells} tokens and {layout.video_tail} at the end, got {tokens}",
+        )
+    starts = tuple(range(span.start, span.start + frames * cells, cells))
+    return Segment(
+        Modality.VIDEO, span.start, span.stop, VisionGrid(frames, layout.frame_side, layout.frame_side, starts)
+    )
+
+
+def _image(span: Span, size: tuple[int, int], layout: Layout) -> Iterator[Segment]:
+    tile, tokens = layout.side**2, span.stop - span.start
+    tile_grid = VisionGrid(1, layout.side, layout.side, (span.start,))
+    if layout.video_tail and tokens == tile + 1:  # one of several
+        yield Segment(Modality.IMAGE, span.start, span.stop, tile_grid)
+        return
+    rows, cols = _unpadded(size, layout)
+    if tokens != tile + rows * (cols + 1):
+        raise GeometryError(
+            "grid_mismatch",
+            f"{span.name}: expected {tile} tokens and {rows} rows of {cols + 1} for an image of {size[0]} x {size[1]}, "
+            f"got {tokens}",
+        )
+    middle = span.start + tile
+    yield Segment(Modality.IMAGE, span.start, middle, tile_grid)
+    if rows:  # none is left of an image that is far too long for its tiles
+        yield Segment(Modality.IMAGE, middle, span.stop, VisionGrid(1, rows, cols + 1, (middle,)))
+
+
+def _unpadded(size: tuple[int, int], layout: Layout) -> tuple[int, int]:
+    """Rows and columns of patches of an image of that height and width, without the padding of its tiles."""
+    height, width = size
+    rows, cols = (tiles * layout.side for tiles in _best_fit(size, layout))
+    # What is cut off is cut off on both sides alike, hence an even number.
+    if width * rows > height * cols:
+        rows -= (rows - int(round(height * (cols / width), 7))) // 2 * 2
+    else:
+        cols -= (cols - int(round(width * (rows / height), 7))) // 2 * 2
+    if layout.most_tiles:
+        excess = math.sqrt(rows * cols / (layout.most_tiles * layout.side**2))
+        if excess > SHRINK_ABOVE:
+            rows, cols = int(rows // excess), int(cols // excess)
+    return rows, cols
+
+
+def _best_fit(size: tuple[int, int], layout: Layout) -> tuple[int, int]:
+    """The tiles that keep most of an image's pixels, and of these the fewest; the first in the config's order."""
+    height, width = size
+
+    def kept(tiles: tuple[int, int]) -> tuple[int, int]:
+        full_height, full_width = (count * layout.tile_pixels for count in tiles)
+        scale = min(full_width / width, full_height / height)
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - full_height * full_width
+
+    return max(layout.tiles, key=kept)

@@ -1,0 +1,34 @@
+"""LLaVA-Video's processor for SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from sglang_mminfer.families.llava_video.rasters import LlavaVideoRasters
+from sglang_mminfer.families.own.processor import MediaProcessor
+from sglang_mminfer.families.own.prompt import Medium
+
+
+class LlavaVideoProcessor(MediaProcessor):
+    """`--mm-process-config '{"video": {"fps": 1, "max_frames": 64, "force_sample": true}}'`."""
+
+    VIDEO_OPTIONS: ClassVar[Mapping[str, type | tuple[type, ...]]] = {
+        "fps": (int, float),
+        "max_frames": int,
+        "force_sample": bool,
+    }
+
+    REQUEST_OPTIONS: ClassVar[Mapping[str, frozenset[str]]] = {
+        "video": frozenset({"fps", "max_frames", "num_frames"}),
+    }
+
+    def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hf_config, *args, **kwargs)
+        self.rasters = LlavaVideoRasters(hf_config, self.video_config)
+
+    def image(self, picture: Any) -> Sequence[Medium]:
+        return self.rasters.image(picture)
+
+    def video(self, video: Any) -> Medium:
+        return self.rasters.video(video)

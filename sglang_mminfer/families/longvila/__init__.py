@@ -1,0 +1,42 @@
+"""LongVILA: Efficient-Large-Model's qwen2-7b-longvila-256f and -1M, their Llama-3 forerunners, LongVILA-R1.
+
+SigLIP's patches of each frame are merged 2 x 2 (or 3 x 3) and projected: 16 x 16 tokens of a frame of 448 pixels,
+14 x 14 of 384. After each frame stands one ordinary token, a newline. Language model, tower and projector lie in
+folders of their own, the tokenizer beside the language model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang_mminfer.families.own.checkpoint import Checkpoint
+
+MODEL = f"{__name__}.model:LongVilaForConditionalGeneration"
+PROCESSOR = f"{__name__}.processor:LongVilaProcessor"
+
+LLAMA_3_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+
+def read_config(root: dict[str, Any], files: Checkpoint) -> Any:
+    """None for a checkpoint of the same architecture that has no folders: another LLaVA."""
+    from sglang_mminfer.families.longvila.config import read, vila_style
+
+    vila = vila_style(root, files)
+    return None if vila is None else read(vila, files)
+
+
+def chat_template(config: Any) -> str:
+    """That of the language model; nothing between a medium and the words behind it."""
+    from sglang_mminfer.families.own.chat_templates import chatml, llama_3
+
+    if config.text_config.model_type == "llama":
+        return llama_3(LLAMA_3_SYSTEM)
+    return chatml("You are a helpful assistant")
+
+
+def tokenizer_folder(config: Any) -> str:
+    return "llm"

@@ -1,0 +1,53 @@
+"""SGLang's models of a server with mminfer: their own classes with the mends over them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from sglang_mminfer import mends
+from sglang_mminfer.mends import asked
+
+_QWEN2_5_VL = "sglang.srt.models.qwen2_5_vl"
+
+
+def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[type, str] | None:
+    """AFTER get_model_architecture: our class in place of SGLang's, else None (SGLang's stays)."""
+    from sglang_mminfer.families.llava_original import processor as llava_original
+
+    if not asked.for_mminfer():
+        return None
+    kind, architecture = resolved
+    if mends.active("llava_original") and llava_original.is_served(kind, architecture):
+        return llava_original.model_class(kind), architecture
+    if mends.active("frames_apart") and kind.__module__ == _QWEN2_5_VL and hasattr(kind, "get_video_feature"):
+        return _with_frames_apart(kind), architecture
+    return None
+
+
+@functools.cache
+def _with_frames_apart(base: Any) -> type:
+    class FramesApart(base):
+        """Vision blocks with full attention see their frame and not the whole video, as the model was trained.
+
+        Each temporal patch goes through the tower as a picture does. Nothing else depends on the number of frames.
+        """
+
+        def get_video_feature(self, items: list[Any]) -> Any:
+            return super().get_video_feature([_frame_by_frame(item) for item in items])
+
+    FramesApart.__name__ = FramesApart.__qualname__ = base.__name__  # SGLang asks for it by name
+    return FramesApart
+
+
+def _frame_by_frame(item: Any) -> Any:
+    """A copy of a video with a grid row for each of its temporal patches."""
+    import torch
+
+    grids = torch.as_tensor(item.video_grid_thw)
+    apart = grids.repeat_interleave(grids[:, 0], dim=0)
+    apart[:, 0] = 1
+    video = copy.copy(item)
+    video.model_specific_data = {**item.model_specific_data, "video_grid_thw": apart}
+    return video

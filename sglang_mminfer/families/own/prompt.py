@@ -1,0 +1,137 @@
+"""From a prompt with `<image>` and `<video>` in it to token ids, and to where each medium's tokens stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from sglang_mminfer.families.own import geometry
+
+IMAGE, VIDEO = "<image>", "<video>"
+_PLACEHOLDER = re.compile(f"({re.escape(IMAGE)}|{re.escape(VIDEO)})")
+
+
+@dataclass(frozen=True)
+class Raster:
+    """One frame, clip or view, which the language model sees as `rows * cols + tail` tokens.
+
+    Attributes:
+        pixels: uint8, whatever shape the family's encoder takes.
+        rows, cols: its raster, the newline column included; (1, n) for n tokens without one.
+        tail: tokens behind the raster that have no cell.
+        separator: text behind it, tokenized by itself.
+        values: further numbers that the family's encoder reads.
+    """
+
+    pixels: torch.Tensor
+    rows: int
+    cols: int
+    tail: int = 0
+    separator: str = ""
+    values: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.cols + self.tail
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture or a video as rasters of one shape in a row, and the text that its processor adds behind it."""
+
+    kind: Literal["image", "video"]
+    rasters: Sequence[Raster]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A raster in the prompt: tokens [start, start + raster.tokens). It is number `frame` of its medium's `frames`."""
+
+    raster: Raster
+    kind: Literal["image", "video"]
+    start: int
+    frame: int
+    frames: int
+
+    def data(self) -> dict[str, int]:
+        """What the map and the family's encoder read, as SGLang's item carries it."""
+        return {
+            geometry.FRAME: self.frame,
+            geometry.FRAMES: self.frames,
+            geometry.ROWS: self.raster.rows,
+            geometry.COLS: self.raster.cols,
+            geometry.TAIL: self.raster.tail,
+            **self.raster.values,
+        }
+
+
+def fill_id(config: Any, tokenizer: Any) -> int:
+    """The id that stands for media tokens: the model's own where the vocabulary has it, else the padding token.
+
+    It is never embedded, but SGLang wants ids of the vocabulary, and some of these models name one beyond.
+    """
+    vocabulary = config.text_config.vocab_size
+    for candidate in (getattr(config, "image_token_index", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None and 0 <= candidate < vocabulary:
+            return int(candidate)
+    raise ValueError(f"the tokenizer has no padding token within the model's vocabulary of {vocabulary}")
+
+
+def split(text: str, images: int, videos: int) -> list[str]:
+    """The prompt in pieces: text, and `IMAGE` or `VIDEO` where a medium belongs.
+
+    Raises:
+        ValueError: if there is not one placeholder for each medium.
+    """
+    pieces = [piece for piece in _PLACEHOLDER.split(text) if piece]
+    for placeholder, given in ((IMAGE, images), (VIDEO, videos)):
+        found = pieces.count(placeholder)
+        if found != given:
+            raise ValueError(
+                f"prompt: expected one {placeholder} for each of the {given} given, found {found} "
+                f"(the words {IMAGE} and {VIDEO} stand for media and cannot be part of a text that comes with some)"
+            )
+    return pieces
+
+
+def lay_out(
+    pieces: Sequence[str | Medium], encode: Callable[[str], list[int]], fill: int
+) -> tuple[list[int], list[Placed]]:
+    """Token ids of the whole prompt, and every raster in it.
+
+    Args:
+        encode: text to ids, without special tokens of its own.
+        fill: the id that stands for a medium's token.
+    """
+    ids: list[int] = []
+    placed: list[Placed] = []
+    for run in _runs(pieces):
+        if isinstance(run, str):
+            ids.extend(encode(run))
+            continue
+        for frame, raster in enumerate(run.rasters):
+            placed.append(Placed(raster, run.kind, len(ids), frame, len(run.rasters)))
+            ids.extend([fill] * raster.tokens)
+            if raster.separator:
+                ids.extend(encode(raster.separator))
+    return ids, placed
+
+
+def _runs(pieces: Sequence[str | Medium]) -> Iterator[str | Medium]:
+    """Text that nothing interrupts is tokenized in one go, a medium's own text included."""
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        if text:
+            yield text
+        yield piece
+        text = piece.text
+    if text:
+        yield text

@@ -1,0 +1,149 @@
+"""How a checkpoint of ours gets into SGLang: by its own config, under an architecture name that SGLang does not have.
+
+SGLang asks three things of a checkpoint: its config, its processor and its tokenizer's folder. Each question is
+hooked (see `plugin.HOOKS`), answered for the architectures of `FAMILIES`, and left to SGLang for all others and in
+servers without mminfer, which then look for no file that SGLang would not look for. The
+config of ours names an architecture and a model type that nobody else has, so no class of SGLang is replaced: an
+lmms-lab LLaVA-OneVision, whose architecture is that of LLaVA-Video, is served as it was.
+
+Nothing but the standard library is imported here before a checkpoint of ours is met.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang_mminfer.mends import asked
+
+if TYPE_CHECKING:
+    from sglang_mminfer.families.own.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+FAMILIES: dict[str, str] = {
+    "LlavaQwenForCausalLM": "llava_video",
+    "LlavaLlamaModel": "longvila",
+    "VILAForCausalLM": "longvila",  # LongVILA-R1
+    "VideoChatFlashQwenForCausalLM": "videochat_flash",
+}
+"""The architecture in a checkpoint's config.json: the folder here that may know it."""
+
+
+class Family(Protocol):
+    """What the `__init__` of a family's folder offers."""
+
+    MODEL: str
+    """`module:class` of the model; the class has the name of the architecture in the family's config."""
+    PROCESSOR: str
+    """`module:class` of the processor."""
+
+    def read_config(self, root: dict[str, Any], files: Checkpoint) -> Any:
+        """The config of a checkpoint whose config.json is `root`; None if it is another family's after all.
+
+        Raises:
+            ValueError: naming the field that cannot be served, what it is and what was expected.
+        """
+
+    def chat_template(self, config: Any) -> str:
+        """Jinja source; a media part becomes `<image>` or `<video>`."""
+
+    def tokenizer_folder(self, config: Any) -> str:
+        """The sub-folder that holds the tokenizer, "" if it is the checkpoint's own."""
+
+
+def _read(path: Any, revision: str | None) -> tuple[Family, Any, Checkpoint] | None:
+    """The family of a checkpoint, its config and its files; None for all that are not ours to serve."""
+    if not asked.for_mminfer():
+        return None
+    from sglang_mminfer.families.own.checkpoint import Checkpoint
+
+    files = Checkpoint(str(path), revision)
+    root = files.json("config.json") or {}
+    architectures = root.get("architectures")
+    name = FAMILIES.get(architectures[0]) if isinstance(architectures, list) and architectures else None
+    if name is None:
+        return None
+    family: Any = importlib.import_module(f"sglang_mminfer.families.{name}")
+    config = family.read_config(root, files)
+    return None if config is None else (family, config, files)
+
+
+def parse_config(
+    original: Callable[..., Any],
+    self: Any,
+    model: Any,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """AROUND HfModelConfigParser.parse: the config of a checkpoint of ours; its classes are known from then on."""
+    ours = _read(model, revision)
+    if ours is None:
+        return original(self, model, trust_remote_code, revision=revision, **kwargs)
+    family, config, _ = ours
+    _register(family)
+    return config
+
+
+def _register(family: Family) -> None:
+    """Tells SGLang the classes. Every process that builds a model or a processor reads the config before."""
+    from sglang.srt.managers.multimodal_processor import PROCESSOR_MAPPING
+    from sglang.srt.models.registry import ModelRegistry
+
+    model, processor = pkgutil.resolve_name(family.MODEL), pkgutil.resolve_name(family.PROCESSOR)
+    ModelRegistry.models[model.__name__] = model
+    PROCESSOR_MAPPING[model] = processor
+
+
+def load_processor(original: Callable[..., Any], tokenizer_name: str, *args: Any, **kwargs: Any) -> Any:
+    """AROUND get_processor: these checkpoints have a tokenizer, and no processor that transformers could load."""
+    revision = kwargs.get("revision", kwargs.get("tokenizer_revision"))
+    ours = _read(kwargs.get("model_name") or tokenizer_name, revision)
+    if ours is None:
+        return original(tokenizer_name, *args, **kwargs)
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    family, config, _ = ours
+    wanted = ("tokenizer_mode", "trust_remote_code", "tokenizer_backend")
+    tokenizer = get_tokenizer(
+        tokenizer_name, tokenizer_revision=revision, **{name: kwargs[name] for name in wanted if name in kwargs}
+    )
+    return TokenizerAndTemplate(tokenizer, family.chat_template(config))
+
+
+class TokenizerAndTemplate:
+    """What SGLang takes for the processor of a checkpoint.
+
+    Not a bare tokenizer: SGLang looks for the chat template at the processor, and loads some tokenizers anew.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+
+
+def resolve_tokenizer(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution hook: names the sub-folder of a checkpoint that keeps its tokenizer there."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    previous(server_args)
+    cfg = resolving_view(server_args)
+    if cfg.tokenizer_path != cfg.model_path:
+        return  # the user knows better
+    ours = _read(cfg.model_path, cfg.revision)
+    if ours is not None:
+        family, config, files = ours
+        if folder := family.tokenizer_folder(config):
+            path = files.folder(folder)
+            if not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+                # A cache of the hub that is offline gives what it has. SGLang would name a path that nobody gave it.
+                raise ValueError(
+                    f"{cfg.model_path}: expected its tokenizer in the folder {folder}, got no tokenizer_config.json at "
+                    f"{path}; download the whole checkpoint, or give --tokenizer-path"
+                )
+            declare_resolution(server_args, __name__, tokenizer_path=path)

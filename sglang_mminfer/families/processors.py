@@ -1,0 +1,115 @@
+"""SGLang's media processor of a server with mminfer, whatever the family: its own class with the mends over it.
+
+An instance changes its class when SGLang's base class has set it up, so that a processor is mended wherever it is
+made, and a processor of another server in the same process is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import inspect
+import logging
+from typing import Any
+
+from sglang_mminfer import mends
+from sglang_mminfer.mends import identity, pictures, token_ids, verbatim, videos
+
+logger = logging.getLogger(__name__)
+
+
+_ADAPTED = {
+    "InternVLProcessor": ("internvl", "internvl_frames"),
+    "LlavaImageProcessor": ("llava_original", "llava_original"),
+    "NVILAMultimodalProcessor": ("nvila", "nvila_videos"),
+    "QwenVLImageProcessor": ("qwen_vl", None),
+    "TransformersAutoMultimodalProcessor": ("llava_hf", "llava_hf_videos"),
+}
+"""By SGLang's class, the module here whose `adapted` makes ours, imported then and not with this file, and the mend
+that it is (None: several, which it asks for one by one)."""
+
+
+def adapted(kind: type, hf_config: Any) -> type:
+    """Our class in place of one that `_ADAPTED` names; any other class as it is."""
+    module, mend = _ADAPTED.get(kind.__name__, (None, None))
+    if module is None or (mend is not None and not mends.active(mend)):
+        return kind
+    family = importlib.import_module(f"sglang_mminfer.families.{module}.processor")
+    return family.adapted(kind, hf_config) or kind
+
+
+def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER BaseMultimodalProcessor.__init__."""
+    if not mends.wanted(server_args):
+        return
+    self.__class__ = _mended(adapted(type(self), hf_config))
+    self._processor = verbatim.aware_processor(self._processor)
+    self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+    if hasattr(self, "check_options"):
+        self.check_options()
+
+
+@functools.cache
+def _mended(base: Any) -> type:
+    from sglang_mminfer.families import item_checks as items  # it imports more than a process without media needs
+
+    signature = inspect.signature(base.process_mm_data_async)
+
+    class Mended(base):
+        """What holds for the media of every family."""
+
+        @classmethod
+        def _load_single_item(cls, data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:
+            load = super()._load_single_item
+            if cls._is_preprocessed_input(data):
+                return data
+            if modality.name == "IMAGE":
+                return pictures.load(load, cls, data, modality, *args, **kwargs)
+            if modality.name == "VIDEO":
+                return videos.load(load, cls, data, modality, *args, **kwargs)
+            return load(data, modality, *args, **kwargs)
+
+        def snapshot_media_source(self, source: Any, modality: Any) -> Any:
+            if modality.name != "IMAGE":
+                return super().snapshot_media_source(source, modality)
+            return pictures.snapshot(super().snapshot_media_source, type(self), source, modality)
+
+        def decode_media_snapshot(self, snapshot: Any, modality: Any) -> Any:
+            decode = functools.partial(super().decode_media_snapshot, snapshot)
+            if modality.name != "IMAGE" or not pictures.is_file(snapshot.data):
+                return decode(modality)
+            return pictures.load(lambda data, modality, *_: decode(modality), type(self), snapshot.data, modality)
+
+        def process_and_combine_mm_data(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().process_and_combine_mm_data(*args, **kwargs)
+            except StopIteration as error:  # a future cannot hold one: the client would wait for ever
+                raise ValueError("prompt: it has more placeholders than media") from error
+
+        async def process_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(self, *args, **kwargs)
+            given = {**call.arguments, **call.arguments.get("kwargs", {})}
+            request, prompt = given["request_obj"], given["input_text"]
+            try:
+                items.check_preprocessed(request)
+                prompt = token_ids.as_text(self, prompt, request)
+                items.check_placeholders(self, prompt, request)
+                call.arguments["input_text"] = prompt
+                output = await super().process_mm_data_async(*call.args[1:], **call.kwargs)
+                if output is not None:
+                    items.check(output, self)
+                    identity.add(output, request)
+            except (ValueError, MemoryError, ImportError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                if type(error).__module__.startswith("torch"):
+                    raise  # the device's, not the client's
+                # A line and no traceback: clients decide how often this happens.
+                logger.warning("mminfer: media of request %s: %r", getattr(request, "rid", ""), error)
+                logger.debug("mminfer: where it failed", exc_info=True)
+                raise ValueError(f"media: could not be processed: {type(error).__name__}: {error}") from error
+            return output
+
+    Mended.__name__ = Mended.__qualname__ = f"Mended{base.__name__}"
+    return Mended

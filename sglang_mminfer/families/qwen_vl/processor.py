@@ -1,0 +1,246 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and their relatives."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from sglang_mminfer import mends
+from sglang_mminfer.families.maps import grid_rows
+from sglang_mminfer.families.qwen3_vl import geometry as qwen3_vl
+from sglang_mminfer.families.qwen_vl import geometry as qwen_vl
+from sglang_mminfer.mends import limits, options
+from sglang_mminfer.mends.token_ids import Piece, collapsed
+
+MODEL_TYPES = (*qwen_vl.MODEL_TYPES, *qwen3_vl.MODEL_TYPES)
+
+_PIXELS = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"})
+_BY_RATE, _BY_COUNT = frozenset({"fps", "min_frames", "max_frames"}), frozenset({"num_frames"})
+
+_METADATA = "mminfer_video_metadata"
+"""On what SGLang loads for a prompt: where the frames of each of its videos stand in their files."""
+
+_KINDS = {"<|image_pad|>": ("image",), "<|video_pad|>": ("video",)}
+
+_SMALL = "mminfer_small_video"
+"""On the same: whether one of them has fewer pixels than usual."""
+
+_SMALLER = frozenset({"max_long_side_pixel", "min_pixels", "max_pixels", "total_pixels", *_PIXELS})
+
+IMAGE_FACTOR = 28
+"""Pixels of a side of what becomes a token, as SGLang reckons for all of these models."""
+
+_PLACEHOLDERS = {"image": re.compile(r"(?:<\|image_pad\|>)+|<image>"), "video": re.compile(r"(?:<\|video_pad\|>)+")}
+
+
+def adapted(base: type, hf_config: Any) -> type | None:
+    return _class(base) if hf_config.model_type in MODEL_TYPES else None
+
+
+@functools.cache
+def _class(base: Any) -> type:
+    class MMInferQwenVLProcessor(base):
+        """Videos one by one, their frames at their time, and as many and as large as the request wants them."""
+
+        REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
+            "image": _PIXELS,
+            "video": _PIXELS | _BY_RATE | _BY_COUNT | {"total_pixels"},
+        }
+
+        def placeholders_in(self, prompt: str) -> dict[str, int]:
+            return {kind: len(pattern.findall(prompt)) for kind, pattern in _PLACEHOLDERS.items()}
+
+        def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
+            """One placeholder for each medium, where an answer's ids were sent back."""
+            if self.model_type in qwen3_vl.MODEL_TYPES:
+                pieces = collapsed_frames(pieces, self._tokenizer)
+            return collapsed(pieces, counts, _KINDS)
+
+        async def load_mm_data(self, *args: Any, **kwargs: Any) -> Any:
+            loaded = await super().load_mm_data(*args, **kwargs)
+            loaded.images = [self._resized(image) for image in loaded.images or ()]
+            if not mends.active("video_seconds") or not loaded.videos or isinstance(loaded.videos[0], dict):
+                return loaded
+            loop = asyncio.get_running_loop()
+            sampled = [await loop.run_in_executor(self.io_executor, self._sampled, video) for video in loaded.videos]
+            # A video with fewer pixels than usual: transformers would enlarge it again.
+            setattr(loaded, _SMALL, any(options.on(video).keys() & _SMALLER for video in loaded.videos))
+            # What is no decoder any more is taken as it is by the caller, which has nothing to say of its time then.
+            loaded.videos = [frames for frames, _ in sampled]
+            setattr(loaded, _METADATA, [metadata for _, metadata in sampled])
+            return loaded
+
+        async def _run_preprocess_and_build_artifact_batch(self, entries: Any) -> Any:
+            resized = [dataclasses.replace(entry, media=self._resized(entry.media)) for entry in entries]
+            return await super()._run_preprocess_and_build_artifact_batch(resized)
+
+        def _resized(self, picture: Any) -> Any:
+            """A picture in the size that its request wants, as Qwen's own code resizes it; any other as it is."""
+            wanted = options.on(picture)
+            if not wanted.keys() & _PIXELS:
+                return picture
+            width, height = picture.size
+            return picture.resize(self._size_of(wanted, height, width)[::-1])
+
+        def _size_of(self, wanted: dict[str, Any], height: int, width: int) -> tuple[int, int]:
+            """Height and width in whole patches.
+
+            Raises:
+                ValueError: for a size that is larger than the server takes, or too long.
+            """
+            from sglang.srt.multimodal.processors.qwen_vl import smart_resize
+
+            sizes: dict[str, int] = {name: wanted[name] for name in ("min_pixels", "max_pixels") if name in wanted}
+            if sizes.get("min_pixels", 0) > sizes.get("max_pixels", math.inf):
+                raise ValueError(f"min_pixels: expected no more than max_pixels, got {sizes}")
+            height, width = wanted.get("resized_height", height), wanted.get("resized_width", width)
+            patch = self.hf_config.vision_config.patch_size * self.spatial_merge_size
+            height, width = smart_resize(height, width, factor=patch, **sizes)
+            limits.check_size("image", width, height)
+            return height, width
+
+        def _sampled(self, video: Any) -> tuple[Any, dict[str, Any] | None]:
+            """The frames that SGLang takes of a video, and where they stand in the file."""
+            from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
+
+            config = self._video_options(options.on(video))
+            if hasattr(video, "resized"):
+                video = self._bounded(video, config)
+            return asyncio.run(preprocess_video(video, video_config=config))
+
+        def _video_options(self, wanted: dict[str, Any]) -> dict[str, Any]:
+            """What SGLang samples a video by: the operator's options, and the request's over them."""
+            config = dict(self.video_config)
+            for one, other in ((_BY_RATE, {"nframes"}), (_BY_COUNT, _BY_RATE)):
+                if wanted.keys() & one:
+                    config = {name: value for name, value in config.items() if name not in other}
+            for name in ("max_frames", "num_frames"):
+                if name in wanted:
+                    options.within(wanted[name], self.video_config.get("max_frames", 0), name)
+            if "num_frames" in wanted:
+                wanted["nframes"] = wanted.pop("num_frames")
+            if wanted.pop("max_long_side_pixel", None):
+                # Frames have been made smaller, and stay it.
+                wanted.setdefault("min_pixels", IMAGE_FACTOR**2)
+            return {**config, **wanted}
+
+        def _bounded(self, video: Any, config: dict[str, Any]) -> Any:
+            """The video with large frames resized as they are decoded, to the size that SGLang resizes them to.
+
+            Raises:
+                ValueError: for a file without a frame rate, or more frames than the server takes.
+            """
+            from sglang.srt.multimodal.processors import qwen_vl as stock
+
+            if not video.avg_fps > 0:
+                raise ValueError(f"video: expected a frame rate, got {video.avg_fps}")
+            count = stock.smart_nframes(config, total_frames=len(video), video_fps=video.avg_fps)
+            height, width = video.frame_shape
+            if count * height * width * 3 <= limits.BATCH_BYTES:
+                return video
+            least = config.get("min_pixels", stock.VIDEO_MIN_PIXELS)
+            share = config.get("total_pixels", stock.VIDEO_TOTAL_PIXELS) / count * stock.FRAME_FACTOR
+            most = max(min(config.get("max_pixels", stock.VIDEO_MAX_PIXELS), share), int(least * 1.05))
+            most = min(config.get("max_pixels", most), most)
+            if "resized_height" in config and "resized_width" in config:
+                size = stock.smart_resize(config["resized_height"], config["resized_width"])
+            else:
+                size = stock.smart_resize(height, width, min_pixels=least, max_pixels=most)
+            return video.resized(*size)
+
+        async def process_and_combine_mm_data_async(self, base_output: Any, *args: Any, **kwargs: Any) -> Any:
+            metadata = getattr(base_output, _METADATA, None)
+            if metadata and all(metadata):
+                from sglang.srt.multimodal.processors.qwen_vl import _get_processor_video_config
+
+                # Without these transformers takes every video for one of 24 frames a second, and a Qwen2.5-VL for
+                # twelve times shorter than it is.
+                kwargs["video_metadata"], kwargs["do_sample_frames"] = metadata, False
+                kwargs["processor_video_config"] = _get_processor_video_config(self.video_config, metadata)
+                if getattr(base_output, _SMALL, False):
+                    most = self._processor.video_processor.size["longest_edge"]
+                    size = {"shortest_edge": IMAGE_FACTOR**2, "longest_edge": most}
+                    kwargs["processor_video_config"] = {**kwargs["processor_video_config"], "size": size}
+            return await super().process_and_combine_mm_data_async(base_output, *args, **kwargs)
+
+        def _postprocess_mm_items_before_transport(self, mm_items: list[Any], **kwargs: Any) -> list[Any]:
+            items = super()._postprocess_mm_items_before_transport(mm_items, **kwargs)
+            if not mends.active("separate_videos"):
+                return items
+            return [video for item in items for video in videos_of(item)]
+
+    return MMInferQwenVLProcessor
+
+
+_START, _VIDEO, _END = (Piece(name=f"<|{name}|>") for name in ("vision_start", "video_pad", "vision_end"))
+_TIMESTAMP = re.compile(r"<\d+\.\d seconds>")
+
+
+def collapsed_frames(pieces: Sequence[Piece], tokenizer: Any) -> list[Piece]:
+    """The pieces of a prompt with one placeholder for each video of Qwen3-VL.
+
+    A processor makes of `<|video_pad|>` a timestamp and a frame, `<|vision_start|>` and `<|vision_end|>` around it, for
+    each temporal patch. What does not look like that stays as it is.
+    """
+    out: list[Piece] = []
+    at = 0
+    while at < len(pieces):
+        stop, frames = at, 0
+        while (behind := _behind_frame(pieces, stop, tokenizer)) is not None:
+            stop, frames = behind, frames + 1
+        if frames and out[-1:] == [_START]:
+            out.append(_VIDEO)
+            at = stop
+        else:
+            out.append(pieces[at])
+            at += 1
+    return out
+
+
+def _behind_frame(pieces: Sequence[Piece], at: int, tokenizer: Any) -> int | None:
+    """Where the piece behind a frame and its timestamp is, if they begin at `at`."""
+    if at + 1 >= len(pieces) or not pieces[at].ids or pieces[at + 1] != _START:
+        return None
+    if not _TIMESTAMP.fullmatch(tokenizer.decode(pieces[at].ids)):
+        return None
+    stop = at + 2
+    while pieces[stop : stop + 1] == [_VIDEO]:
+        stop += 1
+    return stop + 1 if stop > at + 2 and pieces[stop : stop + 1] == [_END] else None
+
+
+def videos_of(item: Any) -> list[Any]:
+    """The videos of an item that holds several with one span of tokens each; any other item as it is."""
+    grids, count = grid_rows(item.model_specific_data.get("video_grid_thw")), len(item.offsets or ())
+    if not item.is_video() or count < 2 or grids is None or len(grids) != count:
+        return [item]
+    patches = [t * h * w for t, h, w in grids]
+    if getattr(item.feature, "ndim", 0) != 2 or len(item.feature) != sum(patches):
+        return [item]
+    videos, start = [], 0
+    for i, length in enumerate(patches):
+        video = copy.copy(item)
+        video.feature = item.feature[start : start + length]
+        video.offsets = [item.offsets[i]]
+        video.model_specific_data = {
+            key: value[i : i + 1] if _has_rows(value, count) else value
+            for key, value in item.model_specific_data.items()
+        }
+        video.hash = None  # of all videos so far; SGLang computes it anew
+        videos.append(video)
+        start += length
+    return videos
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    """Whether a value holds something of each of `count` videos."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return len(shape) > 0 and shape[0] == count
+    return isinstance(value, list | tuple) and len(value) == count

@@ -1,0 +1,33 @@
+"""VideoChat-Flash: the five checkpoints of OpenGVLab, from their original files.
+
+A video tower (UMT-L at 224 or 448 pixels, or InternVideo2-1B) sees clips of 4 frames; the patches of a clip are
+merged until 64 tokens are left, so a frame costs 16. Clips stand one behind the other, and their tokens have no
+raster: grids of the clip's stride apply, grids of rows do not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang_mminfer.families.own.checkpoint import Checkpoint
+
+MODEL = f"{__name__}.model:VideoChatFlashForConditionalGeneration"
+PROCESSOR = f"{__name__}.processor:VideoChatFlashProcessor"
+
+
+def read_config(root: dict[str, Any], files: Checkpoint) -> Any:
+    from sglang_mminfer.families.videochat_flash.config import read
+
+    return read(root)
+
+
+def chat_template(config: Any) -> str:
+    """ChatML as the original's `chat` writes it; what follows a video, the processor adds."""
+    from sglang_mminfer.families.own.chat_templates import chatml
+
+    return chatml("You are a helpful assistant.", after_image="\\n")
+
+
+def tokenizer_folder(root: dict[str, Any]) -> str:
+    return ""

@@ -1,0 +1,349 @@
+"""An out-of-tree SGLang platform for machines without an accelerator.
+
+Stock SGLang has two answers there, and neither serves a model: its CPU engine needs a kernel package that is
+not on the package index, and without it the base platform sends RoPE to an import of another serving engine.
+An out-of-tree platform whose device is the CPU runs every operator's plain torch method instead.
+
+It is used only where the CPU is asked for: a machine that lost its GPUs fails as it does without this package, and
+another vendor's platform stays what it is. There are two ways to ask. SGLANG_PLATFORM=mminfer_cpu is SGLang's own, and
+goes by the entry point (`activate`). A device of "cpu" in the server arguments, from the command line, a file or
+Engine(device="cpu"), is known only when SGLang resolves them, long after it chose a platform; `use` then changes this
+process over, and sets SGLANG_PLATFORM for the processes that are started from it.
+
+Importing this module costs nothing: SGLang does so on every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_mminfer.serving import hooks
+from sglang_mminfer.serving.hooks import Hook
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+PLATFORM_NAME = "mminfer_cpu"
+"""Name of the entry point in group `sglang.srt.platforms`; SGLANG_PLATFORM set to it forces the platform."""
+
+MAX_TOTAL_TOKENS = 262_144
+"""Default size of the KV pool. SGLang would fill most of the machine's memory, which a small model turns into
+tens of millions of slots whose bookkeeping alone takes seconds and gigabytes."""
+
+MAX_RUNNING_REQUESTS = 64
+"""Default rows of the request table; SGLang's minimum of 2048, times a long context, is 250 MB and more."""
+
+MEMORY_SHARE = 0.8
+"""The share of free memory that all ranks of this machine together may plan for weights and KV."""
+
+_CORES = "SGLANG_CPU_OMP_THREADS_BIND"
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@functools.cache
+def accelerators() -> tuple[str, ...]:
+    """Names of the accelerator kinds that torch can use here; empty on a machine that needs this platform."""
+    import torch
+
+    found = []
+    if torch.cuda.is_available():
+        found.append("hip" if torch.version.hip is not None else "cuda")
+    if torch.xpu.is_available():
+        found.append("xpu")
+    for name in ("npu", "musa", "hpu", "mps"):  # modules that a vendor's package adds to torch, mps apart
+        module = getattr(torch, name, None)
+        if module is not None and module.is_available():
+            found.append(name)
+    return tuple(found)
+
+
+def selected(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether SGLANG_PLATFORM names this platform."""
+    return environ.get("SGLANG_PLATFORM") == PLATFORM_NAME
+
+
+def activate() -> str | None:
+    """Entry point: the platform's class where SGLANG_PLATFORM names it, None elsewhere."""
+    return f"{__name__}.MMInferCpuPlatform" if selected() else None
+
+
+def why_unfit(environ: Mapping[str, str] = os.environ) -> str | None:
+    """None where a device of "cpu" brings this platform, else the reason why it does not, in words."""
+    if selected(environ):
+        return None
+    if name := environ.get("SGLANG_PLATFORM"):
+        return f"SGLANG_PLATFORM={name} selects another platform"
+    if environ.get("SGLANG_USE_CPU_ENGINE", "0") not in ("", "0"):
+        return "SGLANG_USE_CPU_ENGINE is set, so SGLang's own CPU engine is used"
+    allowed = environ.get("SGLANG_PLUGINS")
+    if allowed and PLATFORM_NAME not in (name.strip() for name in allowed.split(",")):
+        return f"SGLANG_PLUGINS={allowed} leaves it out"
+    if found := accelerators():
+        return f"this machine has an accelerator ({', '.join(found)}); SGLANG_PLATFORM={PLATFORM_NAME} insists"
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.is_out_of_tree() and not is_active():
+        return f"the platform {type(current_platform).__name__} of another package is active"
+    return None
+
+
+@functools.cache
+def _platform_class() -> type:
+    """The class, made when SGLang asks for it.
+
+    A class statement at the top would import SGLang's platform package, which looks for platforms while it is
+    imported and would find this module half-way.
+    """
+    import psutil
+    import torch
+    from sglang.srt.platforms.cpu import CpuDeviceMixin
+    from sglang.srt.platforms.device_mixin import PlatformEnum
+    from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+    class MMInferCpuPlatform(CpuDeviceMixin, SRTPlatform):
+        """The CPU as an out-of-tree device: plain torch operators, gloo, no graphs, no pinned memory."""
+
+        # Out of tree, not CPU: `is_cpu()` must stay False, it stands for the CPU engine with its own kernels.
+        _enum = PlatformEnum.OOT
+        capabilities = PlatformCapabilities()
+
+        def get_default_attention_backend(self) -> str:
+            return "torch_native"
+
+        def get_dispatch_key_name(self) -> str:
+            return "native"
+
+        def get_device(self, device_id: int = 0) -> str:
+            return "cpu"  # the in-tree CPU platform answers with a torch.device, against the interface
+
+        def get_device_total_memory(self, device_id: int = 0) -> int:
+            """What this container may use, where it says so, else what the machine has."""
+            total = int(psutil.virtual_memory().total)
+            try:
+                return min(total, int(_CGROUP_LIMIT.read_text()))
+            except (OSError, ValueError):  # no cgroup v2 here, or "max"
+                return total
+
+        def is_pin_memory_available(self, device: Any = None) -> bool:
+            return False
+
+        def get_compile_backend(self, mode: str | None = None) -> str:
+            return "eager"
+
+        def get_torch_profiler_activity_str(self) -> str:
+            return "CPU"
+
+        def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+            return torch.profiler.ProfilerActivity.CPU
+
+    return MMInferCpuPlatform
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MMInferCpuPlatform":
+        return _platform_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def is_active() -> bool:
+    """True in a process whose SGLang runs on this platform."""
+    from sglang.srt import platforms
+
+    return isinstance(platforms.current_platform, _platform_class())
+
+
+_before: Any = None
+"""The platform that SGLang had chosen before `use`; None where it was not used."""
+
+
+def use() -> None:
+    """Change this process, and those that are started from it, over to this platform.
+
+    Modules that took the platform by name when they were imported are changed, too.
+    """
+    global _before
+    from sglang.srt import platforms
+
+    os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
+    if not is_active():
+        _before = platforms.current_platform
+        _change(_before, _platform_class()())
+    _install_hooks()
+
+
+def leave() -> None:
+    """Undo `use`, for a further engine of this process whose arguments do not ask for the CPU."""
+    global _before
+    if _before is None:
+        return
+    from sglang.srt import platforms
+
+    del os.environ["SGLANG_PLATFORM"]
+    _change(platforms.current_platform, _before)
+    _before = None
+
+
+def _change(old: Any, new: Any) -> None:
+    from sglang.srt import platforms
+
+    platforms._current_platform = new
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("current_platform") is old:
+            module.current_platform = new  # type: ignore[attr-defined]
+
+
+def _ranks(cfg: Any) -> int:
+    """Scheduler processes on this machine."""
+    return max(1, cfg.tp_size * cfg.pp_size * cfg.dp_size // max(1, cfg.nnodes))
+
+
+def default_arguments(cfg: Any) -> dict[str, Any]:
+    """The server arguments a CPU needs and the user left open. `cfg` is any view of ServerArgs."""
+    if cfg.device is not None and cfg.device != "cpu":
+        return {}
+    wanted: dict[str, tuple[Any, Any]] = {  # field: (what says that the user left it open, our value)
+        "device": (None, "cpu"),
+        "dtype": ("auto", "float32"),
+        "attention_backend": (None, "torch_native"),
+        "mm_attention_backend": (None, "sdpa"),
+        "sampling_backend": (None, "pytorch"),
+        "disable_cuda_graph": (False, True),
+        "sleep_on_idle": (False, True),  # a scheduler that waits would poll, on a core that others need
+        "mem_fraction_static": (None, round(MEMORY_SHARE / _ranks(cfg), 3)),
+        "max_total_tokens": (None, MAX_TOTAL_TOKENS),
+        "max_running_requests": (None, MAX_RUNNING_REQUESTS),
+    }
+    return {field: value for field, (unset, value) in wanted.items() if getattr(cfg, field) == unset}
+
+
+def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
+    """A value for SGLANG_CPU_OMP_THREADS_BIND, or None where SGLang can do without.
+
+    Left alone, SGLang gives each rank a NUMA node, and stops where there are more ranks than nodes.
+    """
+    if ranks <= nodes:
+        return None
+    share = max(1, len(cores) // ranks)
+    groups = [cores[(i * share) % len(cores) :][:share] for i in range(ranks)]
+    return "|".join(",".join(map(str, group)) for group in groups)
+
+
+def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution hook: brings the platform where the arguments ask for the CPU, declares `default_arguments`, and
+    binds ranks to cores where SGLang could not."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    cfg = resolving_view(server_args)
+    if cfg.device == "cpu":
+        if reason := why_unfit():
+            logger.info("mminfer: the CPU platform of this package is not used: %s.", reason)
+        else:
+            use()
+    elif _before is not None:
+        leave()
+        if cfg.device is None:  # the next step asks for one, and has SGLang's own answer, an error or not
+            from sglang.srt.utils import common
+
+            declare_resolution(server_args, __name__, device=inspect.unwrap(common.get_device)())
+    if is_active():
+        if wanted := default_arguments(cfg):
+            declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **wanted)
+        if cfg.device == "cpu" and _CORES not in os.environ:
+            from sglang.srt.utils.common import get_cpu_ids_by_node
+
+            cores = sorted(os.sched_getaffinity(0))
+            if binding := core_binding(_ranks(cfg), len(get_cpu_ids_by_node()), cores):
+                logger.info("mminfer: %s=%s (cores of each rank)", _CORES, binding)
+                os.environ[_CORES] = binding  # inherited by the schedulers, where SGLang reads it
+    previous(server_args)
+
+
+def pin_memory(original: Callable[..., torch.Tensor], self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """AROUND torch.Tensor.pin_memory: there is nothing to pin for where no accelerator exists.
+
+    SGLang's video decoder and the Qwen, Ernie and other processors pin every frame unless SGLang runs on its
+    own CPU engine, and torch raises. This is the one place that all of them go through.
+    """
+    return original(self, *args, **kwargs) if accelerators() else self
+
+
+def get_device(original: Callable[..., str], device_id: int | None = None) -> str:
+    """AROUND get_device: the CPU, where our platform is active or was for an engine before."""
+    return "cpu" if is_active() or not accelerators() else original(device_id)
+
+
+def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND VisionSdpaAttention.forward: the same attention, one sequence of `cu_seqlens` at a time.
+
+    SGLang's own builds a mask of all patches by all patches (and keeps 128 of them): 16 GB for the 131K patches
+    of a video of 32K tokens, although each patch sees only its frame or window.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    arguments = dict(zip(("q", "k", "v", "bsz", "cu_seqlens", "attention_mask"), args)) | kwargs
+    cu_seqlens = arguments.get("cu_seqlens")
+    masked = arguments.get("attention_mask") is not None or self.softmax_in_single_precision
+    if cu_seqlens is None or masked or arguments["bsz"] != 1:
+        return original(self, *args, **kwargs)
+    q, k, v = arguments["q"], arguments["k"], arguments["v"]  # [patches, heads, D]
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[0]:
+        return original(self, *args, **kwargs)
+    starts, lengths = torch.tensor(bounds[:-1]), cu_seqlens.diff().cpu()
+    out = torch.empty_like(q)
+    for length in lengths.unique().tolist():
+        if length == 0:
+            continue
+        rows = starts[lengths == length][:, None] + torch.arange(length)  # [sequences, length]
+        q_part, k_part, v_part = (tensor[rows].transpose(1, 2) for tensor in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        attended = scaled_dot_product_attention(q_part, k_part, v_part, scale=self.scale, enable_gqa=grouped)
+        out[rows] = attended.transpose(1, 2)
+    return out
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "torch.Tensor.pin_memory",
+        "around",
+        f"{__name__}:pin_memory",
+        "SGLang's video decoder and several processors pin frames unless its own CPU engine runs, and torch "
+        "raises where there is no accelerator. All of them go through this method.",
+    ),
+    Hook(
+        "sglang.srt.utils.common.get_device",
+        "around",
+        f"{__name__}:get_device",
+        "SGLang names a device only for its own CPU engine or an accelerator and raises elsewhere; InternVL's "
+        "processor and the Transformers fallback ask for it.",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.vision.VisionSdpaAttention.forward",
+        "around",
+        f"{__name__}:attend_by_sequence",
+        "SGLang's vision attention on a CPU masks all patches by all patches: memory grows with the square of "
+        "the video's length, and a long video ends the scheduler.",
+    ),
+)
+"""Installed only where this platform is used."""
+
+
+@functools.cache
+def _install_hooks() -> None:
+    """Installs `HOOKS` where the CPU is asked for only after `plugin.register`."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    for hook in HOOKS:
+        if hook.target not in HookRegistry._patched:
+            hooks.install(hook)
+    HookRegistry.apply_hooks()

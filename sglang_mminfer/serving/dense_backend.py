@@ -1,0 +1,60 @@
+"""Which dense backend stands under ours, and the page size that it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_mminfer.settings import BACKEND_NAME
+
+PAGE_SIZES: dict[str, tuple[int, ...]] = {"trtllm_mha": (64, 16, 32, 128), "fa4": (128,)}
+"""Of default backends that take these alone, the one first that SGLang sets when it sees the backend's name."""
+
+
+def dense_backend_name(server_args: Any, device: str) -> str:
+    """The attention backend that SGLang would run the prefill on if this plugin were not there.
+
+    A base backend that the user named beside `--prefill-attention-backend mminfer` is the answer; otherwise
+    SGLang's own choice for this model and device. Where that needs another page size than the user asked for, the
+    next one that takes any page size is used; see `page_size_of_default`.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    view = resolving_view(server_args)
+    name = _default_backend_name(server_args, device)
+    page_sizes = PAGE_SIZES.get(name)
+    if view.attention_backend in (None, BACKEND_NAME) and page_sizes and view.page_size not in page_sizes:
+        return "triton" if model_config_of(server_args).has_asymmetric_kv else "flashinfer"
+    return name
+
+
+def page_size_of_default(server_args: Any, device: str) -> tuple[str, int] | None:
+    """The dense backend that SGLang takes by default, and the page size that it would set for it; None if it leaves
+    the page size alone, the user named one, or the backend is the user's.
+
+    SGLang sets page sizes by the backend's name, and sees ours.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    view = resolving_view(server_args)
+    if view.attention_backend != BACKEND_NAME or view.page_size not in (None, 1):
+        return None
+    name = _default_backend_name(server_args, device)
+    return (name, PAGE_SIZES[name][0]) if name in PAGE_SIZES else None
+
+
+def _default_backend_name(server_args: Any, device: str) -> str:
+    """The base backend of the user, or SGLang's choice, whatever page size it needs."""
+    from sglang.srt.arg_groups.model_override_base import (
+        get_default_attn_backend,
+        model_config_of,
+        resolving_view,
+        use_mla_backend,
+    )
+
+    view = resolving_view(server_args)
+    if view.attention_backend not in (None, BACKEND_NAME):
+        return view.attention_backend
+    if str(device).split(":")[0] == "cpu":
+        return "torch_native"
+    name = get_default_attn_backend(server_args, use_mla_backend(server_args), model_config_of(server_args))
+    return "triton" if name == "fa3" and view.kv_cache_dtype == "fp8_e5m2" else name

@@ -1,0 +1,28 @@
+"""Video where FFmpeg's libraries are missing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND VideoDecoderWrapper.__init__: SGLang's own fallback to decord, taken when it is needed."""
+    from sglang.srt.utils import video_decoder
+
+    from sglang_mminfer.mends import asked
+    from sglang_mminfer.serving import cpu_platform
+
+    if not asked.for_mminfer() and not cpu_platform.selected():
+        return original(self, *args, **kwargs)
+    try:
+        original(self, *args, **kwargs)
+    except RuntimeError as error:
+        if "Could not load libtorchcodec" not in str(error):
+            raise
+        logger.warning("mminfer: torchcodec finds no FFmpeg libraries; video is decoded by decord.")
+        video_decoder._BACKEND = "decord"
+        original(self, *args, **kwargs)

@@ -1,0 +1,309 @@
+"""What a launch with mminfer is held against: `REFUSALS` lists each that can never work, with what to do instead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_mminfer import mends, settings
+from sglang_mminfer.serving import dense_backend, flags, head_config_choice, hooks
+from sglang_mminfer.serving.hooks import UnsupportedLaunch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A launch that can never work. `applies` gets a view of the arguments as far as they are resolved."""
+
+    name: str
+    applies: Callable[[Any], bool]
+    message: str
+
+
+def _backends(cfg: Any) -> tuple[str | None, str | None]:
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    return attention_backends_of(cfg)
+
+
+def _model_config(cfg: Any) -> Any:
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return model_config_of(cfg)
+
+
+def _is_mla(cfg: Any) -> bool:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    return _model_config(cfg).attention_arch == AttentionArch.MLA
+
+
+def _has_linear_attention(cfg: Any) -> bool:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    model = _model_config(cfg)
+    return model.attention_arch == AttentionArch.SSM or mambaish_config(model) is not None
+
+
+def _has_own_sparse_attention(cfg: Any) -> bool:
+    from sglang.srt.configs.model_config import is_minimax_sparse
+
+    return is_minimax_sparse(_model_config(cfg).hf_config)
+
+
+def _full_prefill_graph(cfg: Any) -> bool:
+    resolved = getattr(cfg.cuda_graph_config, "prefill", None)
+    return (resolved.backend if resolved else cfg.cuda_graph_backend_prefill) == "full"
+
+
+def _draft_backend(cfg: Any) -> str | None:
+    """The dense backend if a draft model could run on it, else None."""
+    from sglang.srt.arg_groups.choices import DRAFT_ATTENTION_BACKEND_CHOICES
+    from sglang.srt.arg_groups.overrides import record_of
+
+    name = dense_backend.dense_backend_name(record_of(cfg), cfg.device or "")
+    return name if name in DRAFT_ATTENTION_BACKEND_CHOICES else None
+
+
+def _needs_draft_backend(cfg: Any) -> bool:
+    algorithm = cfg.speculative_algorithm
+    return (
+        algorithm is not None
+        and str(algorithm).upper() != "NGRAM"  # drafts from the prompt, without a model
+        and cfg.speculative_draft_attention_backend is None
+    )
+
+
+NAMED_STORAGE = ("file", "nixl", "mooncake", "eic", "simm", "mori", "seaweedfs")
+"""Storage backends of HiCache whose keys hold the model's name."""
+
+
+def _media_are_ours(cfg: Any) -> bool:
+    """Whether this package reads or mends media of the model."""
+    from sglang_mminfer.families.maps import family_of
+
+    return family_of(_model_config(cfg).hf_config) is not None
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "executor",
+        lambda cfg: settings.executor() not in settings.EXECUTOR_CHOICES,
+        f"{settings.EXECUTOR.variable} names no executor; expected one of {', '.join(settings.EXECUTOR_CHOICES)}.",
+    ),
+    Refusal(
+        "dense_heads",
+        lambda cfg: settings.dense_heads() not in settings.DENSE_HEADS_CHOICES,
+        f"{settings.DENSE_HEADS.variable}: expected one of {', '.join(settings.DENSE_HEADS_CHOICES)}.",
+    ),
+    Refusal(
+        "audit",
+        lambda cfg: settings.is_bad(settings.audit_rate),
+        f"{settings.AUDIT.variable}: expected a share of requests from 0 to 1.",
+    ),
+    Refusal(
+        "mends",
+        lambda cfg: mends.why_bad() is not None,
+        f"{settings.MENDS.variable}: expected all, none, names of mends (`mminfer doctor` lists them) to have only "
+        "these, or names with a minus each to have all others.",
+    ),
+    Refusal(
+        "plan_budget",
+        lambda cfg: settings.is_bad(settings.plan_budget),
+        f"{settings.PLAN_BUDGET_MS.variable} and {settings.PLAN_BUDGET_MB.variable}: expected numbers above 0 (inf: no "
+        "limit).",
+    ),
+    Refusal(
+        "max_megapixels",
+        lambda cfg: settings.is_bad(settings.max_megapixels),
+        f"{settings.MAX_MEGAPIXELS.variable}: expected megapixels, a number above 0.",
+    ),
+    Refusal(
+        "decode_only",
+        lambda cfg: _backends(cfg)[0] != settings.BACKEND_NAME,
+        "mminfer is named for decoding only, and it works on the prefill; use "
+        "--prefill-attention-backend mminfer or --attention-backend mminfer.",
+    ),
+    Refusal(
+        "ray",
+        lambda cfg: cfg.use_ray,
+        "--use-ray starts schedulers that load no plugins, so they would not know the backend mminfer; "
+        "launch without --use-ray.",
+    ),
+    Refusal(
+        "deterministic",
+        lambda cfg: cfg.enable_deterministic_inference or cfg.rl_on_policy_target is not None,
+        "--enable-deterministic-inference (also set by --rl-on-policy-target) needs a backend whose kernels "
+        "SGLang has checked for it; drop it or use --attention-backend fa3, flashinfer or triton.",
+    ),
+    Refusal(
+        "multi_item_scoring",
+        lambda cfg: cfg.enable_mis,
+        "--enable-mis needs the custom masks of --attention-backend flashinfer; drop one of the two.",
+    ),
+    Refusal(
+        "no_kv_cache",
+        lambda cfg: cfg.prefill_only_disable_kv_cache,
+        "--prefill-only-disable-kv-cache leaves no KV cache, and mminfer reads keys and values from there; "
+        "drop it or use --attention-backend fa3.",
+    ),
+    Refusal(
+        "unified_memory",
+        lambda cfg: cfg.enable_unified_memory or cfg.enable_page_major_kv_layout,
+        "--enable-unified-memory and --enable-page-major-kv-layout store KV in a layout that mminfer does "
+        "not read; drop them or use --attention-backend flashinfer.",
+    ),
+    Refusal(
+        "kv_sharding",
+        lambda cfg: cfg.enable_kv_cache_sharding,
+        "--enable-kv-cache-sharding leaves each rank a part of every cached page, and mminfer needs whole "
+        "ones; drop it or use --attention-backend fa3.",
+    ),
+    Refusal(
+        "block_scaled_kv",
+        lambda cfg: cfg.kv_cache_dtype in ("nvfp4", "fp4_mx_block16", "mxfp8"),
+        "--kv-cache-dtype nvfp4, fp4_mx_block16 and mxfp8 are read only by the backends made for them; use "
+        "--kv-cache-dtype auto (fp8_e4m3 is accepted, and its requests run dense).",
+    ),
+    Refusal(
+        "prefill_context_parallel",
+        lambda cfg: cfg.attn_cp_size > 1 or cfg.enable_prefill_cp,
+        "--attn-cp-size above 1 and --enable-prefill-cp split a prompt over ranks, and mminfer plans whole "
+        "prompts; use --tp-size instead.",
+    ),
+    Refusal(
+        "decode_context_parallel",
+        lambda cfg: cfg.dcp_size > 1,
+        "--dcp-size above 1 spreads the KV cache of one request over ranks, and mminfer reads all of it; use "
+        "--tp-size instead.",
+    ),
+    Refusal(
+        "pdmux",
+        lambda cfg: cfg.enable_pdmux,
+        "--enable-pdmux runs the prefill layer by layer in a mode that is always dense; drop it.",
+    ),
+    Refusal(
+        "diffusion_llm",
+        lambda cfg: cfg.dllm_algorithm is not None,
+        "--dllm-algorithm runs attention that is not causal, and every pattern here is causal; drop one of the two.",
+    ),
+    Refusal(
+        "hisparse",
+        lambda cfg: cfg.enable_hisparse,
+        "--enable-hisparse moves keys and values out of the pool that mminfer reads; drop one of the two.",
+    ),
+    Refusal(
+        "full_prefill_graph",
+        _full_prefill_graph,
+        "--cuda-graph-backend-prefill full captures one attention for all prompts, and a sparse plan differs "
+        "for each; use breakable or disabled.",
+    ),
+    Refusal(
+        "mla",
+        _is_mla,
+        "this model uses multi-head latent attention, whose cache holds no keys and values per head; mminfer "
+        "serves MHA and GQA models only, so drop --attention-backend mminfer.",
+    ),
+    Refusal(
+        "linear_attention",
+        _has_linear_attention,
+        "this model has linear-attention or state-space layers, whose backends SGLang builds by the name of "
+        "the attention backend; drop --attention-backend mminfer.",
+    ),
+    Refusal(
+        "encoder_decoder",
+        lambda cfg: _model_config(cfg).is_encoder_decoder,
+        "this model is an encoder-decoder, whose requests keep the encoder's KV slots before those of the prompt, and "
+        "mminfer reads a prompt from its first slot; drop --attention-backend mminfer.",
+    ),
+    Refusal(
+        "own_sparse_attention",
+        _has_own_sparse_attention,
+        "this model brings a sparse attention of its own; drop --attention-backend mminfer.",
+    ),
+    Refusal(
+        "draft_backend",
+        lambda cfg: _needs_draft_backend(cfg) and _draft_backend(cfg) is None,
+        "--speculative-algorithm runs a draft model, for which mminfer is no backend; name one with "
+        "--speculative-draft-attention-backend.",
+    ),
+    Refusal(
+        "tokenizer_workers",
+        lambda cfg: cfg.tokenizer_worker_num > 1 and (cfg.device == "cpu" or _media_are_ours(cfg)),
+        "--tokenizer-worker-num above 1 starts tokenizers that load no plugins, so media of this model would not be "
+        "mended, or not be read at all; use 1.",
+    ),
+    Refusal(
+        "hicache_storage",
+        lambda cfg: cfg.hicache_storage_backend not in (None, *NAMED_STORAGE),
+        "--hicache-storage-backend: this storage does not keep pages by the model's name, to which mminfer adds its "
+        f"head config, so servers would read each other's approximated KV; use one of {', '.join(NAMED_STORAGE)}.",
+    ),
+)
+
+
+def uses_mminfer(server_args: Any) -> bool:
+    """True if the arguments name our backend, for prefill or decode."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return settings.BACKEND_NAME in _backends(resolving_view(server_args))
+
+
+def refuse(server_args: Any) -> None:
+    """Raise UnsupportedLaunch with a sentence for every refusal that applies."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    cfg = resolving_view(server_args)
+    if messages := [refusal.message for refusal in REFUSALS if refusal.applies(cfg)]:
+        raise UnsupportedLaunch("\n".join(f"mminfer: {message}" for message in messages))
+
+
+def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution hook: see `HOOKS`."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+
+    wanted = uses_mminfer(server_args)
+    server_args._mminfer_wanted = wanted
+    if wanted:
+        hooks.check_installation()
+        if untested := settings.why_untested():
+            logger.warning("mminfer: %s", untested)
+        refuse(server_args)
+        cfg = resolving_view(server_args)
+        if _needs_draft_backend(cfg):
+            draft = _draft_backend(cfg)
+            logger.info("mminfer: the draft model runs on %s.", draft)
+            declare_resolution(server_args, __name__, speculative_draft_attention_backend=draft)
+        if page := dense_backend.page_size_of_default(server_args, cfg.device or ""):
+            backend, size = page
+            logger.info("mminfer: the page size is %d, as %s needs, which SGLang takes by default here.", size, backend)
+            declare_resolution(server_args, __name__, page_size=size)
+        if cfg.tokenizer_worker_num > 1:
+            logger.warning("mminfer: tokenizer workers load no plugins, so no mend of this package acts on media.")
+        model = model_config_of(server_args)
+        head_config_choice.load_for_model(server_args, model.hf_config)
+        if not model.is_multimodal:
+            logger.warning("mminfer: this model takes no images or video, so every request will run dense.")
+    else:
+        for flag in flags.without_effect(server_args):
+            logger.warning(
+                "%s has no effect without --attention-backend mminfer or --prefill-attention-backend mminfer.", flag
+            )
+    previous(server_args)
+
+
+def check_result(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution hook: see `HOOKS`."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    previous(server_args)
+    prefill, _ = _backends(resolving_view(server_args))
+    if getattr(server_args, "_mminfer_wanted", False) and prefill != settings.BACKEND_NAME:
+        raise UnsupportedLaunch(
+            f"mminfer: SGLang runs the prefill of this model on {prefill!r} whatever backend is asked for; "
+            "drop --attention-backend mminfer."
+        )

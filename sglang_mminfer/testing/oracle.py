@@ -1,0 +1,243 @@
+"""What Hugging Face transformers answers to a conversation, to hold a server against, logit by logit.
+
+    oracle = HFOracle(path)
+    expected = oracle.answer(messages, max_new_tokens=8)
+    got = ask(server.client(), messages, max_new_tokens=8)
+    assert compare(expected, got).max_difference < 1e-4
+
+Independent of the server: media are read with PIL and PyAV (`oracle_media`); which frames of a video are shown, their
+size and their seconds (`qwen_video`) and m-RoPE positions (`mrope`) follow the released model code, written out here.
+The rest is transformers alone: the checkpoint's own processor, which is told the true frame rate, vision tower,
+language model, KV cache and greedy choice, on dense attention in fp32. No module of SGLang is imported, and none of
+this plugin's models and processors (a test).
+
+`OracleAnswer.prompt_ids` of both sides should be compared, too: a server that was shown another number of frames has
+other ones.
+
+Where SGLang 0.5.23 differs from the released code whatever attends in the language model: vision blocks of Qwen2.5-VL
+with full attention see the whole video there, one frame in transformers and in the released code. `frames="joint"`
+shows them the whole video here, too. The tiny checkpoints have no such block by default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from sglang_mminfer.testing import mrope, qwen_video
+from sglang_mminfer.testing.oracle_media import open_video, read_picture
+
+Message = Mapping[str, Any]
+"""OpenAI chat message: role, and content as text or as parts of type text, image_url or video_url."""
+
+
+@dataclass(frozen=True)
+class OracleAnswer:
+    """A greedy continuation and what was probable at each of its positions."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    top_logprobs: list[dict[int, float]]
+    """For each generated position: token id to natural log-probability, the most probable ones."""
+    text: str
+    cached_tokens: int | None = None
+    """Tokens of the prompt that a server took from its cache; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two answers to one conversation are apart."""
+
+    prompt_equal: bool
+    tokens_equal: bool
+    max_difference: float
+    """Of the log-probabilities, at every position that both reached with the same tokens before it."""
+    compared_positions: int
+
+    def __str__(self) -> str:
+        return (
+            f"prompt {'equal' if self.prompt_equal else 'DIFFERENT'}, tokens "
+            f"{'equal' if self.tokens_equal else 'DIFFERENT'}, log-probabilities within "
+            f"{self.max_difference:.2e} over {self.compared_positions} positions"
+        )
+
+
+class HFOracle:
+    """Transformers' own model and the checkpoint's own processor, in this process.
+
+    Args:
+        path: the checkpoint.
+        attention: "sdpa" or "eager", of transformers.
+        mm_process_config: what the server was given as --mm-process-config.
+        frames: what vision blocks with full attention see: their frame ("apart", transformers' way) or the
+            whole video ("joint", SGLang's way with Qwen2.5-VL).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        attention: str = "sdpa",
+        mm_process_config: Mapping[str, Mapping[str, Any]] | None = None,
+        frames: Literal["apart", "joint"] = "apart",
+    ) -> None:
+        if frames not in ("apart", "joint"):
+            raise ValueError(f'HFOracle.frames: expected "apart" or "joint", got {frames!r}')
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        name = os.fspath(path)
+        self.config = {kind: dict(options) for kind, options in (mm_process_config or {}).items()}
+        self.processor = AutoProcessor.from_pretrained(name)
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention
+        ).eval()
+        if frames == "joint":
+            self.model.model.visual.register_forward_pre_hook(_join_frames, with_kwargs=True)
+
+    def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
+        """The model's inputs for the prompt of a conversation: ids, pixels, grids, m-RoPE positions.
+
+        A subclass whose server has other ids for the same prompt adds them as "prompt_ids".
+        """
+        rendered, images, videos = split_messages(messages)
+        text = self.processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+        arguments: dict[str, Any] = {}
+        if images:
+            arguments["images"] = [read_picture(url) for url in images]
+            arguments["images_kwargs"] = dict(self.config.get("image", {}))
+        options = self.config.get("video", {})
+        sampled = [qwen_video.sample(open_video(url), options) for url in videos]
+        if sampled:
+            arguments["videos"] = [video.frames for video in sampled]
+            arguments["videos_kwargs"] = {
+                **{key: value for key, value in options.items() if key not in qwen_video.OPTIONS},
+                # The frames are chosen, and this is when they were.
+                "do_sample_frames": False,
+                "video_metadata": [video.metadata for video in sampled],
+            }
+        inputs = self.processor(text=[text], padding=True, return_tensors="pt", **arguments)
+        for name in ("video_metadata", "second_per_grid_ts"):  # the positions have it
+            inputs.pop(name, None)
+        inputs["position_ids"] = mrope.positions(
+            inputs["input_ids"][0].tolist(),
+            mrope.Rule.of(self.model.config),
+            inputs.get("image_grid_thw", torch.empty(0, 3)).tolist(),
+            inputs.get("video_grid_thw", torch.empty(0, 3)).tolist(),
+            [self.model.config.vision_config.temporal_patch_size / video.sampled_fps for video in sampled],
+        )[:, None]
+        return dict(inputs)
+
+    @torch.no_grad()
+    def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
+        """The greedy continuation of exactly `max_new_tokens` tokens (an end-of-turn token does not stop it)."""
+        inputs = self.inputs(messages)
+        prompt_ids = inputs.pop("prompt_ids", inputs["input_ids"])[0].tolist()
+        places = inputs.get("position_ids")
+        token_ids: list[int] = []
+        tops: list[dict[int, float]] = []
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        for i in range(max_new_tokens):
+            logprobs = torch.log_softmax(output.logits[0, -1].float(), dim=-1)
+            values, ids = logprobs.topk(top_logprobs)
+            tops.append(dict(zip(ids.tolist(), values.tolist())))
+            token_ids.append(int(logprobs.argmax()))
+            if len(token_ids) < max_new_tokens:
+                step = torch.tensor([token_ids[-1:]])
+                # Without positions of its own a model of transformers counts on from the prompt's length.
+                place = {} if places is None else {"position_ids": torch.full((3, 1, 1), int(places.max()) + 1 + i)}
+                output = self.model(input_ids=step, past_key_values=output.past_key_values, use_cache=True, **place)
+        return OracleAnswer(prompt_ids, token_ids, tops, self.decode(token_ids))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The words of an answer."""
+        return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def ask(
+    client: Any,
+    messages: Sequence[Message],
+    max_new_tokens: int = 8,
+    top_logprobs: int = 20,
+    *,
+    model: str = "default",
+    **extra: Any,
+) -> OracleAnswer:
+    """The same question to a server, through the official client's chat completions.
+
+    Args:
+        client: of `Server.client()`, or any OpenAI client whose server is SGLang.
+        extra: further request fields.
+    """
+    response = client.chat.completions.create(
+        model=model,
+        messages=list(messages),
+        max_tokens=max_new_tokens,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=top_logprobs,
+        extra_body={"ignore_eos": True, "return_token_ids": True, "return_meta_info": True, **extra},
+    )
+    choice = response.choices[0].model_dump()
+    meta = choice["meta_info"]
+    # Ids come with the raw entries only: the text of a token that is a fragment of a character is lost.
+    tops = [{int(token): float(value) for value, token, _ in row} for row in meta["output_top_logprobs"]]
+    return OracleAnswer(
+        prompt_ids=choice["prompt_token_ids"],
+        token_ids=[int(token) for _, token, _ in meta["output_token_logprobs"]],
+        top_logprobs=tops,
+        text=choice["message"]["content"] or "",
+        cached_tokens=meta.get("cached_tokens"),
+    )
+
+
+def compare(a: OracleAnswer, b: OracleAnswer) -> Comparison:
+    """Compares two answers. Positions after the first different token are left out: they continue other texts.
+
+    A token that only one side lists is less probable on the other than all that it lists, so at least that
+    distance counts.
+    """
+    largest, positions = 0.0, 0
+    for i, (left, right) in enumerate(zip(a.top_logprobs, b.top_logprobs)):
+        positions += 1
+        for one, other in ((left, right), (right, left)):
+            least = min(other.values(), default=float("-inf"))
+            for token, value in one.items():
+                distance = abs(value - other[token]) if token in other else max(0.0, value - least)
+                largest = max(largest, distance)
+        if a.token_ids[i] != b.token_ids[i]:
+            break
+    return Comparison(a.prompt_ids == b.prompt_ids, a.token_ids == b.token_ids, largest, positions)
+
+
+def _join_frames(tower: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """One attention segment for each picture or video; transformers makes one for each frame."""
+    ends = kwargs["grid_thw"].prod(-1).cumsum(0, dtype=torch.int32)
+    return args, {**kwargs, "cu_seqlens": torch.nn.functional.pad(ends, (1, 0))}
+
+
+def split_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Messages for a chat template, and the URLs of images and of videos in their order."""
+    rendered: list[dict[str, Any]] = []
+    images: list[str] = []
+    videos: list[str] = []
+    for message in messages:
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            rendered.append({**message, "content": content or ""})
+            continue
+        parts: list[dict[str, Any]] = []
+        for part in content:
+            kind = part["type"]
+            if kind == "text":
+                parts.append({"type": "text", "text": part["text"]})
+            elif kind in ("image_url", "video_url"):
+                (images if kind == "image_url" else videos).append(part[kind]["url"])
+                parts.append({"type": kind.removesuffix("_url")})
+            else:
+                raise ValueError(f"message part: expected text, image_url or video_url, got {kind!r}")
+        rendered.append({**message, "content": parts})
+    return rendered, images, videos

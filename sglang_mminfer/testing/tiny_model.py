@@ -1,0 +1,504 @@
+"""Tiny random checkpoints of real architectures, made on the spot: nothing has to be downloaded.
+
+    python -m sglang_mminfer.testing.tiny_model PATH [--arch qwen2_vl] [--layers 4] ...
+
+A checkpoint is complete (config, weights, tokenizer, chat template, image and video processor), so that
+transformers and SGLang load it through the same code as a released one. What it says is nonsense, but not
+degenerate, because a test must be able to see a wrong mask:
+
+* queries and keys are drawn wide enough for softmax to be peaked: each row rests on a handful of keys, and
+  dropping one changes the answer;
+* the output layer is nearly blind to everything but whole words, so that a greedy answer is readable, never
+  stops by chance, and reads back to the very tokens that were generated. A later turn therefore finds the
+  whole conversation, answers included, in the radix cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+RECIPE_FILE = "tiny_model.json"
+RECIPE_VERSION = 2
+"""Counts up when the same arguments would make other bytes, so that stale checkpoints are made again."""
+
+# Qwen2.5-VL's special tokens in its own order. Ids follow the byte-level vocabulary, as in the real one.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+# What the model can say. Single words, because each becomes one token (with a space before it).
+WORDS = """
+a above across after again air all along always an and animal another any apple are arm around arrow as ask at
+autumn away back bag ball bank bar bare basket be bear beat bed bell below bend beside between big bird bitter
+black blue board boat body bone book boot bottle box branch brave bread break breath brick bridge bright broad
+brown brush bucket build bulb burn bus button by cake call calm camera candle cap car card care carry cart cat
+chain chair chalk change cheese child circle city clay clean clear climb clock cloth cloud coal coat coin cold
+colour come cook copper copy cord cork corner cotton count country cover cow crack crane cross crowd cry cup
+curtain curve cut dance dark day deep desk dish dog door down drain draw dress drink drop dry duck dust ear early
+earth east edge egg eight empty end evening every eye face fair fall family far farm fast feather field fight fire
+first fish five flag flame flat flight floor flower fly fold foot fork four frame free fresh friend frog from
+front fruit full garden gate girl give glass glove go goat gold grain grass green grey ground group hair half hall
+hammer hand happy harbour hard hat he head heart heavy help high hill hold hole home hook horn horse hot hour
+house ice in ink iron island it jar jelly join juice jump keep key kind king kite knee knife knot lake lamp land
+large last late laugh leaf learn left leg lemon letter light line lion lip list little lock long look loud low
+machine man many map mark market match meal meat meet metal middle milk mirror moon more morning mountain mouth
+move mud music nail name narrow near neck needle nest net new night nine noise north nose not nut oak ocean of
+office oil old on one open orange other oven over owl page paint pan paper park part past path peace pen pencil
+people picture pig pin pipe plane plant plate play pocket point pond pot press price print pull pump purple push
+quick quiet rabbit rail rain raise range read red rest rice ring river road rock rod roll roof room root rope
+rose round row run sail salt sand say school sea seat second see seed seven shade shake shape sharp sheep shelf
+ship shirt shoe shop short shore side sign silk silver simple sing sister six skin sky sleep slope slow small
+smile smoke smooth snail snake snow soap sock soft some song south space spade spoon spring square stage stamp
+star start station steam stem step stick still stone stop store storm story straight street strong summer sun
+sweet swim table tail take tall tea tell ten tent that the then there they thick thin three throat thumb ticket
+tiger time tin to toe together tongue tooth top town toy track train tree triangle trumpet turn two umbrella
+under up valley very view violin voice wait walk wall want warm wash watch water wave we wet wheel where while
+whistle white wide wind window wing winter wire with wolf woman wood word work world worm write yard year yellow
+yes you young zebra
+"""
+
+# What the vocabulary also knows, so that a prompt does not fall apart into letters.
+PROMPT_WORDS = """
+You are a helpful assistant. user system assistant What is this? What do you see in the video? How many? Describe
+the picture. Is that so? And now? Which one came first? Compare both. Where did it go? Tell me more. Why? Who?
+Please answer in one word. Thank you. I The A In It There
+"""
+
+CHAT_TEMPLATE = """\
+{%- if not messages or messages[0].role != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type in ('image', 'image_url') -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type in ('video', 'video_url') -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- elif part.text is defined -%}
+{{- part.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+# Images and videos shrink to 4 patches and no further: a test wants to count its tokens on its fingers.
+MIN_PIXELS = 4 * 28 * 28
+MAX_IMAGE_PIXELS = 1280 * 28 * 28
+MAX_VIDEO_PIXELS = 768 * 28 * 28
+
+# Standard deviation of a row's attention logits: a handful of keys out of a hundred carry a row.
+ATTENTION_SPREAD = 3.0
+# The same in the vision tower. It need not be peaked, and what it rounds is magnified by all that follows.
+VISION_SPREAD = 1.0
+# The same for the logits of words, and how much smaller the logits of everything else are.
+LOGIT_SPREAD = 2.5
+MUTED = 0.02
+# How many LOGIT_SPREADs the word just said loses, were its embedding all that is left of it at the end.
+REPULSION = 4.0
+# Of a token embedding, against about 1 for what each layer adds: the last token may not decide alone.
+EMBEDDING_SPREAD = 1.0
+
+
+class Recipe(TypedDict, total=False):
+    """What a tiny model may be asked to be. The values that apply otherwise are in DEFAULTS."""
+
+    seed: int
+    """Of the weights."""
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    """Always heads * head_dim; may be given, and is then checked."""
+    intermediate: int
+    """Width of the MLP; 0 takes 2 * hidden."""
+    vocab: int
+    """Rows of the embedding; 0 takes what the tokenizer has, rounded up to 64."""
+    max_positions: int
+    vision_depth: int
+    vision_hidden: int
+    vision_heads: int
+    vision_full_blocks: int
+    """Qwen2.5-VL: how many of the last vision blocks see whole pictures in place of windows. None, because
+    SGLang lets them see the whole video where transformers keeps to a frame: not comparable, and quadratic."""
+    rope_theta: float
+
+
+DEFAULTS: dict[str, int | float] = {
+    "seed": 0,
+    "layers": 4,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 32,
+    "intermediate": 0,
+    "vocab": 0,
+    "max_positions": 65536,
+    "vision_depth": 2,
+    "vision_hidden": 64,
+    "vision_heads": 2,
+    "vision_full_blocks": 0,
+    "rope_theta": 1e6,
+}
+
+
+def make_tiny_qwen2_5_vl(path: str | os.PathLike[str], **recipe: Unpack[Recipe]) -> Path:
+    """Writes a tiny random Qwen2.5-VL to the folder `path` and returns it. Keyword arguments: `Recipe`.
+
+    The same arguments give the same bytes. A folder that already holds this recipe is left alone; one that
+    holds another recipe is made again.
+
+    Raises:
+        ValueError: for sizes that do not fit each other, and if `path` holds something that this function
+            did not make.
+    """
+    return _make(path, "qwen2_5_vl", dict(recipe))
+
+
+def make_tiny_qwen2_vl(path: str | os.PathLike[str], **recipe: Unpack[Recipe]) -> Path:
+    """Writes a tiny random Qwen2-VL to the folder `path`. Arguments as for `make_tiny_qwen2_5_vl`."""
+    return _make(path, "qwen2_vl", dict(recipe))
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    recipe = dict(given)
+    hidden = recipe.pop("hidden", None)
+    unknown = sorted(set(recipe) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"tiny model: unknown argument {unknown[0]!r}, expected one of {', '.join(DEFAULTS)}")
+    full = {**DEFAULTS, **recipe}
+    for name in DEFAULTS:
+        low = 0 if name in ("seed", "intermediate", "vocab", "vision_full_blocks") else 1
+        if not isinstance(full[name], int | float) or full[name] < low:
+            raise ValueError(f"tiny model: {name}: expected a number >= {low}, got {full[name]!r}")
+    if hidden is not None and hidden != full["heads"] * full["head_dim"]:
+        raise ValueError(
+            f"tiny model: hidden: expected heads * head_dim = {full['heads'] * full['head_dim']} "
+            f"(Qwen2's head_dim is hidden / heads), got {hidden}"
+        )
+    if full["heads"] % full["kv_heads"]:
+        raise ValueError(f"tiny model: kv_heads: {full['kv_heads']} does not divide heads = {full['heads']}")
+    if full["head_dim"] % 16:
+        raise ValueError(
+            f"tiny model: head_dim: expected a multiple of 16 (the three m-rope sections take an eighth and "
+            f"twice three sixteenths of it), got {full['head_dim']}"
+        )
+    if full["vision_hidden"] % (8 * full["vision_heads"]):
+        raise ValueError(
+            f"tiny model: vision_hidden: expected a multiple of 8 * vision_heads, got {full['vision_hidden']}"
+        )
+    full["intermediate"] = full["intermediate"] or 2 * full["heads"] * full["head_dim"]
+    return full
+
+
+def _make(path: str | os.PathLike[str], arch: str, given: dict[str, Any]) -> Path:
+    recipe = _checked(given)
+    return make_checkpoint(path, {"arch": arch, **recipe}, lambda fresh: _write(fresh, arch, recipe))
+
+
+def make_checkpoint(path: str | os.PathLike[str], recipe: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """Has `write` fill the folder `path`, unless it holds what the same recipe made before. Returns the folder.
+
+    Raises:
+        ValueError: if `path` holds something that was not made here.
+    """
+    import transformers
+
+    target = Path(path)
+    recipe = {"version": RECIPE_VERSION, "transformers": transformers.__version__, **recipe}
+    if _holds(target, recipe):
+        return target
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _recipe(target))):
+        raise ValueError(f"{target}: expected an empty folder or a tiny model, found something else")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Made beside the target and moved into place, so that another process never reads half a checkpoint.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        fresh = Path(scratch) / "model"
+        fresh.mkdir()
+        write(fresh)
+        (fresh / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        try:
+            os.replace(fresh, target)
+        except OSError:
+            if not _holds(target, recipe):  # somebody else made the same one in the meantime: fine
+                raise
+    return target
+
+
+def _recipe(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((path / RECIPE_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _holds(path: Path, recipe: dict[str, Any]) -> bool:
+    return _recipe(path) == recipe
+
+
+def _write(path: Path, arch: str, recipe: dict[str, Any]) -> None:
+    processor = _processor(arch)
+    tokenizer = processor.tokenizer
+    rows = vocabulary_rows(tokenizer)
+    if recipe["vocab"]:
+        if recipe["vocab"] < len(tokenizer):
+            raise ValueError(f"tiny model: vocab: the tokenizer has {len(tokenizer)} tokens, got {recipe['vocab']}")
+        rows = recipe["vocab"]
+    model = _model(arch, recipe, rows, tokenizer)
+    draw_weights(model, recipe["seed"], spoken_tokens(tokenizer, rows))
+    save_model(model, path)
+    save_processor(processor, path)
+
+
+def vocabulary_rows(tokenizer: Any) -> int:
+    """Rows of an embedding that holds all tokens: a multiple of 64, as released checkpoints have it."""
+    return -(-len(tokenizer) // 64) * 64
+
+
+def save_processor(processor: Any, path: Path) -> None:
+    """Writes a processor with images and video as released checkpoints carry it."""
+    processor.save_pretrained(path)
+    # Released checkpoints carry these two files, and some loaders look for nothing else.
+    processor.image_processor.save_pretrained(path)
+    video = processor.video_processor.to_dict()
+    (path / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2, sort_keys=True) + "\n")
+
+
+def save_model(model: Any, path: Path) -> None:
+    """Writes config and weights, without a progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(path)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    for file in path.glob("*.safetensors"):
+        file.chmod(0o644)  # written for its owner alone, unlike everything beside it
+
+
+def _train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-level BPE merges in which every word of the lists is one token (Qwen2's own pre-tokenizer)."""
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=1 << 16,  # no limit: the merges end when every word is one token
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    spaced = [f" {word}" for word in WORDS.split()]
+    # Words of a prompt also stand at the start of a line, without a space. They weigh more, so that their
+    # merges come first whatever else shares their letters.
+    prompt = [form for word in PROMPT_WORDS.split() for form in (word, f" {word}") for _ in range(100)]
+    tokenizer.train_from_iterator([*spaced, *prompt], trainer)
+    state = json.loads(tokenizer.to_str())["model"]
+    # Newer `tokenizers` write a merge as a pair, older ones as "left right".
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in state["merges"]]
+    return state["vocab"], [(left, right) for left, right in pairs]
+
+
+def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE) -> Any:
+    """Qwen2's tokenizer with a small vocabulary. The special tokens follow it in their order, padding first.
+
+    Without a chat template, give an empty one.
+    """
+    import transformers
+
+    vocab, merges = _train_tokenizer()
+    vocab = {**vocab, **{token: len(vocab) + i for i, token in enumerate(special_tokens)}}
+    return transformers.Qwen2Tokenizer(
+        vocab=vocab,
+        merges=merges,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(special_tokens[1:]),
+        chat_template=chat_template or None,
+        model_max_length=131072,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _processor(arch: str) -> Any:
+    import transformers
+
+    tokenizer = make_tokenizer()
+    image = transformers.Qwen2VLImageProcessor(size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_IMAGE_PIXELS})
+    # `cap_pixels_per_frame` unset is the released default; False says the same without a warning.
+    video = transformers.Qwen2VLVideoProcessor(
+        size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_VIDEO_PIXELS}, cap_pixels_per_frame=False
+    )
+    kind = transformers.Qwen2_5_VLProcessor if arch == "qwen2_5_vl" else transformers.Qwen2VLProcessor
+    return kind(image_processor=image, tokenizer=tokenizer, video_processor=video, chat_template=CHAT_TEMPLATE)
+
+
+def spoken_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
+    """bool [rows]: the tokens that are a whole word with its space."""
+    spoken = torch.zeros(rows, dtype=torch.bool)
+    for word in WORDS.split():
+        (token,) = tokenizer.encode(f" {word}", add_special_tokens=False)
+        spoken[token] = True
+    return spoken
+
+
+def _model(arch: str, recipe: dict[str, Any], rows: int, tokenizer: Any) -> Any:
+    import transformers
+
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    head_dim, hidden = recipe["head_dim"], recipe["heads"] * recipe["head_dim"]
+    text = {
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "intermediate_size": recipe["intermediate"],
+        "num_hidden_layers": recipe["layers"],
+        "num_attention_heads": recipe["heads"],
+        "num_key_value_heads": recipe["kv_heads"],
+        "max_position_embeddings": recipe["max_positions"],
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(recipe["rope_theta"]),
+            # The real ones are 16, 24, 24 of 64: time, rows, columns.
+            "mrope_section": [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16],
+        },
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "use_sliding_window": False,
+    }
+    # "in_chans" is how released checkpoints say it, and the one SGLang's Qwen2-VL reads.
+    shared = {"depth": recipe["vision_depth"], "num_heads": recipe["vision_heads"], "patch_size": 14, "in_chans": 3}
+    tokens = {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "tie_word_embeddings": False,
+    }
+    config: Any
+    if arch == "qwen2_5_vl":
+        vision: dict[str, Any] = {
+            **shared,
+            "hidden_size": recipe["vision_hidden"],
+            "intermediate_size": 2 * recipe["vision_hidden"],
+            "out_hidden_size": hidden,
+            "window_size": 112,
+            "fullatt_block_indexes": list(range(recipe["vision_depth"]))[
+                max(0, recipe["vision_depth"] - recipe["vision_full_blocks"]) :
+            ],
+            "tokens_per_second": 2,
+        }
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+        model: Any = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    else:
+        vision = {**shared, "embed_dim": recipe["vision_hidden"], "hidden_size": hidden, "mlp_ratio": 2}
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+        model = transformers.Qwen2VLForConditionalGeneration(config)
+    model.generation_config = generation_config(tokenizer)
+    return model.to(torch.float32).eval()
+
+
+def generation_config(tokenizer: Any) -> Any:
+    """Greedy, with the stop tokens of `make_tokenizer`."""
+    import transformers
+
+    pad, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    return transformers.GenerationConfig(do_sample=False, bos_token_id=pad, pad_token_id=pad, eos_token_id=[end, pad])
+
+
+@torch.no_grad()
+def draw_weights(model: Any, seed: int, spoken: torch.Tensor) -> None:
+    """Gives every weight its value from its name and the seed alone, whatever the order of loading."""
+    for i, (name, weight) in enumerate(sorted(model.named_parameters())):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + i)
+        noise = torch.randn(weight.shape, generator=generator)
+        if re.search(r"\b(q|k)_norm\.weight$", name):  # undoes the width of q_proj and k_proj; so it is given here
+            weight.copy_(math.sqrt(ATTENTION_SPREAD) * (1 + 0.1 * noise))
+        elif "norm" in name or name.endswith("ln_q.weight"):
+            weight.copy_(torch.zeros_like(weight) if name.endswith("bias") else 1 + 0.1 * noise)
+        elif name.endswith("bias"):
+            weight.copy_(0.1 * noise)
+        elif name.endswith("embed_tokens.weight"):
+            weight.copy_(EMBEDDING_SPREAD * noise)
+        elif name.endswith("lm_head.weight"):
+            # The logit of a row of unit variance has the standard deviation sqrt(fan in) * spread.
+            scale = torch.where(spoken, LOGIT_SPREAD, LOGIT_SPREAD * MUTED) / math.sqrt(weight.shape[1])
+            weight.copy_(noise * scale[:, None])
+        else:
+            # Experts in one tensor: [experts, out, in].
+            fan_in = weight.shape[2] if ".experts." in name and weight.ndim == 3 else weight[0].numel()
+            spread = 1.0
+            if re.search(r"\b(q|k)_proj\.weight$", name):
+                spread = math.sqrt(ATTENTION_SPREAD)
+            elif name.endswith("qkv.weight"):  # q, k and v of the vision tower, one under the other
+                rows = torch.full((3, weight.shape[0] // 3), math.sqrt(VISION_SPREAD))
+                rows[2] = 1.0
+                weight.copy_(noise * rows.reshape(-1, 1) / math.sqrt(fan_in))
+                continue
+            weight.copy_(noise * spread / math.sqrt(fan_in))
+    # A word speaks against itself: an answer does not stay with the first word that leads to itself.
+    embedding = model.get_input_embeddings().weight
+    model.lm_head.weight[spoken] -= REPULSION * LOGIT_SPREAD / embedding.shape[1] * embedding[spoken]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_mminfer.testing.tiny_model",
+        description="Write a tiny random checkpoint of a real vision-language architecture.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("path", help="the folder to write")
+    parser.add_argument("--arch", choices=("qwen2_5_vl", "qwen2_vl"), default="qwen2_5_vl")
+    for name, value in DEFAULTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = vars(parser.parse_args(arguments))
+    path, arch = options.pop("path"), options.pop("arch")
+    try:
+        print(_make(path, arch, options))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,325 @@
+"""`mminfer compare`: head configs side by side on needle tasks, each in a real SGLang server with the plugin.
+
+For every config: which share of the needles is found (niah.py), what was visited, and how long a prefill took, both
+from the server's trace. One server after the other, one request at a time. The result file is written after every
+config, and a config that stands in it is not run again: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sglang_mminfer import settings
+from sglang_mminfer.head_config import HeadConfig
+from sglang_mminfer.serving.trace import PrefillRecord, read_trace
+from sglang_mminfer.tools import baselines
+from sglang_mminfer.tools.figures import density_of_records
+from sglang_mminfer.tools.needles import kits
+from sglang_mminfer.tools.niah import ask as niah
+from sglang_mminfer.tools.niah.ask import Answer, Cell, Media, Settings, Target
+from sglang_mminfer.tools.niah.command import (
+    Refused,
+    add_question_options,
+    ask_with_progress,
+    check_config,
+    kit_of,
+    percent,
+    provenance,
+    server_flags,
+    settings_of,
+    status_of,
+    unique,
+    wide_console,
+    write_json,
+)
+from sglang_mminfer.tools.niah.figure import TITLES, draw
+from sglang_mminfer.tools.server import Server, ServerError, shown_wait
+
+DESCRIPTION = (
+    "Serves a model with one head config after the other (dense, the default, the baselines of the paper's comparison, "
+    "yours) and prints which share of the needles each finds, at which density and prefill time. Resumable. With "
+    "--density the baselines get windows of that density; without it they have their published sizes."
+)
+
+CLOSE = 0.1
+"""An estimated pattern's density is fitted to this, relative: only a server can tell what it visits."""
+FITS = 4
+"""Servers that this may take."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A config of the table. `config` is what --mminfer-config gets."""
+
+    name: str
+    config: str
+    baseline: str | None = None
+    """Whose size is to be found, where a density was wished for."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-path", metavar="P", required=True, help="a folder, or a name on the hub")
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        metavar="NAME|PATH",
+        help=f"head configs, or baselines: {', '.join(baselines.NAMES)}. Default: dense, default and all baselines",
+    )
+    parser.add_argument("--add", nargs="+", metavar="NAME|PATH", default=[], help="further head configs")
+    parser.add_argument(
+        "--density", type=float, metavar="D", help="0 to 1: of the baselines, for prompts of the greatest length"
+    )
+    parser.add_argument(
+        "--server-flags", default="--chunked-prefill-size -1", metavar="'FLAGS'", help="of every server; %(default)s"
+    )
+    parser.add_argument("--no-relays", dest="relays", action="store_false", help="plain needles only")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=1,
+        metavar="N",
+        help="conversations side by side; above 1, prefill times are those of a busy server; 1",
+    )
+    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds for an answer; 1800")
+    parser.add_argument("--out", type=Path, default=Path("compare-out"), help="folder for compare.json, .md and .png")
+    add_question_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status 0, 1 if a server did not start or did not answer, 2 for wrong arguments."""
+    console = wide_console()
+
+    def work() -> int:
+        Comparison(options, console).run()
+        return 0
+
+    return status_of(work, console, "the same command goes on from here")
+
+
+class Comparison:
+    """Raises Refused where the arguments do not make sense, or a result file belongs to other ones."""
+
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self.options, self.console, self.out = options, console, options.out
+        self.kit = kit_of(options.needles, [options.model_path])
+        self.settings = settings_of(options, self.kit, options.model_path, options.relays)
+        if options.density is not None and not 0 < options.density < 1:
+            raise Refused(f"--density: expected a number between 0 and 1, got {options.density:g}")
+        if options.concurrency < 1:
+            raise Refused(f"--concurrency: expected 1 or more, got {options.concurrency}")
+        self.entries = entries_of(options.configs, options.add, options.density)
+        self.media = Media(self.settings, self.kit, self.out / "media")
+        self.file = self.out / "compare.json"
+        self.result = self._begin()
+
+    def run(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        for entry in self.entries:
+            if entry.name in self.result["configs"]:
+                self.console.print(f"{entry.name}: in {self.file} already", highlight=False)
+                continue
+            self.result["configs"][entry.name] = self._measure(entry)
+            write_json(self.file, self.result)
+        shown = {entry.name: self.result["configs"][entry.name] for entry in self.entries}
+        rows = table_of(shown, self.settings)
+        (self.out / "compare.md").write_text(markdown(rows))
+        self.console.print(rich_table(rows))
+        grids = {
+            name: niah.cells([Answer(**answer) for answer in found["answers"]], self.settings)
+            for name, found in shown.items()
+        }
+        picture = draw(grids, self.settings, self.out / "compare.png")
+        self.console.print(f"written: {self.file}, {self.out / 'compare.md'}, {picture}", highlight=False)
+
+    def _begin(self) -> dict[str, Any]:
+        asked = {
+            "model": Path(self.options.model_path).name,
+            "needles": self.kit.name,
+            "settings": json.loads(json.dumps(asdict(self.settings))),
+            "density": self.options.density,
+            "server_flags": self.options.server_flags,
+            "concurrency": self.options.concurrency,
+        }
+        if not self.file.exists():
+            return {**provenance("compare"), **asked, "configs": {}}
+        try:
+            result = json.loads(self.file.read_text())
+            differing = [key for key, value in asked.items() if result[key] != value]
+            configs: dict[str, Any] = result["configs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Refused(f"{self.file}: no result of this command ({error}); name another --out") from None
+        if differing:
+            raise Refused(f"{self.file}: was made with other {', '.join(differing)}; name another --out or remove it")
+        return {**result, "configs": configs}
+
+    def _measure(self, entry: Entry) -> dict[str, Any]:
+        """Asks one config everything. A baseline that is estimated is first fitted to the wished density."""
+        config, budget = entry.config, 0
+        if entry.baseline is not None:
+            found, budget = baselines.sized_for(entry.baseline, self.options.density, self._longest_map())
+            config = self._write(found)
+        for fit in range(FITS):
+            trace = self.out / "logs" / f"{entry.name}.trace.jsonl"
+            trace.parent.mkdir(parents=True, exist_ok=True)
+            trace.unlink(missing_ok=True)
+            flags = ("--attention-backend", "mminfer", "--mminfer-config", config)
+            with contextlib.ExitStack() as stack:
+                with shown_wait(f"{entry.name}: server starts") as wait:
+                    server = Server(
+                        self.options.model_path,
+                        *(*flags, *server_flags(self.options, self.kit)),
+                        log=self.out / "logs" / f"{entry.name}.log",
+                        env={settings.TRACE.variable: str(trace.resolve())},
+                        progress=wait,
+                    )
+                    stack.enter_context(server)
+                target = Target(entry.name, server.client(self.options.timeout), server.model)
+                visited = self._warm_up(target, trace)
+                if entry.baseline == "minference" and fit < FITS - 1 and not self._close(visited):
+                    budget = max(1, round(budget * min(4.0, self.options.density / visited)))
+                    config = self._write(baselines.with_budget(entry.baseline, budget, self._longest_map()))
+                    self.console.print(f"{entry.name}: visited {visited:.3f}, again with {budget}", highlight=False)
+                    continue
+                server.flush_cache()
+                answers = ask_with_progress(target, self.media, self.options.concurrency, self.console)
+                return self._figures(entry, config, answers, read_trace(trace) if trace.exists() else [])
+        raise AssertionError("the last fit is taken as it is")
+
+    def _close(self, visited: float) -> bool:
+        wished = self.options.density
+        return wished is None or not visited or abs(visited / wished - 1) <= CLOSE
+
+    def _warm_up(self, target: Target, trace: Path) -> float:
+        """One prompt of the greatest length, whose time does not count. Returns its density, 0 if it is not known."""
+        case = self.settings.cases[-1]
+        said = self.media.messages(case)
+        answered = target.client.chat.completions.create(
+            model=target.model, messages=said[:1], max_tokens=1, temperature=0
+        )
+        records = read_trace(trace) if trace.exists() else []
+        return density_of_records(r for r in records if r.rid == answered.id) or 0.0
+
+    def _longest_map(self) -> Any:
+        return kits.prompt_map(self.settings.conversation(self.settings.cases[-1]).conversation, self.kit)
+
+    def _write(self, config: HeadConfig) -> str:
+        path = self.out / "configs" / f"{config.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config.to_json())
+        return str(path.resolve())
+
+    def _figures(
+        self, entry: Entry, config: str, answers: list[Answer], records: list[PrefillRecord]
+    ) -> dict[str, Any]:
+        if all(answer.error for answer in answers):
+            raise ServerError(f"{entry.name} answered nothing: {answers[0].error}")
+        return {
+            "config": json.loads(HeadConfig.load(config).to_json()),
+            "by_length": {str(n): prefill_figures(answers, records, n) for n in self.settings.lengths},
+            **niah.report(answers, self.settings),
+        }
+
+
+def entries_of(names: Sequence[str] | None, more: Sequence[str], density: float | None) -> list[Entry]:
+    """The rows of the table.
+
+    Raises:
+        Refused: for a name that is neither a config nor a baseline, or a baseline that needs a density.
+    """
+    wanted = list(names or ["dense", "default", *(n for n in baselines.NAMES if density or n in baselines.PUBLISHED)])
+    entries: dict[str, Entry] = {}
+    for name in [*wanted, *more]:
+        label = unique(Path(name).stem, entries)
+        if name not in baselines.NAMES:
+            check_config(name)
+            entries[label] = Entry(label, name)
+        elif density is not None:
+            entries[label] = Entry(label, "", name)
+        elif name in baselines.PUBLISHED:
+            entries[label] = Entry(label, f"baseline_{name}")
+        else:
+            raise Refused(f"--configs: {name} has no published sizes; give --density")
+    return list(entries.values())
+
+
+def prefill_figures(answers: Sequence[Answer], records: Sequence[PrefillRecord], length: int) -> dict[str, Any]:
+    """Of conversations of one length: density over all their new rows, and the mean time of their first prompts.
+
+    forward_ms and attn_ms: the whole forward pass and its attention, summed over the chunks of a prompt; prompt_tokens
+    are those of the same first prompts. None where the trace has no record of them.
+    """
+    ours = [a for a in answers if a.length == length and a.error is None]
+    by_rid: dict[str, list[PrefillRecord]] = {}
+    for record in records:
+        by_rid.setdefault(record.rid, []).append(record)
+    of_all = [record for answer in ours for record in by_rid.get(answer.request_id, [])]
+    first: dict[tuple[str, int], Answer] = {}
+    for answer in ours:
+        first.setdefault((answer.task, answer.seed), answer)
+    starts = [by_rid[a.request_id] for a in first.values() if a.request_id in by_rid]
+    reasons = sorted({record.dense_reason for record in of_all if record.dense_reason})
+    return {
+        "density": _rounded(density_of_records(of_all), 4),
+        "dense_reasons": reasons,
+        "prompt_tokens": _rounded(_mean([sum(r.chunk_len for r in records) for records in starts]), 0),
+        "forward_ms": _rounded(_mean([sum(r.forward_ms for r in records) for records in starts]), 1),
+        "attn_ms": _rounded(_mean([sum(r.attn_ms for r in records) for records in starts]), 1),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------
+
+
+def table_of(configs: dict[str, Any], settings: Settings) -> list[list[str]]:
+    """Rows of cells, the heading first."""
+    tasks = [(task, length) for task in settings.tasks for length in settings.lengths]
+    heading = ["config", *(f"density, {length:,}" for length in settings.lengths)]
+    heading += [f"{TITLES[task]}, {length:,}" for task, length in tasks]
+    heading += [f"prefill ms, {length:,}" for length in settings.lengths] + ["errors"]
+    rows = [heading]
+    for name, found in configs.items():
+        figures = [found["by_length"][str(length)] for length in settings.lengths]
+        accuracy = [Cell(**found["accuracy"][task][str(length)]) for task, length in tasks]
+        rows.append(
+            [
+                name,
+                *("–" if f["density"] is None else f"{f['density']:.3f}" for f in figures),
+                *(percent(cell) for cell in accuracy),
+                *("–" if f["forward_ms"] is None else f"{f['forward_ms']:,.0f}" for f in figures),
+                str(sum(cell.errors for cell in accuracy)),
+            ]
+        )
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines) + "\n"
+
+
+def rich_table(rows: list[list[str]]) -> Table:
+    shown = Table(title="Needles found, and what it took", title_justify="left")
+    for i, name in enumerate(rows[0]):
+        shown.add_column(name.replace(", ", "\n"), justify="right" if i else "left", no_wrap=True)
+    for row in rows[1:]:
+        shown.add_row(*row)
+    return shown

@@ -1,0 +1,562 @@
+"""`mminfer doctor`: what is installed, what SGLang sees of it, what would run for a model, and what to mend.
+
+Everything is asked of the real thing: SGLang's own loader loads the plugin, and a given model goes through
+SGLang's own resolution of arguments, as at the start of a server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform as host
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal
+
+from sglang_mminfer import settings
+from sglang_mminfer.serving import dense_backend, flags, head_config_choice
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_mminfer.tools.doctor.video import VideoOptions
+
+DISTRIBUTION = "sglang-mminfer"
+GROUPS = {"sglang.srt.plugins": "mminfer", "sglang.srt.platforms": "mminfer_cpu"}
+
+_SHOWN = ("sglang", "torch", "transformers")  # of the requirements; the others only where they do not fit
+_ALSO = ("triton", "flashinfer-python", "sglang-kernel")  # not ours to require, but good to know
+
+Status = Literal["ok", "note", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. Only an "error" makes the exit status 1; each has a fix."""
+
+    section: str
+    name: str
+    status: Status
+    text: str
+    fix: str | None = None
+
+
+def run(
+    model_path: str | None,
+    config_name: str | None,
+    *,
+    as_json: bool = False,
+    video: VideoOptions | None = None,
+    trust_remote_code: bool = False,
+) -> int:
+    """Print the report; the exit status. `video` needs a model. `trust_remote_code`: as for the server."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Asking SGLang ..."), _quiet() as problems:
+        findings = list(examine(model_path, config_name, problems, video, trust_remote_code))
+    ok = all(finding.status != "error" for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        _print(findings, ok)
+    return 0 if ok else 1
+
+
+def examine(
+    model_path: str | None = None,
+    config_name: str | None = None,
+    problems: list[str] | None = None,
+    video: VideoOptions | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[Finding]:
+    """All findings. `problems` is what SGLang logs as an error meanwhile; see `_quiet`."""
+    problems = [] if problems is None else problems
+    sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("installed", _versions),
+        ("plugin", lambda: _plugin(problems)),
+        ("mends", _mends),
+        ("machine", _machine),
+        ("gpu", _gpu),
+        ("video", _video),
+        ("model", lambda: _model(model_path, config_name, trust_remote_code)),
+    ]
+    if video is not None and model_path is not None:
+        from sglang_mminfer.tools.doctor import video as doctor_video
+
+        sections.append(
+            (
+                doctor_video.SECTION,
+                lambda: doctor_video.examine_video(model_path, config_name, video, trust_remote_code),
+            )
+        )
+    for section, check in sections:
+        try:
+            yield from check()
+        except Exception as error:  # a report that stops half-way helps nobody
+            yield Finding(
+                section,
+                section,
+                "error",
+                f"cannot be checked: {brief(error)}",
+                f"mend the import or setting named here; `pip install --force-reinstall {DISTRIBUTION}` "
+                "restores the package and what it needs.",
+            )
+
+
+# Sections
+
+
+def _versions() -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    yield Finding("installed", "python", "ok", host.python_version())
+    try:
+        yield Finding("installed", DISTRIBUTION, "ok", metadata.version(DISTRIBUTION))
+        required = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        yield Finding(
+            "installed",
+            DISTRIBUTION,
+            "error",
+            "importable, but not installed: SGLang finds plugins by their distribution",
+            "run `pip install -e .` in the checkout, in the environment that runs SGLang.",
+        )
+        return
+    fitting = 0
+    for requirement in required:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        installed = _version(requirement.name)
+        if installed and requirement.specifier.contains(installed, prereleases=True):
+            fitting += 1
+            if requirement.name in _SHOWN:
+                yield Finding("installed", requirement.name, "ok", f"{installed}  (needs {requirement.specifier})")
+        elif installed and _is_newer(installed, requirement):
+            yield Finding(
+                "installed",
+                requirement.name,
+                "warning",
+                f"{installed} is untested (the tests were run with {requirement.specifier})",
+                f"run `pip install '{requirement.name}{requirement.specifier}'`, or see what the hooks below say.",
+            )
+        else:
+            yield Finding(
+                "installed",
+                requirement.name,
+                "error",
+                f"{installed or 'missing'}  (needs {requirement.specifier or 'any version'})",
+                f'run `pip install "{requirement}"`.',
+            )
+    yield Finding("installed", "requirements", "ok", f"{fitting} of them fit")
+    optional = [f"{name} {version}" for name in _ALSO if (version := _version(name))]
+    yield Finding("installed", "kernels of others", "note", ", ".join(optional) or "none")
+
+
+def _plugin(problems: list[str]) -> Iterator[Finding]:
+    for group, name in GROUPS.items():
+        owners = [entry.dist.name if entry.dist else "?" for entry in metadata.entry_points(group=group, name=name)]
+        if DISTRIBUTION not in owners:
+            yield Finding(
+                "plugin",
+                f"entry point {name}",
+                "error",
+                f"not in group {group}",
+                f"reinstall {DISTRIBUTION}: its metadata is older than its code.",
+            )
+    yield from _filters(os.environ.get("SGLANG_PLUGINS"), os.environ.get("SGLANG_PLATFORM"))
+
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_mminfer import plugin
+    from sglang_mminfer.serving import cpu_platform
+
+    if settings.BACKEND_NAME in ATTENTION_BACKENDS and settings.BACKEND_NAME in ATTENTION_BACKEND_CHOICES:
+        yield Finding("plugin", "attention backend", "ok", f"SGLang knows {settings.BACKEND_NAME!r}")
+    else:
+        said = f"; SGLang says: {problems[-1]}" if problems else ""
+        yield Finding(
+            "plugin",
+            "attention backend",
+            "error",
+            f"SGLang did not take the plugin{said}",
+            "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
+        )
+    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]
+    missing = [hook.target for hook in gone]
+    on_cpu = cpu_platform.selected()
+    unapplied = [
+        hook.target
+        for hook in plugin.HOOKS
+        if hook.kind in ("before", "after", "around")
+        and (on_cpu or hook not in cpu_platform.HOOKS)
+        and hook.target not in missing
+        and hook.target not in HookRegistry._patched
+    ]
+    total = len(plugin.HOOKS)
+    if missing:
+        yield Finding(
+            "plugin",
+            "hooks",
+            "error" if any(hook.essential for hook in gone) else "warning",
+            f"{len(missing)} of {total} find no target: {', '.join(missing)}"
+            + (" (none of them essential)" if not any(hook.essential for hook in gone) else ""),
+            f"this SGLang moved them; install one that fits: {_needed('sglang')}.",
+        )
+    elif unapplied:
+        yield Finding(
+            "plugin",
+            "hooks",
+            "error",
+            f"not applied: {', '.join(unapplied)}",
+            "see the errors above; start SGLang with --log-level debug for its reasons.",
+        )
+    else:
+        yield Finding("plugin", "hooks", "ok", f"all {total} targets are there")
+
+
+def _filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
+    allowed = {name.strip() for name in (plugins or "").split(",") if name.strip()}
+    if not allowed:
+        yield Finding("plugin", "SGLANG_PLUGINS", "ok", "not set, so every plugin is loaded")
+    elif hidden := sorted(set(GROUPS.values()) - allowed):
+        needed = "mminfer" in hidden
+        yield Finding(
+            "plugin",
+            "SGLANG_PLUGINS",
+            "error" if needed else "warning",
+            f"{plugins} leaves out {', '.join(hidden)} (the list counts for platforms, too)",
+            f"unset it, or set SGLANG_PLUGINS={','.join([*sorted(allowed), *hidden])}.",
+        )
+    else:
+        yield Finding("plugin", "SGLANG_PLUGINS", "ok", str(plugins))
+    if not selected:
+        yield Finding("plugin", "SGLANG_PLATFORM", "ok", "not set")
+    elif selected == GROUPS["sglang.srt.platforms"]:
+        yield Finding("plugin", "SGLANG_PLATFORM", "ok", f"{selected}: the CPU platform is forced")
+    else:
+        yield Finding(
+            "plugin",
+            "SGLANG_PLATFORM",
+            "error",
+            f"{selected}: SGLang then skips every plugin of a distribution that brings another platform, and this one "
+            "brings mminfer_cpu",
+            "unset it; SGLang finds the hardware without it.",
+        )
+
+
+def _mends() -> Iterator[Finding]:
+    from sglang_mminfer import mends
+
+    if why := mends.why_bad():
+        yield Finding(
+            "mends", "setting", "error", why, f"correct {settings.MENDS.variable}, or unset it to have all mends."
+        )
+        return
+    on = mends.active_names()
+    yield Finding("mends", "on", "ok", ", ".join(on) or "none")
+    if off := [mend.name for mend in mends.MENDS if mend.name not in on]:
+        yield Finding(
+            "mends", "off", "note", f"{', '.join(off)} ({settings.MENDS.variable}, or not a fault of this SGLang)"
+        )
+
+
+def _machine() -> Iterator[Finding]:
+    import torch
+    from sglang.srt.platforms import current_platform
+
+    from sglang_mminfer.serving import cpu_platform
+
+    found = cpu_platform.accelerators()
+    if found == ("cuda",):
+        yield Finding("machine", "accelerator", "ok", torch.cuda.get_device_name(0))
+    elif found:
+        yield Finding(
+            "machine",
+            "accelerator",
+            "warning",
+            f"{', '.join(found)}: mminfer was never tried there",
+            "treat answers and speed as unknown, or use an NVIDIA GPU or a CPU.",
+        )
+    elif os.path.exists("/dev/nvidia0"):
+        yield Finding(
+            "machine",
+            "accelerator",
+            "error",
+            f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it",
+            "install a torch built for this driver's CUDA, or launch with --device cpu to run on the CPU on purpose.",
+        )
+    else:
+        cores = len(os.sched_getaffinity(0))
+        memory = cpu_platform.MMInferCpuPlatform().get_device_total_memory() / 2**30
+        yield Finding("machine", "accelerator", "note", f"none; {cores} CPU cores, {memory:.0f} GiB of memory")
+    reason = cpu_platform.why_unfit()
+    if cpu_platform.is_active():
+        yield Finding("machine", "platform", "ok", "mminfer_cpu is active: SGLang runs on plain torch")
+    elif found:
+        yield Finding("machine", "platform", "ok", f"SGLang's own ({current_platform.device_name}): {reason}")
+    elif reason is None:
+        yield Finding(
+            "machine",
+            "platform",
+            "note",
+            "none that SGLang takes by itself; launched with --device cpu it runs on plain torch (mminfer_cpu), as in "
+            "what follows here",
+        )
+    else:
+        yield Finding(
+            "machine",
+            "platform",
+            "error",
+            f"no platform for this machine: {reason}",
+            "unset SGLANG_PLUGINS, SGLANG_PLATFORM and SGLANG_USE_CPU_ENGINE (SGLang's CPU engine needs a "
+            "kernel package that is not on the package index).",
+        )
+
+
+def _gpu() -> Iterator[Finding]:
+    """The card, and whether the kernel that is compiled for it is right."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "gpu", "note", "none that torch can use: the kernel is not compiled")
+        return
+    card = torch.cuda.get_device_properties(0)
+    text = f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB"
+    if (card.major, card.minor) < (8, 0):
+        yield Finding("gpu", "gpu", "error", text, "the kernel needs compute capability 8.0 (A100) or newer.")
+        return
+    yield Finding("gpu", "gpu", "ok", text)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield check_kernel("cuda", dtype)
+
+
+def check_kernel(device: str, dtype: torch.dtype) -> Finding:
+    """The Triton kernel on the small cases that a server checks it with, against float64."""
+    from sglang_mminfer.kernels.triton import launch
+    from sglang_mminfer.serving import self_check
+
+    name = f"kernel, {str(dtype).removeprefix('torch.')}"
+    try:
+        answer = self_check.check(launch.run, device, dtype, HEAD_DIM)
+    except Exception as error:  # a compiler that does not fit, for one
+        return Finding("gpu", name, "error", f"does not run: {brief(error)}", _OTHER_EXECUTOR)
+    if answer.good:
+        return Finding("gpu", name, "ok", str(answer))
+    return Finding("gpu", name, "error", f"wrong answers: {answer}", _OTHER_EXECUTOR)
+
+
+HEAD_DIM = 128
+
+_OTHER_EXECUTOR = (
+    "install the triton that this torch requires, or try SGLANG_MMINFER_EXECUTOR=flashinfer; until then a server finds "
+    "the same at start-up and runs dense."
+)
+
+
+def _video() -> Iterator[Finding]:
+    usable, said = _torchcodec()
+    if usable:
+        yield Finding("video", "torchcodec", "ok", f"{_version('torchcodec')}, with FFmpeg's libraries")
+    elif decord := _version("decord"):
+        import decord as _  # noqa: F401 - present but broken is worse than absent
+
+        yield Finding("video", "torchcodec", "note", said)
+        yield Finding("video", "decord", "ok", f"{decord} decodes video instead")
+    else:
+        yield Finding(
+            "video",
+            "decoder",
+            "error",
+            f"{said}, and decord is missing",
+            "run `pip install decord`, or install FFmpeg's shared libraries for torchcodec.",
+        )
+
+
+def _model(model_path: str | None, config_name: str | None, trust_remote_code: bool) -> Iterator[Finding]:
+    from sglang_mminfer.head_config import HeadConfig, HeadConfigError
+
+    if model_path is None:
+        choice = (
+            head_config_choice.ConfigChoice(config_name, settings.CONFIG.flag)
+            if config_name
+            else head_config_choice.resolve(None)
+        )
+        try:
+            described = HeadConfig.load(choice.name).describe()
+            yield Finding("model", "head config", "ok", f"{described}  [{choice.source}]")
+        except HeadConfigError as error:
+            yield _bad_config(f"{choice.source}: {error}")
+        yield Finding("model", "model", "note", "none given; --model-path P says what would run for one")
+        return
+
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+
+    from sglang_mminfer.serving.hooks import UnsupportedLaunch
+
+    try:
+        server_args = server_args_of(model_path, config_name, trust_remote_code=trust_remote_code)
+    except UnsupportedLaunch as error:
+        yield Finding("model", model_path, "error", "mminfer cannot serve it", str(error))
+        return
+    except HeadConfigError as error:
+        yield _bad_config(str(error))
+        return
+    except Exception as error:
+        yield Finding(
+            "model",
+            model_path,
+            "error",
+            f"SGLang does not accept it: {brief(error)}",
+            "check the path and its config.json; a name on the hub needs network access or a filled cache.",
+        )
+        return
+    model, view = model_config_of(server_args), resolving_view(server_args)
+    hf_config = model.hf_config
+    architecture = (hf_config.architectures or ["?"])[0]
+    if model.is_multimodal:
+        yield Finding("model", "model", "ok", architecture)
+    else:
+        yield Finding(
+            "model",
+            "model",
+            "warning",
+            f"{architecture} takes no images or video: every request would run dense",
+            "use mminfer with a vision-language model.",
+        )
+    head_config, choice = head_config_choice.load_for_model(server_args, hf_config)
+    yield Finding("model", "head config", "ok", f"{head_config.describe()}  [{choice.source}]")
+    fits = "made for this model" if head_config.model else "for any model"
+    yield Finding("model", "fingerprint", "ok", f"{fits}; {model.num_hidden_layers} layers")
+    dense = dense_backend.dense_backend_name(server_args, view.device)
+    yield Finding("model", "dense backend", "ok", f"{dense}, on {view.device} in {model.dtype}")
+
+
+def server_args_of(model_path: str, config_name: str | None, **fields: Any) -> Any:
+    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server, which is launched with
+    `--device cpu` where there is no accelerator. Raises what that raises."""
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_mminfer.serving import cpu_platform
+
+    if not cpu_platform.accelerators():
+        fields.setdefault("device", "cpu")
+    server_args = ServerArgs(model_path=model_path, attention_backend=settings.BACKEND_NAME, **fields)
+    setattr(server_args, flags.CONFIG_ATTRIBUTE, config_name)
+    server_args.resolve_once()
+    return server_args
+
+
+def _bad_config(text: str) -> Finding:
+    return Finding(
+        "model",
+        "head config",
+        "error",
+        text,
+        f"correct the file, or name another with {settings.CONFIG.flag}; `default` and `dense` fit every model.",
+    )
+
+
+# Helpers
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_newer(installed: str, requirement: Any) -> bool:
+    """SGLang beyond what the tests were run with: it may work, and nobody knows."""
+    from packaging.version import Version
+
+    lowest = (Version(clause.version) for clause in requirement.specifier if clause.operator == ">=")
+    return requirement.name == "sglang" and all(Version(installed) > version for version in lowest)
+
+
+def _needed(name: str) -> str:
+    return next((text for text in metadata.requires(DISTRIBUTION) or () if text.startswith(name)), name)
+
+
+def _torchcodec() -> tuple[bool, str]:
+    """Whether torchcodec decodes, and if not, why. It looks for FFmpeg only when a decoder is made."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError):
+        return False, "not installed, or its libraries do not load"
+    try:
+        VideoDecoder(b"\0" * 64)
+    except Exception as error:
+        if "Could not load libtorchcodec" in str(error):
+            return False, f"{_version('torchcodec')} finds no FFmpeg libraries"
+    return True, ""
+
+
+def brief(error: BaseException) -> str:
+    """Type and first line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+
+
+class _Collect(logging.Handler):
+    """Keeps errors, with the exception's own words, instead of printing them."""
+
+    def __init__(self, into: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._into = into
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        self._into.append(record.getMessage() + (f" ({brief(error)})" if error else ""))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """No logging or warnings on the terminal; what is logged as an error is collected."""
+    problems: list[str] = []
+    root, handler = logging.getLogger(), _Collect(problems)
+    before, root.handlers = root.handlers, [handler]
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield problems
+    finally:
+        root.handlers = before
+
+
+_MARKS = {"ok": "[green]✓[/]", "note": "[dim]·[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
+
+
+def _print(findings: list[Finding], ok: bool) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    section = ""
+    for finding in findings:
+        shown = "" if finding.section == section else finding.section
+        section = finding.section
+        table.add_row(shown, _MARKS[finding.status], escape(finding.name), escape(finding.text))
+        if finding.fix:
+            table.add_row("", "", "", f"[bold]fix:[/] {escape(finding.fix)}")
+    console = Console(highlight=False)
+    console.print(table)
+    wrong = sum(finding.status == "error" for finding in findings)
+    console.print(
+        "[green]All that is needed is fine.[/]" if ok else f"[red]{wrong} thing(s) to mend, see the fixes.[/]"
+    )

@@ -1,0 +1,297 @@
+"""`mminfer doctor --video F`: what a server would make of one video, told without a GPU and without weights.
+
+The video goes the way of a chat request with it, as far as the scheduler's door: SGLang's own arguments, chat
+template, tokenizer manager, the model's own processor with its rules for sampling frames. So tokens and geometry are
+those of the server; memory and density are computed from them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_mminfer.families.llava_original import processor as llava_original
+from sglang_mminfer.serving import head_config_choice
+from sglang_mminfer.serving.encoder_watch import ENVIRONMENT, MB, entries_of, suggested_mb, tokens_of
+from sglang_mminfer.tools.doctor.report import Finding, brief, server_args_of
+
+if TYPE_CHECKING:
+    from sglang_mminfer.head_config import HeadConfig
+    from sglang_mminfer.modality.segments import ModalityMap
+
+QUESTION = "What happens in this video?"
+SECTION = "this video"
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """What is asked, and what would be given to the server.
+
+    mm_process_config: as SGLang's --mm-process-config; None for its defaults. chunked_prefill_size: as its flag; None
+    for what SGLang picks on this machine.
+    """
+
+    path: str
+    mm_process_config: dict[str, Any] | None = None
+    chunked_prefill_size: int | None = None
+
+
+class VideoError(ValueError):
+    """Why the video cannot be looked at, in one sentence, and what to do."""
+
+    def __init__(self, text: str, fix: str) -> None:
+        super().__init__(text)
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat request with the video and a short question, as it reaches the scheduler."""
+
+    input_ids: list[int]
+    mm_inputs: Any  # SGLang's MultimodalInputs
+
+
+def examine_video(
+    model_path: str, config_name: str | None, options: VideoOptions, trust_remote_code: bool = False
+) -> Iterator[Finding]:
+    """All findings about one video and one model; a single error where it cannot be served."""
+    try:
+        yield from _findings(model_path, config_name, options, trust_remote_code)
+    except VideoError as error:
+        yield Finding(SECTION, "video", "error", str(error), error.fix)
+
+
+def _findings(
+    model_path: str, config_name: str | None, options: VideoOptions, trust_remote_code: bool
+) -> Iterator[Finding]:
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+
+    if not os.path.isfile(options.path):
+        raise VideoError(f"{options.path}: no such file", "name a video file: mp4, mkv, webm, ...")
+    fields = {
+        name: value
+        for name in ("mm_process_config", "chunked_prefill_size")
+        if (value := getattr(options, name)) is not None
+    }
+    try:
+        server_args = server_args_of(model_path, config_name, trust_remote_code=trust_remote_code, **fields)
+    except Exception as error:
+        raise VideoError(
+            f"not looked at, because no server would start: {brief(error)}", "mend that first; see the section before."
+        ) from None
+    model, view = model_config_of(server_args), resolving_view(server_args)
+    architecture = (model.hf_config.architectures or ["this model"])[0]
+    if not model.is_multimodal:
+        raise VideoError(f"{architecture} takes no images or video", "name a vision-language model.")
+    if architecture in llava_original.ARCHITECTURES:
+        raise VideoError(f"{architecture} takes images, and SGLang no video for it", "name a model that takes video.")
+    frames, fps = _file(options.path)
+    prompt = prompt_of(server_args, options.path)
+    sampled = json.dumps(options.mm_process_config) if options.mm_process_config else "none, so SGLang's defaults"
+    yield Finding(SECTION, "file", "ok", f"{frames} frames, {fps:.4g} a second; --mm-process-config: {sampled}")
+    yield from _tokens(prompt, model)
+    yield _embeddings(prompt, model, view)
+    yield _kv_cache(len(prompt.input_ids), model, view)
+    yield _density(prompt, model, server_args)
+
+
+def _file(path: str) -> tuple[int, float]:
+    """Frames and frames a second, by SGLang's decoder."""
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+    try:
+        video = VideoDecoderWrapper(path)
+        if not len(video):
+            raise ValueError("it has no frames")
+        return len(video), float(video.avg_fps)
+    except ImportError:
+        raise
+    except Exception as error:  # each decoder has error types of its own
+        raise VideoError(
+            f"{path}: not a video that can be decoded ({os.path.getsize(path)} bytes): {brief(error)}",
+            "convert it with FFmpeg, or name another file.",
+        ) from None
+
+
+def prompt_of(server_args: Any, path: str) -> Prompt:
+    """The request, made by SGLang's own code in this process.
+
+    Raises:
+        VideoError: if SGLang refuses it, or drops the video on the way.
+    """
+    from sglang.srt.entrypoints.engine import init_tokenizer_manager
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+    from sglang.srt.managers.schedule_batch import MultimodalInputs
+    from sglang.srt.parser.template_detection import resolve_auto_parsers
+    from sglang.srt.runtime_context import publish, restore_context, snapshot_context
+    from sglang.srt.server_args import PortArgs
+
+    content = [{"type": "video_url", "video_url": {"url": path}}, {"type": "text", "text": QUESTION}]
+    request = ChatCompletionRequest(model="doctor", messages=[{"role": "user", "content": content}], max_tokens=1)
+    resolve_auto_parsers(server_args)
+    with contextlib.ExitStack() as stack:
+        stack.callback(restore_context, snapshot_context())
+        publish(server_args, role="tokenizer")
+        ports = PortArgs.init_new(server_args)
+        stack.callback(_remove_sockets, ports)
+        manager, templates = init_tokenizer_manager(server_args, ports)
+        for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler):
+            stack.callback(socket.close, 0)
+        try:
+            chat = manager.serving_chat_class(manager, templates)
+            asked, _ = chat._convert_to_internal_request(request)
+            made = asyncio.run(_tokenized(manager, asked))
+        except Exception as error:
+            raise VideoError(
+                f"SGLang refuses a request with it: {brief(error)}",
+                "a server would answer the same; give a shorter video, another --mm-process-config or another model.",
+            ) from None
+        architecture = (manager.model_config.hf_config.architectures or ["this model"])[0]
+        mm_inputs = made.mm_inputs and MultimodalInputs.from_processor_output(made.mm_inputs)
+        if mm_inputs is None or not any(item.is_video() or item.is_image() for item in mm_inputs.mm_items):
+            raise VideoError(
+                f"SGLang makes no media of it: its chat template or processor for {architecture} takes no video",
+                "name a model that takes video, or its --chat-template.",
+            )
+        return Prompt(list(made.input_ids), mm_inputs)
+
+
+async def _tokenized(manager: Any, request: Any) -> Any:
+    """What the manager would send to the scheduler; these are its own steps up to there."""
+    request.normalize_batch_and_arguments()
+    manager._init_req_state(request)
+    return await manager._tokenize_one_request(request)
+
+
+def _remove_sockets(ports: Any) -> None:
+    """The files by which a server's processes would find each other."""
+    for name in vars(ports).values():
+        if isinstance(name, str) and name.startswith("ipc://"):
+            Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def map_of(prompt: Prompt, model: Any) -> ModalityMap:
+    """As the backend reads it.
+
+    Raises:
+        GeometryError: as there.
+    """
+    from sglang_mminfer.families.maps import family_of, map_from_mm_inputs
+
+    return map_from_mm_inputs(prompt.mm_inputs, len(prompt.input_ids), family_of(model.hf_config))
+
+
+def _tokens(prompt: Prompt, model: Any) -> Iterator[Finding]:
+    from sglang_mminfer.families.maps import GeometryError
+
+    total, media = len(prompt.input_ids), tokens_of(prompt.mm_inputs.mm_items)
+    yield Finding(
+        SECTION,
+        "tokens",
+        "ok",
+        f"{total:,} in a prompt with it and one question: {media:,} of media, {total - media} text",
+    )
+    try:
+        modality_map = map_of(prompt, model)
+    except GeometryError as error:
+        yield Finding(SECTION, "grid", "warning", f"requests with it run dense: {error}", "report it, please.")
+        return
+    shapes: Counter[tuple[int, int]] = Counter()
+    for segment in modality_map.segments:
+        if segment.grid is not None:
+            shapes[segment.grid.shape] += segment.grid.frames
+    if shapes:
+        grids = ", ".join(f"{frames} frames of {rows} x {cols}" for (rows, cols), frames in shapes.items())
+        yield Finding(SECTION, "grid", "ok", f"{grids} tokens, after what the model merges")
+    else:
+        yield Finding(SECTION, "grid", "note", "not known for this model: only where the video begins and ends")
+
+
+def _chunk_size(model: Any, view: Any) -> int | None:
+    """Tokens that one prefill takes at most; None without a bound."""
+    from sglang.srt.configs.model_config import ModelImpl
+    from sglang.srt.model_loader.utils import get_resolved_model_impl
+
+    size = view.chunked_prefill_size
+    if size is None or size <= 0 or get_resolved_model_impl(model) == ModelImpl.TRANSFORMERS:
+        return None  # SGLang does not cut prompts of its Transformers fallback
+    return size
+
+
+def embedding_bytes(model: Any) -> int:
+    """Of one token in SGLang's embedding cache. Models with deepstack keep the features of several layers."""
+    layers = getattr(getattr(model.hf_config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    return model.hf_text_config.hidden_size * (1 + len(layers)) * model.dtype.itemsize
+
+
+def _embeddings(prompt: Prompt, model: Any, view: Any) -> Finding:
+    from sglang.srt.environ import envs
+
+    chunk, per_token = _chunk_size(model, view), embedding_bytes(model)
+    items = [item for item in prompt.mm_inputs.mm_items if item.offsets]
+    total, limit = tokens_of(items) * per_token, int(envs.SGLANG_VLM_CACHE_SIZE_MB.get())
+    size = f"{total / MB:.1f} MB of embeddings in {model.dtype}, cache of {limit} MB ({ENVIRONMENT})"
+    cut = f"prefill in chunks of {chunk:,}" if chunk else "prefill not in chunks"
+    refused = [entry for _, entry in entries_of(items) if tokens_of(entry) * per_token > limit * MB]
+    runs = max((chunks_of(entry, chunk) for entry in refused), default=1)
+    if runs == 1:
+        return Finding(SECTION, "vision encoder", "ok", f"{size}, {cut}: encoded once")
+    return Finding(
+        SECTION,
+        "vision encoder",
+        "warning",
+        f"{size}, {cut}: the cache refuses it, and the vision encoder runs {runs} times in place of once",
+        f"set {ENVIRONMENT}={suggested_mb(total)} for the server, which leaves that much less for the KV cache.",
+    )
+
+
+def chunks_of(items: list[Any], chunk: int | None) -> int:
+    """How many chunks of a prompt that is prefilled from its start have tokens of these items."""
+    if chunk is None:
+        return 1
+    spans = [span for item in items for span in item.offsets]
+    return len({number for start, last in spans for number in range(start // chunk, last // chunk + 1)})
+
+
+def _kv_cache(tokens: int, model: Any, view: Any) -> Finding:
+    element = {"fp8": 1, "bf1": 2, "bfl": 2}.get(str(view.kv_cache_dtype)[:3], model.dtype.itemsize)
+    heads = model.get_total_num_kv_heads() * (model.head_dim + model.v_head_dim)
+    size = tokens * model.num_hidden_layers * heads * element
+    shown = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / MB:.1f} MB"
+    return Finding(SECTION, "KV cache", "ok", f"{shown} for this prompt, over all ranks ({view.kv_cache_dtype})")
+
+
+def expected_density(modality_map: ModalityMap, head_config: HeadConfig, layers: int) -> float:
+    """Visited over causal pairs, mean over all heads of all layers. Estimated patterns: at most about this."""
+    from sglang_mminfer.tools.baselines import density_of
+
+    below = head_config.defaults.dense_below
+    heads = Counter(pattern for layer in range(layers) for pattern in head_config.patterns(layer))
+    found = {pattern: density_of(pattern, modality_map, below) for pattern in heads}
+    return sum(found[pattern] * count for pattern, count in heads.items()) / heads.total()
+
+
+def _density(prompt: Prompt, model: Any, server_args: Any) -> Finding:
+    from sglang_mminfer.families.maps import GeometryError
+
+    head_config, choice = head_config_choice.load_for_model(server_args, model.hf_config)
+    layers, name = model.num_hidden_layers, f"{choice.name}  [{choice.source}]"
+    try:
+        modality_map = map_of(prompt, model)
+    except GeometryError as error:
+        return Finding(SECTION, "density", "note", f"1 ({error.reason}: runs dense), {name}")
+    if all(head_config.is_dense(layer) for layer in range(layers)):
+        return Finding(SECTION, "density", "note", f"1 (dense_config), {name}")
+    if modality_map.length <= head_config.defaults.dense_below:
+        below = head_config.defaults.dense_below
+        return Finding(SECTION, "density", "note", f"1 (short: dense up to {below:,} tokens), {name}")
+    density = expected_density(modality_map, head_config, layers)
+    return Finding(SECTION, "density", "ok", f"{density:.3f} of what dense attention computes, {name}")

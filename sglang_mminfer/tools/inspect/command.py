@@ -1,0 +1,343 @@
+"""`mminfer inspect`: what the heads of a model do with a prompt, or what a server's trace tells of its requests.
+
+With a model, a server of the same flags as in production is started, asked once, and stopped; inside it
+`inspect_capture` takes down what is drawn here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sglang_mminfer.serving.trace import LayerAudit, MapEntry, PrefillRecord, map_of_entries, read_trace
+
+RID = "mminfer-inspect"
+MOST_HEADS = 6
+WAIT_S = 600.0
+
+
+class InspectError(Exception):
+    """What a user can mend. The message says how."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model-path", metavar="P", help="a model directory or hub name: a server is started with it")
+    source.add_argument("--trace", metavar="FILE", type=Path, help="what SGLANG_MMINFER_TRACE of a server wrote")
+    parser.add_argument("--messages", metavar="JSON", type=Path, help="a conversation: a file of OpenAI messages")
+    parser.add_argument("--video", metavar="FILE", action="append", default=[], help="may be given several times")
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="may be given several times")
+    parser.add_argument("--text", default="What do you see?", help="the question about --video and --image")
+    parser.add_argument("--mminfer-config", metavar="NAME|PATH", default="default", help="head config")
+    parser.add_argument(
+        "--heads", metavar="L:H", nargs="+", type=_head, help="layer and head to draw; default: one of each pattern"
+    )
+    parser.add_argument("--rows", metavar="N", type=int, default=2048, help="rows to sample of each head, at most")
+    parser.add_argument("--rid", help="with --trace: one request only")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("inspect-out"))
+    parser.add_argument(
+        "--server-flags", metavar="FLAGS", default="", help='for the server, as one word: --server-flags="--tp-size 2"'
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; returns the exit status."""
+    try:
+        page = from_trace(options) if options.trace else from_model(options)
+    except (InspectError, OSError, ValueError) as error:
+        print(f"mminfer inspect: {error}", file=sys.stderr)
+        return 1
+    print(page)
+    return 0
+
+
+def _head(text: str) -> tuple[int, int]:
+    try:
+        layer, head = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LAYER:HEAD, like 0:3, got {text!r}") from None
+    return layer, head
+
+
+def conversation(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The OpenAI messages that the options name.
+
+    Raises:
+        InspectError: a file that is not there or holds something else.
+    """
+    if options.messages is not None:
+        try:
+            messages = json.loads(options.messages.read_text())
+        except (OSError, ValueError) as error:
+            raise InspectError(f"--messages {options.messages}: {error}") from None
+        if (
+            not isinstance(messages, list)
+            or not all(isinstance(m, dict) and "role" in m for m in messages)
+            or not messages
+        ):
+            raise InspectError(f"--messages {options.messages}: expected a list of messages with role and content")
+        return messages
+    parts: list[dict[str, Any]] = []
+    for kind in ("video", "image"):
+        for name in getattr(options, kind):
+            if "://" not in name and not Path(name).is_file():
+                raise InspectError(f"--{kind} {name}: no such file")
+            url = name if "://" in name else str(Path(name).resolve())
+            parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
+    if not parts:
+        raise InspectError("nothing to look at: give --video, --image or --messages")
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": options.text}]}]
+
+
+def default_heads(patterns: Sequence[Sequence[Any]], most: int = MOST_HEADS) -> list[tuple[int, int]]:
+    """One (layer, head) of each pattern, from a layer in the middle of those that have it; sparse ones first."""
+    places: dict[Any, list[tuple[int, int]]] = {}
+    for layer, row in enumerate(patterns):
+        for head, pattern in enumerate(row):
+            places.setdefault(pattern, []).append((layer, head))
+    order = sorted(places, key=lambda pattern: (pattern.kind == "dense", places[pattern][0]))
+    return sorted(places[pattern][len(places[pattern]) // 2] for pattern in order[:most])
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------
+
+
+def from_model(options: argparse.Namespace) -> Path:
+    """Starts a server, asks it once, and draws. Returns the page."""
+    from transformers import AutoConfig
+
+    from sglang_mminfer.head_config import HeadConfig
+    from sglang_mminfer.tools.inspect.capture import REQUEST, Request
+
+    messages = conversation(options)
+    config = HeadConfig.load(options.mminfer_config).bind(AutoConfig.from_pretrained(options.model_path))
+    patterns = [config.patterns(layer) for layer in range(config.num_layers or 0)]
+    heads = options.heads or default_heads(patterns)
+    for layer, head in heads:
+        if not (0 <= layer < len(patterns) and 0 <= head < len(patterns[layer])):
+            shape = f"{len(patterns)} layers of {len(patterns[0])} heads"
+            raise InspectError(f"--heads {layer}:{head}: the model has {shape}, counted from 0")
+    with tempfile.TemporaryDirectory(prefix="mminfer-inspect-") as name:
+        folder = Path(name)
+        (folder / REQUEST).write_bytes(msgspec.json.encode(Request(RID, list(heads), rows=options.rows)))
+        _ask(options, messages, folder)
+        return draw(folder, config, heads, options.out, f"{Path(options.model_path).name}, {config.name}")
+
+
+def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Path) -> None:
+    """One prefill in a real server, which leaves what it did in `folder`."""
+    import shlex
+
+    from sglang_mminfer import settings
+    from sglang_mminfer.tools.inspect import capture
+    from sglang_mminfer.tools.server import Server, ServerError, shown_wait
+
+    flags = shlex.split(options.server_flags)
+    flags = ["--attention-backend", "mminfer", "--mminfer-config", options.mminfer_config, *flags]
+    env: dict[str, str | None] = {
+        settings.OBSERVERS.variable: f"{capture.__name__}:create={folder}",
+        settings.TRACE.variable: str(folder / "trace.jsonl"),
+    }
+    if not Path(options.model_path).is_dir():
+        env |= {"HF_HUB_OFFLINE": None, "TRANSFORMERS_OFFLINE": None}
+    try:
+        with (
+            shown_wait("starting the server") as progress,
+            Server(options.model_path, *flags, env=env, progress=progress) as server,
+        ):
+            server.flush_cache()  # the warm-up left the beginning of the chat template there
+            server.client().chat.completions.create(
+                model="default", messages=messages, max_tokens=1, temperature=0, extra_body={"rid": RID}
+            )
+            _wait_for_answer(folder)
+    except ServerError as error:
+        raise InspectError(str(error)) from None
+
+
+def _wait_for_answer(folder: Path) -> None:
+    """The server answers a moment before the last rank has written."""
+    until = time.monotonic() + 30
+    while not _complete(folder):
+        if time.monotonic() > until:
+            records = [r for r in read_trace(folder / "trace.jsonl") if r.rid == RID]
+            reasons = sorted({r.dense_reason or "sparse" for r in records})
+            raise InspectError(f"nothing was taken down of this prompt; it ran: {', '.join(reasons) or 'not at all'}")
+        time.sleep(0.1)
+
+
+def _overviews(folder: Path) -> list[Path]:
+    """What the ranks wrote, in their order."""
+    return sorted(folder.glob("overview-*.json"), key=lambda path: int(path.stem.split("-")[1]))
+
+
+def _complete(folder: Path) -> bool:
+    found = _overviews(folder)
+    return bool(found) and len(found) == int(found[0].stem.split("-")[3])
+
+
+def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path, title: str) -> Path:
+    """Pictures and page of what a server left in `folder`. Returns the page."""
+    from sglang_mminfer.head_config import words_of
+    from sglang_mminfer.modality.segments import ModalityMap, Segment
+    from sglang_mminfer.planning.visited import order_of
+    from sglang_mminfer.tools.figures import save, turn_of_records
+    from sglang_mminfer.tools.inspect import figures
+    from sglang_mminfer.tools.inspect.capture import MAP
+    from sglang_mminfer.tools.inspect.page import Page
+    from sglang_mminfer.tools.inspect.reasons import account, reasons_by_row
+
+    modality_map = ModalityMap(msgspec.json.decode((folder / MAP).read_bytes(), type=list[Segment]))
+    records = [r for r in read_trace(folder / "trace.jsonl") if r.rid == RID]
+    ran_dense = all(r.dense_reason is not None for r in records)
+    out.mkdir(parents=True, exist_ok=True)
+    page = Page(f"mminfer inspect: {title}")
+    page.heading("The prompt")
+    page.note(
+        f"{modality_map.length:,} tokens in {len(modality_map.segments)} segments, prefilled in {len(records)} chunks."
+    )
+    page.picture(
+        save(figures.map_figure(modality_map, turn_of_records("prompt", records)), out / "map.png"), "modality map"
+    )
+    _chunks(page, records)
+
+    page.heading("All heads")
+    page.note("Recall and error are measured on up to 64 rows of each chunk, spread over all modalities and positions.")
+    layers, overview = _overview(folder)
+    path = save(figures.overview_figure(*overview, layers=layers), out / "overview.png", dpi=130)
+    page.picture(path, "density, recall and error of all heads")
+
+    page.note(
+        "The pictures of single heads follow. Above the tokens stand in the order of the prompt, below in the order in "
+        "which the head's pattern lays them out, rows and keys alike. White: no causal pairs. Bands: the modality."
+    )
+    for layer, head in heads:
+        source = folder / f"head-{layer}-{head}.npz"
+        pattern = config.patterns(layer)[head]
+        if not source.exists():
+            page.heading(f"Layer {layer}, head {head}")
+            page.note("Not taken down: this layer is not plain causal attention over the KV pool.")
+            continue
+        data = _load(source, layer, head, words_of(pattern), order_of(modality_map, pattern)[1])
+        page.heading(f"Layer {layer}, head {head}")
+        page.table(
+            ["pattern", "density", "recall", "worst row's recall", "output error"],
+            [[data.words, data.density, data.mean_recall, float(data.recall.min()), data.relative_error]],
+        )
+        path = save(figures.head_figure(data, modality_map), out / f"head-{layer}-{head}.png", dpi=110)
+        page.picture(path, f"attention and visited tiles of layer {layer}, head {head}")
+        below = config.defaults.dense_below
+        reasons = reasons_by_row(modality_map, pattern, below, data.visited_by_row, data.first_row, ran_dense)
+        path = save(figures.rows_figure(data, modality_map, reasons), out / f"rows-{layer}-{head}.png", dpi=110)
+        page.picture(path, f"recall and density along the prompt, layer {layer}, head {head}")
+        page.table(
+            ["why rows saw everything", "rows", "share of the visited pairs"],
+            [[why.reason, why.rows, why.pairs] for why in account(reasons, data.visited_by_row)],
+        )
+    return page.write(out / "inspect.html")
+
+
+def _load(source: Path, layer: int, head: int, words: str, order: np.ndarray) -> Any:
+    from sglang_mminfer.tools.inspect.figures import HeadData
+
+    with np.load(source) as saved:
+        squares = {
+            key: {what: saved[f"{key}_{what}"] for what in ("mass", "lost", "visited", "causal")}
+            for key in ("original", "permuted")
+        }
+        rows = {what: saved[what] for what in ("position", "recall", "error", "norm", "visited_by_row")}
+        first = int(saved["first_row"])
+        return HeadData(layer, head, words, str(saved["order_name"]), order, squares, **rows, first_row=first)
+
+
+def _overview(folder: Path) -> tuple[list[int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The layers, and density, recall and error [layers, heads], of all ranks."""
+    ranks = [json.loads(path.read_text()) for path in _overviews(folder)]
+    layers = sorted(int(layer) for layer in ranks[0])
+
+    def mosaic(what: str) -> np.ndarray:
+        return np.array([[value for rank in ranks for value in rank[str(layer)][what]] for layer in layers])
+
+    return layers, (mosaic("density"), mosaic("recall"), mosaic("error"))
+
+
+def _chunks(page: Any, records: Sequence[PrefillRecord]) -> None:
+    page.table(
+        ["request", "cached", "new tokens", "layers sparse", "density", "ran dense because of"],
+        [[r.rid, r.prefix_len, r.chunk_len, r.sparse_layers, r.density, r.dense_reason or ""] for r in records],
+    )
+
+
+# ---- a trace ---------------------------------------------------------------------------------------------------
+
+
+def from_trace(options: argparse.Namespace) -> Path:
+    """What a trace tells: maps, chunks, density, reasons, audits. It has no attention. Returns the page."""
+    from sglang_mminfer.tools.figures import density_of_records, save, turn_of_records
+    from sglang_mminfer.tools.inspect import figures
+    from sglang_mminfer.tools.inspect.page import Page
+
+    by_rid: dict[str, list[PrefillRecord]] = {}
+    for record in read_trace(options.trace):
+        by_rid.setdefault(record.rid, []).append(record)
+    chosen = by_rid if options.rid is None else {k: v for k, v in by_rid.items() if k == options.rid}
+    if not chosen:
+        known = ", ".join(list(by_rid)[-5:]) or "none"
+        raise InspectError(f"--trace {options.trace}: no request {options.rid or ''}; the last ones are: {known}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    page = Page(f"mminfer inspect: {len(chosen)} requests of a trace")
+    page.heading("Requests")
+    page.table(
+        ["request", "tokens", "new", "density", "ran dense because of"],
+        [
+            [rid, rs[-1].seq_len, sum(r.chunk_len for r in rs), density_of_records(rs), _reasons(rs)]
+            for rid, rs in chosen.items()
+        ],
+    )
+    last = list(chosen.items())[-MOST_HEADS:]
+    if len(last) < len(chosen):
+        page.note(f"The last {len(last)} follow in detail; --rid names another.")
+    for number, (rid, records) in enumerate(last):
+        page.heading(rid)
+        entries: list[MapEntry] = next((r.map for r in records if r.map), [])
+        if entries:
+            try:
+                turn = turn_of_records("prompt", records)
+            except ValueError:  # taken away and computed again: its chunks do not follow one another
+                turn = turn_of_records("prompt", [])
+            path = save(figures.map_figure(map_of_entries(entries), turn), options.out / f"map-{number}.png")
+            page.picture(path, f"modality map of {rid}")
+        _chunks(page, records)
+        _audits(page, records)
+    return page.write(options.out / "inspect.html")
+
+
+def _reasons(records: Sequence[PrefillRecord]) -> str:
+    return ", ".join(sorted({r.dense_reason for r in records if r.dense_reason}))
+
+
+def _audits(page: Any, records: Sequence[PrefillRecord]) -> None:
+    rows = [
+        [r.prefix_len, a.layer, _heads(a), a.rows, a.error_mean, a.error_max, a.worst_head, a.recall_mean, a.recall_min]
+        for r in records
+        for a in r.audit or []
+    ]
+    if rows:
+        page.table(
+            ["chunk at", "layer", "heads", "rows", "error, mean", "worst", "of head", "recall, mean", "worst"],
+            rows,
+        )
+
+
+def _heads(audit: LayerAudit) -> str:
+    """Of which heads an audit tells: all of the model's, if the trace's rank files are beside it."""
+    return f"{audit.first_head} to {audit.first_head + audit.num_heads - 1}" if audit.num_heads else "of rank 0"

@@ -1,0 +1,304 @@
+"""Needles in a haystack: which share of the needles a served model finds, by length and depth, server beside server.
+
+`ask_all` puts questions to one OpenAI-compatible server; `mminfer niah` (niah_command.py) and `mminfer compare`
+(compare.py) are built on it. Conversations are a function of the seed, so every server is asked the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import mimetypes
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sglang_mminfer.tools.needles.kits import Kit
+from sglang_mminfer.tools.needles.placed import MAX_DEPTHS, SHORTEST, Placed, mixed_needles, video_needles
+
+TASKS: dict[str, tuple[Callable[..., Placed], bool]] = {
+    "v-niah": (video_needles, False),
+    "mm-niah": (mixed_needles, False),
+    "v-relay": (video_needles, True),
+    "mm-relay": (mixed_needles, True),
+}
+"""Needles in one video, and in text, images and videos over several turns; plain ones, and relays."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked. Lengths in tokens, about; `depths` is how many, from the first frames to the last.
+
+    Raises:
+        ValueError: naming the setting, what came and what was expected.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    depths: int = 5
+    seeds: int = 2
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("depths", self.depths, 2, MAX_DEPTHS),
+            ("seeds", self.seeds, 1, 10_000),
+            *(("lengths", length, SHORTEST, 10_000_000) for length in self.lengths),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+        for name in self.tasks:
+            if name not in TASKS:
+                raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {name}")
+        for name, values in (("tasks", self.tasks), ("lengths", self.lengths)):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name}: expected at least one, and none twice, got {', '.join(map(str, values))}")
+
+    @property
+    def cases(self) -> list[Case]:
+        """Every conversation, shortest first."""
+        return [
+            Case(task, length, self.seed + i)
+            for length in sorted(self.lengths)
+            for task in self.tasks
+            for i in range(self.seeds)
+        ]
+
+    @property
+    def questions(self) -> int:
+        return len(self.cases) * self.depths
+
+    def depth(self, index: int) -> float:
+        return index / (self.depths - 1)
+
+    def conversation(self, case: Case) -> Placed:
+        make, relays = TASKS[case.task]
+        random = np.random.default_rng((case.seed, case.length, list(TASKS).index(case.task)))
+        return make(case.length, [self.depth(i) for i in range(self.depths)], random, relays=relays)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conversation of one task."""
+
+    task: str
+    length: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.length}-{self.seed}"
+
+
+@dataclass
+class Answer:
+    """What a server said to one question. Times in seconds."""
+
+    task: str
+    length: int
+    seed: int
+    turn: int
+    depth: int
+    kind: str
+    expected: str
+    said: str = ""
+    right: bool = False
+    error: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    seconds: float = 0.0
+    request_id: str = ""
+
+    @property
+    def mostly_cached(self) -> bool:
+        """A later turn, in contrast to a prompt that shares a system prompt with others."""
+        return self.cached_tokens > self.prompt_tokens / 2
+
+
+@dataclass
+class Target:
+    """A server that is asked."""
+
+    label: str
+    client: Any
+    model: str
+
+
+class Media:
+    """The messages of every conversation, their files written when they are first wanted.
+
+    Args:
+        inline: put the media into the messages (base64), for servers that cannot read this machine's files.
+    """
+
+    def __init__(self, settings: Settings, kit: Kit, folder: Path, inline: bool = False) -> None:
+        self.settings, self.kit, self.folder, self.inline = settings, kit, folder, inline
+        self._made: dict[Case, list[dict[str, Any]]] = {}
+        self._locks: dict[Case, threading.Lock] = {case: threading.Lock() for case in settings.cases}
+
+    def messages(self, case: Case) -> list[dict[str, Any]]:
+        """All turns with the right answers between them."""
+        with self._locks[case]:
+            if case not in self._made:
+                conversation = self.settings.conversation(case).conversation
+                self._made[case] = self.kit.messages(conversation, self.folder, case.name)
+        said = self._made[case]
+        return _inlined(said) if self.inline else said
+
+
+def _inlined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    whole = copy.deepcopy(messages)
+    for message in whole:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] != "text":
+                place = part[part["type"]]
+                kind = mimetypes.guess_type(place["url"])[0]
+                place["url"] = f"data:{kind};base64," + base64.b64encode(Path(place["url"]).read_bytes()).decode()
+    return whole
+
+
+def ask_all(
+    target: Target, media: Media, concurrency: int = 1, heard: Callable[[Answer], None] = lambda answer: None
+) -> list[Answer]:
+    """Every question of every conversation. Turns follow one another, conversations run side by side.
+
+    A request that fails is an answer with an `error`. `heard` is called after each, from any thread.
+    """
+
+    stopped = threading.Event()
+
+    def converse(case: Case) -> list[Answer]:
+        answers = []
+        for answer in unanswered(media.settings, case):
+            if stopped.is_set():
+                break
+            _ask(target, media, case, answer)
+            answers.append(answer)
+            heard(answer)
+        return answers
+
+    pool = ThreadPoolExecutor(max(1, concurrency))
+    try:
+        return [answer for answers in pool.map(converse, media.settings.cases) for answer in answers]
+    finally:  # Ctrl-C waits for the answers that are under way, and for nothing else
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def unanswered(settings: Settings, case: Case) -> list[Answer]:
+    """The questions of a conversation, in the order of its turns."""
+    placed = settings.conversation(case)
+    return [
+        Answer(case.task, case.length, case.seed, asked.turn, asked.depth, asked.kind, "")
+        for asked in sorted(placed.asked, key=lambda asked: asked.turn)
+    ]
+
+
+def _ask(target: Target, media: Media, case: Case, answer: Answer) -> None:
+    import openai
+
+    said = media.messages(case)
+    answer.expected = said[2 * answer.turn + 1]["content"]
+    begun = time.perf_counter()
+    try:
+        got = target.client.chat.completions.create(
+            model=target.model,
+            messages=said[: 2 * answer.turn + 1],
+            max_tokens=media.kit.max_tokens,
+            temperature=0,
+        )
+    except openai.APIStatusError as error:
+        answer.error = f"{error.status_code}: {_first_line(error.message)}"
+    except openai.OpenAIError as error:
+        answer.error = _first_line(str(error)) or type(error).__name__
+    else:
+        answer.said = (got.choices[0].message.content or "") if got.choices else ""
+        answer.right = media.kit.is_right(answer.expected, answer.said)
+        answer.request_id = got.id or ""
+        if got.usage is not None:
+            answer.prompt_tokens = got.usage.prompt_tokens
+            details = got.usage.prompt_tokens_details
+            answer.cached_tokens = int(details.cached_tokens or 0) if details else 0
+    answer.seconds = round(time.perf_counter() - begun, 3)
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0][:300]
+
+
+# ---- figures -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How many answers were right, of how many, and how many requests failed."""
+
+    right: int
+    answered: int
+    errors: int
+
+    @property
+    def share(self) -> float | None:
+        return self.right / self.answered if self.answered else None
+
+    @classmethod
+    def of(cls, answers: Iterable[Answer]) -> Cell:
+        answers = list(answers)
+        failed = sum(a.error is not None for a in answers)
+        return cls(sum(a.right for a in answers), len(answers) - failed, failed)
+
+
+def cells(answers: Sequence[Answer], settings: Settings) -> dict[str, list[list[Cell]]]:
+    """task -> [length][depth]."""
+    return {
+        task: [
+            [
+                Cell.of(a for a in answers if (a.task, a.length, a.depth) == (task, length, depth))
+                for depth in range(settings.depths)
+            ]
+            for length in settings.lengths
+        ]
+        for task in settings.tasks
+    }
+
+
+def report(answers: Sequence[Answer], settings: Settings) -> dict[str, Any]:
+    """What a result file keeps of one server; `over_cached_prefix`: of prompts of which most was cached."""
+    return {
+        "accuracy": {
+            task: {
+                str(n): asdict(Cell.of(a for a in answers if (a.task, a.length) == (task, n))) for n in settings.lengths
+            }
+            for task in settings.tasks
+        },
+        "over_cached_prefix": {
+            task: {
+                str(n): asdict(Cell.of(a for a in answers if (a.task, a.length) == (task, n) and a.mostly_cached))
+                for n in settings.lengths
+            }
+            for task in settings.tasks
+        },
+        "grid": {
+            task: [[asdict(cell) for cell in row] for row in rows] for task, rows in cells(answers, settings).items()
+        },
+        "prompt_tokens": {str(n): _mean([a.prompt_tokens for a in answers if a.length == n]) for n in settings.lengths},
+        "errors": sorted({a.error for a in answers if a.error}),
+        "answers": [asdict(a) for a in answers],
+    }
+
+
+def _mean(values: Sequence[int]) -> int | None:
+    known = [value for value in values if value]
+    return round(sum(known) / len(known)) if known else None
+
+
+def mm_process_flags(kit: Kit) -> tuple[str, ...]:
+    """Flags of an SGLang server that is to see every frame of the kit's videos."""
+    return "--mm-process-config", json.dumps(kit.mm_process_config)

@@ -1,0 +1,306 @@
+"""`mminfer niah`: its options, its servers, its table and its files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sglang_mminfer.tools import machine
+from sglang_mminfer.tools.needles import kits
+from sglang_mminfer.tools.niah import ask as niah
+from sglang_mminfer.tools.niah.ask import Answer, Cell, Media, Settings, Target
+from sglang_mminfer.tools.niah.figure import TITLES, draw
+from sglang_mminfer.tools.server import Server, ServerError, shown_wait
+
+DESCRIPTION = (
+    "Hides needles in long videos (v-niah) and in conversations of text, images and videos over several turns "
+    "(mm-niah), asks for them, and draws which are found, by length and depth. With --url it asks any running "
+    "OpenAI-compatible server; with --model-path it starts SGLang servers with the plugin, one after another for each "
+    "--config. All are asked the same and stand side by side in one table, one picture and one JSON file."
+)
+
+
+class Refused(Exception):
+    """What the command cannot do, in words for its user."""
+
+
+def add_question_options(parser: argparse.ArgumentParser) -> None:
+    """What is asked: the same for niah and compare."""
+    group = parser.add_argument_group("questions")
+    group.add_argument(
+        "--tasks", nargs="+", metavar="TASK", choices=("v-niah", "mm-niah"), help="v-niah, mm-niah; default: what fits"
+    )
+    group.add_argument(
+        "--lengths", nargs="+", type=int, metavar="TOKENS", default=[4096, 8192], help="about; %(default)s"
+    )
+    group.add_argument("--depths", type=int, metavar="N", default=5, help="needles asked for, from start to end; 5")
+    group.add_argument("--seeds", type=int, metavar="N", default=2, help="conversations of each task and length; 2")
+    group.add_argument("--seed", type=int, default=1, help="the first of them; 1")
+    group.add_argument(
+        "--needles",
+        choices=("cards", "glyphs"),
+        help="cards: sentences that a real model reads; glyphs: for the needle models of examples/needle_vlm. Default: "
+        "what the model is",
+    )
+
+
+def settings_of(options: argparse.Namespace, kit: kits.Kit, model: str, relays: bool) -> Settings:
+    """Raises Refused for values out of range."""
+    # A needle model that was trained on videos only cannot read text.
+    only_videos = kit is kits.GLYPHS and Path(model).name == "video"
+    tasks = tuple(options.tasks or (("v-niah",) if only_videos else ("v-niah", "mm-niah")))
+    if relays:
+        tasks += tuple(task.replace("niah", "relay") for task in tasks)
+    try:
+        return Settings(tasks, tuple(options.lengths), options.depths, options.seeds, options.seed)
+    except ValueError as error:
+        raise Refused(f"--{error}") from None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_argument_group("servers")
+    where.add_argument("--url", action="append", default=[], help="of a running server; may be given several times")
+    where.add_argument("--model", help="name to ask those servers for; default: the first that each lists")
+    where.add_argument("--model-path", metavar="P", help="start SGLang with this model: a folder, or a name on the hub")
+    where.add_argument("--config", action="append", metavar="NAME|PATH", help="head config, several times; default")
+    where.add_argument(
+        "--server-flags", default="", metavar="'FLAGS'", help="further flags for servers that are started"
+    )
+    where.add_argument(
+        "--inline-media", action="store_true", help="send media in the requests, to servers that cannot read files here"
+    )
+    add_question_options(parser)
+    parser.add_argument("--relays", action="store_true", help="ask for relays, too: needles that name an earlier one")
+    parser.add_argument("--concurrency", type=int, default=2, metavar="N", help="conversations side by side; 2")
+    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds for an answer; 1800")
+    parser.add_argument("--out", type=Path, default=Path("niah-out"), help="folder for niah.json, niah.png and media")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status 0, or 1 if a server gave no answer at all or could not be asked, or 2 for wrong arguments."""
+    console = wide_console()
+    return status_of(lambda: _run(options, console), console, "every server that was started is stopped")
+
+
+def status_of(work: Callable[[], int], console: Console, if_interrupted: str) -> int:
+    """The exit status of a command: that of `work`, or what ended it said in one line."""
+    try:
+        return work()
+    except Refused as error:
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except (ServerError, OSError) as error:
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {if_interrupted}", style="bold")
+        return 130
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    if bool(options.url) == bool(options.model_path):
+        raise Refused("name running servers with --url, or a model to serve with --model-path; one of the two")
+    if options.config and not options.model_path:
+        raise Refused("--config is for servers that are started: give --model-path, too")
+    for name in options.config or ():
+        check_config(name)
+    if options.concurrency < 1:
+        raise Refused(f"--concurrency: expected 1 or more, got {options.concurrency}")
+    running = [target_of(url, options.model, options.timeout) for url in options.url]
+    models = [options.model_path] if options.model_path else [target.model for target in running]
+    kit = kit_of(options.needles, models)
+    settings = settings_of(options, kit, models[0], options.relays)
+    media = Media(settings, kit, options.out / "media", options.inline_media)
+    heard: dict[str, list[Answer]] = {}
+    if options.model_path:
+        for name in options.config or ["default"]:
+            label = unique(Path(name).stem, heard)
+            flags = ["--attention-backend", "mminfer", "--mminfer-config", name, *server_flags(options, kit)]
+            with contextlib.ExitStack() as stack:
+                with shown_wait(f"{label}: server starts") as wait:
+                    log = options.out / f"{label}.log"
+                    server = stack.enter_context(Server(options.model_path, *flags, progress=wait, log=log))
+                target = Target(label, server.client(options.timeout), server.model)
+                heard[label] = ask_with_progress(target, media, options.concurrency, console)
+    else:
+        for target in running:
+            target.label = unique(target.label, heard)
+            heard[target.label] = ask_with_progress(target, media, options.concurrency, console)
+    console.print(table(heard, settings))
+    picture = draw(
+        {name: niah.cells(answers, settings) for name, answers in heard.items()}, settings, options.out / "niah.png"
+    )
+    result = options.out / "niah.json"
+    write_json(
+        result,
+        {
+            **provenance("niah"),
+            "models": [Path(model).name if Path(model).exists() else model for model in models],
+            "needles": kit.name,
+            "settings": asdict(settings),
+            "servers": {name: niah.report(answers, settings) for name, answers in heard.items()},
+        },
+    )
+    console.print(f"written: {result}, {picture}", highlight=False)
+    silent = [name for name, answers in heard.items() if all(answer.error for answer in answers)]
+    for name in silent:
+        console.print(f"error: {name} answered nothing: {heard[name][0].error}", style="bold red", markup=False)
+    return 1 if silent else 0
+
+
+def wide_console() -> Console:
+    """Room for a table where the output is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
+def server_flags(options: argparse.Namespace, kit: kits.Kit) -> list[str]:
+    """Of a server that is started: to see every frame of the kit's videos, and what the user says."""
+    return [*niah.mm_process_flags(kit), "--enable-cache-report", *shlex.split(options.server_flags)]
+
+
+def check_config(name: str) -> None:
+    """Raises Refused for a head config that cannot be read, before anything is started."""
+    from sglang_mminfer.head_config import HeadConfig, HeadConfigError
+
+    try:
+        HeadConfig.load(name)
+    except HeadConfigError as error:
+        raise Refused(f"--config: {error}") from None
+
+
+def kit_of(name: str | None, models: Sequence[str]) -> kits.Kit:
+    """The kit of that name, else the one that fits every model."""
+    if name:
+        return kits.KITS[name]
+    known = {kits.knows_glyphs(model) for model in models}
+    if len(known) > 1:
+        raise Refused("some of these servers have a needle model and some have not: say --needles cards or glyphs")
+    return kits.GLYPHS if known == {True} else kits.CARDS
+
+
+def target_of(url: str, model: str | None, timeout: float) -> Target:
+    """A running server.
+
+    Raises:
+        Refused: if nothing answers there, or what answers is no OpenAI-compatible server.
+    """
+    import openai
+
+    base = url.rstrip("/")
+    base = base if base.endswith("/v1") else f"{base}/v1"
+    host = urlsplit(base).hostname
+    if host is None or urlsplit(base).scheme not in ("http", "https"):
+        raise Refused(f"--url: expected something like http://127.0.0.1:30000, got {url}")
+    here = host in ("127.0.0.1", "localhost", "::1")
+    client = openai.OpenAI(
+        base_url=base,
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        timeout=timeout,
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(trust_env=not here, timeout=timeout),
+    )
+    try:
+        listed = [entry.id for entry in client.with_options(timeout=20).models.list().data]
+    except openai.APIStatusError as error:
+        raise Refused(f"--url: {base}/models answers with an error: {error}") from None
+    except openai.APIConnectionError:
+        raise Refused(f"--url: no server at {base}; start one with `sglang serve`") from None
+    except Exception as error:  # a web page, say: the client has no error type of its own for it
+        raise Refused(f"--url: {base} is no OpenAI-compatible server: {type(error).__name__}") from None
+    if not model and not listed:
+        raise Refused(f"--url: {base} lists no models; name one with --model")
+    return Target(urlsplit(base).netloc, client, model or listed[0])
+
+
+def unique(label: str, taken: dict[str, Any]) -> str:
+    number = 2
+    name = label
+    while name in taken:
+        name, number = f"{label} ({number})", number + 1
+    return name
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
+    """A function to call after each answer. Elsewhere than on a terminal, a line for each quarter of them."""
+    done = right = errors = 0
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[score]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        shown = bar.add_task(label, total=total, score="")
+
+        def heard(answer: Answer) -> None:
+            nonlocal done, right, errors
+            done, right, errors = done + 1, right + answer.right, errors + (answer.error is not None)
+            score = f"{right} right" + (f", {errors} errors" if errors else "")
+            bar.update(shown, completed=done, score=score)
+            if not console.is_terminal and done * 4 // total != (done - 1) * 4 // total:
+                console.print(f"{label}: {done} of {total} answers, {score}", highlight=False)
+
+        yield heard
+
+
+def ask_with_progress(target: Target, media: Media, concurrency: int, console: Console) -> list[Answer]:
+    with progress_bar(console, target.label, media.settings.questions) as heard:
+        return niah.ask_all(target, media, concurrency, heard)
+
+
+def table(heard: dict[str, list[Answer]], settings: Settings) -> Table:
+    """Right answers by server, task and length."""
+    shown = Table(title="Needles found", title_justify="left")
+    shown.add_column("server", no_wrap=True)
+    for task in settings.tasks:
+        for length in settings.lengths:
+            shown.add_column(f"{TITLES[task]}\n{length:,}", justify="right", no_wrap=True)
+    shown.add_column("errors", justify="right")
+    for name, answers in heard.items():
+        row = [
+            percent(Cell.of(a for a in answers if (a.task, a.length) == (task, length)))
+            for task in settings.tasks
+            for length in settings.lengths
+        ]
+        shown.add_row(name, *row, str(sum(a.error is not None for a in answers)))
+    return shown
+
+
+def percent(cell: Cell) -> str:
+    return "–" if cell.share is None else f"{100 * cell.share:.1f} %"
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Date, machine, versions and command of a result file; folders by their last name, as they are this machine's."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    words = words[words.index(command) :] if command in words else [command]
+    today = datetime.date.today().isoformat()
+    return {"date": today, **machine.describe(), "command": shlex.join(["mminfer", *words])}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    os.replace(fresh, path)

@@ -1,0 +1,373 @@
+"""`mminfer search`: from a model and calibration conversations to a head config and a report of how good it is."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
+from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape
+from sglang_mminfer.tools.search import job as jobs
+from sglang_mminfer.tools.search import tile_times
+from sglang_mminfer.tools.search.allocate import Allocation, Table, equal_budget, frontier, within_density, within_error
+from sglang_mminfer.tools.search.candidates import DENSE, Phases, candidates
+from sglang_mminfer.tools.search.measure import MODALITIES
+from sglang_mminfer.tools.search.tile_times import TileTimes
+from sglang_mminfer.tools.server import Server, ServerError
+
+Say = Callable[[str], None]
+Messages = list[dict[str, Any]]
+
+SERVER_FLAGS = (
+    *("--attention-backend", "mminfer", "--mminfer-config", "dense"),
+    *("--chunked-prefill-size", "-1", "--disable-radix-cache", "--max-running-requests", "1"),
+    *("--skip-server-warmup", "--sleep-on-idle"),
+    *("--watchdog-timeout", "86400"),  # one forward pass measures all candidates; SGLang ends a server after 5 minutes
+)
+"""Answers are dense ones; the search looks into every layer beside them, at prompts that come whole."""
+
+
+class SearchError(RuntimeError):
+    """The search cannot go on; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A conversation in OpenAI messages and the name that its results go by."""
+
+    name: str
+    messages: Messages
+
+    @staticmethod
+    def of_video(path: Path, question: str = "What happens in this video?") -> Calibration:
+        url = str(path.resolve())
+        content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}]
+        return Calibration._named(path.stem, [{"role": "user", "content": content}])
+
+    @staticmethod
+    def of_file(path: Path) -> Calibration:
+        """A JSON file with a list of messages.
+
+        Raises:
+            SearchError: no such file, or no such list in it.
+        """
+        try:
+            messages = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise SearchError(f"{path}: expected a JSON file with a list of OpenAI messages: {error}") from None
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise SearchError(f"{path}: expected a list of OpenAI messages, each with a role")
+        return Calibration._named(path.stem, messages)
+
+    @staticmethod
+    def _named(stem: str, messages: Messages) -> Calibration:
+        digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:10]
+        return Calibration(f"{stem}-{digest}", messages)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What configs do on one or more prompts. C configs, L layers, H heads, M modalities, K kinds of visits.
+
+    names: [C]. error: [C, L, H, M], NaN where a prompt has no rows of a modality. visited: [C, L, H, M] pairs.
+    visits: [C, L, H, M, K] of tiles, see `tile_times.KINDS`. causal: [M] pairs of one head. ms: [C, L].
+    """
+
+    names: list[str]
+    error: np.ndarray
+    visited: np.ndarray
+    visits: np.ndarray
+    causal: np.ndarray
+    ms: np.ndarray
+
+    def density(self, config: int) -> float:
+        return float(self.visited[config].sum(axis=-1).mean() / self.causal.sum())
+
+    def first(self, count: int) -> Scores:
+        """Those of the first configs."""
+        return replace(
+            self,
+            names=self.names[:count],
+            error=self.error[:count],
+            visited=self.visited[:count],
+            visits=self.visits[:count],
+            ms=self.ms[:count],
+        )
+
+    def time(self, times: TileTimes) -> np.ndarray:
+        """[C, L, H, M]: what the visits take, as a share of what those of the config `DENSE` take in all of a head."""
+        spent = self.visits @ times.by_kind
+        return spent / spent[self.names.index(DENSE)].sum(axis=-1).mean()
+
+    def mean_error(self, config: int) -> float:
+        return float(np.nansum(self.error[config], axis=-1).mean())
+
+
+class Prober:
+    """Asks a server in search mode, which is started for the first question. What the folder has already is not
+    asked for again."""
+
+    def __init__(self, server: Server, folder: Path, layers: int, say: Say, max_memory: int | None = None) -> None:
+        self.server, self.folder, self.layers, self.say = server, folder, layers, say
+        self.max_memory = max_memory
+
+    def _started(self) -> Server:
+        if not self.server.running:
+            self.say("the server starts")
+            try:
+                self.server.start()
+            except ServerError as error:
+                raise SearchError(str(error)) from None
+        return self.server
+
+    def ask(self, job: jobs.Job, calibration: Calibration) -> list[list[dict[str, Any]]]:
+        """[layers][ranks] of what was found.
+
+        Raises:
+            SearchError: a prompt without media, or one that did not run whole; a limit of memory that it breaks.
+        """
+        found = jobs.load(self.folder, job.result, self.layers)
+        if not all(found):
+            server = self._started()
+            self.say(f"{calibration.name}: {job.stage} ({max(len(job.candidates), 1)} to do in {self.layers} layers)")
+            jobs.write(self.folder, job)
+            self._prefill(server, calibration)
+            found = jobs.load(self.folder, job.result, self.layers)
+            if why := jobs.refused(self.folder, job.result, found):
+                raise SearchError(f"{calibration.name}: {why}")
+        if missing := [layer for layer, ranks in enumerate(found) if not ranks]:
+            raise SearchError(
+                f"{calibration.name}: nothing was measured in layers {missing[:8]}: expected a prompt with an image or "
+                f"a video of known geometry, computed in one piece; the server's log is {self.server.log_path}"
+            )
+        return found
+
+    def _prefill(self, server: Server, calibration: Calibration) -> None:
+        import openai
+
+        try:
+            server.client(timeout=24 * 3600).chat.completions.create(
+                model=server.model,
+                messages=calibration.messages,
+                max_tokens=1,
+                temperature=0,
+            )
+        except openai.APIError as error:
+            raise SearchError(f"{calibration.name}: the server refused it: {error}") from None
+
+    def _first_look(self, calibration: Calibration) -> list[list[dict[str, Any]]]:
+        result = f"{calibration.name}-phases-{jobs.FORMAT}"
+        return self.ask(jobs.Job("phases", result, max_memory=self.max_memory), calibration)
+
+    def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
+        found = self._first_look(calibration)
+        heads = [[own for rank in ranks for own in rank["phases"]] for ranks in found]
+        return jobs.map_from_json(found[0][0]["map"]), heads
+
+    def tile_times(self, calibrations: Sequence[Calibration]) -> TileTimes:
+        """Those in the folder; else what the first looks measured, which is put there."""
+        path = self.folder / tile_times.FILE
+        if not path.exists():
+            ranks = [rank for own in calibrations for ranks in self._first_look(own) for rank in ranks]
+            agreed = tile_times.agreed([rank["tile_us"] for rank in ranks], ranks[0]["executor"])
+            path.write_bytes(msgspec.json.encode(agreed))
+        return read_times(path)
+
+    def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
+        digest = hashlib.sha256(json.dumps([jobs.FORMAT, configs]).encode()).hexdigest()[:10]
+        job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory)
+        found = self.ask(job, calibration)
+
+        def table(name: str) -> np.ndarray:
+            """[C, L, H, ...]; ranks hold the heads in order."""
+            layers = [np.concatenate([np.array(rank[name], dtype=float) for rank in ranks], axis=1) for ranks in found]
+            return np.stack(layers, axis=1)
+
+        ms = np.array([np.max([rank["ms"] for rank in ranks], axis=0) for ranks in found]).T
+        names, causal = [name for name, _ in configs], np.array(found[0][0]["causal"])
+        return Scores(names, table("error"), table("visited"), table("visits"), causal, ms)
+
+
+def read_times(path: Path) -> TileTimes:
+    """Raises SearchError where the file is not there, or holds something else."""
+    try:
+        return tile_times.load(path)
+    except (OSError, ValueError) as error:
+        raise SearchError(str(error)) from None
+
+
+def joined(scores: Sequence[Scores]) -> Scores:
+    """Of several prompts: errors are averaged over those that have the modality, pairs add up."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a modality that no prompt has
+        error = np.nanmean([s.error for s in scores], axis=0)
+    first = scores[0]
+    return Scores(
+        first.names,
+        error,
+        np.sum([s.visited for s in scores], axis=0),
+        np.sum([s.visits for s in scores], axis=0),
+        np.sum([s.causal for s in scores], axis=0),
+        np.sum([s.ms for s in scores], axis=0),
+    )
+
+
+def merged_phases(found: Sequence[list[list[Phases]]]) -> list[list[Phases]]:
+    """Phases that several prompts suggest, those of the first ranks first."""
+    merged: list[list[Phases]] = []
+    for rows in zip(*found):
+        merged.append([])
+        for heads in zip(*rows):
+            own: Phases = {}
+            for stride in ("frame", "row"):
+                ranked = [phase for rank in zip(*(h[stride] for h in heads)) for phase in rank]
+                own[stride] = list(dict.fromkeys(ranked))
+            merged[-1].append(own)
+    return merged
+
+
+def doubts(maps: Sequence[ModalityMap]) -> list[str]:
+    """What the calibration does not show, in sentences."""
+    said = []
+    kinds = {segment.modality for own in maps for segment in own.segments}
+    frames = sum(s.grid.frames for own in maps for s in own.segments if s.grid and s.modality is Modality.VIDEO)
+    if Modality.VIDEO not in kinds:
+        said.append("No calibration input has a video: what heads do with frames was not seen.")
+    elif frames < 16:
+        said.append(f"The calibration has only {frames} temporal patches of video: lines through frames are short.")
+    if Modality.IMAGE not in kinds:
+        said.append("No calibration input has an image: rows of images get what rows of text get.")
+    if (longest := max(own.length for own in maps)) < 4096:
+        said.append(f"The longest calibration input has {longest} tokens: sparsity pays at longer ones.")
+    if all(own.segments[-1].stop - own.segments[-1].start < 4 for own in maps):
+        said.append("No calibration input ends in text: the rows that answer were not seen.")
+    return said
+
+
+def baselines(layers: int, heads: int, local: int) -> list[tuple[str, list[list[HeadPattern]]]]:
+    """Patterns that need no search, for the report."""
+    own: list[tuple[str, HeadPattern]] = [
+        ("a_shape", AShape(128, local)),
+        ("tri_shape", TriShape(128, local, 0)),
+        ("grid v h s", Grid("frame", True, True, True, 0, 128, local)),
+    ]
+    return [(name, [[pattern] * heads] * layers) for name, pattern in own]
+
+
+@dataclass
+class Found:
+    """The result of a search."""
+
+    config: HeadConfig
+    allocation: Allocation
+    equal: Allocation
+    curve: list[tuple[float, float]]
+    doubts: list[str]
+    times: TileTimes
+    by_time: bool
+    calibration: Scores
+    held_out: Scores | None
+
+    @property
+    def cost_words(self) -> str:
+        """What an error was weighed against, for a reader."""
+        weighed = "against these times" if self.by_time else "against visited pairs, whatever they take"
+        return f"One visit of a tile: {self.times}. Errors were weighed {weighed}."
+
+
+def search(
+    prober: Prober,
+    model: Any,
+    calibrations: Sequence[Calibration],
+    held_out: Calibration | None,
+    *,
+    density: float | None,
+    error: float | None,
+    boundaries: Sequence[str],
+    times: TileTimes | None,
+    by_time: bool,
+    dense_below: int,
+    name: str,
+    today: datetime.date,
+) -> Found:
+    """Measure, allocate, measure what was chosen.
+
+    Args:
+        model: the `ModelFingerprint` of the config. density, error: the budget, one of the two. boundaries: which of
+            `search.BOUNDARIES` a head may have. times: of tile visits; None: measured here. by_time: False: every
+            visited pair costs the same.
+
+    Raises:
+        SearchError: a budget that nothing fits, or a prompt that cannot be measured.
+    """
+    looked = [prober.phases(calibration) for calibration in calibrations]
+    maps = [own for own, _ in looked]
+    longest, unsure = max(maps, key=lambda own: own.length), doubts(maps)
+    tried = list(candidates(longest, merged_phases([phases for _, phases in looked])))
+    texts = [(label, jobs.as_config(label, heads)) for label, heads in tried]
+    patterns = [heads for _, heads in tried]
+    default = ("default", _default(len(patterns[0]), len(patterns[0][0])))
+    everything = joined([prober.scores(calibration, [*texts, default]) for calibration in calibrations])
+    scores = everything.first(len(tried))
+    tile_us = times or prober.tile_times(calibrations)
+    time = scores.time(tile_us) if by_time else None
+    table = Table(patterns, scores.error, scores.visited, scores.causal, MODALITIES, time).only(boundaries)
+    try:
+        chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
+    except ValueError as failed:
+        raise SearchError(str(failed)) from None
+    equal = equal_budget(table, density if density is not None else chosen.density)
+    budget = f"mean density {density}" if density is not None else f"mean error {error}"
+    note = Provenance(
+        "search",
+        f"Searched among {len(table.patterns)} candidates; errors are of attention outputs on the calibration input.",
+        calibration=", ".join(c.name for c in calibrations),
+        budget=budget,
+        date=today.isoformat(),
+        details={
+            "tokens": [own.length for own in maps],
+            "doubts": unsure,
+            "boundaries": list(boundaries),
+            "cost": "time" if by_time else "pairs",
+            "tile_us": msgspec.to_builtins(tile_us),
+        },
+    )
+    rows = tuple(map(tuple, chosen.heads))
+    config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))
+    finalists: list[tuple[str, list[list[HeadPattern]]]] = [
+        ("searched", chosen.heads),
+        ("equal budget for each head", equal.heads),
+        *_as_dense_as(table, {"equal budget": equal.density, "default": everything.density(len(tried))}),
+        *baselines(len(rows), len(rows[0]), 1024 if longest.length > 4096 else 256),
+        (DENSE, [[Dense()] * len(rows[0])] * len(rows)),
+    ]
+    texts = [*((label, jobs.as_config(label, heads)) for label, heads in finalists), default]
+    again = joined([prober.scores(calibration, texts) for calibration in calibrations])
+    apart = prober.scores(held_out, texts) if held_out is not None else None
+    return Found(config, chosen, equal, frontier(table), unsure, tile_us, by_time, again, apart)
+
+
+def _as_dense_as(table: Table, densities: dict[str, float]) -> list[tuple[str, list[list[HeadPattern]]]]:
+    """What the search would have found at others' densities, so that errors can be compared at equal ones."""
+    found = []
+    for whose, density in densities.items():
+        with contextlib.suppress(ValueError):  # sparser than anything that may be chosen from
+            found.append((f"searched, as dense as {whose}", within_density(table, density).heads))
+    return found
+
+
+def _default(layers: int, heads: int) -> str:
+    own = HeadConfig.load("default")
+    return jobs.as_config("default", [own.patterns(layer, heads) for layer in range(layers)], own.defaults.dense_below)

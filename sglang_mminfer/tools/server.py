@@ -1,0 +1,336 @@
+"""A real SGLang server in a process of its own, started as a user would, gone for certain afterwards.
+
+    with Server(path, "--attention-backend", "mminfer", progress=print_wait) as server:
+        server.client().chat.completions.create(model=server.model, messages=[...])
+
+The server leads a process group of its own. It is ended when the block ends, whatever ended it: Ctrl-C, an
+exception, the end of the interpreter, or (a small watcher sees to that) the sudden death of this process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_mminfer import settings
+
+Progress = Callable[[float, str], None]
+"""Called during a wait with the seconds it has lasted and the last line of the server's log."""
+
+QUIET_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+"""What every server gets. Whoever serves a model by its hub name overrides the first two."""
+
+# Ends a process group as soon as its own standard input closes, which it does when whoever holds it dies.
+WATCHER = 'read _; kill -s KILL -- "-$0" 2>/dev/null'
+
+# Lines of the log that say nothing about how far the start has come.
+_NOISE = re.compile(r"GET /health|deprecat|warn", re.IGNORECASE)
+_STAMP = re.compile(r"^\[20\d\d-\d\d-\d\d [\d:]+[^\]]*\] (?:INFO: *)?")
+_PORT_TAKEN = re.compile(r"^.*ERROR.*address already in use", re.MULTILINE)
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+class ServerError(RuntimeError):
+    """The server died or did not answer in time. The message ends with the tail of its log."""
+
+
+class Server:
+    """One server; starts with `start()` or the `with` block.
+
+    Args:
+        model_path: folder of a checkpoint, or a hub name.
+        *flags: further command-line flags, as one would type them. Model, host and port are added, and
+            `--device cpu` where there is no accelerator and no device is named: SGLang takes a CPU only if asked to.
+        serve: start with `sglang serve` in place of `python -m sglang.launch_server`.
+        log: where its output goes; a temporary file where not given. See `log_path`.
+        env: variables to add; None as a value removes one.
+        timeout: seconds until it has to be healthy.
+        progress: called about twice a second while it starts.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *flags: str,
+        serve: bool = False,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        log: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str | None] | None = None,
+        timeout: float = 600.0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model = os.fspath(model_path)
+        self.host = host
+        self.port = port or _free_port(host)
+        self.timeout = timeout
+        self.progress = progress
+        self.start_seconds: float | None = None
+        """How long the start took, once it is done."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._env = dict(env or {})
+        if log is None:
+            handle, name = tempfile.mkstemp(prefix="sglang-", suffix=".log")
+            os.close(handle)
+            log = name
+        self.log_path = Path(log)
+        program = [str(Path(sys.executable).parent / "sglang"), "serve"]
+        if not serve:
+            program = [sys.executable, "-m", "sglang.launch_server"]
+        address = ["--host", host, "--port", str(self.port)]
+        self.command = [*program, "--model-path", self.model, *address, *_device(flags), *map(str, flags)]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that was started; its children are in the group of this number."""
+        return self._process.pid if self._process else None
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self) -> Server:
+        """Starts the server and waits until it is healthy.
+
+        Raises:
+            ServerError: with the tail of the log, if it dies or is not healthy in time.
+        """
+        if self._process is not None:
+            raise ServerError(f"the server at {self.url} was started before; make another one")
+        begin = time.monotonic()
+        try:
+            self._spawn()
+            while not self._healthy():
+                seconds = time.monotonic() - begin
+                if not self.running:
+                    code = self._process.returncode if self._process else None
+                    raise ServerError(self._failure(f"died with exit status {code} after {seconds:.0f} s"))
+                if _PORT_TAKEN.search(self.tail(10)):  # SGLang stays alive after this, and deaf
+                    raise ServerError(self._failure(f"could not listen on port {self.port}: it is in use"))
+                if seconds > self.timeout:
+                    raise ServerError(self._failure(f"was not healthy within {self.timeout:.0f} s"))
+                if self.progress is not None:
+                    self.progress(seconds, self.last_line())
+                time.sleep(0.4)
+        except BaseException:  # Ctrl-C included
+            self.stop()
+            raise
+        self.start_seconds = time.monotonic() - begin
+        return self
+
+    def stop(self, grace: float = 0.0) -> None:
+        """Ends the server and all that it started. May be called any number of times.
+
+        Args:
+            grace: seconds that it gets to finish its requests and end by itself. SGLang looks only every five
+                seconds whether it was asked to, and a server of ours has nothing to lose: none by default.
+        """
+        process, self._process = self._process, None
+        watcher, self._watcher = self._watcher, None
+        atexit.unregister(self.stop)
+        if process is None:
+            return
+        try:
+            if grace > 0 and process.poll() is None:
+                process.terminate()  # the leader alone: it takes the sudden end of its children for a crash
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace)
+        finally:  # Ctrl-C during the wait comes here at once
+            # Children can outlive their leader, so the group is asked even when the leader is gone.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            while _group_alive(process.pid):  # until the kernel has given back their memory and ports
+                time.sleep(0.01)
+            if watcher is not None:
+                watcher.kill()
+                watcher.wait()
+                if watcher.stdin is not None:
+                    watcher.stdin.close()
+
+    def client(self, timeout: float = 600.0) -> Any:
+        """The official OpenAI client, set up for this server: no retries, no proxy."""
+        import openai
+
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            timeout=timeout,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(trust_env=False, timeout=timeout),
+        )
+
+    def get_info(self) -> dict[str, Any]:
+        """The server's arguments and state, as it reports them."""
+        return json.loads(self._request("/server_info"))
+
+    def flush_cache(self, timeout: float = 30.0) -> None:
+        """Empties the radix cache. Waits for the server to become idle, because it refuses while it works.
+
+        Raises:
+            ServerError: if it still refuses after `timeout` seconds.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            try:
+                self._request("/flush_cache", method="POST")
+                return
+            except urllib.error.HTTPError as error:
+                if time.monotonic() > until:
+                    raise ServerError(self._failure(f"did not flush its cache: {error}")) from error
+            time.sleep(0.1)
+
+    def log(self) -> str:
+        """All that the server wrote so far."""
+        try:
+            return self.log_path.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    def last_line(self) -> str:
+        """The last line of the log that tells how far the server is, without its time stamp."""
+        for line in reversed(self.tail(200).splitlines()):
+            stamp = _STAMP.match(line := _COLOUR.sub("", line))
+            if stamp and not _NOISE.search(line):
+                return line[stamp.end() :].strip()
+        return "loading SGLang" if self.running else ""
+
+    def _spawn(self) -> None:
+        # What the caller's shell may have set for a server of its own must not leak into this one.
+        ours = {setting.variable for setting in settings.SETTINGS}
+        environment = {k: v for k, v in os.environ.items() if k not in ours} | QUIET_ENVIRONMENT
+        for name, value in self._env.items():
+            if value is None:
+                environment.pop(name, None)
+            else:
+                environment[name] = value
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as output:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        atexit.register(self.stop)
+        with contextlib.suppress(FileNotFoundError):  # a machine without sh does without the watcher
+            self._watcher = subprocess.Popen(
+                ["sh", "-c", WATCHER, str(self._process.pid)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def _healthy(self) -> bool:
+        try:
+            self._request("/health", timeout=5.0)
+        except (OSError, urllib.error.URLError):
+            return False
+        return True
+
+    def _request(self, path: str, method: str = "GET", timeout: float = 60.0) -> bytes:
+        # No proxy: the address is this machine's.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(self.url + path, method=method)
+        with opener.open(request, timeout=timeout) as answer:
+            return answer.read()
+
+    def _failure(self, what: str) -> str:
+        return (
+            f"the server {what}.\n  command: {' '.join(self.command)}\n  log: {self.log_path}, which ends with:\n"
+            + "\n".join(f"  | {line}" for line in self.tail().splitlines())
+        )
+
+
+def _device(flags: Sequence[str]) -> list[str]:
+    from sglang_mminfer.serving import cpu_platform
+
+    named = any(flag.split("=")[0] == "--device" for flag in flags)
+    return [] if named or cpu_platform.accelerators() else ["--device", "cpu"]
+
+
+def _group_alive(leader: int) -> bool:
+    try:
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    # pid (name) state parent group ...; the name may hold spaces and brackets.
+                    state, _, group = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:3]
+                    if int(group) == leader and state not in "ZX":
+                        return True
+    except OSError:  # no /proc on this system; SIGKILL has been sent anyway
+        pass
+    return False
+
+
+def _free_port(host: str) -> int:
+    """A port that nobody listens on, below the range that systems give to outgoing connections.
+
+    SGLang binds it only when the model is loaded, and by then any client could have been given one of those.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise ServerError(f"no free port found on {host} between 20000 and 30000")
+
+
+@contextlib.contextmanager
+def shown_wait(label: str, stream: Any = None) -> Iterator[Progress]:
+    """A progress callback that keeps one line up to date: label, seconds, last line of the log."""
+    out = stream if stream is not None else sys.stderr
+    live = out.isatty()
+    last = -10.0
+
+    def show(seconds: float, line: str) -> None:
+        nonlocal last
+        if live:
+            print(f"\r\x1b[K{label} {seconds:4.0f} s  {line[:90]}", end="", file=out, flush=True)
+        elif seconds - last >= 10:
+            last = seconds
+            print(f"{label} {seconds:4.0f} s  {line[:90]}", file=out, flush=True)
+
+    try:
+        yield show
+    finally:
+        if live:
+            print("\r\x1b[K", end="", file=out, flush=True)

@@ -1,0 +1,19 @@
+"""Tiny Qwen2.5-VL, and transformers' own class as the oracle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from sglang_mminfer.testing import tiny_model
+from sglang_mminfer.testing.oracle import HFOracle
+
+
+def make(path: str | os.PathLike[str]) -> Path:
+    """Writes a tiny random Qwen2.5-VL to the folder `path`. Errors: as `make_checkpoint`."""
+    return tiny_model.make_tiny_qwen2_5_vl(path, layers=2, heads=8, kv_heads=2, head_dim=16, vision_full_blocks=1)
+
+
+def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
+    return HFOracle(path, mm_process_config={"video": video})

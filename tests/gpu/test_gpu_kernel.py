@@ -1,0 +1,296 @@
+"""The Triton kernel on a real card (`make test-gpu`): the dtypes and sizes that the interpreter cannot check."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sglang_mminfer import (
+    AShape,
+    Boundary2D,
+    Dense,
+    Grid,
+    Modality,
+    QBoundary,
+    SparsePrefillWithPagedKVCacheWrapper,
+    TriShape,
+    VerticalSlash,
+)
+from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan
+from sglang_mminfer.kernels.triton import launch
+from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from support import conversation
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+TEXT, IMAGE, VIDEO, VISION = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.VISION
+CHATS = [
+    conversation(40, (9, 6, 7), 50, (1, 6, 7), 30, ("video", 60)),
+    conversation(9, (11, 5, 7, 3), (1, 9, 9), 100),
+    conversation(700),
+]
+STARTS = [0, CHATS[1].length // 3, CHATS[2].length - 130]  # a whole prompt, one from the middle of a frame, text
+PATTERNS = {
+    "dense": Dense(),
+    "a_shape": AShape(70, 90),
+    "tri_shape": TriShape(30, 64, 5),
+    "vertical_slash": VerticalSlash(60, 40),
+    "grid_frame": Grid("frame", True, True, True, 3, 16, 64),
+    "grid_row": Grid("row", False, False, True, 1, 16, 64),
+    "grid_lines_of_a_phase": Grid("row", True, True, False, 2, 4, 70),
+    "q_boundary": QBoundary(
+        {TEXT: AShape(8, 80), VIDEO: Grid("frame", True, False, True, 0, 8, 30), IMAGE: AShape(9, 9)}
+    ),
+    "q_boundary_estimated": QBoundary({TEXT: VerticalSlash(20, 30), VISION: VerticalSlash(40, 20, 16)}),
+    "2d_boundary": Boundary2D(
+        {(VIDEO, VISION): Grid("frame", False, True, True, 2, 8, 30), (IMAGE, IMAGE): AShape(1, 70)}
+    ),
+    "2d_boundary_estimated": Boundary2D({(VIDEO, VISION): VerticalSlash(30, 40), (TEXT, TEXT): AShape(4, 60)}),
+}
+HEADS = [PATTERNS[name] for name in PATTERNS if name not in ("grid_lines_of_a_phase", "q_boundary_estimated", "dense")]
+assert len(HEADS) == 8  # so that 1, 2 and 8 KV heads divide them
+WITHIN = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def chunks(device: str, chats=CHATS, starts=STARTS) -> tuple[list[RequestChunk], int]:
+    """The requests of one batch over a shuffled pool, and its rows."""
+    lengths = [chat.length for chat in chats]
+    pool = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(9)).split(lengths)
+    batch, row = [], 0
+    for chat, start, slots in zip(chats, starts, pool):
+        batch.append(RequestChunk(chat, start, chat.length, row, slots.to(device)))
+        row += chat.length - start
+    return batch, row
+
+
+def inputs(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k and v of that batch, on the card."""
+    rows, tokens = sum(chat.length - start for chat, start in zip(CHATS, STARTS)), sum(c.length for c in CHATS)
+    shapes = [(rows, heads, head_dim), (tokens, kv_heads, head_dim), (tokens, kv_heads, head_dim)]
+    return [random(*shape, dtype=dtype, seed=seed).to(DEVICE) for seed, shape in enumerate(shapes)]
+
+
+def planned(heads: list, q: torch.Tensor, k: torch.Tensor) -> PrefillPlan:
+    batch, rows = chunks(q.device.type)
+    return BatchPlanner(batch, rows).plan(heads, q, k, q.shape[2] ** -0.5)
+
+
+def ran(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE of the kernel; NaN stood there before."""
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:2], torch.nan, device=q.device)
+    launch.run(q, k, v, plan, q.shape[2] ** -0.5, out, lse)
+    return out, lse
+
+
+def on_cpu(plan: PrefillPlan) -> PrefillPlan:
+    """The very same plan for an executor on the host: what an estimate found is not estimated again."""
+
+    def moved(own: BlockPlan) -> BlockPlan:
+        tensors = {name: x.cpu() for name, x in vars(own).items() if isinstance(x, torch.Tensor)}
+        fields = {name: x for name, x in tensors.items() if name in BlockPlan.__dataclass_fields__}
+        return replace(own, **fields, keys=KeyTable(own.keys.kv_pos.cpu(), own.keys.kv_slots.cpu()))
+
+    return PrefillPlan(tuple(map(moved, plan.passes)), plan.num_rows, plan.num_heads)
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 attention under the plan, on the host."""
+    out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+    wide = (x.float().cpu() for x in (q, k, v))
+    reference.run(*wide, on_cpu(plan), q.shape[2] ** -0.5, out, lse)
+    return out, lse
+
+
+def assert_close(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    within = WITHIN[got[0].dtype]
+    torch.testing.assert_close(got[0].float().cpu(), expected[0], rtol=within, atol=within)
+    torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-3, atol=5e-3)
+
+
+# ---- right answers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_over_prefixes_in_one_batch(name, dtype):
+    given = inputs(4, 2, 128, dtype)
+    plan = planned([PATTERNS[name]] * 4, *given[:2])
+    assert_close(ran(*given, plan), exact(*given, plan))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_patterns_in_one_layer(dtype, head_dim, kv_heads):
+    given = inputs(len(HEADS), kv_heads, head_dim, dtype)
+    plan = planned(HEADS, *given[:2])
+    first, second = ran(*given, plan), ran(*given, plan)
+    assert all(map(torch.equal, first, second)), "two runs differ"
+    assert_close(first, exact(*given, plan))
+
+
+@pytest.mark.parametrize("name", [name for name in PATTERNS if not name.endswith(("estimated", "slash"))])
+def test_static_plans_are_those_of_the_host(name):
+    given = inputs(2, 1, 64, torch.bfloat16)
+    here, there = (planned([PATTERNS[name]] * 2, *(x.to(device) for x in given[:2])) for device in (DEVICE, "cpu"))
+    for own, its in zip(on_cpu(here).passes, there.passes, strict=True):
+        for field in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "num_full", "num_picked"):
+            assert torch.equal(getattr(own, field), getattr(its, field)), field
+        visits = int(own.block_indptr[-1])
+        assert torch.equal(own.block_indices[:visits], its.block_indices[:visits])
+        assert torch.equal(own.keys.kv_pos, its.keys.kv_pos) and torch.equal(own.keys.kv_slots, its.keys.kv_slots)
+
+
+@pytest.mark.parametrize("name", [name for name in PATTERNS if name.endswith(("estimated", "slash"))])
+def test_estimates_see_what_those_of_the_host_see(name):
+    """But for ties, and what rounding decides: nearly all pairs are the same."""
+    given = inputs(2, 1, 64, torch.float16)
+    plans = [planned([PATTERNS[name]] * 2, *(x.to(device) for x in given[:2])) for device in (DEVICE, "cpu")]
+    row = 0
+    for chat, start in zip(CHATS, STARTS):
+        rows = slice(row, row + chat.length - start)
+        row = rows.stop
+        here, there = (reference.visited_mask(on_cpu(plan), 0, rows, chat.length) for plan in plans)
+        assert float((here & there).sum()) >= 0.9 * float((here | there).sum())
+
+
+def test_strided_queries_and_caches():
+    """Views into a fused projection and a fused cache give what contiguous copies give, bit by bit."""
+    heads, kv_heads, head_dim = len(HEADS), 2, 128
+    rows, tokens = chunks("cpu")[1], sum(chat.length for chat in CHATS)
+    fused = random(rows, (heads + 2 * kv_heads) * head_dim, dtype=torch.float16, seed=1).to(DEVICE)
+    cache = random(tokens, 2, kv_heads, head_dim + 32, dtype=torch.float16, seed=2).to(DEVICE)
+    q = fused[:, : heads * head_dim].view(rows, heads, head_dim)
+    k, v = (cache[:, i, :, :head_dim] for i in (0, 1))
+    assert not (q.is_contiguous() or k.is_contiguous())
+    plan = planned(HEADS, q, k)
+    copies = [x.contiguous() for x in (q, k, v)]
+    assert all(map(torch.equal, ran(q, k, v, plan), ran(*copies, plan)))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_pages_through_the_wrapper(page_size, layout):
+    kv_heads, head_dim, dtype = 2, 128, torch.float16
+    lengths = [chat.length for chat in CHATS]
+    used = [-(-length // page_size) for length in lengths]
+    pages = torch.randperm(sum(used) + 5, generator=torch.Generator().manual_seed(3))[: sum(used)].int()
+    q_lens = [length - start for length, start in zip(lengths, STARTS)]
+    qo, kv = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (q_lens, used))
+    last = torch.tensor([(length - 1) % page_size + 1 for length in lengths]).int()
+    shape = (page_size, kv_heads) if layout == "NHD" else (kv_heads, page_size)
+    cache = random(sum(used) + 5, 2, *shape, head_dim, dtype=dtype, seed=4)
+    q = random(sum(q_lens), len(HEADS), head_dim, dtype=dtype, seed=5)
+    static = [PATTERNS["a_shape"] if "estimated" in str(h) or isinstance(h, VerticalSlash) else h for h in HEADS]
+    found = []
+    for backend, device, kind in (("triton", DEVICE, dtype), ("reference", "cpu", torch.float32)):
+        wrapper = SparsePrefillWithPagedKVCacheWrapper(None, layout, backend)
+        wrapper.plan(
+            qo,
+            kv,
+            pages.to(device),
+            last,
+            len(HEADS),
+            kv_heads,
+            head_dim,
+            page_size,
+            modality_maps=CHATS,
+            head_patterns=static,
+            q_data_type=kind,
+        )
+        found.append(wrapper.run(q.to(device, kind), cache.to(device, kind), return_lse=True))
+    assert_close(*found)
+
+
+# ---- no waiting, no chance, no overflow ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_planning_and_running_wait_for_nothing(name):
+    """The host runs ahead of the card: no copy back, no size that only the card knows."""
+    given = inputs(4, 2, 128, torch.bfloat16)
+    heads, batch = [PATTERNS[name]] * 4, chunks(DEVICE)
+    out, lse = torch.empty_like(given[0]), torch.empty(given[0].shape[:2], device=DEVICE)
+
+    def forward() -> None:
+        plan = BatchPlanner(*batch).plan(heads, *given[:2], 128**-0.5)
+        launch.run(*given, plan, 128**-0.5, out, lse)
+
+    forward()  # compiles, which may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_runs_over_a_long_prefix_are_the_same_bit_by_bit():
+    tokens, rows, dim = 1 << 17, 2048, 128
+    chat = conversation(64, (511, 16, 16), 192)
+    k, v = (torch.randn(tokens, 4, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(rows, 28, dim, device=DEVICE, dtype=torch.bfloat16)
+    slots = torch.randperm(tokens, device=DEVICE)
+    heads = [(HEADS * 4)[i] for i in range(28)]
+    found = []
+    for _ in range(4):
+        plan = BatchPlanner([RequestChunk(chat, tokens - rows, tokens, 0, slots)], rows).plan(heads, q, k, dim**-0.5)
+        found.append(ran(q, k, v, plan))
+    for again in found[1:]:
+        assert all(map(torch.equal, found[0], again)), "plan and run differ from one time to the next"
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        [Grid("frame", True, True, True, 0, 128, 1024), AShape(128, 4096)],
+        [Grid("row", False, False, True, 5, 128, 1024), TriShape(128, 2048, 64)],
+        [QBoundary({VIDEO: Grid("frame", True, False, True, 0, 8, 300), TEXT: AShape(8, 4096)}), Dense()],
+        [
+            Boundary2D({(VIDEO, VISION): Grid("row", False, True, True, 2, 8, 300), (TEXT, VISION): AShape(8, 900)}),
+            Dense(),
+        ],
+    ],
+    ids=["frame", "row", "q-boundary", "2d-boundary"],
+)
+def test_a_million_keys_in_a_pool_whose_offsets_pass_32_bits(heads):
+    tokens, rows, kv_heads, dim, pool = 1 << 20, 256, 8, 128, 2_200_000
+    chat = conversation(64, (4095, 16, 16), 192)
+    assert chat.length == tokens and pool * kv_heads * dim > 1 << 31
+    k, v = (torch.randn(pool, kv_heads, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(rows, 2 * kv_heads, dim, device=DEVICE, dtype=torch.bfloat16)
+    slots = torch.randperm(pool, device=DEVICE)[:tokens]
+    plan = BatchPlanner([RequestChunk(chat, tokens - rows, tokens, 0, slots)], rows).plan(heads * kv_heads)
+    expected = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
+    torch_gather.run(q, k, v, plan, dim**-0.5, *expected)
+    torch.testing.assert_close(ran(q, k, v, plan), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_an_estimate_over_a_million_keys():
+    """A planted column and a planted diagonal are found, and the answer is that of the oracle on the same plan."""
+    tokens, rows, dim = 1 << 20, 128, 128
+    chat = conversation(64, (4095, 16, 16), 192)
+    k, v = (torch.randn(tokens, 1, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(rows, 2, dim, device=DEVICE, dtype=torch.bfloat16)
+    slots, column, distance = torch.randperm(tokens, device=DEVICE), 123_457, 700_001
+    k[slots[column]] = 4 * q[-64:].float().mean(dim=(0, 1)).to(k.dtype) * dim**0.5
+    for row in range(rows):
+        k[slots[tokens - rows + row - distance], 0] = 1.2 * q[row].float().sum(dim=0).to(k.dtype)
+    plan = BatchPlanner([RequestChunk(chat, tokens - rows, tokens, 0, slots)], rows).plan(
+        [VerticalSlash(100, 200)] * 2, q, k, dim**-0.5
+    )
+    host = on_cpu(plan)
+    seen = reference.visited_mask(host, 0, slice(0, rows), tokens)
+    assert bool(seen[:, column].all())
+    assert bool(seen[torch.arange(rows), tokens - rows + torch.arange(rows) - distance].all())
+    expected = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
+    torch_gather.run(q, k, v, plan, dim**-0.5, *expected)
+    torch.testing.assert_close(ran(q, k, v, plan), expected, rtol=1e-2, atol=1e-2)

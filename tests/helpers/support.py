@@ -1,0 +1,365 @@
+"""Random conversations, head patterns and paged batches, and the few ways in which tests look at what was visited.
+
+Drawn by hypothesis, so that a failing case shrinks to a small one. `Batch` holds one ragged batch over a paged
+cache; whatever no request owns (free pages, the rest of a last page) is NaN, and so is every output before a run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from hypothesis import strategies as st
+
+from sglang_mminfer import (
+    AShape,
+    Boundary2D,
+    Dense,
+    Grid,
+    Modality,
+    ModalityMap,
+    QBoundary,
+    Segment,
+    SparsePrefillWithPagedKVCacheWrapper,
+    TriShape,
+    VerticalSlash,
+    VisionGrid,
+    pattern_mask,
+)
+from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
+
+TEXT, IMAGE, VIDEO, VISION = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.VISION
+REAL = (TEXT, IMAGE, VIDEO)
+D = 8  # head dimension of all random batches
+SHAPES = [(1, 3), (2, 2), (2, 3), (3, 2), (1, 1)]  # few, so that segments often share one
+
+
+# ---- conversations -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def segments(draw, start: int, modality: Modality, max_tokens: int = 40) -> Segment:
+    """One segment; a video's frames may be apart, separators around them; some have no grid, some no raster."""
+    if modality is TEXT or draw(st.integers(0, 9)) == 0:
+        return Segment(modality, start, start + draw(st.integers(1, min(20, max_tokens))))
+    rows, cols = draw(st.sampled_from(SHAPES))
+    frames = 1
+    if modality is VIDEO:
+        frames = draw(st.integers(1, max(1, min(6, max_tokens // (rows * cols) - 1))))
+    gap = draw(st.sampled_from([0, 0, 1, 2])) if frames > 1 else 0
+    before, after = draw(st.sampled_from([(0, 0), (0, 0), (1, 0), (0, 1), (2, 1)]))
+    starts = [start + before]
+    for _ in range(frames - 1):
+        starts.append(starts[-1] + rows * cols + (draw(st.integers(0, gap)) if gap else 0))
+    raster = rows > 1 or start % 2 == 0  # as good as drawn
+    grid = VisionGrid(frames, rows, cols, tuple(starts), raster)
+    return Segment(modality, start, starts[-1] + rows * cols + after, grid)
+
+
+@st.composite
+def maps(draw, max_segments: int = 6, max_length: int = 110) -> ModalityMap:
+    """A conversation of text, images and videos in any order, at least one token long."""
+    out: list[Segment] = []
+    position = 0
+    for modality in draw(st.lists(st.sampled_from([TEXT, IMAGE, VIDEO, VIDEO]), min_size=1, max_size=max_segments)):
+        segment = draw(segments(position, modality))
+        if segment.stop > max_length and out:
+            break
+        out.append(segment)
+        position = segment.stop
+    return ModalityMap(out)
+
+
+def conversation(*parts: int | tuple) -> ModalityMap:
+    """A map by hand: an int is that many text tokens, (frames, rows, cols[, gap]) a video or, of one frame, an
+    image, and a ("image" or "video", tokens) one whose grid nobody knows."""
+    out, position = [], 0
+    for part in parts:
+        if isinstance(part, int):
+            segment = Segment(TEXT, position, position + part)
+        elif isinstance(part[0], str):
+            segment = Segment(Modality(part[0]), position, position + part[1])
+        else:
+            frames, rows, cols, gap = (*part, 0)[:4]
+            starts = tuple(position + i * (rows * cols + gap) for i in range(frames))
+            grid = VisionGrid(frames, rows, cols, starts)
+            segment = Segment(IMAGE if frames == 1 else VIDEO, position, starts[-1] + grid.cells, grid)
+        out.append(segment)
+        position = segment.stop
+    return ModalityMap(out)
+
+
+# ---- head patterns -----------------------------------------------------------------------------------------
+
+# Mostly small, so that something lies between the sink and the window.
+_sink = st.integers(0, 3) | st.integers(0, 14)
+_local = st.integers(1, 4) | st.integers(1, 24)
+
+dense = st.just(Dense())
+a_shape = st.builds(AShape, _sink, _local)
+tri_shape = st.builds(TriShape, _sink, _local, st.just(0))
+tri_shape_with_tail = st.builds(TriShape, _sink, _local, st.integers(0, 9))
+vertical_slash = st.builds(VerticalSlash, st.integers(0, 12), st.integers(1, 12), st.integers(1, 16))
+
+
+def grid(*strides: str) -> st.SearchStrategy[Grid]:
+    flag, stride = st.booleans(), st.sampled_from(strides or ("frame", "row"))
+    return st.builds(Grid, stride, flag, flag, flag, st.integers(0, 3), _sink, _local)
+
+
+growing = st.one_of(dense, a_shape, tri_shape, grid())  # what a row sees depends on nothing after it
+static = st.one_of(growing, tri_shape_with_tail)
+any_pattern = st.one_of(static, vertical_slash)
+
+
+def q_boundary(patterns: st.SearchStrategy) -> st.SearchStrategy[QBoundary]:
+    return st.one_of(
+        st.dictionaries(st.sampled_from(REAL), patterns, min_size=1),
+        st.dictionaries(st.sampled_from([TEXT, VISION]), patterns, min_size=1),
+    ).map(QBoundary)
+
+
+@st.composite
+def boundary_2d(draw, patterns: st.SearchStrategy) -> Boundary2D:
+    """Pairs for each row modality; keys image and video apart, together as vision, or partly not named."""
+    pairs = {}
+    for rows in draw(st.sampled_from([REAL, REAL, (TEXT, VISION), (VIDEO,)])):
+        keys = draw(st.sampled_from([(TEXT, VISION), REAL, (VIDEO,), (VISION,), (TEXT, IMAGE)]))
+        for key in keys:
+            pairs[rows, key] = draw(patterns)
+    return Boundary2D(pairs)
+
+
+def heads(patterns: st.SearchStrategy = any_pattern) -> st.SearchStrategy:
+    """One head: a pattern alone, or several under either boundary."""
+    return st.one_of(patterns, patterns, q_boundary(patterns), boundary_2d(patterns))
+
+
+def inner_patterns(head) -> list:
+    return list(head.patterns.values()) if isinstance(head, QBoundary | Boundary2D) else [head]
+
+
+def is_estimated(head) -> bool:
+    return any(isinstance(pattern, VerticalSlash) for pattern in inner_patterns(head))
+
+
+# ---- batches over a paged cache ----------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """One ragged batch: request i has the last `q_lens[i]` of `kv_lens[i]` tokens as rows.
+
+    `heads` has one pattern for each query head. `qs[i]` [q_len, Hq, D], `ks[i]`, `vs[i]` [kv_len, Hkv, D] are
+    what each request holds; pages are dealt out in random order among pages that belong to nobody.
+    """
+
+    maps: Sequence[ModalityMap]
+    q_lens: Sequence[int]
+    kv_lens: Sequence[int]
+    heads: Sequence
+    num_kv_heads: int = 1
+    page_size: int = 1
+    kv_layout: str = "NHD"
+    packed: bool = False
+    tiles: tuple[int, int] = (8, 8)
+    dense_below: int = 0
+    sm_scale: float | None = None
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    qs: list[torch.Tensor] = field(default_factory=list)
+    ks: list[torch.Tensor] = field(default_factory=list)
+    vs: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        random = torch.Generator().manual_seed(self.seed)
+        hq, hkv = len(self.heads), self.num_kv_heads
+        if not self.qs:
+            for q_len, kv_len in zip(self.q_lens, self.kv_lens):
+                self.qs.append(torch.randn(q_len, hq, D, generator=random).to(self.dtype))
+                self.ks.append(torch.randn(kv_len, hkv, D, generator=random).to(self.dtype))
+                self.vs.append(torch.randn(kv_len, hkv, D, generator=random).to(self.dtype))
+        pages = [-(-n // self.page_size) for n in self.kv_lens]
+        self.num_pages = sum(pages) + 3
+        self.page_table = torch.randperm(self.num_pages, generator=random)[: sum(pages)].int()
+        self.kv_indptr = _indptr(pages)
+        self.qo_indptr = _indptr(self.q_lens)
+        self.last_page_len = torch.tensor(
+            [(n - 1) % self.page_size + 1 if n else 0 for n in self.kv_lens], dtype=torch.int32
+        )
+
+    @property
+    def group(self) -> int:
+        return len(self.heads) // self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        return D**-0.5 if self.sm_scale is None else self.sm_scale
+
+    @property
+    def q(self) -> torch.Tensor:
+        return torch.cat(self.qs) if self.qs else torch.empty(0, len(self.heads), D)
+
+    def rows(self, request: int) -> slice:
+        return slice(int(self.qo_indptr[request]), int(self.qo_indptr[request + 1]))
+
+    def q_start(self, request: int) -> int:
+        return self.kv_lens[request] - self.q_lens[request]
+
+    def cache(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        caches = []
+        for own in (self.ks, self.vs):
+            flat = torch.full(
+                (self.num_pages * self.page_size, self.num_kv_heads, D), torch.nan, dtype=own[0].dtype if own else None
+            )
+            for i, tokens in enumerate(own):
+                flat[self.slots(i)] = tokens
+            pages = flat.view(self.num_pages, self.page_size, self.num_kv_heads, D)
+            caches.append(pages.transpose(1, 2).contiguous() if self.kv_layout == "HND" else pages)
+        return torch.stack(caches, dim=1) if self.packed else (caches[0], caches[1])
+
+    def slots(self, request: int) -> torch.Tensor:
+        pages = self.page_table[self.kv_indptr[request] : self.kv_indptr[request + 1]].long()
+        return (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()[: self.kv_lens[request]]
+
+    def planned(self, backend: str = "torch", heads=None) -> SparsePrefillWithPagedKVCacheWrapper:
+        wrapper = SparsePrefillWithPagedKVCacheWrapper(
+            None, self.kv_layout, backend, block_q=self.tiles[0], block_k=self.tiles[1]
+        )
+        wrapper.plan(
+            self.qo_indptr,
+            self.kv_indptr,
+            self.page_table,
+            self.last_page_len,
+            len(self.heads),
+            self.num_kv_heads,
+            D,
+            self.page_size,
+            modality_maps=self.maps,
+            head_patterns=self.heads if heads is None else heads,
+            sm_scale=self.sm_scale,
+            q_data_type=self.q.dtype,
+            kv_data_type=self.ks[0].dtype if self.ks else self.q.dtype,
+            dense_below=self.dense_below,
+        )
+        return wrapper
+
+    def run(self, wrapper: SparsePrefillWithPagedKVCacheWrapper) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q
+        out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
+        got = wrapper.run(q, self.cache(), out=out, lse=lse, return_lse=True)
+        assert got[0] is out and got[1] is lse
+        return out, lse
+
+    def exact_mask(self, request: int, head: int) -> torch.Tensor:
+        """pattern_mask of one head in one request."""
+        q_start, kv_len = self.q_start(request), self.kv_lens[request]
+        q, k = self.qs[request][:, head], self.ks[request][:, head // self.group]
+        return pattern_mask(self.maps[request], self.heads[head], q_start, kv_len, kv_len, q, k, sm_scale=self.sm_scale)
+
+
+def _indptr(counts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+
+
+# Triton's interpreter runs the GPU kernel on a CPU, slowly; `make test` runs these tests once more with it alone.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EXECUTORS = ["triton"] if INTERPRETED else ["torch", "reference"]
+
+
+def examples(number: int) -> int:
+    """How many cases to draw: fewer of them where each takes long."""
+    return max(4, number // 8) if INTERPRETED else number
+
+
+tile_sizes = st.tuples(st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]))
+
+
+@st.composite
+def batches(draw, patterns: st.SearchStrategy = any_pattern, max_requests: int = 3, max_length: int = 80) -> Batch:
+    """Batches of everything: requests with cached prefixes or without rows, page tables, head layouts, tiles."""
+    num_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (2, 3), (1, 8), (3, 1)]))
+    maps_, q_lens, kv_lens = [], [], []
+    for _ in range(draw(st.integers(1, max_requests))):
+        conversation_ = draw(maps(max_length=max_length))
+        kv_len = draw(st.one_of(st.just(conversation_.length), st.integers(1, conversation_.length)))
+        maps_.append(conversation_)
+        kv_lens.append(kv_len)
+        q_lens.append(draw(st.one_of(st.just(kv_len), st.integers(0, kv_len))))
+    return Batch(
+        maps_,
+        q_lens,
+        kv_lens,
+        draw(st.lists(heads(patterns), min_size=num_kv_heads * group, max_size=num_kv_heads * group)),
+        num_kv_heads,
+        draw(st.sampled_from([1, 1, 4, 7, 16])),
+        draw(st.sampled_from(["NHD", "HND"])),
+        draw(st.booleans()),
+        draw(tile_sizes),
+        draw(st.sampled_from([0, 0, 0, 10])),
+        draw(st.sampled_from([None, None, 0.1, 1.0])),
+        draw(st.integers(0, 2**16)),
+    )
+
+
+def alone(
+    conversation_: ModalityMap, head, start: int = 0, stop: int | None = None, tiles=(8, 8), dense_below: int = 0
+) -> Batch:
+    """One request with one head whose rows are [start, stop)."""
+    stop = conversation_.length if stop is None else stop
+    return Batch([conversation_], [stop - start], [stop], [head], tiles=tiles, dense_below=dense_below)
+
+
+def cut_out(batch: Batch, request: int, start: int, stop: int, **changes) -> Batch:
+    """One request of a one-shot batch as a chunk of its own: rows [start, stop) over keys [0, stop)."""
+    assert batch.q_start(request) == 0
+    return replace(
+        batch,
+        **{
+            "maps": [batch.maps[request]],
+            "q_lens": [stop - start],
+            "kv_lens": [stop],
+            "qs": [batch.qs[request][start:stop]],
+            "ks": [batch.ks[request][:stop]],
+            "vs": [batch.vs[request][:stop]],
+            **changes,
+        },
+    )
+
+
+# ---- plans -------------------------------------------------------------------------------------------------
+
+
+def part_of_pass(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
+    """The pass without some of its visits: `keep` bool [nnz]."""
+    tiles = torch.arange(plan.num_tiles, device=keep.device)
+    tile = torch.repeat_interleave(tiles, plan.block_indptr.diff())
+    number = torch.arange(len(tile), device=keep.device)
+    full = number < (plan.block_indptr[:-1] + plan.num_full)[tile]
+    picked = number >= (plan.block_indptr[1:] - plan.num_picked)[tile]
+
+    def count(visits: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(tile[visits], minlength=plan.num_tiles).int()
+
+    return replace(
+        plan,
+        block_indptr=torch.nn.functional.pad(count(keep).cumsum(0), (1, 0)).int(),
+        block_indices=plan.block_indices[: len(tile)][keep],
+        num_full=count(keep & full),
+        num_picked=count(keep & picked),
+        hidden_lanes=plan.hidden_lanes[: int(picked.sum())][keep[picked]],
+    )
+
+
+def halves(plan: PrefillPlan, seed: int = 0) -> list[PrefillPlan]:
+    """Two plans that share the visits of one, each visit in one of them by chance."""
+    random, out = torch.Generator().manual_seed(seed), []
+    owners = [
+        torch.randint(0, 2, (int(p.block_indptr[-1]),), generator=random).to(p.q_rows.device) for p in plan.passes
+    ]
+    for half in range(2):
+        passes = tuple(part_of_pass(p, owner == half) for p, owner in zip(plan.passes, owners))
+        out.append(PrefillPlan(passes, plan.num_rows, plan.num_heads))
+    return out

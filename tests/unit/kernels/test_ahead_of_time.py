@@ -1,0 +1,41 @@
+"""Every build of the GPU kernel that the launcher may ask for, compiled where there is no GPU."""
+
+import pytest
+
+from sglang_mminfer.kernels.triton import ahead_of_time
+from sglang_mminfer.kernels.triton.configurations import HEAD_DIMS, configuration
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
+ROUNDING = 16  # bytes: the same source is a register or two apart from one run of the compiler to the next
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_builds_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim):
+    for dtype, merge in (("bf16", False), ("fp16", True)):
+        build = ahead_of_time.compile_build(capability, dtype, head_dim, merge)
+        assert build.spills <= ROUNDING, build
+        assert build.shared <= SHARED_MEMORY[capability], build
+        assert build.tensor_cores == TENSOR_CORES[capability], build
+
+
+@pytest.mark.parametrize("capability", [89, 120])
+def test_builds_for_cards_with_little_shared_memory_fit(capability):
+    for head_dim in (64, 128, 256):
+        build = ahead_of_time.compile_build(capability, "bf16", head_dim, True)
+        assert build.shared <= 99 << 10 and build.spills <= ROUNDING, build
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_builds_of_the_estimate_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim):
+    for build in ahead_of_time.compile_estimate(capability, "bf16", head_dim):
+        assert build.spills <= ROUNDING, build
+        assert build.shared <= SHARED_MEMORY[capability], build
+        assert build.tensor_cores == TENSOR_CORES[capability], build
+
+
+def test_a_head_dim_without_a_build_is_refused():
+    with pytest.raises(ValueError, match=r"head_dim: expected one of \(64, 96, 128, 256\).*got 80"):
+        configuration(80, 90)

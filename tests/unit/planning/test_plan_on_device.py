@@ -1,0 +1,154 @@
+"""Plans are made on the device without waiting for it, and stay small however long the prompt is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+import support
+from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VisionGrid
+from sglang_mminfer.kernels.triton import estimate
+from sglang_mminfer.kernels.triton.work_order import work_order
+from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from support import D, any_pattern, batches, conversation
+
+VIDEO, TEXT = Modality.VIDEO, Modality.TEXT
+
+
+def chunks_of(batch: support.Batch) -> list[RequestChunk]:
+    return [
+        RequestChunk(batch.maps[i], batch.q_start(i), batch.kv_lens[i], batch.rows(i).start, batch.slots(i))
+        for i in range(len(batch.maps))
+        if batch.q_lens[i]
+    ]
+
+
+def planner_of(batch: support.Batch, chunks: list[RequestChunk] | None = None) -> BatchPlanner:
+    block_q, block_k = batch.tiles
+    chunks = chunks_of(batch) if chunks is None else chunks
+    return BatchPlanner(chunks, sum(batch.q_lens), dense_below=batch.dense_below, block_q=block_q, block_k=block_k)
+
+
+# ---- no waiting --------------------------------------------------------------------------------------------
+
+# In torch's fake mode a tensor says which device it is on and what shape it has, and holds nothing: whatever the
+# host would have to ask a card for raises, and so does whatever mixes tensors of the host with those of a card.
+
+
+def test_the_check_below_notices_a_host_that_waits():
+    with FakeTensorMode():
+        on_card = torch.ones(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            on_card.sum().item()
+        with pytest.raises(DynamicOutputShapeException):
+            on_card.nonzero()
+        with pytest.raises(RuntimeError, match="device"):
+            on_card + torch.ones(3)
+
+
+class Unlaunched:
+    """In the place of a kernel: there is no card to launch it on, but all that is done around it is done."""
+
+    def __getitem__(self, grid):
+        return lambda *tensors, **options: None
+
+
+@settings(max_examples=60)
+@given(batches(any_pattern))
+def test_the_host_never_waits_for_the_device(batch):
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in ("row_lse", "masses"):
+            patch.setattr(estimate, kernel, Unlaunched())
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        plan_on_a_card_that_is_not_there(batch)
+
+
+def plan_on_a_card_that_is_not_there(batch):
+    q, chunks = batch.q, chunks_of(batch)
+    with FakeTensorMode():
+        on_card = [torch.empty(len(chunk.slots), dtype=torch.int64, device="cuda") for chunk in chunks]
+        chunks = [replace(chunk, slots=slots) for chunk, slots in zip(chunks, on_card)]
+        q = torch.empty(q.shape, device="cuda")
+        k_cache = torch.empty(batch.num_pages * batch.page_size, batch.num_kv_heads, D, device="cuda")
+        plan = planner_of(batch, chunks).plan(batch.heads, q, k_cache, batch.scale)
+        for block_plan in plan.passes:
+            tiles, heads = work_order(block_plan, batch.group)
+            tensors = [x for x in vars(block_plan).values() if isinstance(x, torch.Tensor)]
+            tensors += [tiles, heads, block_plan.keys.kv_pos, block_plan.keys.kv_slots, block_plan.picked_start]
+            assert {x.device.type for x in tensors} == {"cuda"}
+
+
+# ---- what layers share -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(batches(any_pattern), st.lists(support.heads(any_pattern), min_size=1, max_size=3), st.randoms())
+def test_what_other_layers_asked_for_before_changes_nothing(batch, others, random):
+    q = batch.q
+    k = torch.randn(batch.num_pages * batch.page_size, batch.num_kv_heads, D)
+    shared = planner_of(batch)
+    for other in others:
+        shared.plan([other] * len(batch.heads), q, k, batch.scale)
+    alone, after = (p.plan(batch.heads, q, k, batch.scale) for p in (planner_of(batch), shared))
+    assert torch.equal(alone.visited_by_row, after.visited_by_row)
+    assert shared.plan(batch.heads, q, k, batch.scale).visited_by_row.equal(after.visited_by_row)
+
+
+# ---- the order of the work ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(batches(any_pattern))
+def test_every_head_of_every_tile_is_work_once_and_long_work_comes_first(batch):
+    k = torch.randn(batch.num_pages * batch.page_size, batch.num_kv_heads, D)
+    for plan in planner_of(batch).plan(batch.heads, batch.q, k, batch.scale).passes:
+        tiles, heads = (x.tolist() for x in work_order(plan, batch.group))
+        expected = [(t, h) for t in range(plan.num_tiles) for h in plan.head_groups[plan.q_heads[t]]]
+        assert sorted(zip(tiles, heads)) == sorted(expected) and plan.num_work == len(expected)
+        blocks = plan.block_indptr.diff()[tiles].tolist()
+        lengths = [n.bit_length() for n in blocks]
+        assert lengths == sorted(lengths, reverse=True)
+        alike = [(length, h // batch.group, t, h) for length, t, h in zip(lengths, tiles, heads)]
+        assert alike == sorted(alike, key=lambda work: (-work[0], *work[1:]))
+
+
+# ---- size --------------------------------------------------------------------------------------------------
+
+
+def index_bytes(plan) -> int:
+    tensors = {}
+    for block_plan in plan.passes:
+        for holder in (block_plan, block_plan.keys):
+            tensors |= {x.data_ptr(): x for x in vars(holder).values() if isinstance(x, torch.Tensor)}
+    return sum(x.nbytes for x in tensors.values())
+
+
+def test_the_index_of_a_million_tokens_is_small_beside_their_keys_and_values():
+    chat = conversation(64, (4095, 16, 16), 192)
+    assert chat.length == 1 << 20
+    heads = [
+        *[Grid("frame", True, True, True, phase, 128, 1024) for phase in range(20)],
+        AShape(128, 4096),
+        TriShape(128, 4096, 64),
+        Boundary2D({(VIDEO, VIDEO): Grid("frame", True, False, True, 7, 64, 512), (VIDEO, TEXT): AShape(8, 64)}),
+        QBoundary({VIDEO: Grid("row", False, True, True, 3, 128, 1024)}),
+        *[Dense()] * 4,
+    ]
+    slots, rows = torch.arange(chat.length), 8192
+    plan = BatchPlanner([RequestChunk(chat, chat.length - rows, chat.length, 0, slots)], rows).plan(heads)
+    kv_cache = 28 * 2 * chat.length * 4 * 128 * 2  # 28 layers of K and V, 4 heads of 128 in bf16
+    assert index_bytes(plan) < 0.001 * kv_cache
+
+
+def test_planning_costs_what_frames_cost_not_what_tokens_do():
+    """The same frames with 64 times the tokens: what the host computes has the same size."""
+    sizes = []
+    for side in (4, 32):
+        starts = tuple(range(0, 600 * side * side, side * side))
+        grid = VisionGrid(600, side, side, starts)
+        chat = support.ModalityMap([support.Segment(VIDEO, 0, 600 * side * side, grid)])
+        sizes.append([len(chat.on_phase("frame", 3).starts), len(chat.runs(VIDEO).starts)])
+    assert sizes == [[600, 1], [600, 1]]

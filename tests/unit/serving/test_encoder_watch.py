@@ -1,0 +1,226 @@
+"""Media that SGLang's embedding cache refuses: encoded again for every chunk, noticed, said once, counted, ended by
+the value that is said.
+
+SGLang's own functions, cache and items; chunk after chunk as a scheduler asks for them. The encoder is a linear layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers import mm_schedule
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+from sglang.srt.plugins import load_plugins
+
+import observed
+from sglang_mminfer.serving import encoder_watch as embedding_cache
+
+load_plugins()
+
+HIDDEN = 2048  # 8 KB a token in fp32
+SECONDS = 0.02
+
+
+class Encoder:
+    """A vision tower that counts what it is given."""
+
+    def __init__(self) -> None:
+        self.layer = torch.nn.Linear(4, HIDDEN)
+        self.seen: list[int] = []
+
+    @torch.no_grad()
+    def get_video_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
+        self.seen += [item.hash for item in items if item.hash is not None]
+        time.sleep(SECONDS)
+        return self.layer(torch.cat([item.feature for item in items]))
+
+
+def video(*spans: tuple[int, int], seed: int = 0) -> MultimodalDataItem:
+    """Of tokens [start, stop) each."""
+    tokens = sum(stop - start for start, stop in spans)
+    feature = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(seed))
+    item = MultimodalDataItem(
+        modality=Modality.VIDEO, feature=feature, offsets=[(start, stop - 1) for start, stop in spans]
+    )
+    item.set_pad_value()
+    return item
+
+
+def embed(encoder: Encoder, items: list[MultimodalDataItem], prefix: int, length: int) -> torch.Tensor | None:
+    """What SGLang embeds for one chunk of one request."""
+    ids = torch.zeros(prefix + length, dtype=torch.long)
+    for item in items:
+        for start, last in item.offsets or []:
+            ids[start : last + 1] = item.pad_value or 0
+    embedding, _, _ = mm_schedule.get_embedding_and_mask(
+        data_embedding_func=encoder.get_video_feature,
+        embedding_items=items,
+        placeholder_tensor=torch.tensor(sorted(v for item in items for v in item.padding_values())),
+        input_ids=ids[prefix:],
+        items_size=[0, len(items)],
+        prefix_length=[prefix],
+        extend_length=[length],
+        items_offset_list=[[span for item in items for span in item.offsets or []]],
+    )
+    return embedding
+
+
+def prompt(encoder: Encoder, items: list[MultimodalDataItem], tokens: int, chunk: int) -> None:
+    """All chunks of a prompt; what they embed is the right thing each time."""
+    parts = [embed(encoder, items, start, min(chunk, tokens - start)) for start in range(0, tokens, chunk)]
+    whole = torch.cat([part for part in parts if part is not None])
+    assert torch.allclose(whole, encoder.layer(torch.cat([item.feature for item in items])), atol=1e-6)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[embedding_cache.EncoderWatch]:
+    found = embedding_cache.EncoderWatch()
+    monkeypatch.setattr(embedding_cache, "watch", found)
+    monkeypatch.setattr(mm_schedule, "embedding_cache", None)
+    yield found
+    assert found.active
+
+
+def cache_of(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_VLM_CACHE_SIZE_MB", str(megabytes))
+    mm_schedule.init_mm_embedding_cache(megabytes * 2**20)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "encoder runs again" in record.getMessage()]
+
+
+# 900 and 600 tokens of 8 KB: 7.03 and 4.69 MB
+SHAPES = {
+    "one_video": [[(10, 910)]],
+    "two_videos": [[(10, 910)], [(950, 1550)]],
+    "frames_apart": [[(10, 310), (320, 620), (630, 930)], [(950, 1550)]],  # SGLang keeps all of it in one entry
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_refused_video_is_said_once_and_counted_and_the_value_ends_it(
+    shape: str, watch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [video(*spans, seed=seed) for seed, spans in enumerate(SHAPES[shape])]
+    encoder = Encoder()
+    cache_of(2, monkeypatch)
+    prompt(encoder, items, tokens=1600, chunk=200)
+    repeats = len(encoder.seen) - len(items)
+    again = watch.take()
+    # A single entry is counted once for all its items.
+    assert again.times == (repeats // 2 if shape == "frames_apart" else repeats) > 3
+    assert again.milliseconds >= 0.99 * again.times * 1e3 * SECONDS / len(items)
+    assert watch.take() == embedding_cache.EncodedAgain()
+
+    (sentence,) = said(caplog)
+    size = sum(len(item.feature) for item in items) * 8192
+    one = items if shape == "frames_apart" else items[:1]
+    tokens = sum(len(item.feature) for item in one)
+    assert f"SGLANG_VLM_CACHE_SIZE_MB=2) could not keep {embedding_cache.named(one)} at token 10" in sentence
+    assert f"{tokens} tokens, {tokens * 8192 / 2**20:.1f} MB" in sentence
+    took = re.search(r"second time took ([\d.]+) s; (\d+) more", sentence)
+    assert took and float(took[1]) >= SECONDS
+    last = max(stop for item in one for _, stop in item.offsets or [])
+    assert int(took[2]) == len(range(400, last + 1, 200))
+
+    value = int(re.findall(r"SGLANG_VLM_CACHE_SIZE_MB=(\d+)", sentence)[1])
+    assert size <= value * 2**20 and value % 64 == 0
+    cache_of(value, monkeypatch)
+    second = Encoder()
+    prompt(second, items, tokens=1600, chunk=200)
+    assert sorted(second.seen) == sorted(item.hash for item in items if item.hash is not None)
+    prompt(encoder, [video((0, 900), seed=5)], tokens=1000, chunk=200)
+    assert watch.take().times == 0
+    assert len(said(caplog)) == 1
+
+
+@pytest.mark.parametrize("chunk", [1600, 200])
+def test_nothing_is_said_where_nothing_is_encoded_again(
+    chunk: int, watch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One chunk and no cache; chunks and a cache that is large enough."""
+    cache_of(0 if chunk == 1600 else 16, monkeypatch)
+    encoder = Encoder()
+    for seed in (0, 1, 0):  # the last one is a video that was refused before, in a conversation of its own
+        prompt(encoder, [video((10, 910), seed=seed)], tokens=1600, chunk=chunk)
+    assert watch.take() == embedding_cache.EncodedAgain() and not said(caplog)
+
+
+def test_the_method_that_sglang_asks_for_its_owner_is_still_one(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang leaves the upload of features to some encoders, which it knows by class and method."""
+    cache_of(0, monkeypatch)
+    encoder, seen = Encoder(), []
+    real = mm_schedule._can_skip_pre_embed_feature_move
+    monkeypatch.setattr(mm_schedule, "_can_skip_pre_embed_feature_move", lambda func: seen.append(func) or real(func))
+    embed(encoder, [video((0, 50))], 0, 60)
+    assert [(func.__self__, func.__name__) for func in seen] == [(encoder, "get_video_feature")]
+
+
+def test_a_server_without_mminfer_is_not_watched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(embedding_cache, "watch", None)
+    monkeypatch.setattr(mm_schedule, "embedding_cache", None)
+    cache_of(0, monkeypatch)
+    prompt(Encoder(), [video((10, 910))], tokens=1600, chunk=200)
+    assert not said(caplog)
+
+
+def test_a_defect_of_the_watch_costs_no_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(embedding_cache, "watch", embedding_cache.EncoderWatch())
+    monkeypatch.setattr(mm_schedule, "embedding_cache", None)
+    monkeypatch.setattr(embedding_cache, "tokens_of", lambda items: 1 / 0)
+    cache_of(0, monkeypatch)
+    with caplog.at_level(logging.ERROR):
+        prompt(Encoder(), [video((10, 910))], tokens=1600, chunk=200)
+    assert sum("watching the vision encoder failed" in r.getMessage() for r in caplog.records) == 1
+
+
+class Event:
+    """What a GPU's event is asked: work that is done when somebody says so."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def elapsed_time(self, other: Event) -> float:
+        assert other.done, "not known before"
+        return 40.0
+
+
+def test_time_on_a_gpu_is_not_waited_for() -> None:
+    watch, start, stop = embedding_cache.EncoderWatch(), Event(), Event()
+    watch._times, watch._unread = 2, [(embedding_cache._Span(start, stop), 0.25)]
+    assert watch.take() == embedding_cache.EncodedAgain(2, 0.0)
+    stop.done = True
+    assert watch.take() == embedding_cache.EncodedAgain(0, pytest.approx(10.0))
+    assert watch.take() == embedding_cache.EncodedAgain()
+
+
+def test_the_trace_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend's own watch, between the metadata and the layers of each chunk."""
+    monkeypatch.setattr(embedding_cache, "watch", None)
+    monkeypatch.setattr(mm_schedule, "embedding_cache", None)
+    cache_of(0, monkeypatch)
+    kept = observed.Keeps()
+    prefill = observed.prefill("dense", monkeypatch, kept)
+    encoder, items = Encoder(), [video((100, 484))]
+    for start in range(0, observed.LENGTH, 200):
+        stop = min(start + 200, observed.LENGTH)
+        batch = observed.batch(start, stop)
+        prefill.end()
+        prefill.begin(batch)
+        embed(encoder, items, start, stop - start)
+    prefill.end()
+    assert [record.encoded_again for record in kept.records] == [0, 1, 1, 0]
+    assert [record.encoded_again_ms > 1e3 * SECONDS * 0.99 for record in kept.records] == [False, True, True, False]

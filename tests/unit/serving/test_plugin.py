@@ -1,0 +1,609 @@
+"""The plugin as SGLang meets it: registration, the flag, precedence, what is refused, and the media hooks.
+
+Nothing of SGLang is replaced here. Models are directories with a config.json and no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+from sglang_mminfer import mends, plugin, settings
+from sglang_mminfer.families.qwen_vl.processor import videos_of
+from sglang_mminfer.head_config import HeadConfig, HeadConfigError
+from sglang_mminfer.serving import backend_entry, dense_backend, flags, head_config_choice, hooks, launch
+from sglang_mminfer.serving.hooks import Hook
+from sglang_mminfer.tools.media import make_video
+
+load_plugins()
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "vision": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "text_config": TEXT
+        | {
+            "model_type": "qwen2_5_vl_text",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64},
+    },
+    "text": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"} | TEXT,
+    "mla": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+    }
+    | TEXT,
+    "linear_attention": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "head_dim": 16,
+    }
+    | TEXT,
+    "encoder_decoder": {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "text_config": TEXT | {"model_type": "mllama_text_model", "num_hidden_layers": 2, "cross_attention_layers": []},
+        "vision_config": {"model_type": "mllama_vision_model"},
+    },
+    "own_sparse_attention": {
+        "architectures": ["MiniMaxM3SparseForCausalLM"],
+        "model_type": "llama",
+    }
+    | TEXT,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    for name, content in MODELS.items():
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(content))
+    return {name: str(root / name) for name in MODELS}
+
+
+def arguments(models: dict[str, str], model: str = "vision", **fields: Any) -> ServerArgs:
+    fields.setdefault("attention_backend", "mminfer")
+    return ServerArgs(model_path=models[model], **fields)
+
+
+# Registration
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, sglang_mminfer.plugin; print([m for m in ('torch', 'sglang', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_sglang_knows_the_backend() -> None:
+    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, DRAFT_ATTENTION_BACKEND_CHOICES
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    assert ATTENTION_BACKENDS["mminfer"] is backend_entry.create_backend
+    assert ATTENTION_BACKEND_CHOICES.count("mminfer") == 1
+    assert "mminfer" not in DRAFT_ATTENTION_BACKEND_CHOICES  # a draft model has other heads
+
+
+def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.arg_groups import choices, resolution_hooks
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    def state() -> tuple[Any, ...]:
+        return (
+            list(choices.ATTENTION_BACKEND_CHOICES),
+            {target: len(hooks) for target, hooks in HookRegistry._hooks.items()},
+            {step: len(hooks) for step, hooks in resolution_hooks._HOOKS.items()},
+        )
+
+    before = state()
+    plugin.register()
+    HookRegistry.apply_hooks()
+    assert state() == before
+
+
+def test_a_missing_target_costs_mminfer_alone(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of an SGLang that moved it: registration is silent, a launch with mminfer is told, and others are not."""
+    gone = [
+        Hook("sglang.srt.no.f", "around", "sglang_mminfer.serving.ffmpeg:decode_without_ffmpeg", "Why it is there."),
+        Hook("handle_nothing", "resolution", "sglang_mminfer.serving.launch:check_launch", "A test.", essential=True),
+    ]
+    monkeypatch.setattr(plugin, "HOOKS", tuple(gone))
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(hooks, "missing", [])
+    plugin.register()
+    assert hooks.missing == gone and not caplog.text
+    arguments(models, attention_backend="triton", device="cuda").resolve_once()
+    with pytest.raises(hooks.UnsupportedLaunch, match=r"has no handle_nothing, without which answers could be wrong"):
+        arguments(models).resolve_once()
+    assert "Why it is there" not in caplog.text
+    monkeypatch.setattr(hooks, "missing", gone[:1])
+    arguments(models, device="cpu").resolve_once()
+    assert caplog.text.count("so this goes unmended: Why it is there.") == 1
+
+
+def test_another_sglang_is_said_to_be_untested(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(settings, "TESTED_SGLANG", ">=0.5.24,<0.5.25")
+    arguments(models, device="cpu").resolve_once()
+    assert "untested with SGLang 0.5.23" in caplog.text
+
+
+def test_the_tested_versions_are_those_of_the_distribution() -> None:
+    import tomllib
+
+    pyproject = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    assert f"sglang{settings.TESTED_SGLANG}" in pyproject["project"]["dependencies"]
+
+
+def test_failure_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    target = "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
+    broken = Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.")
+    monkeypatch.setattr(plugin, "HOOKS", (broken,))
+    monkeypatch.setattr(plugin, "_registered", False)
+    with pytest.raises(AttributeError, match="not_there"):
+        plugin.register()
+    assert "could NOT be registered" in caplog.text
+    assert "mminfer doctor" in caplog.text
+
+
+def test_another_selected_platform_hides_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's rule, which the doctor explains: a distribution goes as a whole."""
+    from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, _get_excluded_dists, load_plugins_by_group
+
+    monkeypatch.setenv("SGLANG_PLATFORM", "some_other")
+    assert "mminfer" not in load_plugins_by_group(GENERAL_PLUGINS_GROUP, _get_excluded_dists())
+    monkeypatch.setenv("SGLANG_PLATFORM", "mminfer_cpu")
+    assert "mminfer" in load_plugins_by_group(GENERAL_PLUGINS_GROUP, _get_excluded_dists())
+
+
+def test_help_of_the_server_lists_flag_and_choice() -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "sglang.launch_server", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "--mminfer-config NAME|PATH" in out
+    assert "--mminfer-audit RATE" in out
+    backends = out[out.index("--attention-backend {") :]
+    assert "mminfer" in backends[: backends.index("}")]
+
+
+# The flag, and what goes before what
+
+
+def parse(models: dict[str, str], *flags: str) -> ServerArgs:
+    return prepare_server_args(["--model-path", models["vision"], "--attention-backend", "mminfer", *flags])
+
+
+def test_flag_is_carried(models: dict[str, str]) -> None:
+    assert head_config_choice.resolve(parse(models, "--mminfer-config", "dense")) == head_config_choice.ConfigChoice(
+        "dense", "--mminfer-config"
+    )
+    assert head_config_choice.resolve(parse(models), environ={}).name == "default"
+
+
+def test_flag_from_a_yaml_file(models: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("mminfer-config: dense\n")
+    assert head_config_choice.resolve(parse(models, "--config", str(file))).name == "dense"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such file"),
+        ("{", "not valid JSON"),
+        ('{"schema": 1, "surprise": 2}', "surprise"),
+    ],
+    ids=["missing", "malformed", "unknown key"],
+)
+def test_bad_file_is_a_usage_error(
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+    message: str,
+) -> None:
+    path = tmp_path / "heads.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        parse(models, "--mminfer-config", str(path))
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "argument --mminfer-config" in last
+    assert str(path) in last
+    assert message in last
+
+
+@pytest.mark.parametrize(
+    "flag, environ, model, name, source",
+    [
+        ("a", "b", "c", "a", settings.CONFIG.flag),
+        (None, "b", "c", "b", settings.CONFIG.variable),
+        (None, None, "c", "c", "mminfer_config of the model config"),
+        (None, None, None, "default", "built-in, as none was named"),
+        ("", "", "", "default", "built-in, as none was named"),
+    ],
+)
+def test_precedence(flag: str | None, environ: str | None, model: str | None, name: str, source: str) -> None:
+    server_args = SimpleNamespace(**{flags.CONFIG_ATTRIBUTE: flag})
+    choice = head_config_choice.resolve(
+        server_args,
+        SimpleNamespace(mminfer_config=model),
+        {} if environ is None else {settings.CONFIG.variable: environ},
+    )
+    assert (choice.name, choice.source) == (name, source)
+
+
+def test_model_config_that_names_no_name() -> None:
+    with pytest.raises(HeadConfigError, match="expected a name or a path, got 3"):
+        head_config_choice.resolve(SimpleNamespace(), SimpleNamespace(mminfer_config=3), {})
+
+
+def test_override_reaches_the_model_config(models: dict[str, str]) -> None:
+    server_args = arguments(models, json_model_override_args='{"mminfer_config": "dense"}')
+    head_config, choice = head_config_choice.load_for_model(server_args, model_config_of(server_args).hf_config, {})
+    assert (head_config.name, choice.name) == ("dense", "dense")
+    assert head_config.num_layers == 2  # bound to the model
+
+
+def _in_a_child(pickled: bytes, queue: Any) -> None:
+    """What a scheduler process does with the arguments: unpickle, load plugins, use them."""
+    server_args = pickle.loads(pickled)
+    load_plugins()
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    view = resolving_view(server_args)
+    queue.put(
+        (head_config_choice.resolve(server_args), "mminfer" in ATTENTION_BACKENDS, view.attention_backend, view.device)
+    )
+
+
+def test_flag_survives_the_spawn_of_a_scheduler(models: dict[str, str]) -> None:
+    server_args = parse(models, "--mminfer-config", "dense", "--device", "cpu")
+    server_args.resolve_once()
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_in_a_child, args=(pickle.dumps(server_args), queue))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert queue.get() == (head_config_choice.ConfigChoice("dense", settings.CONFIG.flag), True, "mminfer", "cpu")
+
+
+def test_config_for_another_model_is_found_by_the_parent(models: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "heads.json"
+    content = json.loads(HeadConfig.load("dense").to_json())
+    content["model"] = {
+        "architecture": "Qwen2_5_VLForConditionalGeneration",
+        "layers": 28,
+        "heads": 28,
+        "kv_heads": 4,
+        "head_dim": 128,
+        "hidden_size": 3584,
+        "rope_theta": 1e6,
+    }
+    path.write_text(json.dumps(content))
+    server_args = parse(models, "--mminfer-config", str(path))
+    with pytest.raises(HeadConfigError, match=r"--mminfer-config: .*made for another model: layers"):
+        server_args.resolve_once()
+
+
+def test_bad_environment_is_found_by_the_parent(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.CONFIG.variable, "no_such_config")
+    with pytest.raises(HeadConfigError, match=r"^SGLANG_MMINFER_CONFIG: .*no_such_config"):
+        arguments(models).resolve_once()
+
+
+def test_description_names_what_matters() -> None:
+    line = head_config_choice.describe(
+        HeadConfig.load("default"), head_config_choice.ConfigChoice("default", "somewhere"), "fa3"
+    )
+    assert "'default' (somewhere)" in line
+    assert "fa3" in line
+    assert "no search produced it" in line
+
+
+@pytest.mark.parametrize(
+    "fields, device, name",
+    [
+        ({"attention_backend": "mminfer"}, "cpu", "torch_native"),
+        ({"attention_backend": None, "prefill_attention_backend": "mminfer"}, "cpu:0", "torch_native"),
+        ({"attention_backend": "triton", "prefill_attention_backend": "mminfer"}, "cuda", "triton"),
+    ],
+)
+def test_dense_backend(models: dict[str, str], fields: dict[str, Any], device: str, name: str) -> None:
+    assert dense_backend.dense_backend_name(arguments(models, **fields), device) == name
+
+
+@pytest.mark.parametrize(
+    "default, page_size, expected, dense",
+    [
+        ("trtllm_mha", None, 64, "trtllm_mha"),  # as SGLang would set it if it saw this name
+        ("trtllm_mha", 32, 32, "trtllm_mha"),
+        ("trtllm_mha", 8, 8, "flashinfer"),  # the user's, which trtllm_mha does not take
+        ("fa4", None, 128, "fa4"),
+        ("fa3", None, None, "fa3"),
+        ("flashinfer", None, None, "flashinfer"),
+    ],
+)
+def test_blackwell_keeps_its_dense_backend(
+    models: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    default: str,
+    page_size: int | None,
+    expected: int | None,
+    dense: str,
+) -> None:
+    """Decoding and whatever is not sparse run on what SGLang would have used, page size and all."""
+    from sglang.srt.arg_groups import model_override_base
+
+    monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *args: default)
+    server_args = arguments(models, device="cuda", page_size=page_size)
+    with caplog.at_level(logging.INFO, logger="sglang_mminfer"):
+        launch.check_launch(server_args, lambda server_args: None)
+    assert resolving_view(server_args).page_size == expected
+    assert dense_backend.dense_backend_name(server_args, "cuda") == dense
+    assert ("the page size is" in caplog.text) == (page_size is None and expected is not None)
+
+
+def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str]) -> None:
+    from sglang.srt.managers.cache_controller import storage_model_name
+
+    pool = SimpleNamespace(storage_format_tag=None)
+
+    def name(model: str = "vision", head_config: str | None = None, **fields: Any) -> str:
+        server_args = arguments(models, model, device="cuda", **fields)
+        setattr(server_args, flags.CONFIG_ATTRIBUTE, head_config)
+        server_args.resolve_once()
+        return storage_model_name("served", pool)
+
+    default, other = name(), name(head_config="test_a_shape")
+    assert default.startswith("served-mminfer-") and other.startswith("served-mminfer-") and default != other
+    assert name() == default
+    assert name(head_config="dense") == name(attention_backend="triton") == "served"  # that KV is stock's
+
+
+# Refusals
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "executor": {"environ": {"SGLANG_MMINFER_EXECUTOR": "cutlass"}},
+    "dense_heads": {"environ": {"SGLANG_MMINFER_DENSE_HEADS": "1"}},
+    "audit": {"environ": {"SGLANG_MMINFER_AUDIT": "1.5"}},
+    "mends": {"environ": {"SGLANG_MMINFER_MENDS": "no_such_mend"}},
+    "plan_budget": {"environ": {"SGLANG_MMINFER_PLAN_BUDGET_MS": "0"}},
+    "max_megapixels": {"environ": {"SGLANG_MMINFER_MAX_MEGAPIXELS": "large"}},
+    "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
+    "ray": {"use_ray": True},
+    "deterministic": {"enable_deterministic_inference": True},
+    "multi_item_scoring": {"enable_mis": True},
+    "no_kv_cache": {
+        "prefill_only_disable_kv_cache": True,
+        "is_embedding": True,
+        "disable_radix_cache": True,
+        "chunked_prefill_size": -1,
+    },
+    "unified_memory": {"enable_unified_memory": True},
+    "kv_sharding": {"enable_kv_cache_sharding": True},
+    "block_scaled_kv": {"kv_cache_dtype": "fp4_mx_block16"},
+    "prefill_context_parallel": {"attn_cp_size": 2, "tp_size": 2},
+    "decode_context_parallel": {"dcp_size": 2, "tp_size": 2},
+    "pdmux": {"enable_pdmux": True},
+    "diffusion_llm": {"dllm_algorithm": "LowConfidence"},
+    "hisparse": {"enable_hisparse": True},
+    "full_prefill_graph": {"cuda_graph_backend_prefill": "full"},
+    "mla": {"model": "mla"},
+    "linear_attention": {"model": "linear_attention"},
+    "encoder_decoder": {"model": "encoder_decoder"},
+    "own_sparse_attention": {"model": "own_sparse_attention"},
+    "draft_backend": {"speculative_algorithm": "EAGLE", "device": "cpu"},
+    "tokenizer_workers": {"tokenizer_worker_num": 2, "device": "cpu"},
+    "hicache_storage": {"enable_hierarchical_cache": True, "hicache_storage_backend": "hf3fs"},
+}
+ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("deterministic", {"rl_on_policy_target": "fsdp"}),
+    ("unified_memory", {"enable_page_major_kv_layout": True}),
+    ("block_scaled_kv", {"kv_cache_dtype": "mxfp8"}),
+    ("prefill_context_parallel", {"enable_prefill_cp": True}),
+    ("decode_only", {"prefill_attention_backend": "triton"}),
+    ("tokenizer_workers", {"tokenizer_worker_num": 2, "device": "cuda"}),  # of a model whose media are mended
+    ("hicache_storage", {"enable_hierarchical_cache": True, "hicache_storage_backend": "dynamic"}),
+]
+ACCEPTED: list[dict[str, Any]] = [
+    {},
+    {"environ": {"SGLANG_MMINFER_EXECUTOR": "flashinfer", "SGLANG_MMINFER_DENSE_HEADS": "stock"}},
+    {"environ": {"SGLANG_MMINFER_EXECUTOR": "", "SGLANG_MMINFER_DENSE_HEADS": ""}},
+    {"attention_backend": None, "prefill_attention_backend": "mminfer"},
+    {"attention_backend": "triton", "prefill_attention_backend": "mminfer"},
+    {"kv_cache_dtype": "fp8_e4m3"},
+    {"cuda_graph_backend_prefill": "breakable"},
+    {"speculative_algorithm": "NGRAM"},
+    {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "device": "cpu"},
+    {"tp_size": 2, "pp_size": 2, "dp_size": 2},
+    {"disable_radix_cache": True, "chunked_prefill_size": -1},
+    {"tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
+    {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"},
+    {"is_embedding": True},
+    {"model": "text"},
+]
+
+
+def with_environment(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The other fields; "environ" is set."""
+    for name, value in fields.get("environ", {}).items():
+        monkeypatch.setenv(name, value)
+    return {name: value for name, value in fields.items() if name != "environ"}
+
+
+def test_every_refusal_is_tried() -> None:
+    assert [refusal.name for refusal in launch.REFUSALS] == list(REFUSED)
+
+
+@pytest.mark.parametrize("name, fields", [*REFUSED.items(), *ALSO_REFUSED])
+def test_refused_with_its_own_words_only(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, fields: dict[str, Any]
+) -> None:
+    fields = with_environment(fields, monkeypatch)
+    message = next(refusal.message for refusal in launch.REFUSALS if refusal.name == name)
+    with pytest.raises(hooks.UnsupportedLaunch) as refused:
+        launch.refuse(arguments(models, **fields))
+    assert str(refused.value) == f"mminfer: {message}"
+    assert message.endswith(".")
+
+
+@pytest.mark.parametrize("fields", ACCEPTED, ids=str)
+def test_accepted(models: dict[str, str], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
+    launch.refuse(arguments(models, **with_environment(fields, monkeypatch)))
+
+
+def test_two_reasons_are_both_given(models: dict[str, str]) -> None:
+    with pytest.raises(hooks.UnsupportedLaunch) as refused:
+        launch.refuse(arguments(models, use_ray=True, enable_pdmux=True))
+    assert len(str(refused.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_the_real_resolution(models: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In SGLang's own pipeline, before its checks by backend name and before any process is started."""
+    fields = with_environment(REFUSED[name], monkeypatch)
+    with pytest.raises(hooks.UnsupportedLaunch) as refused:
+        arguments(models, **fields).resolve_once()
+    assert next(refusal.message for refusal in launch.REFUSALS if refusal.name == name) in str(refused.value)
+
+
+def test_launch_without_mminfer_is_not_touched(models: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    server_args = arguments(models, attention_backend="torch_native", device="cpu")
+    setattr(server_args, flags.CONFIG_ATTRIBUTE, "dense")
+    with caplog.at_level(logging.WARNING, logger="sglang_mminfer"):
+        server_args.resolve_once()
+    assert resolving_view(server_args).attention_backend == "torch_native"
+    assert "--mminfer-config has no effect" in caplog.text
+    assert not mends.wanted(server_args)
+
+
+def test_audit_flag_arrives_and_a_bad_one_is_a_usage_error(
+    models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert flags.audit_rate(parse(models, "--mminfer-audit", "0.05"), {settings.AUDIT.variable: "1"}) == 0.05
+    assert flags.audit_rate(parse(models), {settings.AUDIT.variable: "0.5"}) == 0.5
+    assert flags.audit_rate(parse(models), {}) == 0.0
+    with pytest.raises(SystemExit):
+        parse(models, "--mminfer-audit", "2")
+    assert "argument --mminfer-audit: expected a share of requests from 0 to 1, got '2'" in capsys.readouterr().err
+
+
+def test_text_model_is_served_with_a_warning(models: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="sglang_mminfer"):
+        arguments(models, "text", device="cpu").resolve_once()
+    assert "every request will run dense" in caplog.text
+
+
+# Media
+
+
+def _videos(grids: list[list[int]], first: int = 10) -> Any:
+    from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+
+    patches = [t * h * w for t, h, w in grids]
+    offsets, start = [], first
+    for count in patches:
+        offsets.append((start, start + count // 4 - 1))
+        start += count // 4 + 5
+    item = MultimodalDataItem(modality=Modality.VIDEO)
+    item.feature = torch.arange(sum(patches) * 3, dtype=torch.float32).view(-1, 3)
+    item.offsets = offsets
+    item.model_specific_data = {
+        "video_grid_thw": torch.tensor(grids),
+        "second_per_grid_ts": [0.5 + i for i in range(len(grids))],
+    }
+    return item
+
+
+def _split(item: Any) -> list[Any]:
+    from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
+
+    return [video for part in get_new_expanded_mm_items([item]) for video in videos_of(part)]
+
+
+def test_every_video_becomes_an_item() -> None:
+    from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
+
+    def hashes(grids: list[list[int]]) -> list[int]:
+        items = _split(_videos(grids))
+        for item in items:
+            item.set_pad_value()
+        return [item.hash for item in items]
+
+    grids = [[3, 4, 4], [2, 4, 8], [5, 2, 2]]
+    whole = _videos(grids)
+    assert len(get_new_expanded_mm_items([whole])) == 1  # SGLang as it is
+    items = _split(whole)
+    assert [item.offsets for item in items] == [[offset] for offset in whole.offsets]
+    assert torch.equal(torch.cat([item.feature for item in items]), whole.feature)
+    assert [item.video_grid_thw.tolist() for item in items] == [[grid] for grid in grids]
+    assert [item.second_per_grid_ts for item in items] == [[0.5], [1.5], [2.5]]
+    # What comes after a video does not change its hash, and so not the radix keys of its tokens.
+    assert hashes(grids)[:2] == hashes(grids[:2])
+    assert hashes(grids[:1]) == hashes(grids)[:1]
+
+
+@pytest.mark.parametrize("what", ["span per frame", "no grid", "features elsewhere", "image"])
+def test_other_items_are_left_to_sglang(what: str) -> None:
+    from sglang.srt.managers.schedule_batch import Modality
+
+    item = _videos([[3, 4, 4], [2, 4, 8]])
+    if what == "span per frame":  # Qwen3-VL
+        item.offsets = [(i * 20, i * 20 + 3) for i in range(5)]
+    elif what == "no grid":
+        del item.model_specific_data["video_grid_thw"]
+    elif what == "features elsewhere":
+        item.feature = None
+    else:
+        item.modality = Modality.IMAGE
+    assert videos_of(item) == [item]
+
+
+def test_decord_decodes_where_ffmpeg_is_missing(tmp_path: Path) -> None:
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+    path = tmp_path / "clip.mp4"
+    make_video(path, 12, 64, 32)
+    video = VideoDecoderWrapper(path.read_bytes())
+    assert len(video) == 12
+    frames = video.get_frames_as_tensor([0, 5, 11])  # pins them where that is possible
+    assert frames.shape == (3, 32, 64, 3)
+    with pytest.raises(Exception):  # noqa: B017 - either decoder's own error
+        VideoDecoderWrapper(os.urandom(64))

@@ -1,0 +1,61 @@
+"""What a server on a GPU asks of its executor before it takes a request, asked here of those that run here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import support
+from sglang_mminfer.kernels.executors import EXECUTORS, name_for
+from sglang_mminfer.serving.backend import SparsePrefill
+from sglang_mminfer.serving.self_check import check
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", support.EXECUTORS)
+def test_executors_are_found_right(name, dtype):
+    answer = check(EXECUTORS[name], "cpu", dtype, 32, num_heads=6, num_kv_heads=2)
+    assert answer.good, str(answer)
+
+
+def wrong_once_in_a_while(q, k_cache, v_cache, plan, sm_scale, out, lse):
+    EXECUTORS["torch"](q, k_cache, v_cache, plan, sm_scale, out, lse)
+    out[200, 1] += 0.5
+
+
+def leaves_a_row(q, k_cache, v_cache, plan, sm_scale, out, lse):
+    EXECUTORS["torch"](q, k_cache, v_cache, plan, sm_scale, out, lse)
+    out[7] = torch.nan
+
+
+def differs_from_run_to_run(q, k_cache, v_cache, plan, sm_scale, out, lse):
+    EXECUTORS["torch"](q, k_cache, v_cache, plan, sm_scale, out, lse)
+    out += 1e-6 * torch.rand(())
+
+
+def base_e(q, k_cache, v_cache, plan, sm_scale, out, lse):
+    EXECUTORS["torch"](q, k_cache, v_cache, plan, sm_scale, out, lse)
+    lse *= 0.693
+
+
+@pytest.mark.parametrize("run", [wrong_once_in_a_while, leaves_a_row, differs_from_run_to_run, base_e])
+def test_wrong_executors_are_found_out(run):
+    assert not check(run, "cpu", torch.float32, 16).good
+
+
+def test_an_executor_that_does_not_run_leaves_the_server_dense_and_says_so(caplog):
+    """As on a GPU whose compiler, driver or card is at odds with the kernel: here there is no card at all."""
+    assert not torch.cuda.is_available() or pytest.skip("there is a GPU, on which it runs")
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(num_attention_heads=4, get_num_kv_heads=lambda ranks: 2, head_dim=16),
+        dtype=torch.bfloat16,
+    )
+    backend = SimpleNamespace(device=torch.device("cuda"), _executor="triton", ranks=1)
+    assert SparsePrefill._why_unfit(backend, runner) == "executor_failed"
+    assert "the triton executor does not run here; everything runs dense" in caplog.text
+    assert SparsePrefill._why_unfit(SimpleNamespace(device=torch.device("cpu")), runner) is None
+
+
+def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():
+    assert [name_for("auto", torch.device(d)) for d in ("cuda", "cpu")] == ["triton", "torch"]
+    assert name_for("flashinfer", torch.device("cuda")) == "flashinfer"

@@ -1,0 +1,189 @@
+"""The search on heads whose pattern is known, and its allocation against every other choice."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VerticalSlash
+from sglang_mminfer.kernels.executors import EXECUTORS
+from sglang_mminfer.planning.planner import RequestChunk
+from sglang_mminfer.tools.search import BOUNDARIES
+from sglang_mminfer.tools.search.allocate import (
+    Table,
+    at_price,
+    boundary_of,
+    equal_budget,
+    within_density,
+    within_error,
+)
+from sglang_mminfer.tools.search.candidates import candidates
+from sglang_mminfer.tools.search.measure import LayerProbe, cell_masses
+from support import IMAGE, TEXT, VIDEO, VISION, conversation
+
+CHAT = conversation(260, (28, 4, 4), 260, (20, 4, 4), 150)  # 1438 tokens: two videos of 16 cells among text
+CELLS = CHAT.cells("frame")
+D = 64
+LOUD = 14.0  # score of what a row looks for, against about 0 of everything else
+KINDS = ("grid v", "grid s", "a_shape", "vertical_slash", "q-boundary", "2d-boundary")
+
+
+def planted(kind: str, seed: int, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k [tokens, 1, D] of a head that looks for one thing. Dims: cells, then flags, then noise."""
+    random = torch.Generator().manual_seed(seed)
+    n = CHAT.length
+    q, k = torch.zeros(2, n, D)
+    q[:, 40:], k[:, 40:] = torch.randn(2, n, D - 40, generator=random) * 0.3
+    vision, place = CELLS >= 0, torch.arange(n) / n
+    k[vision, CELLS[vision].long()] = 1.0  # dims 0 .. 15
+    columns = torch.randperm(n - 200, generator=random)[:20]
+    if kind == "grid v":
+        q[:, phase] = LOUD
+    elif kind == "grid s":
+        q[vision, CELLS[vision].long()] = LOUD
+    elif kind == "a_shape":
+        sharp = 4000.0  # a window of a few dozen tokens: -sharp * (i - j)^2, written as a product
+        q[:, 22], k[:, 22] = 1.0, -sharp * place.square()
+        q[:, 23], k[:, 23] = 2 * sharp * place, place
+    elif kind == "vertical_slash":
+        k[columns, 24], q[:, 24] = 1.0, LOUD
+    elif kind == "q-boundary":  # text rows look for columns, rows of a video for their own cell
+        k[columns, 24], q[~vision, 24] = 1.0, LOUD
+        q[vision, CELLS[vision].long()] = LOUD
+    elif kind == "2d-boundary":  # rows of a video look for one cell of the videos, and at all of the text
+        q[vision, phase], q[vision, 25] = LOUD, LOUD
+        k[~vision, 25] = 1.0
+    return q[:, None], k[:, None]
+
+
+def rows_see(head, modality: Modality):
+    return head.patterns[modality] if isinstance(head, QBoundary) else head
+
+
+def named(kind: str, head, phase: int) -> bool:
+    """Whether the head that was found is the one that was planted. Text rows that a grid leaves dense by its own
+    rule may get anything."""
+    of_video, of_text = rows_see(head, VIDEO), rows_see(head, TEXT)
+    if kind == "grid v":
+        return isinstance(of_video, Grid) and (of_video.v, of_video.stride, of_video.phase) == (True, "frame", phase)
+    if kind == "grid s":
+        return isinstance(of_video, Grid) and (of_video.s, of_video.v, of_video.stride) == (True, False, "frame")
+    if kind == "a_shape":
+        return isinstance(of_video, AShape) and isinstance(of_text, AShape)
+    if kind == "vertical_slash":
+        return isinstance(of_video, VerticalSlash) and isinstance(of_text, VerticalSlash)
+    if kind == "q-boundary":
+        return isinstance(of_video, Grid) and of_video.s and isinstance(of_text, VerticalSlash)
+    pair = head.patterns.get((VISION, VISION)) if isinstance(head, Boundary2D) else None
+    return isinstance(pair, Grid) and (pair.v, pair.phase) == (True, phase)
+
+
+def table_of(q: torch.Tensor, k: torch.Tensor, seed: int) -> tuple[Table, list[str]]:
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(seed + 1))
+    chunk = RequestChunk(CHAT, 0, CHAT.length, 0, torch.arange(CHAT.length))
+    probe = LayerProbe(chunk, q, k, v, 1.0, EXECUTORS["torch"])
+    phases = [
+        [
+            {s: cell_masses(CHAT, q, k, 1.0, s)[head].topk(3).indices.tolist() for s in ("frame", "row")}
+            for head in range(q.shape[1])
+        ]
+    ]
+    names, patterns, measured = [], [], []
+    for name, heads in candidates(CHAT, phases):
+        names.append(name)
+        patterns.append(heads)
+        measured.append(probe.measure(heads[0]))
+    error = torch.stack([m.error for m in measured])[:, None].double().numpy()
+    cost = torch.stack([m.visited for m in measured])[:, None].numpy()
+    return Table(patterns, error, cost, probe.causal.numpy(), (TEXT, IMAGE, VIDEO)), names
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_planted_head_is_named(seed):
+    phases = [(3 * seed + head) % 16 for head in range(len(KINDS))]
+    q, k = (torch.cat(x, dim=1) for x in zip(*(planted(*of, p) for of, p in zip(product(KINDS, [seed]), phases))))
+    table, _ = table_of(q, k, seed)
+    (found,) = at_price(table, 1.0).heads
+    wrong = {kind: head for kind, head, phase in zip(KINDS, found, phases) if not named(kind, head, phase)}
+    assert not wrong
+
+
+# ---- the allocation ----------------------------------------------------------------------------------------
+
+
+def small_table(seed: int, candidates: int = 4, layers: int = 2, heads: int = 2) -> Table:
+    random = np.random.default_rng(seed)
+    patterns = [[[AShape(0, 1 + c)] * heads] * layers for c in range(candidates)]
+    shape = (candidates, layers, heads, 2)
+    cost = np.sort(random.random(shape), axis=0)
+    error = -np.sort(-random.random(shape), axis=0)  # what costs more errs less
+    cost[-1], error[-1] = 1.0, 0.0
+    return Table(patterns, error, cost, np.ones(2), (TEXT, VIDEO))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_choice_of_the_same_density_errs_less(seed):
+    """Against all 4^4 choices of two heads by two modalities. On its price curve an allocation is the best there is."""
+    table = small_table(seed, layers=1)
+    for price in (0.05, 0.3, 1.0, 3.0):
+        found = at_price(table, price)
+        density = table.pairs[:, 0] / table.causal.sum()
+        for picks in product(range(4), repeat=4):
+            index = (np.array(picks).reshape(2, 2), *np.indices((2, 2)))
+            error, dense = table.error[:, 0][index].sum() / 2, density[index].sum() / 2
+            assert not (error < found.error - 1e-12 and dense <= found.density + 1e-12)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, 1.0])
+def test_budgets_are_kept_and_one_for_all_heads_is_no_worse_than_one_for_each(budget):
+    for seed in range(20):
+        table = small_table(seed)
+        cheapest = at_price(table, 1e9).density
+        if cheapest > budget:
+            with pytest.raises(ValueError, match="budget: expected a density of at least"):
+                within_density(table, budget)
+            continue
+        whole, equal = within_density(table, budget), equal_budget(table, budget)
+        assert whole.density <= budget + 1e-9
+        bound = within_error(table, whole.error + 1e-9)
+        assert bound.error <= whole.error + 1e-6 and bound.density <= whole.density + 1e-6
+        if equal.density <= budget:
+            spent = within_density(table, equal.density) if equal.density >= cheapest else whole
+            assert spent.error <= equal.error + 0.15, "far worse than a budget for each head"
+
+
+def test_modalities_that_choose_differently_make_a_q_boundary_and_missing_ones_do_not_matter():
+    patterns = [[[Dense()]], [[AShape(1, 1)]], [[TriShape(1, 2, 0)]]]
+    error = np.array([[[[0.0, np.nan, 0.0]]], [[[0.0, np.nan, 5.0]]], [[[9.0, np.nan, 0.0]]]])
+    cost = np.array([[[[5.0, 0.0, 5.0]]], [[[1.0, 0.0, 1.0]]], [[[1.0, 0.0, 1.0]]]])
+    found = at_price(Table(patterns, error, cost, np.array([5.0, 0.0, 5.0]), (TEXT, IMAGE, VIDEO)), 1.0)
+    # Rows of a video have nothing of a tri-shape but its A-shape.
+    assert found.heads == [[QBoundary({TEXT: AShape(1, 1), VIDEO: AShape(1, 2)})]]
+    assert found.error == 0 and found.density == pytest.approx(0.2)
+
+
+# ---- one budget among some boundaries ----------------------------------------------------------------------
+
+
+def kinds(found) -> set[str]:
+    return {boundary_of(head) for row in found.heads for head in row}
+
+
+def test_only_the_boundaries_asked_for_are_found():
+    """On planted heads, one of each boundary: without its boundary a head gets another, and errs more."""
+    made = [planted(kind, 1, 5) for kind in ("grid v", "q-boundary", "2d-boundary")]
+    table, _ = table_of(*(torch.cat(x, dim=1) for x in zip(*made)), 1)
+    free = at_price(table, 1.0)
+    assert kinds(free) >= {"q", "2d"}
+    for some in (("none",), ("q",), ("2d",), ("none", "q"), ("none", "2d"), ("q", "2d")):
+        within = table.only(some)
+        found = at_price(within, 1.0)
+        assert kinds(found) <= {*some, "none"}
+        if "none" not in some and "q" not in some:
+            single = {head for head in found.heads[0] if boundary_of(head) == "none"}
+            assert single <= {Dense()}, "2D-Boundaries alone leave dense as the only pattern without one"
+        assert found.error + found.density >= free.error + free.density - 1e-9
+    assert at_price(table.only(BOUNDARIES), 1.0).heads == free.heads
+    bare = at_price(table.only(("none",)), 1.0)
+    assert bare.error + bare.density > free.error + free.density + 0.01
