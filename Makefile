@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup ready demo test test-interpreted test-fast test-server test-gpu test-gpu-sanitize check bench bench-plan \
-	bench-gpu bench-gpu-tune bench-gpu-model soak fuzz test-families support-matrix clean
+	bench-gpu bench-gpu-tune bench-gpu-model soak fuzz test-families test-wide support-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -28,11 +28,11 @@ test-interpreted: setup
 
 # Everything that needs no server, a process for each core.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 tests/unit tests/properties
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --durations=20 tests/unit tests/properties
 
 # What needs servers, which keep the cores busy by themselves.
 test-server: setup
-	$(BIN)/python -m pytest tests/server
+	$(BIN)/python -m pytest --durations=20 tests/server
 
 check: setup
 	$(BIN)/ruff check .
@@ -92,6 +92,10 @@ fuzz: setup
 # All model families on one rank and on two; `make test` has the first of each kind on one. A server each: half an hour.
 test-families: setup
 	$(BIN)/python -m pytest -m families tests/server/test_families.py
+
+# What `make test` shows on one setting of a server, on others.
+test-wide: setup
+	$(BIN)/python -m pytest -m wide tests/server
 
 # Both, and the README's table of families from how they ended.
 support-matrix: setup

@@ -41,8 +41,6 @@ MAX_MASK = (1 << 31) - 1  # (row, key) pairs under a mask in a pass: 256 MiB of 
 # from booleans: a batch beyond these is cut in several.
 MAX_REQUESTS, MAX_ROWS, MAX_MASK_AT_ONCE = 1 << 17, 1 << 22, 1 << 27
 
-_KEPT = "_flashinfer_batches"
-
 
 def run(
     q: torch.Tensor,
@@ -407,16 +405,25 @@ class _Batch:
 def _planned(plan: BlockPlan, pages: KeyPages, q: torch.Tensor, sm_scale: float, kernel: str) -> list[_Batch]:
     """The batches of a pass in any order, planned once and kept with the plan for all layers of one kind."""
     num_heads, head_dim = q.shape[1:]
-    key = (num_heads, pages.num_heads, pages.per_slot, pages.per_head, head_dim, q.dtype, sm_scale, kernel)
-    kept: dict[tuple[Any, ...], list[_Batch]] = vars(plan).setdefault(_KEPT, {})
-    if key not in kept:
+    key = (
+        "flashinfer",
+        num_heads,
+        pages.num_heads,
+        pages.per_slot,
+        pages.per_head,
+        head_dim,
+        q.dtype,
+        sm_scale,
+        kernel,
+    )
+    if key not in plan.derived:
         shared, masked = paged_visits(plan, num_heads, pages.num_heads, pages.per_slot, pages.per_head)
-        kept[key] = [
+        plan.derived[key] = [
             _Batch(_planned_wrapper(part, head_dim, q.dtype, sm_scale, name), part.q_index)
             for visits, name in ((shared, kernel), (masked, "fa2"))
             for part in visits.cut()
         ]
-    return kept[key]
+    return plan.derived[key]
 
 
 def _planned_wrapper(visits: PagedVisits, head_dim: int, dtype: torch.dtype, sm_scale: float, kernel: str) -> Any:

@@ -7,6 +7,7 @@ import math
 import torch
 
 from .block_plan import PrefillPlan
+from .host_tiles import host_tiles
 
 
 def masked_attention(
@@ -32,7 +33,7 @@ def visited_mask(plan: PrefillPlan, head: int, rows: slice, kv_len: int) -> torc
     """bool [rows, kv_len]: what `head` really visits in one request. Raises AssertionError on a double visit."""
     visits = torch.zeros(rows.stop - rows.start, kv_len, dtype=torch.int32)
     for block_plan in plan.passes:
-        for tiles in block_plan.batches:
+        for tiles in host_tiles(block_plan).batches:
             if head not in tiles.heads:
                 continue
             for q_rows, kv_pos, visible in zip(tiles.q_rows.cpu(), tiles.kv_pos.cpu(), tiles.visible.cpu()):
@@ -63,7 +64,7 @@ def run(
     group = q.shape[1] // k_cache.shape[1]
     visits: dict[tuple[int, int], list[torch.Tensor]] = {}
     for block_plan in plan.passes:
-        for tiles in block_plan.batches:
+        for tiles in host_tiles(block_plan).batches:
             for q_rows, kv_slots, visible in zip(tiles.q_rows, tiles.kv_slots, tiles.visible):
                 full, masked = kv_slots[: tiles.num_unmasked], kv_slots[tiles.num_unmasked :]
                 for row, sees in zip(q_rows.tolist(), visible):

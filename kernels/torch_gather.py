@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .block_plan import CausalRun, PrefillPlan, TileBatch
+from .block_plan import PrefillPlan
+from .host_tiles import CausalRun, TileBatch, host_tiles
 from .threads import for_each
 
 LN_2 = math.log(2)
@@ -41,6 +42,7 @@ def run(
     out.zero_()
     lse.fill_(-torch.inf)
     for number, block_plan in enumerate(plan.passes):
+        walk = host_tiles(block_plan)
         layouts = {heads: _HeadLayout(heads, group, q.shape[1], q.device) for heads in block_plan.head_groups}
 
         def run_tiles(tiles: TileBatch, layouts: dict = layouts, merge: bool = number > 0) -> None:
@@ -49,12 +51,12 @@ def run(
                 tiles.forget()
 
         if q.device.type != "cpu":
-            for tiles in block_plan.batches:
+            for tiles in walk.batches:
                 run_tiles(tiles)
             continue
-        for causal in block_plan.causal_runs if _FUSED is not None else []:
+        for causal in walk.causal_runs if _FUSED is not None else []:
             _run_causal(q, k_cache, v_cache, causal, layouts[causal.heads], sm_scale, out, lse, number > 0)
-        for_each(run_tiles, block_plan.scattered if _FUSED is not None else block_plan.batches)
+        for_each(run_tiles, walk.scattered if _FUSED is not None else walk.batches)
 
 
 def _run_causal(

@@ -27,8 +27,8 @@ def _scores(q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num
     key = tile * BLOCK_N + lanes
     in_keys = key < num_keys
     slot = tl.load(slots + key, mask=in_keys, other=0).to(tl.int64)
-    at = k_head + slot[:, None] * stride_k + dims[None, :]
-    k = tl.load(at, mask=in_keys[:, None] & (dims < HEAD_DIM)[None, :], other=0.0).to(q_tile.dtype)
+    offsets = k_head + slot[:, None] * stride_k + dims[None, :]
+    k = tl.load(offsets, mask=in_keys[:, None] & (dims < HEAD_DIM)[None, :], other=0.0).to(q_tile.dtype)
     scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale
     rows = tl.arange(0, BLOCK_N)
     visible = (key[None, :] < first_frontier + rows[:, None]) & (rows < num_rows)[:, None]
@@ -40,8 +40,8 @@ def _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, B
     """The head of this program and its queries, [BLOCK_N, BLOCK_D]."""
     head = tl.load(heads + number)
     rows = tl.arange(0, BLOCK_N)
-    at = q + rows[:, None].to(tl.int64) * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
-    return head, tl.load(at, mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    offsets = q + rows[:, None].to(tl.int64) * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
+    return head, tl.load(offsets, mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def row_lse(
     dims, rows = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     head, q_tile = _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, BLOCK_N)
     k_head = k_cache + (head // GROUP).to(tl.int64) * stride_k_head
-    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    running_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_N], tl.float32)
     stop = tl.minimum((part + 1) * tiles_each, tl.cdiv(num_keys, BLOCK_N))
     for tile in range(part * tiles_each, stop):
         # fmt: off
@@ -79,12 +79,12 @@ def row_lse(
             q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num_rows, scale, dims, HEAD_DIM, BLOCK_N
         )
         # fmt: on
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
-        top = new_top
-    some = total > 0
-    value = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        running_sum = running_sum * tl.exp2(running_max - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+        running_max = new_max
+    has_keys = running_sum > 0
+    value = tl.where(has_keys, running_max + tl.log2(tl.where(has_keys, running_sum, 1.0)), float("-inf"))
     tl.store(lse + (number * tl.num_programs(1) + part) * BLOCK_N + rows, value)
 
 

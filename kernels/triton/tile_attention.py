@@ -15,23 +15,23 @@ import triton.language as tl
 @triton.jit
 def load_tile(cache, slots, stride_slot, dims, in_tile, in_head, ALL_LANES: tl.constexpr, ALL_DIMS: tl.constexpr):
     """[BLOCK_N, BLOCK_D] rows of one head of the cache. Lanes and dims beyond the tile and the head are 0."""
-    at = cache + slots[:, None] * stride_slot + dims[None, :]
+    offsets = cache + slots[:, None] * stride_slot + dims[None, :]
     if ALL_LANES and ALL_DIMS:
-        return tl.load(at)
-    return tl.load(at, mask=in_tile[:, None] & in_head[None, :], other=0.0)
+        return tl.load(offsets)
+    return tl.load(offsets, mask=in_tile[:, None] & in_head[None, :], other=0.0)
 
 
 @triton.jit
-def online_softmax(scores, top, total, acc, v, MAY_BE_EMPTY: tl.constexpr):
+def online_softmax(scores, running_max, running_sum, acc, v, MAY_BE_EMPTY: tl.constexpr):
     """One step over scores [BLOCK_M, BLOCK_N], base 2 and scaled: new maximum, sum and accumulator of each row."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
     # A row that has seen no key yet has the maximum -inf.
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MAY_BE_EMPTY else new_top
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MAY_BE_EMPTY else new_max
     weights = tl.exp2(scores - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = total * decay + tl.sum(weights, 1)
+    decay = tl.exp2(running_max - shift)
+    running_sum = running_sum * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new_top, total, acc
+    return new_max, running_sum, acc
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def visit(
     bits_at,
     q,
     q_stop,
-    top,
-    total,
+    running_max,
+    running_sum,
     acc,
     k_head,
     v_head,
@@ -77,7 +77,7 @@ def visit(
         scores = tl.where(visible, scores, float("-inf"))
     elif not ALL_LANES:
         scores = tl.where(in_tile[None, :], scores, float("-inf"))
-    return online_softmax(scores, top, total, acc, v, MASKED)
+    return online_softmax(scores, running_max, running_sum, acc, v, MASKED)
 
 
 @triton.jit
@@ -150,12 +150,12 @@ def tile_attention(
     out_at = out + rows[:, None] * stride_o + head.to(tl.int64) * stride_o_head + dims[None, :]
     in_out = in_rows[:, None] & in_head[None, :]
     if MERGE:  # what earlier passes left is one more key tile, already summed: its weight is exp2(lse)
-        top = tl.load(lse_at, mask=in_rows, other=float("-inf"))
-        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        running_max = tl.load(lse_at, mask=in_rows, other=float("-inf"))
+        running_sum = tl.where(running_max == float("-inf"), 0.0, 1.0)
         acc = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32)
     else:
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        running_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, end = tl.load(block_indptr + tile), tl.load(block_indptr + tile + 1)
     masked_from = begin + tl.load(num_full + tile)
@@ -167,15 +167,15 @@ def tile_attention(
         stop = masked_from if kind == 0 else (picked_from if kind == 1 else end)
         for i in range(start, stop):
             # fmt: off
-            top, total, acc = visit(
-                tl.load(block_indices + i), first_hidden + i - picked_from, q_tile, q_stop, top, total, acc,
-                k_head, v_head, stride_k, stride_v,
+            running_max, running_sum, acc = visit(
+                tl.load(block_indices + i), first_hidden + i - picked_from, q_tile, q_stop,
+                running_max, running_sum, acc, k_head, v_head, stride_k, stride_v,
                 kv_slots, kv_pos, hidden_lanes, scale, lanes, dims, in_tile, in_head,
                 BLOCK_K, WORDS, kind > 0, kind == 2, ALL_LANES, ALL_DIMS,
             )
             # fmt: on
 
-    some = total > 0
-    divisor = tl.where(some, total, 1.0)
+    has_keys = running_sum > 0
+    divisor = tl.where(has_keys, running_sum, 1.0)
     tl.store(out_at, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=in_out)
-    tl.store(lse_at, tl.where(some, top + tl.log2(divisor), float("-inf")), mask=in_rows)
+    tl.store(lse_at, tl.where(has_keys, running_max + tl.log2(divisor), float("-inf")), mask=in_rows)

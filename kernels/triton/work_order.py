@@ -1,9 +1,8 @@
 """The order in which the kernel's programs take up their work.
 
-Two things pull: what runs at the same time should read the same keys, so that they come from the L2 cache, and
-nothing long should start when all else is done. So work of about one length (within a factor of two) goes
-together, the longest first; in it the heads of one KV head, then the tiles in the plan's own order, which is by
-phase and then by position, and innermost the heads that read the very same keys.
+Two goals conflict: neighbouring programs should share keys (L2), and long programs should start first (no tail).
+So programs of about one length (within a factor of two) go together, the longest first. Among those, the heads of
+one KV head go together, then tiles in the plan's own order (by phase, then by position), then the heads of a tile.
 """
 
 from __future__ import annotations

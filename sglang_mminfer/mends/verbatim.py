@@ -99,7 +99,7 @@ def _restored(plain: Any) -> Any:
 
 def _blank(base: Any) -> Any:
     """An `Aware` without its state, which the unpickler or `copy` puts in."""
-    kind = _aware_class(base)
+    kind: Any = _aware_class(base)
     return kind.__new__(kind)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +19,15 @@ import numpy as np
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
+from sglang_mminfer.kernels.rows import dense_rows
+from sglang_mminfer.serving.metrics import AuditMetrics
 from sglang_mminfer.serving.observe import LayerView, RequestView
-from sglang_mminfer.serving.trace import AuditMetrics, LayerAudit, PrefillRecord
+from sglang_mminfer.serving.trace import LayerAudit, PrefillRecord
 
 logger = logging.getLogger(__name__)
 
 ROWS = 64
 """Rows of a chunk that are computed again, at most."""
-
-SLAB_SCORES = 1 << 22
-"""Scores [rows, heads, keys] that are held at a time: 16 MB of them, and as much again for their weights."""
 
 
 def chosen(rid: str, rate: float) -> bool:
@@ -67,52 +65,8 @@ def sample_rows(request: RequestView, most: int = ROWS) -> np.ndarray:
     return np.unique(np.concatenate(picked))
 
 
-def dense_rows(
-    q: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    sm_scale: float,
-    slab_scores: int = SLAB_SCORES,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain causal attention of some rows over the paged keys of their request.
-
-    Args:
-        q: [R, Hq, D], the rows; positions: int64 [R], each sees the keys up to its own position.
-        k_cache, v_cache: [slots, Hkv, D]. slots: int64 [keys], the cache row of every position that is needed.
-        slab_scores: how many scores to hold at a time.
-
-    Returns:
-        o float32 [R, Hq, D] and lse float32 [R, Hq], base 2.
-    """
-    rows, heads, dim = q.shape
-    kv_heads = k_cache.shape[1]
-    by_kv = (q.float() * (sm_scale * math.log2(math.e))).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    packed = by_kv.flatten(1, 2)  # [Hkv, group * R, D]
-    bound = positions.repeat(heads // kv_heads)[:, None]
-    top = packed.new_full((*packed.shape[:2], 1), -torch.inf)
-    total, o = torch.zeros_like(top), torch.zeros_like(packed)
-    size = max(1, slab_scores // (rows * heads))
-    for first in range(0, len(slots), size):
-        some = slots[first : first + size]
-        k, v = (cache[some].float().transpose(0, 1) for cache in (k_cache, v_cache))
-        scores = packed @ k.transpose(1, 2)
-        key = torch.arange(first, first + len(some), device=slots.device)
-        scores.masked_fill_(key > bound, -torch.inf)
-        new_top = torch.maximum(top, scores.amax(dim=-1, keepdim=True))  # finite: every row sees the first key
-        weights = scores.sub_(new_top).exp2_()
-        fade = torch.exp2(top - new_top)
-        total = total * fade + weights.sum(dim=-1, keepdim=True)
-        o = o * fade + weights @ v
-        top = new_top
-    shape = (kv_heads, heads // kv_heads, rows)
-    o = (o / total).view(*shape, dim).permute(2, 0, 1, 3).reshape(rows, heads, dim)
-    return o, (top + total.log2()).view(shape).permute(2, 0, 1).reshape(rows, heads)
-
-
 @dataclass(frozen=True)
-class Finding:
+class AuditedRows:
     """What one layer did with the sampled rows of a request, on the device.
 
     error: float32 [Hq], |o - o_dense| / |o_dense| over the rows of each head. recall: float32 [Hq], the share of
@@ -141,7 +95,7 @@ class Finding:
         )
 
 
-def examine(view: LayerView, request: RequestView, positions: np.ndarray) -> Finding:
+def examine(view: LayerView, request: RequestView, positions: np.ndarray) -> AuditedRows:
     """Compare rows `positions` (of the chunk, absolute) of a sparse layer with dense attention."""
     assert view.lse is not None
     (where,) = to_device(view.q.device, positions)
@@ -154,7 +108,7 @@ def examine(view: LayerView, request: RequestView, positions: np.ndarray) -> Fin
     for head in view.stock_heads:  # dense, by somebody who gives no lse
         recall[head] = 1.0
     error = (view.out[rows].float() - o).norm(dim=(0, 2)) / norm
-    return Finding(view.layer_id, view.first_head, len(positions), error, recall)
+    return AuditedRows(view.layer_id, view.first_head, len(positions), error, recall)
 
 
 class Audit:
@@ -166,7 +120,7 @@ class Audit:
 
     def __init__(self, rate: float, metrics: AuditMetrics | None = None) -> None:
         self.rate, self.metrics = rate, metrics
-        self._findings: dict[str, list[Finding]] = {}
+        self._findings: dict[str, list[AuditedRows]] = {}
         self._seconds = 0.0
         self._failures = 0
         self._said = False

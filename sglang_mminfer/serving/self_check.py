@@ -6,16 +6,20 @@ passes, against float64. Where the executor compiles its kernels, this is when i
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from sglang_mminfer.kernels import reference
+from sglang_mminfer.kernels import executors, reference
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.spec import AShape, Grid, HeadPattern, QBoundary, TriShape
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 LSE_TOLERANCE = 5e-3
@@ -87,3 +91,38 @@ def check(
     error, lse_error = (float(x.abs().nan_to_num(torch.inf).max()) for x in (out - exact, lse - exact_lse))
     repeatable = torch.equal(out, again[0]) and torch.equal(lse, again[1])
     return Answer(error, lse_error, repeatable, TOLERANCE[dtype])
+
+
+def why_unfit(runner: Any, executor: str, device: torch.device, ranks: int, dense_backend: str) -> str | None:
+    """Run the case through the executor before the first request. Returns the dense_reason if it fails, else None.
+
+    Args:
+        runner: SGLang's model runner; its shapes are the case's.
+        executor: a name in `executors.EXECUTORS`.
+        ranks: of the attention's tensor parallelism.
+        dense_backend: where everything runs if this says so, for the log.
+    """
+    stored, computed = getattr(runner, "kv_cache_dtype", None), getattr(runner, "dtype", None)
+    if stored is not None and computed is not None and stored != computed:
+        logger.warning(
+            "mminfer: the KV cache stores %s and attention computes in %s, so every request runs dense, on %s. A "
+            "checkpoint may ask for that; --kv-cache-dtype bfloat16 keeps the cache as wide as the model.",
+            stored,
+            computed,
+            dense_backend,
+        )
+        return "kv_cache_dtype"
+    if device.type == "cpu":
+        return None
+    model = runner.model_config
+    heads = model.num_attention_heads // ranks, model.get_num_kv_heads(ranks)
+    try:
+        answer = check(executors.EXECUTORS[executor], device, runner.dtype, model.head_dim, *heads)
+    except Exception:
+        logger.exception("mminfer: the %s executor does not run here; everything runs dense", executor)
+        return "executor_failed"
+    if answer.good:
+        logger.info("mminfer: the %s executor was checked on %s: %s", executor, device, answer)
+        return None
+    logger.error("mminfer: the %s executor is wrong here (%s); everything runs dense", executor, answer)
+    return "executor_failed"

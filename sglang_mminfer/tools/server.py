@@ -21,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
+import psutil
 
 from sglang_mminfer import settings
 
@@ -207,7 +208,7 @@ class Server:
             try:
                 self._request("/flush_cache", method="POST")
                 return
-            except urllib.error.HTTPError as error:
+            except httpx.HTTPStatusError as error:
                 if time.monotonic() > until:
                     raise ServerError(self._failure(f"did not flush its cache: {error}")) from error
             time.sleep(0.1)
@@ -262,16 +263,13 @@ class Server:
     def _healthy(self) -> bool:
         try:
             self._request("/health", timeout=5.0)
-        except (OSError, urllib.error.URLError):
+        except httpx.HTTPError:
             return False
         return True
 
     def _request(self, path: str, method: str = "GET", timeout: float = 60.0) -> bytes:
         # No proxy: the address is this machine's.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(self.url + path, method=method)
-        with opener.open(request, timeout=timeout) as answer:
-            return answer.read()
+        return httpx.request(method, self.url + path, timeout=timeout, trust_env=False).raise_for_status().content
 
     def _failure(self, what: str) -> str:
         return (
@@ -288,16 +286,12 @@ def _device(flags: Sequence[str]) -> list[str]:
 
 
 def _group_alive(leader: int) -> bool:
-    try:
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    # pid (name) state parent group ...; the name may hold spaces and brackets.
-                    state, _, group = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:3]
-                    if int(group) == leader and state not in "ZX":
-                        return True
-    except OSError:  # no /proc on this system; SIGKILL has been sent anyway
-        pass
+    """Whether a process of this group still holds memory or ports."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            gone = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            if os.getpgid(process.pid) == leader and not gone:
+                return True
     return False
 
 

@@ -12,7 +12,8 @@ from transformers import Qwen2_5_VLConfig
 
 from sglang_mminfer.kernels.reference import masked_attention
 from sglang_mminfer.serving import observe, prompts
-from sglang_mminfer.serving.backend import SparsePrefill, _sparse_class
+from sglang_mminfer.serving.backend import sparse_class
+from sglang_mminfer.serving.sparse_prefill import SparsePrefill
 from sglang_mminfer.serving.trace import PrefillRecord
 
 LAYERS, HEADS, KV_HEADS, D = 2, 8, 2, 16
@@ -152,7 +153,7 @@ def layer(number: int, **changed: Any) -> Any:
 
 def run(prefill: Any, forward_batch: Any, **changed: Any) -> list[torch.Tensor]:
     """The answers [rows, HEADS * D] of all layers; `changed`: of the layers."""
-    backend: Any = _sparse_class(Stock)()
+    backend: Any = sparse_class(Stock)()
     backend.mminfer, backend.pool = prefill, prefill.kv_pool
     backend.init_forward_metadata(forward_batch)
     answers = []

@@ -46,12 +46,12 @@ _SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend"
 # In the order in which tests come to them.
 FLAGS: dict[str, tuple[str, ...]] = {
     # All-covering configs: the answers are dense ones, computed on the sparse path.
-    "covering_64": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "64"),
+    "covering_64": (*_MMINFER, "--mminfer-config", "test_covering_mixed", "--chunked-prefill-size", "64"),
     "covering_256_no_radix": (
         *(*_MMINFER, "--mminfer-config", "test_covering"),
         *("--chunked-prefill-size", "256", "--disable-radix-cache"),
     ),
-    "covering_mixed_256": (*_MMINFER, "--mminfer-config", "test_covering_mixed", "--chunked-prefill-size", "256"),
+    "covering_256": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "256"),
     "covering_off": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "-1"),
     # The sparse config. `one_shot` computes every prompt whole, from nothing: what the others are held against.
     "one_shot": (

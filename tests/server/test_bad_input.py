@@ -248,7 +248,7 @@ def prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     from transformers import AutoConfig
 
     from sglang_mminfer import settings
-    from sglang_mminfer.serving.backend import SparsePrefill
+    from sglang_mminfer.serving.sparse_prefill import SparsePrefill
 
     monkeypatch.setenv(settings.TRACE.variable, str(tmp_path / "trace.jsonl"))
     monkeypatch.setenv("SGLANG_MMINFER_CONFIG", "test_grid_frame")

@@ -10,8 +10,12 @@ import pytest
 from serving import LAYERS, ROUNDING, Dialogue, Media, Message, Served, assistant
 from sglang_mminfer.testing.oracle import HFOracle, OracleAnswer, compare
 
-SERVERS = ["covering_64", "covering_256_no_radix", "covering_mixed_256", "covering_off"]
-"""Chunks of 64, of 256, and none; radix cache on and off; one pattern, and all of them with all boundaries."""
+WIDE = ("covering_256_no_radix", "covering_256")
+SERVERS = [
+    pytest.param(name, marks=[pytest.mark.wide] if name in WIDE else [])
+    for name in ("covering_64", *WIDE, "covering_off")
+]
+"""Chunks of 64, of 256, and none; radix cache on and off; all patterns and boundaries in the first, one elsewhere."""
 
 
 def hold(oracle: HFOracle, turns: list[Message]) -> Dialogue:

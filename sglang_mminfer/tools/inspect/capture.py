@@ -7,7 +7,6 @@ regular step would fall in with the frames.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import msgspec
 import numpy as np
 import torch
 
+from sglang_mminfer.kernels.rows import SLAB_SCORES, causal_weights
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.spec import HeadPattern
 from sglang_mminfer.planning.visited import order_of, visited_rows
@@ -26,7 +26,6 @@ from sglang_mminfer.serving.trace import PrefillRecord
 
 # The observer's value is a folder with a `Request` in it; what was taken down is put there.
 REQUEST, MAP = "request.json", "map.json"
-SLAB_SCORES = 1 << 22
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True):
@@ -164,8 +163,7 @@ class Capture:
         kv = head // (view.num_heads // view.k_cache.shape[1])
         k, v = view.k_cache[own.slots, kv].float(), view.v_cache[own.slots, kv].float()
         causal = torch.arange(own.seq_len, device=k.device) <= position[:, None]
-        scores = (view.q[rows, head].float() @ k.T * view.sm_scale).masked_fill_(~causal, -math.inf)
-        weights = torch.softmax(scores, dim=1)
+        weights = causal_weights(view.q[rows, head], k, position, view.sm_scale)
         seen = causal if dense or view.plan is None else visited_rows(view.plan, head, rows, own.seq_len)
         lost = weights.masked_fill(seen, 0)
         for side in taken.sides.values():

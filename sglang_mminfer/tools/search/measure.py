@@ -15,6 +15,7 @@ import torch
 
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import Executor
+from sglang_mminfer.kernels.rows import causal_weights
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.boundary import row_classes
 from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
@@ -167,12 +168,10 @@ def cell_masses(
     if most <= 0:
         return q.new_zeros(q.shape[1], 0, dtype=torch.float32)
     at = torch.linspace(len(q) // 2, len(q) - 1, min(rows, len(q)), device=q.device).long().unique()
-    future = torch.arange(len(k), device=q.device) > at[:, None]
     group, masses = q.shape[1] // k.shape[1], []
     for kv in range(k.shape[1]):
-        some = q[at, kv * group : (kv + 1) * group].float()
-        scores = torch.einsum("rhd,kd->hrk", some, k[:, kv].float()) * sm_scale
-        weights = scores.masked_fill_(future, -torch.inf).softmax(dim=-1).mean(dim=1)
+        queries = q[at, kv * group : (kv + 1) * group].transpose(0, 1)
+        weights = causal_weights(queries, k[:, kv], at, sm_scale).mean(dim=1)
         mass = weights.new_zeros(group, most)
         masses.append(mass.index_add_(1, cells.clamp_min(0).long(), weights * (cells >= 0)))
     return torch.cat(masses)

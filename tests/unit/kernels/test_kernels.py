@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 import support
 from raw_plans import SLOTS, counted_slots, raw_plans
 from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash, prefill
-from sglang_mminfer.kernels import block_plan as block_plan_module
-from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels import host_tiles, reference, torch_gather
 from sglang_mminfer.kernels.block_plan import (
     PrefillPlan,
     pack_lanes,
@@ -141,8 +140,8 @@ def test_rows_cut_into_strips_see_what_their_tiles_see(plan):
         out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
         with pytest.MonkeyPatch.context() as patch:
             if strips:
-                patch.setattr(block_plan_module, "MAX_MASKED_KEYS", 1)
-                patch.setattr(block_plan_module, "ROWS_OF_A_STRIP", 2)
+                patch.setattr(host_tiles, "MAX_MASKED_KEYS", 1)
+                patch.setattr(host_tiles, "ROWS_OF_A_STRIP", 2)
             torch_gather.run(q, k, v, cut, 0.4, out, lse)
             results.append((out, lse, cut.visited_by_row))
     torch.testing.assert_close(results[0], results[1], rtol=2e-5, atol=2e-6)

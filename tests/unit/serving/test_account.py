@@ -9,8 +9,8 @@ import pytest
 
 import observed
 from sglang_mminfer import settings
-from sglang_mminfer.serving import trace
-from sglang_mminfer.serving.backend import _Batch
+from sglang_mminfer.serving import metrics, trace
+from sglang_mminfer.serving.batch import PrefillBatch
 
 
 def leads(monkeypatch: pytest.MonkeyPatch, **ranks: int) -> Any:
@@ -50,7 +50,7 @@ def test_three_backends_of_a_process_share_its_metrics(monkeypatch: pytest.Monke
     """Two-batch overlap makes three; Prometheus knows a name once."""
     backends = [observed.prefill("test_a_shape", monkeypatch, metrics=True) for _ in range(3)]
     assert len({id(found.metrics) for found in backends}) == 1
-    assert trace.audit_metrics() is trace.audit_metrics()
+    assert metrics.audit_metrics() is metrics.audit_metrics()
 
 
 def test_the_parts_of_an_overlapped_batch_give_account_and_the_whole_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,4 +62,4 @@ def test_the_parts_of_an_overlapped_batch_give_account_and_the_whole_does_not(mo
     part = observed.batch()
     part.tbo_parent_token_range = (0, 10)
     prefill.begin(part)
-    assert isinstance(prefill._batch, _Batch) and prefill._batch.requests[0].dense_reason == "two_batch_overlap"
+    assert isinstance(prefill._batch, PrefillBatch) and prefill._batch.requests[0].dense_reason == "two_batch_overlap"

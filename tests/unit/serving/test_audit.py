@@ -16,6 +16,7 @@ import torch
 import observed
 from sglang_mminfer import Modality, ModalityMap, Segment, settings
 from sglang_mminfer.kernels import reference
+from sglang_mminfer.kernels.rows import dense_rows
 from sglang_mminfer.serving import audit, observe
 from sglang_mminfer.serving.trace import PrefillRecord, TraceFile, read_trace
 
@@ -86,7 +87,7 @@ def test_slabs_change_nothing(slab: int) -> None:
     q = torch.randn(5, 6, 16, generator=draw) * 3
     k, v = torch.randn(2, 300, 2, 16, generator=draw)
     positions, slots = torch.tensor([0, 63, 64, 200, 249]), torch.randperm(300, generator=draw)[:250]
-    o, lse = audit.dense_rows(q, positions, k, v, slots, 0.25, slab_scores=slab)
+    o, lse = dense_rows(q, positions, k, v, slots, 0.25, slab_scores=slab)
     for head in range(6):
         keys, values = k[slots, head // 3], v[slots, head // 3]
         causal = torch.arange(250) <= positions[:, None]
@@ -188,7 +189,7 @@ def test_audits_of_two_ranks_are_read_as_one_of_all_heads(tmp_path: Path, monkey
     trace = tmp_path / "trace.jsonl"
     monkeypatch.setenv(settings.TRACE.variable, str(trace))
     for rank, heads in enumerate((slice(0, half), slice(half, None))):
-        own = audit.Finding(0, rank * half, found.rows, found.error[heads], found.recall[heads]).summary()
+        own = audit.AuditedRows(0, rank * half, found.rows, found.error[heads], found.recall[heads]).summary()
         file = TraceFile.from_environment(rank)
         file.append([msgspec.structs.replace(whole, audit=[own])])
         if rank == 0:  # of a request that runs dense there is nothing to tell twice; the last was asked twice

@@ -19,7 +19,7 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.plugins import load_plugins
 
 import observed
-from sglang_mminfer.serving import encoder_watch as embedding_cache
+from sglang_mminfer.serving import encoder_watch
 
 load_plugins()
 
@@ -79,9 +79,9 @@ def prompt(encoder: Encoder, items: list[MultimodalDataItem], tokens: int, chunk
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[embedding_cache.EncoderWatch]:
-    found = embedding_cache.EncoderWatch()
-    monkeypatch.setattr(embedding_cache, "watch", found)
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[encoder_watch.EncoderWatch]:
+    found = encoder_watch.EncoderWatch()
+    monkeypatch.setattr(encoder_watch, "watch", found)
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
     yield found
     assert found.active
@@ -117,13 +117,13 @@ def test_a_refused_video_is_said_once_and_counted_and_the_value_ends_it(
     # A single entry is counted once for all its items.
     assert again.times == (repeats // 2 if shape == "frames_apart" else repeats) > 3
     assert again.milliseconds >= 0.99 * again.times * 1e3 * SECONDS / len(items)
-    assert watch.take() == embedding_cache.EncodedAgain()
+    assert watch.take() == encoder_watch.EncodedAgain()
 
     (sentence,) = said(caplog)
     size = sum(len(item.feature) for item in items) * 8192
     one = items if shape == "frames_apart" else items[:1]
     tokens = sum(len(item.feature) for item in one)
-    assert f"SGLANG_VLM_CACHE_SIZE_MB=2) could not keep {embedding_cache.named(one)} at token 10" in sentence
+    assert f"SGLANG_VLM_CACHE_SIZE_MB=2) could not keep {encoder_watch.named(one)} at token 10" in sentence
     assert f"{tokens} tokens, {tokens * 8192 / 2**20:.1f} MB" in sentence
     took = re.search(r"second time took ([\d.]+) s; (\d+) more", sentence)
     assert took and float(took[1]) >= SECONDS
@@ -150,7 +150,7 @@ def test_nothing_is_said_where_nothing_is_encoded_again(
     encoder = Encoder()
     for seed in (0, 1, 0):  # the last one is a video that was refused before, in a conversation of its own
         prompt(encoder, [video((10, 910), seed=seed)], tokens=1600, chunk=chunk)
-    assert watch.take() == embedding_cache.EncodedAgain() and not said(caplog)
+    assert watch.take() == encoder_watch.EncodedAgain() and not said(caplog)
 
 
 def test_the_method_that_sglang_asks_for_its_owner_is_still_one(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_the_method_that_sglang_asks_for_its_owner_is_still_one(watch: Any, monk
 def test_a_server_without_mminfer_is_not_watched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(embedding_cache, "watch", None)
+    monkeypatch.setattr(encoder_watch, "watch", None)
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
     cache_of(0, monkeypatch)
     prompt(Encoder(), [video((10, 910))], tokens=1600, chunk=200)
@@ -176,9 +176,9 @@ def test_a_server_without_mminfer_is_not_watched(
 def test_a_defect_of_the_watch_costs_no_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(embedding_cache, "watch", embedding_cache.EncoderWatch())
+    monkeypatch.setattr(encoder_watch, "watch", encoder_watch.EncoderWatch())
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
-    monkeypatch.setattr(embedding_cache, "tokens_of", lambda items: 1 / 0)
+    monkeypatch.setattr(encoder_watch, "tokens_of", lambda items: 1 / 0)
     cache_of(0, monkeypatch)
     with caplog.at_level(logging.ERROR):
         prompt(Encoder(), [video((10, 910))], tokens=1600, chunk=200)
@@ -199,17 +199,17 @@ class Event:
 
 
 def test_time_on_a_gpu_is_not_waited_for() -> None:
-    watch, start, stop = embedding_cache.EncoderWatch(), Event(), Event()
-    watch._times, watch._unread = 2, [(embedding_cache._Span(start, stop), 0.25)]
-    assert watch.take() == embedding_cache.EncodedAgain(2, 0.0)
+    watch, start, stop = encoder_watch.EncoderWatch(), Event(), Event()
+    watch._times, watch._unread = 2, [(encoder_watch._Span(start, stop), 0.25)]
+    assert watch.take() == encoder_watch.EncodedAgain(2, 0.0)
     stop.done = True
-    assert watch.take() == embedding_cache.EncodedAgain(0, pytest.approx(10.0))
-    assert watch.take() == embedding_cache.EncodedAgain()
+    assert watch.take() == encoder_watch.EncodedAgain(0, pytest.approx(10.0))
+    assert watch.take() == encoder_watch.EncodedAgain()
 
 
 def test_the_trace_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend's own watch, between the metadata and the layers of each chunk."""
-    monkeypatch.setattr(embedding_cache, "watch", None)
+    monkeypatch.setattr(encoder_watch, "watch", None)
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
     cache_of(0, monkeypatch)
     kept = observed.Keeps()

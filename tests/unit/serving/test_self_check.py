@@ -7,8 +7,7 @@ import torch
 
 import support
 from sglang_mminfer.kernels.executors import EXECUTORS, name_for
-from sglang_mminfer.serving.backend import SparsePrefill
-from sglang_mminfer.serving.self_check import check
+from sglang_mminfer.serving.self_check import check, why_unfit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -50,10 +49,9 @@ def test_an_executor_that_does_not_run_leaves_the_server_dense_and_says_so(caplo
         model_config=SimpleNamespace(num_attention_heads=4, get_num_kv_heads=lambda ranks: 2, head_dim=16),
         dtype=torch.bfloat16,
     )
-    backend = SimpleNamespace(device=torch.device("cuda"), _executor="triton", ranks=1)
-    assert SparsePrefill._why_unfit(backend, runner) == "executor_failed"
+    assert why_unfit(runner, "triton", torch.device("cuda"), 1, "fa3") == "executor_failed"
     assert "the triton executor does not run here; everything runs dense" in caplog.text
-    assert SparsePrefill._why_unfit(SimpleNamespace(device=torch.device("cpu")), runner) is None
+    assert why_unfit(runner, "torch", torch.device("cpu"), 1, "torch_native") is None
 
 
 def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():

@@ -17,6 +17,7 @@ import torch
 import observed
 from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, QBoundary, settings
 from sglang_mminfer.kernels import reference
+from sglang_mminfer.kernels.rows import dense_rows
 from sglang_mminfer.planning.visited import order_of, visited_rows
 from sglang_mminfer.serving import audit, observe
 from sglang_mminfer.tools.inspect import command
@@ -61,7 +62,7 @@ def test_squares_and_rows_are_those_of_the_layers(
                     continue
                 where = torch.arange(request.prefix_len, request.seq_len)
                 k, v = view.k_cache, view.v_cache
-                o, lse = audit.dense_rows(view.q, where, k, v, request.slots, view.sm_scale)
+                o, lse = dense_rows(view.q, where, k, v, request.slots, view.sm_scale)
                 recall = torch.exp2(view.lse[:, head] - lse[:, head])
                 assert np.allclose(saved["recall"][mine], recall, atol=1e-4)
                 assert np.allclose(saved["error"][mine], (view.out - o)[:, head].norm(dim=1), atol=1e-4)

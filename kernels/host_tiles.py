@@ -1,0 +1,273 @@
+"""How an executor on the host walks a plan: tiles of one shape stacked, and runs of plain causal attention found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import torch
+
+from .block_plan import PAD_POSITION, BlockPlan, unpack_lanes
+
+MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of a head in a stack of tiles: small enough to share out to threads
+MAX_MASKED_KEYS = 4096  # a tile with more keys that only some of its rows see is cut into strips of rows
+ROWS_OF_A_STRIP = 32
+
+
+def host_tiles(plan: BlockPlan) -> HostTiles:
+    """The tiles of a plan, made once for all layers that run it."""
+    if ("host_tiles",) not in plan.derived:
+        plan.derived["host_tiles",] = HostTiles(plan)
+    return plan.derived["host_tiles",]
+
+
+class HostTiles:
+    """The tiles of one pass as a host executor takes them."""
+
+    def __init__(self, plan: BlockPlan) -> None:
+        self.plan = plan
+
+    @cached_property
+    def batches(self) -> list[TileBatch]:
+        """All tiles, those of one shape stacked, for executors that walk them on the host. Made once."""
+        return self._stacked(range(self.plan.num_tiles))
+
+    @cached_property
+    def scattered(self) -> list[TileBatch]:
+        """The tiles that are in none of the `causal_runs`."""
+        in_runs = {t for run in self.causal_runs for t in run.tiles}
+        return self._stacked(t for t in range(self.plan.num_tiles) if t not in in_runs) if in_runs else self.batches
+
+    @cached_property
+    def causal_runs(self) -> list[CausalRun]:
+        """Tiles one after the other that together are plain causal attention: two of them or more."""
+        runs: list[CausalRun] = []
+        q_indptr, heads = self.plan.q_indptr.tolist(), self.plan.q_heads.tolist()
+        first_key, stop, first_row, last_row = self._causal_tiles().tolist()
+
+        def follows(t: int) -> bool:
+            """Tile t goes on where tile t - 1 ended."""
+            return (
+                (heads[t], first_key[t]) == (heads[t - 1], first_key[t - 1])
+                and stop[t] == stop[t - 1] + q_indptr[t + 1] - q_indptr[t]
+                and first_row[t] == last_row[t - 1] + 1
+            )
+
+        t = 0
+        while t < self.plan.num_tiles:
+            first, t = t, t + 1
+            if first_key[first] < 0:
+                continue
+            while t < self.plan.num_tiles and follows(t):
+                t += 1
+            if t - first > 1:
+                keys = slice(first_key[first], first_key[first] + stop[t - 1])
+                rows = slice(first_row[first], last_row[t - 1] + 1)
+                slots = self.plan.keys.kv_slots[keys].long()
+                runs.append(CausalRun(range(first, t), self.plan.head_groups[heads[first]], rows, slots))
+        return runs
+
+    def _causal_tiles(self) -> torch.Tensor:
+        """int64 [4, T]: first key lane, bound of the last row, first and last row of q.
+
+        The first key lane is -1 where the tile is not plain causal attention: rows and their bounds follow each
+        other, and the keys are those of positions 0 to the last bound, side by side in the table.
+        """
+        indptr, block_indptr = self.plan.q_indptr.long(), self.plan.block_indptr.long()
+        first, last, blocks = indptr[:-1], indptr[1:] - 1, block_indptr.diff()
+        tile_of = torch.repeat_interleave(torch.arange(self.plan.num_tiles, device=blocks.device), blocks)
+        visited = self.plan.block_indices.long()
+        lowest = torch.zeros_like(blocks).scatter_reduce(0, tile_of, visited, "amin", include_self=False)
+        highest = torch.zeros_like(blocks).scatter_reduce(0, tile_of, visited, "amax", include_self=False)
+        stop, pos = self.plan.q_stop[last].long(), self.plan.keys.kv_pos
+        if not len(visited):
+            return torch.full((4, self.plan.num_tiles), -1, device=blocks.device)
+
+        def free_of(bad: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+            """Nothing of bad[start:end] is set."""
+            count = torch.cat([bad.new_zeros(1, dtype=torch.int64), bad.cumsum(0)])
+            return count[end.clamp(0, len(bad))] == count[start.clamp(0, len(bad))]
+
+        def jumps(values: torch.Tensor) -> torch.Tensor:
+            return torch.cat([values.new_zeros(1, dtype=torch.bool), values.diff() != 1])
+
+        start, end = lowest * self.plan.block_k, (lowest + blocks) * self.plan.block_k
+        plain = (blocks > 0) & (highest - lowest == blocks - 1) & (blocks == -(-stop // self.plan.block_k))
+        plain &= stop > last - first
+        plain &= free_of(jumps(self.plan.q_stop) | jumps(self.plan.q_rows), first + 1, last + 1)
+        plain &= self.plan.num_picked == 0
+        plain &= free_of(jumps(pos) & (pos != PAD_POSITION), start + 1, end)
+        lane = (start + stop - 1).clamp(0, len(pos) - 1)
+        plain &= (pos[start] == 0) & (pos[lane] == stop - 1)
+        return torch.stack(
+            [start.where(plain, -1), stop, self.plan.q_rows[first].long(), self.plan.q_rows[last].long()]
+        )
+
+    def _stacked(self, tiles: Iterable[int]) -> list[TileBatch]:
+        q_indptr, block_indptr = self.plan.q_indptr.tolist(), self.plan.block_indptr.tolist()
+        num_full, num_picked, q_heads = (
+            self.plan.num_full.tolist(),
+            self.plan.num_picked.tolist(),
+            self.plan.q_heads.tolist(),
+        )
+        shapes: dict[tuple[int, int, int, int, int], list[int]] = {}
+        for t in tiles:
+            rows, blocks = q_indptr[t + 1] - q_indptr[t], block_indptr[t + 1] - block_indptr[t]
+            if blocks:
+                shapes.setdefault((q_heads[t], rows, blocks, num_full[t], num_picked[t]), []).append(t)
+        batches = []
+        for (heads, rows, blocks, full, picked), members in shapes.items():
+            if (blocks - full) * self.plan.block_k > MAX_MASKED_KEYS and rows > ROWS_OF_A_STRIP:
+                for t, skip in product(members, range(0, rows, ROWS_OF_A_STRIP)):
+                    strip = min(ROWS_OF_A_STRIP, rows - skip)
+                    batches.append(
+                        TileBatch(self.plan, [t], self.plan.head_groups[heads], strip, blocks, full, picked, skip)
+                    )
+                continue
+            size = max(1, MAX_BATCHED_PAIRS // (rows * blocks * self.plan.block_k))
+            for i in range(0, len(members), size):
+                some = members[i : i + size]
+                batches.append(TileBatch(self.plan, some, self.plan.head_groups[heads], rows, blocks, full, picked))
+        return sorted(batches, key=TileBatch.pairs, reverse=True)  # longest first, so that threads end together
+
+
+@dataclass
+class CausalRun:
+    """Rows q[q_rows] over the keys `kv_slots` [n] of positions 0 to n - 1: causal, aligned at the last row."""
+
+    tiles: range
+    heads: tuple[int, ...]
+    q_rows: slice
+    kv_slots: torch.Tensor
+
+    @cached_property
+    def kv_slice(self) -> slice | None:
+        return slice_of(self.kv_slots)
+
+
+def slice_of(slots: torch.Tensor) -> slice | None:
+    """The slice of the cache that `slots` [n] are, if they lie side by side in it."""
+    first, last = int(slots[0]), int(slots[-1])
+    side_by_side = last - first == len(slots) - 1 and bool((slots.diff() == 1).all())
+    return slice(first, last + 1) if side_by_side else None
+
+
+@dataclass
+class TileBatch:
+    """B tiles of one shape as a host executor wants them: rows, visited keys, and the mask of the last of these.
+
+    Each has m `rows`, which are those of its tile after the first `skip`, visits n = blocks * block_k keys, and
+    of its key tiles the first `full` are visible to all rows and the last `picked` have hidden lanes. The
+    tensors are made when first asked for, by whichever thread runs the tiles, and kept for all layers.
+    """
+
+    plan: BlockPlan
+    tiles: list[int]
+    heads: tuple[int, ...]
+    rows: int
+    blocks: int
+    full: int
+    picked: int
+    skip: int = 0
+
+    def forget(self) -> None:
+        """Drop the tensors. They are made again when asked for."""
+        for name, what in vars(type(self)).items():
+            if isinstance(what, cached_property):
+                self.__dict__.pop(name, None)
+
+    def pairs(self) -> int:
+        """(row, key) pairs to compute for one head, masked ones included."""
+        return len(self.tiles) * self.rows * self.blocks * self.plan.block_k
+
+    @property
+    def num_unmasked(self) -> int:
+        """The first so many keys of a tile are visible to all its rows; of the others `visible` tells."""
+        return self._keys[3]
+
+    @cached_property
+    def q_rows(self) -> torch.Tensor:
+        """int64 [B, m]: rows of q and out."""
+        return self.plan.q_rows[self._row_index].long()
+
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        """int64 [B, n]: rows of the cache. Where B is 1, keys that no row sees are left out.
+
+        The order is that of the visits, except that where B is 1 the keys that all rows see come first.
+        """
+        return self._keys[0]
+
+    @cached_property
+    def kv_slice(self) -> slice | None:
+        """`kv_slots` as a slice of the cache where there is one tile and its keys lie side by side."""
+        return slice_of(self.kv_slots[0]) if len(self.tiles) == 1 and self.kv_slots.shape[1] else None
+
+    @property
+    def kv_pos(self) -> torch.Tensor:
+        """int32 [B, n]: positions of the keys."""
+        return self._keys[1]
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """bool [B, m, n - num_unmasked]"""
+        return self._bounds[:, None, :] < self.q_stop[:, :, None]
+
+    @cached_property
+    def q_stop(self) -> torch.Tensor:
+        """int32 [B, m]: exclusive bound on the key positions that a row may see."""
+        return self.plan.q_stop[self._row_index]
+
+    @property
+    def _bounds(self) -> torch.Tensor:
+        """int32 [B, n - num_unmasked]: a row sees the masked key if this lies below its `q_stop`."""
+        return self._keys[2]
+
+    @cached_property
+    def _row_index(self) -> torch.Tensor:
+        first = self.plan.q_indptr[self.tiles].long() + self.skip
+        return first[:, None] + torch.arange(self.rows, device=first.device)
+
+    @cached_property
+    def _keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        plan, table = self.plan, self.plan.keys
+        first = plan.block_indptr[self.tiles].long()
+        visited = plan.block_indices[first[:, None] + torch.arange(self.blocks, device=first.device)].long()
+        lane = torch.arange(plan.block_k, device=first.device)
+        keys = (visited[:, :, None] * plan.block_k + lane).flatten(1)
+        num_unmasked = self.full * plan.block_k
+        masked = keys[:, num_unmasked:]
+        bounds = table.kv_pos[masked]
+        if self.picked:
+            rows = plan.picked_start[self.tiles].long()[:, None] + torch.arange(self.picked, device=first.device)
+            hidden = unpack_lanes(plan.hidden_lanes[rows], plan.block_k).flatten(1)
+            bounds[:, -hidden.shape[1] :].masked_fill_(hidden, PAD_POSITION)
+        if len(self.tiles) == 1 and bounds.shape[1]:
+            least, most = self.q_stop.aminmax()
+            by_all, by_some = bounds[0] < least, bounds[0] < most
+            nearest = bounds[0].masked_fill(~by_all, -1).max()
+            by_all &= bounds[0] != nearest  # one stays masked, so that no row is empty there
+            by_some &= ~by_all
+            bounds = bounds[:, by_some]
+            keys = torch.cat([keys[:, :num_unmasked], masked[:, by_all], masked[:, by_some]], dim=1)
+            num_unmasked = keys.shape[1] - bounds.shape[1]
+        return table.kv_slots[keys].long(), table.kv_pos[keys], bounds, num_unmasked
+
+    @cached_property
+    def empty_rows(self) -> torch.Tensor | None:
+        """bool [B, m], the rows that see none of the masked keys; None where there are none."""
+        empty = self.count_masked == 0
+        return empty if bool(empty.any()) else None
+
+    @cached_property
+    def count_masked(self) -> torch.Tensor:
+        """int64 [B, m]: how many of the masked keys a row sees."""
+        return torch.searchsorted(self._bounds.sort(dim=1).values, self.q_stop)
+
+    @cached_property
+    def additive_mask(self) -> torch.Tensor:
+        """float32, shaped like `visible`: 0 where a key is visible, -inf where not."""
+        hidden = self._bounds[:, None, :] >= self.q_stop[:, :, None]
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
