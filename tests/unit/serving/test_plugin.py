@@ -298,7 +298,7 @@ def test_flag_survives_the_spawn_of_a_scheduler(models: dict[str, str]) -> None:
     queue = context.SimpleQueue()
     child = context.Process(target=_in_a_child, args=(pickle.dumps(server_args), queue))
     child.start()
-    child.join(60)
+    child.join(300)
     assert child.exitcode == 0
     assert queue.get() == (head_config_choice.ConfigChoice("dense", settings.CONFIG.flag), True, "mminfer", "cpu")
 
