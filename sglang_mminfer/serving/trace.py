@@ -113,7 +113,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     audit: one entry for each sparse layer, if the request is audited. audit_ms: what that took, of the whole
     batch; not in attn_ms. audit_failures: (request, layer) audits of the batch that failed.
     encoded_again: media of the batch that the vision encoder ran on once more, because SGLang's embedding cache
-    had refused them; see embedding_cache.py. encoded_again_ms: how long that took, part of forward_ms.
+    had refused them; see encoder_watch.py. encoded_again_ms: how long that took, part of forward_ms.
     """
 
     rid: str
