@@ -12,6 +12,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 OUTSIDE = ("kernels", "head_configs")
+RELATIVE_LINK = r"\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)"
 
 packages = find_packages(include=["sglang_mminfer", "sglang_mminfer.*"])
 for name in OUTSIDE:
@@ -19,10 +20,13 @@ for name in OUTSIDE:
 
 
 def readme_for_an_index() -> str:
-    """README.md with its relative links made absolute: the page of a package index has no files beside it."""
-    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
-    files = f"{project['urls']['Repository']}/blob/main/"
-    return re.sub(r"\]\((?![a-z]+:|#)", f"]({files}", (HERE / "README.md").read_text(encoding="utf-8"))
+    """README.md without relative links: the page of a package index has no files beside it.
+
+    They begin with `Repository` of the project's urls. As long as pyproject.toml names none, their words stay alone.
+    """
+    urls = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
+    files = f"[\\1]({urls['Repository']}/blob/main/\\2)" if "Repository" in urls else "\\1"
+    return re.sub(RELATIVE_LINK, files, (HERE / "README.md").read_text(encoding="utf-8"))
 
 
 setup(

@@ -119,8 +119,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 command that was asked for does so: the doctor must run where the others cannot even be imported."""
 
 
-def parser_for(words: Sequence[str]) -> Parser:
-    """The parser of a command line. Of the commands only the one that `words` asks for has its arguments."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the process's exit status."""
     from sglang_mminfer import __version__
 
     parser = argparse.ArgumentParser(
@@ -128,18 +128,13 @@ def parser_for(words: Sequence[str]) -> Parser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    words = sys.argv[1:] if arguments is None else arguments
     asked = next((word for word in words if not word.startswith("-")), None)
     for name, (text, add) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name == asked:
             add(command)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the return value is the process's exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    parsed = parser_for(words).parse_args(words)
+    parsed = parser.parse_args(arguments)
     return parsed.run(parsed)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import email
 import functools
 import importlib.util
-import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,27 +99,33 @@ def test_the_readme_leads_to_every_page_in_three_minutes() -> None:
     assert len(readme.read_bytes()) <= 7000
 
 
-def test_links_of_the_readme_work_on_a_package_index(tmp_path: Path) -> None:
-    """The description that a build writes is the README with links that need no files beside it."""
+@pytest.mark.parametrize("repository", ["", "https://example.org/mminfer"])
+def test_no_link_of_the_readme_leads_nowhere_on_a_package_index(repository: str, tmp_path: Path) -> None:
+    """The description that a build writes is the README with absolute links, or without them."""
     packages = [f"{folder}/__init__.py" for folder in ("sglang_mminfer", "kernels", "head_configs")]
     for name in ("README.md", "LICENSE", "pyproject.toml", "setup.py", *packages):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    program = (
-        "from pathlib import Path; from setuptools import build_meta; Path('out').mkdir(); "
-        "print(build_meta.prepare_metadata_for_build_wheel('out'))"
+    project = re.sub(r"^\[project\.urls\].*?(?=^\[)", "", (tmp_path / "pyproject.toml").read_text(), flags=re.M | re.S)
+    urls = f'[project.urls]\nRepository = "{repository}"\n' if repository else ""
+    (tmp_path / "pyproject.toml").write_text(project + urls)
+    build = (
+        "from setuptools import build_meta as b; import os; os.mkdir('out'); b.prepare_metadata_for_build_wheel('out')"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", build], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (metadata,) = (tmp_path / "out").glob("*.dist-info/METADATA")
-    shown = email.message_from_string(metadata.read_text()).get_payload()
-    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-    readme = (ROOT / "README.md").read_text()
-    there, here = ([match["target"] for match in LINK.finditer(text)] for text in (shown, readme))
-    assert len(there) == len(here) > 20
-    for target, relative in zip(there, here):
-        assert target == (relative if ":" in relative else f"{repository}/blob/main/{relative}")
-    assert LINK.sub("", shown).strip() == LINK.sub("", readme).strip()
+    shown, readme = email.message_from_string(metadata.read_text()).get_payload(), (ROOT / "README.md").read_text()
+    here = [match["target"] for match in LINK.finditer(readme)]
+    there = [match["target"] for match in LINK.finditer(shown)]
+    relative = [target for target in here if ":" not in target]
+    assert len(relative) > 20
+    if repository:
+        assert there == [f"{repository}/blob/main/{target}" if target in relative else target for target in here]
+    else:
+        assert there == [target for target in here if target not in relative]
+    words = [re.sub(r"\[([^\]]*)\]\([^)\s]+\)", r"\1", text).strip() for text in (shown, readme)]
+    assert words[0] == words[1]
 
 
 # ---- code ---------------------------------------------------------------------------------------------------
@@ -167,11 +172,10 @@ def lines_of(text: str) -> Iterator[list[str]]:
 
 
 @functools.cache
-def help_of(command: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-        cli.main([command, "--help"])
-    return out.getvalue()
+def parser_of(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    cli.COMMANDS[command][1](parser)
+    return parser
 
 
 def has_module(name: str) -> bool:
@@ -186,11 +190,11 @@ def what_is_wrong(words: list[str], complete: bool) -> str | None:
             return "no such command"
         if complete:
             try:
-                cli.parser_for(rest).parse_args(rest)
+                parser_of(rest[0]).parse_args(rest[1:])
             except SystemExit:
                 return "does not parse"
         flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
-        known = set(re.findall(r"--[\w-]+", help_of(rest[0])))
+        known = set(re.findall(r"--[\w-]+", parser_of(rest[0]).format_help()))
         return None if complete or set(flags) <= known else f"no such options: {set(flags) - known}"
     if name == "make":
         wrong = [word for word in rest if "=" not in word and word not in TARGETS]
