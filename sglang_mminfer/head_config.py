@@ -1,6 +1,6 @@
 """Head configs: JSON files that give every attention head its boundary and its pattern (DESIGN section 6).
 
-The format is described in head_configs/README.md. It is read strictly: an unknown key, a repeated key, a
+The format is described in docs/head-configs.md. It is read strictly: an unknown key, a repeated key, a
 value out of range or a wrong shape is a `HeadConfigError` that names the file and the place in it. Nothing in
 a file is executed.
 """

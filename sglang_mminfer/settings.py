@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 BACKEND_NAME = "mminfer"
 
+PREFIX = "SGLANG_MMINFER_"
+"""With which the name of every variable of ours begins."""
+
 TESTED_SGLANG = ">=0.5.23,<0.5.24"
 """The versions of SGLang that the tests were run with, as in pyproject.toml."""
 

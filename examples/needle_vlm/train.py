@@ -3,7 +3,7 @@
     python examples/needle_vlm/train.py video --out NEW_FOLDER
     python examples/needle_vlm/train.py mixed --out NEW_FOLDER --start-from examples/needle_vlm/video --words-from-cards
 
-Each step is a batch of fresh conversations (sglang_mminfer/evaluation/needles/task.py), drawn from the seed, the
+Each step is a batch of fresh conversations (sglang_mminfer/tools/needles/task.py), drawn from the seed, the
 step's number and the place in the curriculum alone. The state (weights, optimizer, place in the curriculum) is kept in
 OUT.state; the same command goes on where it was stopped.
 """

@@ -6,7 +6,7 @@ The modules are written in plain torch, not served by SGLang: RMSNorm, QKV with 
 positions of a video, grouped-query attention over a pool of K and V, SwiGLU MLP; bf16, random weights, every layer
 with its own. A prompt is one video between two short texts, prefilled in chunks, each through all layers.
 
-* Dense is cuDNN's attention (`kernels/benchmarks/baselines.py`) over a pool in the order of the prompt, so it
+* Dense is cuDNN's attention (`rivals.py`) over a pool in the order of the prompt, so it
   needs no page table. mminfer is `SparsePrefillWithPagedKVCacheWrapper` with the Triton kernel over a shuffled pool,
   page size 1: one plan for a chunk, made while it is prefilled, its time counted.
 * Long prompts run fewer layers than 28, because 28 dense ones take minutes; all layers have the same shape, and

@@ -1,4 +1,4 @@
-"""The README's table of model families, made of what their tests did.
+"""The table of model families in docs/families.md, made of what their tests did.
 
     make support-matrix
 
@@ -50,16 +50,16 @@ def table(outcomes: Outcomes) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def written(readme: str, outcomes: Outcomes) -> str:
-    """A README with the table between its two marks.
+def written(page: str, outcomes: Outcomes) -> str:
+    """A page with the table between its two marks.
 
     Raises:
         ValueError: if the marks are not there, or as `table`.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README: expected the marks {BEGIN} and {END}")
+        raise ValueError(f"page: expected the marks {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{table(outcomes)}\n{END}{after}"
 
 
@@ -97,10 +97,10 @@ def _patterns(family: Family) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m support_matrix", description=__doc__)
     parser.add_argument("outcomes", type=Path, help="what the tests wrote")
-    parser.add_argument("readme", type=Path)
+    parser.add_argument("page", type=Path, help="the page that holds the table between its marks")
     options = parser.parse_args(arguments)
     found: dict[str, Any] = json.loads(options.outcomes.read_text())
-    options.readme.write_text(written(options.readme.read_text(), found["servers"]))
+    options.page.write_text(written(options.page.read_text(), found["servers"]))
     return 0
 
 

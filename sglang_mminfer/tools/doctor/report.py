@@ -79,6 +79,7 @@ def examine(
     sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("installed", _versions),
         ("plugin", lambda: _plugin(problems)),
+        ("settings", _settings),
         ("mends", _mends),
         ("machine", _machine),
         ("gpu", _gpu),
@@ -252,6 +253,19 @@ def _filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
             "brings mminfer_cpu",
             "unset it; SGLang finds the hardware without it.",
         )
+
+
+def _settings() -> Iterator[Finding]:
+    """The value of each setting that is set, and the defaults of the others, because a server's --help shows none."""
+    defaults = []
+    for setting in settings.SETTINGS:
+        if value := setting.read():
+            beside = f" ({setting.flag} of a server wins over it)" if setting.flag else ""
+            yield Finding("settings", setting.variable, "ok", f"{value}{beside}")
+        else:
+            defaults.append(f"{setting.variable.removeprefix(settings.PREFIX)}={setting.default}")
+    if defaults:
+        yield Finding("settings", f"{settings.PREFIX}*", "note", f"not set, so default: {', '.join(defaults)}")
 
 
 def _mends() -> Iterator[Finding]:

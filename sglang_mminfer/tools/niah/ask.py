@@ -1,6 +1,6 @@
 """Needles in a haystack: which share of the needles a served model finds, by length and depth, server beside server.
 
-`ask_all` puts questions to one OpenAI-compatible server; `mminfer niah` (niah_command.py) and `mminfer compare`
+`ask_all` puts questions to one OpenAI-compatible server; `mminfer niah` (command.py) and `mminfer compare`
 (compare.py) are built on it. Conversations are a function of the seed, so every server is asked the same.
 """
 

@@ -59,6 +59,27 @@ def test_what_would_run_for_a_model(model: str) -> None:
     assert named(findings, "hooks").status == "ok"
 
 
+def test_settings_are_listed_with_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in settings.SETTINGS:
+        monkeypatch.delenv(setting.variable, raising=False)
+    monkeypatch.setenv(settings.AUDIT.variable, "0.25")
+    monkeypatch.setenv(settings.TRACE.variable, "/tmp/trace.jsonl")
+    findings = [finding for finding in doctor.examine() if finding.section == "settings"]
+    *is_set, others = findings
+    assert [(finding.name, finding.status) for finding in is_set] == [
+        (settings.AUDIT.variable, "ok"),
+        (settings.TRACE.variable, "ok"),
+    ]
+    assert is_set[0].text == "0.25 (--mminfer-audit of a server wins over it)"
+    assert is_set[1].text == "/tmp/trace.jsonl"
+    listed = dict(text.split("=") for text in others.text.removeprefix("not set, so default: ").split(", "))
+    assert listed == {
+        setting.variable.removeprefix("SGLANG_MMINFER_"): setting.default
+        for setting in settings.SETTINGS
+        if setting not in (settings.AUDIT, settings.TRACE)
+    }
+
+
 def test_every_error_has_a_fix(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_PLATFORM", "some_other")
     monkeypatch.setenv(settings.CONFIG.variable, str(tmp_path / "absent.json"))
