@@ -45,7 +45,7 @@ def as_text(processor: Any, prompt: Any, request: Any) -> Any:
     ids.
 
     Raises:
-        ValueError: for an id outside the vocabulary.
+        ValueError: for an id outside the vocabulary, or for tokens of media that the family cannot tell apart.
     """
     prompt = _with_marks_resolved(processor, prompt, request)
     if not isinstance(prompt, list) or not mends.active("token_ids"):
