@@ -1,4 +1,4 @@
-"""How SGLang comes to know the backend: its name, and the factory that the scheduler calls."""
+"""How SGLang learns of the backend: its name, and the factory that the scheduler calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def add_choice(choices: list[str]) -> None:
 
 
 def create_backend(runner: Any) -> Any:
-    """Factory in SGLang's attention registry; only here is torch code of ours imported."""
+    """The factory in SGLang's attention registry. Our torch code is imported here and no earlier."""
     check_installation()
     from sglang_mminfer.serving.backend import create_backend as create
 

@@ -1,4 +1,4 @@
-"""The figures of the trace and of the audit, counted for SGLang's Prometheus endpoint."""
+"""The figures of the trace and of the audit as counters of SGLang's Prometheus endpoint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from sglang_mminfer.serving.trace import LayerAudit, PrefillRecord
 
 
 class PrefillMetrics:
-    """The figures of the trace for SGLang's Prometheus endpoint. Made only where SGLang's metrics are on."""
+    """The figures of the trace as Prometheus counters. Made only if SGLang's metrics are on."""
 
     def __init__(self) -> None:
-        # Imported late: prometheus_client reads SGLang's multiprocess directory when it is first imported.
+        # Imported late: on its first import prometheus_client reads the multiprocess directory, which SGLang sets.
         from prometheus_client import Counter
 
         self._requests = Counter(
@@ -55,7 +55,7 @@ class PrefillMetrics:
 
 
 class AuditMetrics:
-    """The audit's figures for the Prometheus endpoint, by layer. With tensor parallelism every rank adds its own."""
+    """The audit's figures as Prometheus counters, by layer. Each tensor-parallel rank adds those of its own heads."""
 
     def __init__(self) -> None:
         from prometheus_client import Counter  # late: see PrefillMetrics
@@ -83,11 +83,13 @@ class AuditMetrics:
 
 @cache
 def prefill_metrics() -> PrefillMetrics:
-    """This process's. Two-batch overlap makes three attention backends of a process, and a name counts once."""
+    """This process's counters. Two-batch overlap makes three attention backends in a process, and a counter's name must
+    be registered once.
+    """
     return PrefillMetrics()
 
 
 @cache
 def audit_metrics() -> AuditMetrics:
-    """This process's."""
+    """This process's counters; one set, as for `prefill_metrics`."""
     return AuditMetrics()
