@@ -312,8 +312,8 @@ def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kw
         rows = starts[lengths == length][:, None] + torch.arange(length)  # [sequences, length]
         q_part, k_part, v_part = (tensor[rows].transpose(1, 2) for tensor in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
-        part = scaled_dot_product_attention(q_part, k_part, v_part, scale=self.scale, enable_gqa=grouped)
-        out[rows] = part.transpose(1, 2)
+        out_part = scaled_dot_product_attention(q_part, k_part, v_part, scale=self.scale, enable_gqa=grouped)
+        out[rows] = out_part.transpose(1, 2)
     return out
 
 
