@@ -3,8 +3,8 @@
 `MENDS` lists them; `mminfer doctor` and docs/mends.md print the list. A mend acts only in servers whose attention
 backend is mminfer. `SGLANG_MMINFER_MENDS` switches mends off by name.
 
-This module imports no SGLang and no torch. The code of a mend stands in this folder or, where one family of models
-needs it, in `families/`.
+Importing this module is cheap: it imports neither SGLang nor torch. The code of a mend stands in this folder or, if it
+is for one family of models, in `families/`.
 """
 
 from __future__ import annotations

@@ -29,10 +29,12 @@ class _Decoder(VideoDecoderWrapper):
         return frame if frame.is_cuda else frame.numpy()
 
     def get_frames_at(self, indices: Any) -> Any:
+        """uint8 [frames, height, width, 3]: an array, or a tensor if the frames are on a GPU."""
         frames = self._tensor([int(i) for i in indices])
         return frames if frames.is_cuda else frames.numpy()
 
     def get_frames_as_tensor(self, indices: Any) -> torch.Tensor:
+        """uint8 [frames, height, width, 3]; in pinned memory if there is a GPU and the frames are not on it."""
         frames = self._tensor([int(i) for i in indices])
         return frames.pin_memory() if not frames.is_cuda and torch.cuda.is_available() else frames
 
@@ -58,10 +60,12 @@ class Frames(_Decoder):
 
     @property
     def avg_fps(self) -> float:
+        """Frames per second."""
         return self._fps
 
     @property
     def frame_shape(self) -> tuple[int, int]:
+        """(height, width) of every frame."""
         return self._size
 
     def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
@@ -99,10 +103,12 @@ class Bounded(_Decoder):
 
     @property
     def avg_fps(self) -> float:
+        """Frames per second of the file; 0 if unknown."""
         return float(self._inner.avg_fps or 0.0)
 
     @property
     def source_bytes(self) -> bytes | None:
+        """The file, if SGLang's decoder keeps it."""
         return self._inner.source_bytes
 
     @property
@@ -117,6 +123,7 @@ class Bounded(_Decoder):
 
     @property
     def frame_shape(self) -> tuple[int, int]:
+        """(height, width) of the frames that are returned."""
         return self._resized or self.whole
 
     def resized(self, height: int, width: int) -> Bounded:
@@ -155,6 +162,7 @@ class Bounded(_Decoder):
         """The file stays open: a copy with another size may still read it."""
 
     def close(self) -> None:
+        """Closes the file."""
         inner = self.__dict__.get("_inner")
         if inner is not None:
             inner.close()

@@ -17,7 +17,7 @@ from sglang_mminfer.mends.requests import media_in
 KEY = "mminfer_arrangement"
 """Key in an item's `model_specific_data`: a digest of everything except the features, not yet mixed into its hash."""
 
-_MOST = 4096  # elements: a larger value is data and no arrangement, and only its shape counts
+_MOST = 4096  # elements that are read of a value; a larger one is data, and its shape counts
 
 
 def add(output: Any, request: Any) -> None:

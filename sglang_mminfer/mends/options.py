@@ -73,11 +73,11 @@ def on(loaded: Any) -> dict[str, Any]:
     return dict(getattr(loaded, ATTRIBUTE, {}))
 
 
-def count_of_frames(wanted: Mapping[str, Any], usual: int, total: int, rate: float) -> int:
+def count_of_frames(options: Mapping[str, Any], usual: int, total: int, rate: float) -> int:
     """How many frames to sample from a video, spread from its first frame to its last.
 
     Args:
-        wanted: the request's options.
+        options: the request's options for this video.
         usual: the number of frames by the operator's setting, else by the family's default.
         total: frames in the file.
         rate: frames per second of the file.
@@ -85,13 +85,13 @@ def count_of_frames(wanted: Mapping[str, Any], usual: int, total: int, rate: flo
     Raises:
         ValueError: if the request asks for more frames than `within` allows.
     """
-    if count := wanted.get("num_frames"):
+    if count := options.get("num_frames"):
         return within(count, usual, "num_frames")
-    if fps := wanted.get("fps"):
+    if fps := options.get("fps"):
         seconds = total / rate if math.isfinite(rate) and rate > 0 else 1.0
-        most = within(wanted.get("max_frames", max(usual, limits.FRAMES)), usual, "max_frames")
-        return max(1, min(round(min(seconds * fps, most)), most, total), min(wanted.get("min_frames", 1), total))
-    return min(usual, wanted.get("max_frames", usual))
+        most = within(options.get("max_frames", max(usual, limits.FRAMES)), usual, "max_frames")
+        return max(1, min(round(min(seconds * fps, most)), most, total), min(options.get("min_frames", 1), total))
+    return min(usual, options.get("max_frames", usual))
 
 
 def within(count: int, usual: int, name: str) -> int:

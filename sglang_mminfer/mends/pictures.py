@@ -48,14 +48,14 @@ def load(
     Raises:
         ValueError: if it is no picture, or larger than `limits` allow. Sizes are checked before anything is decoded.
     """
-    source, wanted = options.of(data, family, "image")
+    source, request_options = options.of(data, family, "image")
     picture = source if _is_picture(source) else opened(source)
     if picture is None:
         return original(data, modality, frame_count_limit, audio_sample_rate, discard_alpha_channel)
     if mends.active("odd_sizes"):
         limits.check_size("image", *picture.size)
     # The GPU decoder turns no picture, and returns another number of channels for any mode but RGB.
-    if not wanted and picture.format == "JPEG" and picture.mode == "RGB" and not _turned(picture):
+    if not request_options and picture.format == "JPEG" and picture.mode == "RGB" and not _turned(picture):
         from sglang.srt.utils import common
 
         file = _file_of(picture)
@@ -63,7 +63,7 @@ def load(
             return original(file, modality, frame_count_limit, audio_sample_rate, discard_alpha_channel)
     # Some families treat transparent pixels in a way of their own.
     keeps_alpha = not discard_alpha_channel or family.smart_rgb_conversion
-    picture = shown(picture, wanted, flat=not keeps_alpha)
+    picture = shown(picture, request_options, flat=not keeps_alpha)
     if keeps_alpha:
         return original(picture, modality, frame_count_limit, audio_sample_rate, discard_alpha_channel)
     return picture
@@ -82,7 +82,7 @@ def as_file(family: Any, data: Any, *, squared: bool = False) -> Any:
     Raises:
         ValueError: as `load`; also if the square is too large.
     """
-    source, wanted = options.of(data, family, "image")
+    source, request_options = options.of(data, family, "image")
     picture = source if _is_picture(source) else opened(source)
     if picture is None:
         return data
@@ -92,9 +92,9 @@ def as_file(family: Any, data: Any, *, squared: bool = False) -> Any:
             limits.check_square(*picture.size)
     file = _file_of(picture)
     pixels_are_right = picture.mode == "RGB" and "transparency" not in picture.info and not _turned(picture)
-    if pixels_are_right and not wanted and picture is not source:
+    if pixels_are_right and not request_options and picture is not source:
         return file
-    shown_picture = shown(picture, wanted)
+    shown_picture = shown(picture, request_options)
     if picture is source:
         return shown_picture
     bmp = BytesIO()
@@ -112,18 +112,22 @@ def snapshot(original: Callable[..., Any], family: Any, data: Any, modality: Any
 
     from sglang.srt.utils import ImageData
 
-    source, wanted = options.of(data, family, "image")
+    source, request_options = options.of(data, family, "image")
     if _is_picture(source):
         return original(load(original, family, data, modality), modality)
     stored = original(source, modality)
-    return dataclasses.replace(stored, data=ImageData(url=stored.data, preprocess_kwargs=wanted)) if wanted else stored
+    return (
+        dataclasses.replace(stored, data=ImageData(url=stored.data, preprocess_kwargs=request_options))
+        if request_options
+        else stored
+    )
 
 
-def shown(picture: Image.Image, wanted: dict[str, Any], flat: bool = True) -> Image.Image:
+def shown(picture: Image.Image, request_options: dict[str, Any], flat: bool = True) -> Image.Image:
     """A picture as a viewer shows it, in RGB.
 
     Args:
-        wanted: the options that came with the picture; the result carries them.
+        request_options: the options that came with the picture; the result carries them.
         flat: False: transparent pixels stay, in the mode that the picture has.
 
     Raises:
@@ -141,10 +145,10 @@ def shown(picture: Image.Image, wanted: dict[str, Any], flat: bool = True) -> Im
             picture = on_white(picture)
     if flat and picture.mode != "RGB":
         picture = picture.convert("RGB")
-    if longest := wanted.get("max_long_side_pixel"):
+    if longest := request_options.get("max_long_side_pixel"):
         picture = smaller(picture, longest)
-    if wanted:
-        picture.mminfer_options = wanted  # type: ignore[attr-defined]
+    if request_options:
+        picture.mminfer_options = request_options  # type: ignore[attr-defined]
     return picture
 
 

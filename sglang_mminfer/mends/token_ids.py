@@ -35,6 +35,7 @@ class Piece:
     name: str = ""
 
     def text(self) -> str:
+        """The name, or a mark for the ids."""
         return self.name or verbatim.ids(self.ids)
 
 

@@ -41,6 +41,7 @@ def ids(tokens: Iterable[int]) -> str:
 
 
 def has_marks(text: str) -> bool:
+    """Whether a text contains a mark of this process."""
     return _WORDS in text or _IDS in text
 
 

@@ -46,19 +46,19 @@ def load(
     Raises:
         ValueError: if it is no video, or larger than `limits` allow.
     """
-    source, wanted = options.of(_as_list(data), family, "video")
+    source, request_options = options.of(_as_list(data), family, "video")
     if mends.active("video_frames") and (frames := _frames_in(source)) is not None:
         # With frames, fps is the rate at which they were taken, as in vLLM and in Qwen's own service.
-        video = as_video(frames, wanted.pop("fps", FPS))
+        video = as_video(frames, request_options.pop("fps", FPS))
     else:
         passed_on = source if hasattr(family, "REQUEST_OPTIONS") or isinstance(data, dict) else data
         video = original(passed_on, modality, *args, **kwargs)
     if not hasattr(video, "get_frames_as_tensor"):
         return video
-    if mends.active("odd_sizes") or wanted.get("max_long_side_pixel"):
-        video = _bounded(video, wanted.get("max_long_side_pixel"))
-    if wanted:
-        setattr(video, options.ATTRIBUTE, wanted)
+    if mends.active("odd_sizes") or request_options.get("max_long_side_pixel"):
+        video = _bounded(video, request_options.get("max_long_side_pixel"))
+    if request_options:
+        setattr(video, options.ATTRIBUTE, request_options)
     return video
 
 

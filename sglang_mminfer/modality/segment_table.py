@@ -39,6 +39,7 @@ class SegmentTable:
 
     @classmethod
     def of(cls, segments: Sequence[Any]) -> SegmentTable:
+        """The table of the segments of a map."""
         grids = [segment.grid for segment in segments]
 
         def column(values: Iterable[int]) -> Ints:  # a generator: the garbage collector would walk a list

@@ -156,6 +156,7 @@ class ModalityMap:
 
     @cached_property
     def has_vision(self) -> bool:
+        """Whether any segment is image or video."""
         return any(segment.modality is not Modality.TEXT for segment in self.segments)
 
     @cached_property

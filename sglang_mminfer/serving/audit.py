@@ -141,6 +141,7 @@ class Audit:
         self._logged = False
 
     def layer(self, view: LayerView) -> None:
+        """Audits the chosen sparse requests of one layer."""
         if view.plan is None or view.lse is None:
             return
         for request in view.requests:
@@ -155,6 +156,7 @@ class Audit:
                 self._seconds += time.perf_counter() - start
 
     def batch_done(self, records: Sequence[PrefillRecord]) -> None:
+        """Adds the batch's figures to its records and to the metrics."""
         findings, self._findings = self._findings, {}
         failures, self._failures = self._failures, 0
         seconds, self._seconds = self._seconds, 0.0

@@ -9,6 +9,7 @@ from sglang_mminfer.settings import BACKEND_NAME
 
 
 def add_choice(choices: list[str]) -> None:
+    """Adds the backend's name to SGLang's list of attention backends."""
     if BACKEND_NAME not in choices:
         choices.append(BACKEND_NAME)
 

@@ -45,6 +45,7 @@ class PrefillRequest:
 
     @property
     def seq_len(self) -> int:
+        """Tokens up to the end of the chunk."""
         return self.prefix_len + self.chunk_len
 
     @property
@@ -53,6 +54,7 @@ class PrefillRequest:
         return self.map is not None and self.prefix_len < self.map.length <= self.seq_len
 
     def view(self) -> observe.RequestView:
+        """The request as observers see it."""
         assert self.slots is not None
         return observe.RequestView(
             rid=self.rid,
@@ -99,6 +101,7 @@ class PrefillBatch:
         self.ran: tuple[PrefillPlan, torch.Tensor] | None = None
 
     def run_dense(self, reason: str) -> None:
+        """Makes the whole batch dense; a request that has a dense_reason keeps it."""
         self.planner = None
         for request in self.requests:
             request.dense_reason = request.dense_reason or reason

@@ -126,7 +126,7 @@ def _platform_class() -> type:
             return "cpu"  # the in-tree CPU platform answers with a torch.device, against the interface
 
         def get_device_total_memory(self, device_id: int = 0) -> int:
-            """What this container may use, where it says so, else what the machine has."""
+            """Bytes that this container may use, if it has a limit; else the machine's memory."""
             total = int(psutil.virtual_memory().total)
             try:
                 return min(total, int(_CGROUP_LIMIT.read_text()))
@@ -243,8 +243,10 @@ def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
 
 
 def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Resolution hook: brings the platform where the arguments ask for the CPU, declares `default_arguments`, and
-    binds ranks to cores where SGLang could not."""
+    """Resolution hook: uses the platform if the arguments ask for the CPU, and declares `default_arguments`.
+
+    Also binds ranks to cores where SGLang could not.
+    """
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     cfg = resolving_view(server_args)
@@ -260,8 +262,8 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
 
             declare_resolution(server_args, __name__, device=inspect.unwrap(common.get_device)())
     if is_active():
-        if wanted := default_arguments(cfg):
-            declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **wanted)
+        if defaults := default_arguments(cfg):
+            declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **defaults)
         if cfg.device == "cpu" and _CORES not in os.environ:
             from sglang.srt.utils.common import get_cpu_ids_by_node
 

@@ -245,8 +245,9 @@ def _mark(device: torch.device) -> Any:
 
 
 def _bytes_per_token(result: Any) -> int:
-    """Bytes of one token in an encoder's result: a tensor, a list with one for each item, or SGLang's result of pruned
-    frames.
+    """Bytes of one token's embedding in what an encoder returns.
+
+    The encoder returns one tensor, a list with one tensor for each item, or SGLang's result of pruned frames.
     """
     embedding = result[0] if isinstance(result, list) else getattr(result, "embedding", result)
     return embedding.shape[-1] * embedding.element_size()

@@ -41,6 +41,7 @@ class PrefillMetrics:
         self._again_ms = Counter("sglang:mminfer_encoded_again_ms", "Milliseconds that the encoder spent so.")
 
     def add(self, records: list[PrefillRecord]) -> None:
+        """Counts the records of one batch."""
         for record in records:
             ran = record.dense_reason or "sparse"
             self._requests.labels(ran).inc()
@@ -72,6 +73,7 @@ class AuditMetrics:
         self._failures = Counter("sglang:mminfer_audit_failures", "Audits of a request's layer that failed.")
 
     def add(self, audited: list[LayerAudit], milliseconds: float, failures: int) -> None:
+        """Counts the audits of one batch."""
         for finding in audited:
             layer = str(finding.layer)
             self._rows.labels(layer).inc(finding.rows)
@@ -83,13 +85,14 @@ class AuditMetrics:
 
 @cache
 def prefill_metrics() -> PrefillMetrics:
-    """This process's counters. Two-batch overlap makes three attention backends in a process, and a counter's name must
-    be registered once.
+    """This process's counters, made once.
+
+    Two-batch overlap makes three attention backends in a process, and Prometheus takes a name only once.
     """
     return PrefillMetrics()
 
 
 @cache
 def audit_metrics() -> AuditMetrics:
-    """This process's counters; one set, as for `prefill_metrics`."""
+    """This process's counters, made once as `prefill_metrics`."""
     return AuditMetrics()

@@ -47,6 +47,7 @@ class RequestView:
 
     @property
     def seq_len(self) -> int:
+        """Tokens up to the end of the chunk."""
         return self.prefix_len + self.chunk_len
 
     @property
@@ -88,6 +89,7 @@ class LayerView:
 
     @property
     def num_heads(self) -> int:
+        """Query heads of this rank."""
         return self.q.shape[1]
 
 
@@ -133,6 +135,7 @@ class Observers:
         return bool(self._all)
 
     def add(self, observer: Observer) -> None:
+        """Adds an observer."""
         self._all.append(observer)
 
     def show(self, make: Callable[[], LayerView | None]) -> None:
@@ -146,6 +149,7 @@ class Observers:
         return None
 
     def batch_done(self, records: Sequence[PrefillRecord]) -> None:
+        """Tells every observer that the batch has run."""
         for observer in self._all:
             self._call(observer, observer.batch_done, records)
 

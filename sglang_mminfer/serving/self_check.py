@@ -51,6 +51,7 @@ class Answer:
 
     @property
     def good(self) -> bool:
+        """Whether two runs are equal and the differences are within bounds."""
         return self.repeatable and self.error <= self.within and self.lse_error <= max(self.within, LSE_TOLERANCE)
 
     def __str__(self) -> str:

@@ -282,6 +282,7 @@ class SparsePrefill:
         return None
 
     def save_kv(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+        """Writes the batch's K and V of one layer into the KV pool."""
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
         self.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
@@ -397,7 +398,7 @@ class SparsePrefill:
                 request.densities.append((rows.sum() / causal + stock_heads) / plan.num_heads)
 
     def clock(self) -> float:
-        """Seconds.
+        """The host's clock, in seconds.
 
         A GPU runs kernels asynchronously, so with a trace each reading waits for the GPU once.
         """

@@ -181,9 +181,11 @@ class TraceFile:
 
     @property
     def enabled(self) -> bool:
+        """Whether there is a file to write to."""
         return self.path is not None
 
     def append(self, records: list[PrefillRecord]) -> None:
+        """Appends the records, a line each."""
         if self.path is None:
             return
         try:
