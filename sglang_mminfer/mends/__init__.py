@@ -98,7 +98,7 @@ MENDS: tuple[Mend, ...] = (
     Mend(
         "frames_apart",
         "Qwen2.5-VL's vision blocks with full attention see all frames of a video at once.",
-        "They see one frame at a time, as in the model's training and in SGLang's other Qwen models; encoding a long "
+        "They see one temporal patch at a time, as in training and as in SGLang's other Qwen models; encoding a long "
         "video takes a fraction of the time.",
         "tests/server/test_hf_equality.py",
         "models/qwen2_5_vl.py: cu_seqlens for each temporal patch, as compute_cu_seqlens_from_grid_numpy makes them.",

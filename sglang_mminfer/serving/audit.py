@@ -112,11 +112,11 @@ def examine(view: LayerView, request: RequestView, positions: np.ndarray) -> Aud
         positions: int64, ascending: absolute positions in the request's chunk.
     """
     assert view.lse is not None
-    (key_positions,) = to_device(view.q.device, positions)
-    key_positions = key_positions.long()
-    rows = key_positions - request.prefix_len + request.row_start
+    (row_positions,) = to_device(view.q.device, positions)
+    row_positions = row_positions.long()
+    rows = row_positions - request.prefix_len + request.row_start
     slots = request.slots[: int(positions[-1]) + 1]
-    o, lse = dense_rows(view.q[rows], key_positions, view.k_cache, view.v_cache, slots, view.sm_scale)
+    o, lse = dense_rows(view.q[rows], row_positions, view.k_cache, view.v_cache, slots, view.sm_scale)
     norm = o.norm(dim=(0, 2)).clamp_min(torch.finfo(torch.float32).tiny)
     recall = torch.exp2(view.lse[rows] - lse).clamp_max(1.0).mean(dim=0)
     for head in view.stock_heads:  # the stock backend gives no LSE, and its heads are dense

@@ -30,7 +30,7 @@ from sglang_mminfer.serving.trace import TraceFile
 logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
-"""After this many failed plans and layers everything runs dense, so a lasting defect does not fail in every layer."""
+"""After this many failures of plans or layers everything runs dense, so a lasting defect costs few failed layers."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ class SparsePrefill:
         batch.plan_s = self.clock() - start
 
     def end(self) -> None:
-        """Ends the current batch, if there is one, and writes its records. Its plan cannot outlive it."""
+        """Ends the current batch, if there is one, and writes its records. Without this a plan could outlive its
+        batch.
+        """
         batch, self._batch = self._batch, None
         if batch is None:
             return
