@@ -206,7 +206,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
     if picture.mode not in _ALPHA and "transparency" not in picture.info:
         return picture
-    if picture.mode in ("La", "RGBa"):  # premultiplied alpha: the other modes store colours without it
+    if picture.mode in ("La", "RGBa"):  # premultiplied alpha is undone first
         picture = picture.convert(picture.mode.upper())
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, (*WHITE, 255))

@@ -121,9 +121,9 @@ def _aware_class(base: Any) -> type:
         def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
             many = isinstance(text, list | tuple)
             texts = text if many else [text]
-            if not any(isinstance(each, str) and has_marks(each) for each in texts):
+            if not any(isinstance(part, str) and has_marks(part) for part in texts):
                 return super().__call__(text, *args, **kwargs)
-            rows = [self._resolved(each, kwargs.get("add_special_tokens", True)) for each in texts]
+            rows = [self._resolved(part, kwargs.get("add_special_tokens", True)) for part in texts]
             batched = many or kwargs.get("return_tensors") is not None
             return self.pad(
                 {"input_ids": rows if batched else rows[0]},
@@ -134,8 +134,8 @@ def _aware_class(base: Any) -> type:
         def _resolved(self, text: str, add_special_tokens: bool) -> list[int]:
             names = [str(token) for token in self.added_tokens_decoder.values()]
 
-            def is_special(each: str) -> bool:
-                return any(name in each for name in names)
+            def is_special(part: str) -> bool:
+                return any(name in part for name in names)
 
             token_ids: list[int] = []
             for kind, piece in _pieces(text, is_special):

@@ -69,11 +69,7 @@ def dense_heads(
     if heads_per_kv * num_kv_heads > most_repeated * len(dense):
         return None
     # A KV head without dense heads runs its first head.
-    gathered = [
-        head
-        for kv, dense_of_one in enumerate(dense_of_kv)
-        for head in _filled(dense_of_one or [kv * group], heads_per_kv)
-    ]
+    gathered = [head for kv, heads in enumerate(dense_of_kv) for head in _filled(heads or [kv * group], heads_per_kv)]
     index_of_dense = [gathered.index(head) for head in dense]
     return DenseHeads(tuple(dense), *to_device(device, dense, gathered, index_of_dense))
 

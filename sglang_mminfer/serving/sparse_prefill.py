@@ -128,9 +128,7 @@ class SparsePrefill:
         batch.plan_s = self.clock() - start
 
     def end(self) -> None:
-        """Ends the current batch, if there is one, and writes its records. Without this a plan could outlive its
-        batch.
-        """
+        """Ends the current batch, if any, and writes its records. Without this a plan could outlive its batch."""
         batch, self._batch = self._batch, None
         if batch is None:
             return
