@@ -1,9 +1,9 @@
-"""The attention backend inside SGLang: the dense backend it would have used, with sparse prefill on top.
+"""The attention backend inside SGLang: the dense backend that SGLang would use, with sparse prefill on top.
 
-The dense backend is built by its own factory, then its instance is given a subclass made at run time. So every
-flag, buffer, graph path and isinstance check of the stock backend stays as it was, and only two things change:
-metadata of prefill batches also plans sparse requests, and eligible layers of such batches run the plan. A batch
-without a sparse request runs the stock code and nothing else.
+The dense backend's own factory builds it; then its instance gets a subclass that is made at run time. So every flag,
+buffer, CUDA-graph path and isinstance check of the stock backend still works, and only two things change: the metadata
+of a prefill batch include the plan of its sparse requests, and eligible layers of such a batch run that plan. A batch
+without a sparse request runs stock code only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang_mminfer.serving.sparse_prefill import SparsePrefill
 
 
 def create_backend(runner: Any) -> Any:
-    """The backend for one model runner: factory of the name `mminfer` in SGLang's registry.
+    """The backend of one model runner. The factory that SGLang's registry has for the name `mminfer`.
 
     Raises:
         HeadConfigError: if the head config does not fit the model.
@@ -27,7 +27,7 @@ def create_backend(runner: Any) -> Any:
 
     name = dense_backend.dense_backend_name(runner.server_args, runner.device)
     backend = ATTENTION_BACKENDS[name](runner)
-    if runner.is_draft_worker:  # a draft model's head config would be another one: dense
+    if runner.is_draft_worker:  # the head config was made for another model, so drafts run dense
         return backend
     head_config_choice.announce_once(runner)
     dense: Any = type(backend)
@@ -38,7 +38,7 @@ def create_backend(runner: Any) -> Any:
 
 @cache
 def sparse_class(dense: Any) -> Any:
-    """A subclass of one dense backend. Made with that one base only, so that instances can change to it."""
+    """A subclass of a dense backend's class. It has no other base, so `__class__` of an instance can be set to it."""
 
     class Sparse(dense):
         mminfer: SparsePrefill
@@ -49,7 +49,7 @@ def sparse_class(dense: Any) -> Any:
             self.mminfer.begin(forward_batch)
 
         def init_forward_metadata_out_graph(self, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-            self.mminfer.end()  # what is captured in a graph, or replayed from one, is dense
+            self.mminfer.end()  # CUDA graphs capture and replay dense attention only
             super().init_forward_metadata_out_graph(forward_batch, *args, **kwargs)
 
         def forward_extend(

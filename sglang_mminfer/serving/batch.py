@@ -1,4 +1,4 @@
-"""One prefill batch: its requests, how each is run, and the account of it."""
+"""One prefill batch: its requests, how each of them runs, and the record of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ from sglang_mminfer.serving.trace import PrefillRecord, map_entries
 
 @dataclass
 class PrefillRequest:
-    """One request of a batch and how it is run; becomes its PrefillRecord."""
+    """One request of a batch and how it runs; becomes its PrefillRecord.
+
+    Attributes:
+        rid: the request id.
+        prefix_len, chunk_len: tokens before the chunk, and tokens of the chunk.
+        row_start: the chunk's first row in the batch's q.
+        prompt_stop: tokens of the prompt; generated tokens begin there.
+        map: the modality map of the conversation; None without media.
+        dense_reason: why it runs dense; None: it runs sparse.
+        slots: int64 [seq_len], the KV slot of each position; None unless there are observers.
+        densities: scalars on the device, one for each layer that ran sparse.
+    """
 
     rid: str
     prefix_len: int
@@ -29,19 +40,21 @@ class PrefillRequest:
     prompt_stop: int = 0
     map: ModalityMap | None = None
     dense_reason: str | None = None
-    slots: torch.Tensor | None = None  # for observers
-    densities: list[torch.Tensor] = field(default_factory=list)  # one for each sparse layer, still on the device
+    slots: torch.Tensor | None = None
+    densities: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def seq_len(self) -> int:
+        """Tokens up to the end of the chunk."""
         return self.prefix_len + self.chunk_len
 
     @property
     def ends_prompt(self) -> bool:
-        """The chunk that holds the prompt's last token."""
+        """Whether the chunk holds the prompt's last token. False without a map."""
         return self.map is not None and self.prefix_len < self.map.length <= self.seq_len
 
     def view(self) -> observe.RequestView:
+        """The request as observers see it."""
         assert self.slots is not None
         return observe.RequestView(
             rid=self.rid,
@@ -56,7 +69,18 @@ class PrefillRequest:
 
 
 class PrefillBatch:
-    """One prefill batch: its requests, its planner if any request is sparse, and its account."""
+    """One prefill batch: its requests, its planner if a request runs sparse, and its times.
+
+    Attributes:
+        num_rows: rows of q.
+        planner: None if the whole batch runs dense.
+        sparse_layers: layers that ran sparse so far.
+        layer_reasons: how many layers ran dense, by reason.
+        masked: whether the dense backend's metadata hold a mask of the model's own.
+        plan_s, attn_s, forward_s: seconds spent planning, in attention, and since the start.
+        started: the clock when planning began.
+        ran: plan and LSE of the current layer; None unless it ran sparse.
+    """
 
     def __init__(self, forward_batch: Any) -> None:
         lengths = forward_batch.extend_seq_lens_cpu
@@ -72,21 +96,23 @@ class PrefillBatch:
         self.sparse_layers = 0
         self.layer_reasons: Counter[str] = Counter()
         self.masked = False
-        """The dense backend's metadata have a mask of the model's own."""
         self.plan_s = self.attn_s = self.forward_s = 0.0
         self.started = 0.0
-        self.ran: tuple[PrefillPlan, torch.Tensor] | None = None  # plan and lse of the current layer, if sparse
+        self.ran: tuple[PrefillPlan, torch.Tensor] | None = None
 
     def run_dense(self, reason: str) -> None:
+        """Makes the whole batch dense; a request that has a dense_reason keeps it."""
         self.planner = None
         for request in self.requests:
             request.dense_reason = request.dense_reason or reason
 
     def records(self, again: EncodedAgain, waited: bool) -> list[PrefillRecord]:
-        """A record of each request.
+        """One record for each request.
 
         Args:
-            waited: whether the device was waited for, so that times are more than those of launches.
+            again: what the vision encoder ran on again during the batch.
+            waited: whether the host waited for the device; without that, times are those of kernel launches and count
+                as 0.
         """
         records = []
         for request in self.requests:

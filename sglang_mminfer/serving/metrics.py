@@ -1,4 +1,4 @@
-"""The figures of the trace and of the audit, counted for SGLang's Prometheus endpoint."""
+"""The figures of the trace and of the audit as counters of SGLang's Prometheus endpoint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from sglang_mminfer.serving.trace import LayerAudit, PrefillRecord
 
 
 class PrefillMetrics:
-    """The figures of the trace for SGLang's Prometheus endpoint. Made only where SGLang's metrics are on."""
+    """The figures of the trace as Prometheus counters. Made only if SGLang's metrics are on."""
 
     def __init__(self) -> None:
-        # Imported late: prometheus_client reads SGLang's multiprocess directory when it is first imported.
+        # Imported late: on its first import prometheus_client reads the multiprocess directory, which SGLang sets.
         from prometheus_client import Counter
 
         self._requests = Counter(
@@ -41,6 +41,7 @@ class PrefillMetrics:
         self._again_ms = Counter("sglang:mminfer_encoded_again_ms", "Milliseconds that the encoder spent so.")
 
     def add(self, records: list[PrefillRecord]) -> None:
+        """Counts the records of one batch."""
         for record in records:
             ran = record.dense_reason or "sparse"
             self._requests.labels(ran).inc()
@@ -55,7 +56,7 @@ class PrefillMetrics:
 
 
 class AuditMetrics:
-    """The audit's figures for the Prometheus endpoint, by layer. With tensor parallelism every rank adds its own."""
+    """The audit's figures as Prometheus counters, by layer. Each tensor-parallel rank adds those of its own heads."""
 
     def __init__(self) -> None:
         from prometheus_client import Counter  # late: see PrefillMetrics
@@ -72,6 +73,7 @@ class AuditMetrics:
         self._failures = Counter("sglang:mminfer_audit_failures", "Audits of a request's layer that failed.")
 
     def add(self, audited: list[LayerAudit], milliseconds: float, failures: int) -> None:
+        """Counts the audits of one batch."""
         for finding in audited:
             layer = str(finding.layer)
             self._rows.labels(layer).inc(finding.rows)
@@ -83,11 +85,14 @@ class AuditMetrics:
 
 @cache
 def prefill_metrics() -> PrefillMetrics:
-    """This process's. Two-batch overlap makes three attention backends of a process, and a name counts once."""
+    """This process's counters, made once.
+
+    Two-batch overlap makes three attention backends in a process, and Prometheus takes a name only once.
+    """
     return PrefillMetrics()
 
 
 @cache
 def audit_metrics() -> AuditMetrics:
-    """This process's."""
+    """This process's counters, made once as `prefill_metrics`."""
     return AuditMetrics()

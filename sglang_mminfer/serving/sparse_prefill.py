@@ -1,4 +1,4 @@
-"""The sparse side of the backend: which requests and layers of a prefill batch run on a plan, and the running of it."""
+"""The sparse side of the backend: decides which requests and layers of a prefill batch run on a plan, and runs them."""
 
 from __future__ import annotations
 
@@ -30,22 +30,34 @@ from sglang_mminfer.serving.trace import TraceFile
 logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
-"""Plans and layers that may fail before everything runs dense: a defect that stays costs a traceback only once."""
+"""After this many failures of plans or layers everything runs dense, so a lasting defect costs few failed layers."""
 
 
 @dataclass(frozen=True)
 class _LayerHeads:
-    """Patterns of a layer's query heads, None for those that the stock backend runs: `dense`."""
+    """The query heads of one layer.
+
+    Attributes:
+        planned: the pattern of each head; None for a head that the stock backend runs.
+        dense: the heads that the stock backend runs; None if there are none.
+    """
 
     planned: tuple[HeadPattern | None, ...]
     dense: DenseHeads | None
 
 
 class SparsePrefill:
-    """Plans and runs the sparse layers of one runner's prefill batches, and keeps the account of them.
+    """Plans and runs the sparse layers of one model runner's prefill batches, and records what it did.
 
-    `begin` is called with a batch's metadata, while its media are still at hand (SGLang drops them before the
-    first layer). A layer's plan is made when the layer runs, and shared with all layers whose heads do the same.
+    `begin` runs while SGLang makes a batch's metadata, because SGLang drops the batch's media before the first layer.
+    The plan of a layer is made when the layer runs, and all layers whose heads have the same patterns share it.
+
+    Args:
+        runner: SGLang's ModelRunner.
+        dense_backend: the name of the dense backend beneath ours.
+
+    Raises:
+        HeadConfigError: if the head config does not fit the model.
     """
 
     def __init__(self, runner: Any, dense_backend: str) -> None:
@@ -59,18 +71,18 @@ class SparsePrefill:
         self.device = torch.device(runner.device)
         parallel = get_parallel()
         self.rank, self.ranks = parallel.attn_tp_rank, parallel.attn_tp_size
-        # Of each group that has requests of its own one rank gives account: tensor-parallel ranks and pipeline stages
-        # have the same requests, ranks of data-parallel attention have others.
+        # One rank keeps the records of each group of ranks that have the same requests. Tensor-parallel ranks and
+        # pipeline stages have the same requests; ranks of data-parallel attention have different ones.
         self.leads = self.rank == 0 and getattr(parallel, "pp_rank", 0) == 0
         data_rank = getattr(parallel, "attn_dp_rank", 0)
-        audited = flags.audit_rate(runner.server_args)
+        audit_rate = flags.audit_rate(runner.server_args)
         self.trace = TraceFile(None)
-        if self.leads or (audited and self.rank):
+        if self.leads or (audit_rate and self.rank):
             self.trace = TraceFile.from_environment(self.rank, data_rank)
         self.metrics = metrics.prefill_metrics() if runner.server_args.enable_metrics and self.leads else None
         self._failures = 0
         prompts.watch()
-        # To time a GPU, or to count what it visits, is to wait for it: with a trace only, which says so.
+        # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
         self._waits = self.device.type == "cpu" or self.trace.enabled
         self._encoder = EncoderWatch()
         if self.leads:
@@ -90,17 +102,22 @@ class SparsePrefill:
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self._num_layers, runner.server_args)
         )
-        if audited:
-            self.observers.add(Audit(audited, metrics.audit_metrics() if runner.server_args.enable_metrics else None))
+        if audit_rate:
+            self.observers.add(
+                Audit(audit_rate, metrics.audit_metrics() if runner.server_args.enable_metrics else None)
+            )
 
     # ---- a batch -------------------------------------------------------------------------------------------
 
     def begin(self, forward_batch: Any) -> None:
-        """Decide what runs sparse in this batch. Never raises: what cannot be served runs dense, counted."""
+        """Decides what runs sparse in this batch.
+
+        Never raises: a request that cannot run sparse runs dense, and its reason is counted.
+        """
         if forward_batch.forward_mode.is_decode_or_idle() or forward_batch.extend_seq_lens_cpu is None:
             return
         if getattr(forward_batch, "tbo_children", None):
-            return  # two-batch overlap: the backends of the two parts give account
+            return  # two-batch overlap: the backends of the two parts record it
         self._batch = batch = PrefillBatch(forward_batch)
         batch.started = start = self.clock()
         try:
@@ -111,20 +128,23 @@ class SparsePrefill:
         batch.plan_s = self.clock() - start
 
     def end(self) -> None:
-        """Give account of the batch, if there was one. Without this, a stale plan could outlive its batch."""
+        """Ends the current batch, if any, and writes its records. Without this a plan could outlive its batch."""
         batch, self._batch = self._batch, None
         if batch is None:
             return
-        again = self._encoder.take()
+        encoded_again = self._encoder.take()
         if self.trace.enabled or self.metrics is not None or self.observers:
-            records = batch.records(again, self._waits)
+            records = batch.records(encoded_again, self._waits)
             self.observers.batch_done(records)
             self.trace.append(records if self.leads else [record for record in records if record.audit])
             if self.metrics is not None:
                 self.metrics.add(records)
 
     def _failed(self, what: str) -> None:
-        """Called in the handler of an error of ours: says it once, and turns the sparse path off if it stays."""
+        """Counts a failure of ours; called in the handler of its exception.
+
+        Logs the traceback of the first failure. After `MOST_FAILURES` everything runs dense.
+        """
         self._failures += 1
         if self._failures == 1:
             logger.exception("mminfer: %s failed; it runs dense", what)
@@ -137,7 +157,7 @@ class SparsePrefill:
         if mode.name not in ("EXTEND", "MIXED"):
             return batch.run_dense(f"mode_{mode.name.lower()}")
         if getattr(forward_batch, "tbo_parent_token_range", None) is not None:
-            return batch.run_dense("two_batch_overlap")  # whose parts are given no media
+            return batch.run_dense("two_batch_overlap")  # SGLang gives its parts no media
         media = forward_batch.mm_inputs or [None] * len(batch.requests)
         for request, mm_inputs in zip(batch.requests, media):
             self._read(request, mm_inputs)
@@ -148,31 +168,31 @@ class SparsePrefill:
             return None
         chunks = []
         for i, request in enumerate(batch.requests):
-            # Rows without a map see everything before them: those of a dense request that shares a batch with a
-            # sparse one, and generated ones.
-            middle = request.prefix_len
+            # Rows without a map see everything before them. These are the rows of a dense request that shares a batch
+            # with a sparse one, and the rows of generated tokens.
+            map_stop = request.prefix_len
             if request.dense_reason is None:
-                middle = min(request.prompt_stop, request.seq_len)
+                map_stop = min(request.prompt_stop, request.seq_len)
             slots = request.slots if request.slots is not None else self._slots(forward_batch, i, request)
-            for own_map, start, stop in (
-                (request.map, request.prefix_len, middle),
-                (None, middle, request.seq_len),
+            for modality_map, start, stop in (
+                (request.map, request.prefix_len, map_stop),
+                (None, map_stop, request.seq_len),
             ):
                 if start < stop:
                     row_start = request.row_start + start - request.prefix_len
-                    chunks.append(RequestChunk(own_map, start, stop, row_start, slots[:stop]))
+                    chunks.append(RequestChunk(modality_map, start, stop, row_start, slots[:stop]))
         dense_below = self.head_config.defaults.dense_below
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
         return None
 
     def _slots(self, forward_batch: Any, i: int, request: PrefillRequest) -> torch.Tensor:
-        """int64 [seq_len]: the cache row of every position."""
-        # Indexing with a number on the device would wait for the device.
+        """int64 [seq_len]: the KV slot of each position of request number `i`."""
+        # Indexing with a tensor element would make the host wait for the device.
         row = forward_batch.req_pool_indices[i : i + 1]
         return self.req_to_token[:, : request.seq_len].index_select(0, row)[0].long()
 
     def _read(self, request: PrefillRequest, mm_inputs: Any) -> None:
-        """Finds the request's prompt and map, and why it runs dense (None: it runs sparse)."""
+        """Sets the request's prompt length, its map, and why it runs dense (None: it runs sparse)."""
         prompt = prompts.length_of(request.rid)
         request.prompt_stop = request.seq_len if prompt is None else prompt
         all_dense = "dense_config" if self._all_dense else self._unfit
@@ -187,7 +207,15 @@ class SparsePrefill:
             request.dense_reason = all_dense or reason
 
     def _map(self, request: PrefillRequest, mm_inputs: Any, prompt: int) -> tuple[ModalityMap | None, str | None]:
-        """The map of a request whose prompt has `prompt` tokens, and why the request itself asks for dense."""
+        """The modality map of a request, and the reason in the request itself for running dense.
+
+        Args:
+            prompt: tokens of the whole prompt.
+
+        Returns:
+            (map, dense_reason); the map is None if the media do not add up, the reason None if the request can run
+            sparse.
+        """
         try:
             modality_map = cached_map(mm_inputs, prompt, self.family)
         except GeometryError as error:
@@ -205,7 +233,7 @@ class SparsePrefill:
             rows = max(request.prefix_len, dense_below), min(prompt, request.seq_len)
             if not any(leaves_out(head, modality_map, *rows) for head in self._patterns):
                 return modality_map, "no_raster"
-        # All ranks answer alike: the budget counts and has no clock.
+        # The budget counts operations and reads no clock, so all ranks decide alike.
         if not self._budget.allows(modality_map, request.prefix_len, min(prompt, request.seq_len), self._line_strides):
             return modality_map, "plan_budget"
         return modality_map, None
@@ -213,9 +241,12 @@ class SparsePrefill:
     # ---- a layer -------------------------------------------------------------------------------------------
 
     def takes(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], masked: bool = False) -> bool:
-        """True if this layer of the current batch runs on a plan; if not, the reason is counted.
+        """Whether this layer of the current batch runs on a plan; if not, the reason is counted.
 
         Args:
+            q: [tokens, Hq * D].
+            layer: SGLang's RadixAttention.
+            kwargs: further arguments that the model passes to its attention; sparse layers take none.
             masked: whether the dense backend would apply a mask of the model's own.
         """
         batch = self._batch
@@ -251,14 +282,22 @@ class SparsePrefill:
         return None
 
     def save_kv(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+        """Writes the batch's K and V of one layer into the KV pool."""
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
         self.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
 
     def run_layer(self, q: torch.Tensor, layer: Any, stock: Callable[..., torch.Tensor]) -> torch.Tensor | None:
-        """Attention of one layer over the pool, K and V of the batch already in it. None if that failed.
+        """Attention of one layer over the KV pool, which already holds the batch's K and V.
 
-        Dense heads are run by `stock`(q of these heads, a view of the layer that has only them), where it can.
+        Args:
+            q: [tokens, Hq * D].
+            layer: SGLang's RadixAttention.
+            stock: stock(q of some heads, a view of the layer with only these heads) runs dense heads on the stock
+                backend.
+
+        Returns:
+            [tokens, Hq * D], or None if it failed.
         """
         batch = self._batch
         assert batch is not None and batch.planner is not None
@@ -286,7 +325,12 @@ class SparsePrefill:
         return out.flatten(1)
 
     def layer_done(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], o: torch.Tensor, start: float) -> None:
-        """The layer's answer `o` [tokens, Hq * D] is there."""
+        """Called when the layer has its output: takes the time, and shows the layer to observers.
+
+        Args:
+            q, o: [tokens, Hq * D], the layer's queries and its output.
+            start: the clock when the layer's attention began.
+        """
         batch = self._batch
         if batch is None:
             return
@@ -302,7 +346,7 @@ class SparsePrefill:
     def _view(
         self, batch: PrefillBatch, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], o: torch.Tensor
     ) -> observe.LayerView | None:
-        """What observers see of a layer that is plain causal attention over the pool, sparse or not; else None."""
+        """What observers see of a layer of plain causal attention over the pool, sparse or dense; else None."""
         if self._layer_reason(q, layer, kwargs, batch) not in (None, "layer_dense_config"):
             return None
         requests = tuple(request.view() for request in batch.requests if request.slots is not None)
@@ -311,17 +355,17 @@ class SparsePrefill:
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
         count, heads = layer.tp_q_head_num, self._heads_of(layer)
         plan, lse = batch.ran or (None, None)
-        first = self.rank * count
+        first_head = self.rank * count
         q = q.view(-1, count, layer.qk_head_dim)
         return observe.LayerView(
             layer_id=layer.layer_id,
-            first_head=first,
+            first_head=first_head,
             q=q,
             k_cache=k_cache,
             v_cache=v_cache,
             sm_scale=layer.scaling,
             requests=requests,
-            patterns=tuple(self.head_config.patterns(layer.layer_id)[first : first + count]),
+            patterns=tuple(self.head_config.patterns(layer.layer_id)[first_head : first_head + count]),
             stock_heads=tuple(h for h, pattern in enumerate(heads.planned) if pattern is None) if plan else (),
             out=o.view(q.shape),
             plan=plan,
@@ -329,32 +373,35 @@ class SparsePrefill:
         )
 
     def _heads_of(self, layer: Any) -> _LayerHeads:
-        """The query heads that this rank holds."""
+        """The layer's query heads on this rank."""
         count = layer.tp_q_head_num
-        name = (layer.layer_id, count)
-        if name not in self._heads:
-            everything = self.head_config.patterns(layer.layer_id)
-            own = tuple(everything[self.rank * count : (self.rank + 1) * count])
+        key = (layer.layer_id, count)
+        if key not in self._heads:
+            model_patterns = self.head_config.patterns(layer.layer_id)
+            patterns = tuple(model_patterns[self.rank * count : (self.rank + 1) * count])
             dense = None
             when = settings.dense_heads_on_stock(str(self.device))
             if self._dense_backend in BACKENDS and when != "never":
                 limit = math.inf if when == "always" else MOST_REPEATED
-                dense = dense_heads(own, layer.tp_k_head_num, self.device, limit)
-            given_away = dense.heads if dense is not None else ()
-            planned = tuple(None if head in given_away else pattern for head, pattern in enumerate(own))
-            self._heads[name] = _LayerHeads(planned, dense)
-        return self._heads[name]
+                dense = dense_heads(patterns, layer.tp_k_head_num, self.device, limit)
+            on_stock = dense.heads if dense is not None else ()
+            planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))
+            self._heads[key] = _LayerHeads(planned, dense)
+        return self._heads[key]
 
     def _note_density(self, batch: PrefillBatch, plan: PrefillPlan, heads: _LayerHeads) -> None:
-        visited, elsewhere = plan.visited_by_row, heads.planned.count(None)
+        visited, stock_heads = plan.visited_by_row, heads.planned.count(None)
         for request in batch.requests:
             if request.dense_reason is None and request.chunk_len:
                 rows = visited[request.row_start : request.row_start + request.chunk_len]
                 causal = (request.prefix_len + 1 + request.seq_len) * request.chunk_len // 2
-                request.densities.append((rows.sum() / causal + elsewhere) / plan.num_heads)
+                request.densities.append((rows.sum() / causal + stock_heads) / plan.num_heads)
 
     def clock(self) -> float:
-        """Seconds. Launches are asynchronous on a GPU, so a trace costs it one synchronisation for each reading."""
+        """The host's clock, in seconds.
+
+        A GPU runs kernels asynchronously, so with a trace each reading waits for the GPU once.
+        """
         if self.trace.enabled and self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
         return time.perf_counter()

@@ -1,4 +1,4 @@
-"""An embedding model runs its prefill through mminfer as a generating one does."""
+"""An embedding model runs its prefill through mminfer, as a generating model does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang_mminfer.tools.server import Server
 
 
 def test_an_embedding_is_transformers_last_hidden_state(model: Path, media: Media, tmp_path: Path) -> None:
-    """With a config that covers everything, on the sparse path, in chunks."""
+    """The config leaves nothing out; the prompt runs on the sparse path, in chunks."""
     trace, picture = tmp_path / "trace.jsonl", str(media.images[0])
     prompt = "<|vision_start|><|image_pad|><|vision_end|>" + "What do you see?" * 40
     flags = ("--attention-backend", "mminfer", "--mminfer-config", "test_covering", "--chunked-prefill-size", "64")
@@ -41,7 +41,7 @@ def test_an_embedding_is_transformers_last_hidden_state(model: Path, media: Medi
 
 
 def test_it_is_no_generating_model(model: Path) -> None:
-    """Else the test before this one would be one of generation."""
+    """Without this the test before might test a generating model."""
     from sglang.srt.arg_groups.overrides import model_config_of
     from sglang.srt.server_args import ServerArgs
 

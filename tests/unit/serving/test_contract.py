@@ -1,7 +1,7 @@
-"""What this package stands on in SGLang, checked against the installed one, in words.
+"""What this package relies on in SGLang, checked against the installed version. A failure names the fault in words.
 
-A new SGLang is to fail here first. Each row says what it is, and which file of ours stands on it; to stand on
-something new, add a row. That the things also behave is the matter of the other tests.
+A new SGLang version should fail here first. A failing row names what is missing and which files of ours rely on it.
+If a file relies on something new, add a row. Other tests check how these things behave.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ CALLABLES += [
 ]
 
 ATTRIBUTES: list[tuple[str, type]] = [
-    # (a module's attribute, its type)
+    # (attribute of a module, its type)
     (f"{ATTENTION}.attention_registry.ATTENTION_BACKENDS", dict),
     (f"{ARGS}.choices.ATTENTION_BACKEND_CHOICES", list),
     (f"{ARGS}.choices.DRAFT_ATTENTION_BACKEND_CHOICES", list),
@@ -164,7 +164,7 @@ ATTRIBUTES: list[tuple[str, type]] = [
 ]
 
 FIELDS: list[tuple[str, tuple[str, ...]]] = [
-    # (a dataclass or msgspec struct, fields that we read)
+    # (dataclass or msgspec struct, fields that we read)
     (
         f"{BATCH}.ForwardBatch",
         (
@@ -239,7 +239,7 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 SET_IN_INIT: list[tuple[str, tuple[str, ...]]] = [
-    # (a class, attributes that its __init__ sets and we read)
+    # (class, attributes that its __init__ sets and we read)
     (
         "sglang.srt.layers.radix_attention.RadixAttention",
         (
@@ -269,7 +269,7 @@ SET_IN_INIT: list[tuple[str, tuple[str, ...]]] = [
 
 
 def users_of(path: str) -> str:
-    """The files of ours that name the last part of a dotted path."""
+    """Our files that contain the last part of a dotted path."""
     name = path.rsplit(".", 1)[1]
     files = sorted(ROOT.glob("sglang_mminfer/**/*.py"))
     return ", ".join(str(file.relative_to(ROOT)) for file in files if re.search(rf"\b{name}\b", file.read_text()))
@@ -352,8 +352,8 @@ def test_add_cli_args_is_static_and_from_cli_args_a_classmethod() -> None:
 
 
 def test_resolution_runs_the_steps_in_the_order_we_need() -> None:
-    """Defaults of the CPU come before the device is picked; refusals after CUDA graphs are known and before
-    the checks by backend name."""
+    """CPU defaults come before the device is picked; refusals come after the CUDA graphs are known and before SGLang's
+    checks by backend name."""
     from sglang.srt.arg_groups import pipeline
 
     source = inspect.getsource(pipeline.run_resolution_pipeline)
@@ -385,7 +385,7 @@ def test_the_platform_is_an_srt_platform() -> None:
 
 
 def test_mm_items_are_cleared_before_the_first_layer() -> None:
-    """backend.py builds its maps with the metadata, because of this."""
+    """This is why backend.py builds its maps with the metadata."""
     from sglang.srt.managers import mm_utils
 
     assert "forward_batch.mm_inputs = None" in inspect.getsource(mm_utils), (
@@ -394,14 +394,14 @@ def test_mm_items_are_cleared_before_the_first_layer() -> None:
 
 
 def test_every_publication_of_arguments_resolves_them() -> None:
-    """asked.py counts on it: the arguments that a process resolves last are those that it works for."""
+    """asked.py relies on it: a process works with the arguments that it resolved last."""
     from sglang.srt import runtime_context
 
     assert "server_args.resolve_once()" in inspect.getsource(runtime_context._configure_context)
 
 
 def test_sglang_forgets_configs() -> None:
-    """asked.py has it do so where the next server of a process reads a checkpoint otherwise."""
+    """asked.py clears this cache if the next server of a process reads checkpoints in another way."""
     from sglang.srt.utils.hf_transformers.config import get_config
 
     assert callable(get_config.cache_clear)

@@ -1,7 +1,8 @@
-"""Media that SGLang's embedding cache refuses: encoded again for every chunk, noticed, said once, counted, ended by
-the value that is said.
+"""Media that SGLang's embedding cache refuses, so that each chunk encodes them again.
 
-SGLang's own functions, cache and items; chunk after chunk as a scheduler asks for them. The encoder is a linear layer.
+The watch counts that, and warns once with a cache size that ends it.
+
+Functions, cache and items are SGLang's; chunks follow one another as in a scheduler. The encoder is a linear layer.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from sglang_mminfer.serving import encoder_watch
 
 load_plugins()
 
-HIDDEN = 2048  # 8 KB a token in fp32
+HIDDEN = 2048  # 8 KB for each token in fp32
 SECONDS = 0.02
 
 
 class Encoder:
-    """A vision tower that counts what it is given."""
+    """A vision tower that records the items it gets."""
 
     def __init__(self) -> None:
         self.layer = torch.nn.Linear(4, HIDDEN)
@@ -42,7 +43,7 @@ class Encoder:
 
 
 def video(*spans: tuple[int, int], seed: int = 0) -> MultimodalDataItem:
-    """Of tokens [start, stop) each."""
+    """A video with a span of tokens [start, stop) for each of `spans`."""
     tokens = sum(stop - start for start, stop in spans)
     feature = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(seed))
     item = MultimodalDataItem(
@@ -53,7 +54,7 @@ def video(*spans: tuple[int, int], seed: int = 0) -> MultimodalDataItem:
 
 
 def embed(encoder: Encoder, items: list[MultimodalDataItem], prefix: int, length: int) -> torch.Tensor | None:
-    """What SGLang embeds for one chunk of one request."""
+    """SGLang's embeddings for one chunk of one request."""
     ids = torch.zeros(prefix + length, dtype=torch.long)
     for item in items:
         for start, last in item.offsets or []:
@@ -72,7 +73,7 @@ def embed(encoder: Encoder, items: list[MultimodalDataItem], prefix: int, length
 
 
 def prompt(encoder: Encoder, items: list[MultimodalDataItem], tokens: int, chunk: int) -> None:
-    """All chunks of a prompt; what they embed is the right thing each time."""
+    """Embeds all chunks of a prompt, and asserts that the embeddings are right."""
     parts = [embed(encoder, items, start, min(chunk, tokens - start)) for start in range(0, tokens, chunk)]
     whole = torch.cat([part for part in parts if part is not None])
     assert torch.allclose(whole, encoder.layer(torch.cat([item.feature for item in items])), atol=1e-6)
@@ -100,7 +101,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 SHAPES = {
     "one_video": [[(10, 910)]],
     "two_videos": [[(10, 910)], [(950, 1550)]],
-    "frames_apart": [[(10, 310), (320, 620), (630, 930)], [(950, 1550)]],  # SGLang keeps all of it in one entry
+    "frames_apart": [[(10, 310), (320, 620), (630, 930)], [(950, 1550)]],  # SGLang keeps both videos in one entry
 }
 
 
@@ -114,7 +115,7 @@ def test_a_refused_video_is_said_once_and_counted_and_the_value_ends_it(
     prompt(encoder, items, tokens=1600, chunk=200)
     repeats = len(encoder.seen) - len(items)
     again = watch.take()
-    # A single entry is counted once for all its items.
+    # An entry counts once, however many items it has.
     assert again.times == (repeats // 2 if shape == "frames_apart" else repeats) > 3
     assert again.milliseconds >= 0.99 * again.times * 1e3 * SECONDS / len(items)
     assert watch.take() == encoder_watch.EncodedAgain()
@@ -145,16 +146,16 @@ def test_a_refused_video_is_said_once_and_counted_and_the_value_ends_it(
 def test_nothing_is_said_where_nothing_is_encoded_again(
     chunk: int, watch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One chunk and no cache; chunks and a cache that is large enough."""
+    """A single chunk without a cache, and several chunks with a large enough cache."""
     cache_of(0 if chunk == 1600 else 16, monkeypatch)
     encoder = Encoder()
-    for seed in (0, 1, 0):  # the last one is a video that was refused before, in a conversation of its own
+    for seed in (0, 1, 0):  # the last video was refused before, in another conversation
         prompt(encoder, [video((10, 910), seed=seed)], tokens=1600, chunk=chunk)
     assert watch.take() == encoder_watch.EncodedAgain() and not said(caplog)
 
 
 def test_the_method_that_sglang_asks_for_its_owner_is_still_one(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang leaves the upload of features to some encoders, which it knows by class and method."""
+    """Some encoders move features to the GPU themselves; SGLang knows them by class and method."""
     cache_of(0, monkeypatch)
     encoder, seen = Encoder(), []
     real = mm_schedule._can_skip_pre_embed_feature_move
@@ -186,7 +187,7 @@ def test_a_defect_of_the_watch_costs_no_request(
 
 
 class Event:
-    """What a GPU's event is asked: work that is done when somebody says so."""
+    """A GPU event whose work is done when `done` is set."""
 
     done = False
 
@@ -208,7 +209,7 @@ def test_time_on_a_gpu_is_not_waited_for() -> None:
 
 
 def test_the_trace_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend's own watch, between the metadata and the layers of each chunk."""
+    """The backend's own watch; embeddings are made between the metadata and the layers of each chunk."""
     monkeypatch.setattr(encoder_watch, "watch", None)
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
     cache_of(0, monkeypatch)

@@ -1,4 +1,4 @@
-"""What a server on a GPU asks of its executor before it takes a request, asked here of those that run here."""
+"""The check that a server on a GPU runs before its first request, on the executors that run on this machine."""
 
 from types import SimpleNamespace
 
@@ -43,7 +43,7 @@ def test_wrong_executors_are_found_out(run):
 
 
 def test_an_executor_that_does_not_run_leaves_the_server_dense_and_says_so(caplog):
-    """As on a GPU whose compiler, driver or card is at odds with the kernel: here there is no card at all."""
+    """As on a GPU whose compiler or driver rejects the kernel; here there is no GPU at all."""
     assert not torch.cuda.is_available() or pytest.skip("there is a GPU, on which it runs")
     runner = SimpleNamespace(
         model_config=SimpleNamespace(num_attention_heads=4, get_num_kv_heads=lambda ranks: 2, head_dim=16),
