@@ -1,4 +1,4 @@
-"""The cases that `tile_attention` measures, most important first: shapes, patterns at usual densities, conversations."""
+"""The cases of `tile_attention`, most important first: shapes, patterns at usual densities, conversations."""
 
 from __future__ import annotations
 

@@ -31,11 +31,9 @@ def throughput() -> float:
     inputs = make_inputs(SMALL.rows, SMALL.tokens, heads, cases.HEAD_DIM, torch.bfloat16, "cuda", SMALL.slots)
     chunk = RequestChunk(cases.conversation(SMALL), SMALL.tokens - SMALL.rows, SMALL.tokens, 0, inputs.slots)
     plan = BatchPlanner([chunk], SMALL.rows).plan([cases.PATTERNS[SMALL.pattern]] * heads[0])
-    launch_kernel = lambda: launch.run(
-        inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse
-    )  # noqa: E731
+    work = lambda: launch.run(inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse)  # noqa: E731
     flop = measure.visited_pairs(plan) * 4 * cases.HEAD_DIM * heads[0]
-    return flop / measure.timed(launch_kernel, "cuda").ms / 1e9
+    return flop / measure.timed(work, "cuda").ms / 1e9
 
 
 def main() -> int:

@@ -54,10 +54,8 @@ class Bench:
         inputs = self._inputs_of(case)
         planned = _Planned(case, inputs)
         plan = planned.make()
-        launch_kernel = lambda: launch.run(
-            inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse
-        )  # noqa: E731
-        sparse = measure.timed(launch_kernel, self.device)
+        work = lambda: launch.run(inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse)  # noqa: E731
+        sparse = measure.timed(work, self.device)
         if not bool(torch.isfinite(inputs.out).all()):
             raise ArithmeticError("the output holds values that are not finite")
         figures = {**_work(case, plan, sparse.ms), **_index(case, plan, inputs)}

@@ -79,8 +79,8 @@ def _timed(inputs: Inputs, chosen: Configuration, block_k: int, device: str) -> 
     try:
         for pattern in TUNED_ON:
             plan = BatchPlanner([chunk], rows, block_k=block_k).plan([PATTERNS[pattern]] * heads)
-            arguments = (inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse)
-            timing = measure.timed(lambda arguments=arguments: launch.run(*arguments, chosen=chosen), device)  # type: ignore[misc]
+            args = (inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse)
+            timing = measure.timed(lambda args=args: launch.run(*args, chosen=chosen), device)  # type: ignore[misc]
             plan_flop = measure.visited_pairs(plan) * 4 * head_dim * heads
             by_pattern[pattern] = float(f"{plan_flop / timing.ms / 1e9:.5g}")
             flop, ms = flop + plan_flop, ms + timing.ms
