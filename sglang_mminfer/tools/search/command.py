@@ -71,7 +71,7 @@ def _share(text: str) -> float:
 
 
 def _gib(text: str) -> int:
-    """Bytes."""
+    """A number of GiB, in bytes."""
     try:
         value = float(text)
     except ValueError:
@@ -82,10 +82,10 @@ def _gib(text: str) -> int:
 
 
 def _boundaries(text: str) -> tuple[str, ...]:
-    given = text.split(",")
-    if unknown := [name for name in given if name not in BOUNDARIES]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in BOUNDARIES]:
         raise argparse.ArgumentTypeError(f"expected some of {','.join(BOUNDARIES)}, got {unknown[0]!r}")
-    return tuple(name for name in BOUNDARIES if name in given)
+    return tuple(name for name in BOUNDARIES if name in names)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -125,9 +125,11 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
     if not calibrations:
         raise SearchError("expected at least one --video or --conversation to calibrate on")
     held_out = options.held_out
-    apart = None
+    held_out_calibration = None
     if held_out is not None:
-        apart = Calibration.of_file(held_out) if held_out.suffix == ".json" else Calibration.of_video(held_out)
+        held_out_calibration = (
+            Calibration.of_file(held_out) if held_out.suffix == ".json" else Calibration.of_video(held_out)
+        )
     times = read_times(options.tile_times) if options.tile_times else None
     try:
         model = fingerprint_of(AutoConfig.from_pretrained(options.model_path))
@@ -149,7 +151,7 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
                 Prober(server, work, model.layers, status.update, options.max_memory),
                 model,
                 calibrations,
-                apart,
+                held_out_calibration,
                 density=None if options.error is not None else options.density or DENSITY,
                 error=options.error,
                 boundaries=options.boundaries,
