@@ -69,19 +69,19 @@ def unpack_lanes(words: torch.Tensor, block_k: int) -> torch.Tensor:
 class BlockPlan:
     """One pass: T query tiles of R rows in all, and nnz visits, which are (query tile, key tile) pairs. All int32.
 
-    q_rows:        [R] the row of q and out.
-    q_stop:        [R] exclusive bound on the key positions that the row may see in this pass.
-    q_indptr:      [T + 1] the rows of tile t are q_rows[q_indptr[t] : q_indptr[t + 1]], at most block_q of them.
-    q_heads:       [T] index into `head_groups`: the query heads that run this tile.
-    block_indptr:  [T + 1] the visits of tile t are block_indices[block_indptr[t] : block_indptr[t + 1]].
-    block_indices: [at least nnz] key tiles of `keys`: full, partial, gathered, each part ascending. Only the device
-                   knows nnz of an estimated pattern, so its array has room to spare.
-    num_full:      [T] how many visits of a tile are full: the first ones.
-    num_picked:    [T] how many visits of a tile are gathered: the last ones.
-    hidden_lanes:  [at least all gathered, words] the excluded lanes, packed by `pack_lanes`: a row for each gathered
-                   key tile in the order of the visits.
-    num_work:      how many (query tile, head) pairs there are; None where only the device knows.
-    derived:       what executors have made of the plan and keep with it, by keys of their own.
+    q_rows:         [R] the row of q and out.
+    q_stop:         [R] exclusive bound on the key positions that the row may see in this pass.
+    q_indptr:       [T + 1] the rows of tile t are q_rows[q_indptr[t] : q_indptr[t + 1]], at most block_q of them.
+    q_heads:        [T] index into `head_groups`: the query heads that run this tile.
+    block_indptr:   [T + 1] the visits of tile t are block_indices[block_indptr[t] : block_indptr[t + 1]].
+    block_indices:  [at least nnz] key tiles of `keys`: full, partial, gathered, each part ascending. Only the device
+                    knows nnz of an estimated pattern, so its array has room to spare.
+    num_full:       [T] how many visits of a tile are full: the first ones.
+    num_picked:     [T] how many visits of a tile are gathered: the last ones.
+    hidden_lanes:   [at least all gathered, words] the excluded lanes, packed by `pack_lanes`: a row for each gathered
+                    key tile in the order of the visits.
+    num_work:       how many (query tile, head) pairs there are; None where only the device knows.
+    derived:        what executors have made of the plan and keep with it, by keys of their own.
     """
 
     keys: KeyTable
