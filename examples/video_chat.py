@@ -101,11 +101,15 @@ def ask(client: openai.OpenAI, model: str, messages: list[Any], max_tokens: int)
     return answer
 
 
-def turns(given: Sequence[tuple[str, str]]) -> Iterator[list[dict[str, Any]]]:
-    """The content of each user message, media before the question, from the command line or else from the keyboard."""
+def turns(command_line: Sequence[tuple[str, str]]) -> Iterator[list[dict[str, Any]]]:
+    """The content of each user message, media before the question, from the command line or else from the keyboard.
+
+    Args:
+        command_line: (option, value) pairs in their order.
+    """
     pending: list[dict[str, Any]] = []
     asked = False
-    for kind, value in given:
+    for kind, value in command_line:
         if kind != "question":
             pending.append(media_part(kind, value))
             continue

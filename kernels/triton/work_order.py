@@ -36,7 +36,7 @@ def _ordered(plan: BlockPlan, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     begin = shared_by.cumsum(0) - shared_by
     head = heads[(group_start[group_of_tile[tile]] + torch.arange(num_work, device=device) - begin[tile])].long()
     blocks = plan.block_indptr.diff()[tile]
-    length_class = torch.frexp(blocks.float()).exponent  # of the power of two above the length
+    length_class = torch.frexp(blocks.float()).exponent  # blocks < 2 ** length_class
     num_heads = max((head for heads in plan.head_groups for head in heads), default=0) + 1
     key = ((32 - length_class).long() * num_heads + head // group) * plan.num_tiles + tile
     order = (key * num_heads + head).argsort()

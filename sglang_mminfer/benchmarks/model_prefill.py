@@ -231,10 +231,10 @@ class Stopwatch:
         self._stretches: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def __call__(self, where: str, name: str) -> Iterator[None]:
+    def __call__(self, suffix: str, name: str) -> Iterator[None]:
         begin = self._now()
         yield
-        self._stretches.append((name + where, begin, self._now()))
+        self._stretches.append((name + suffix, begin, self._now()))
 
     def _now(self) -> Any:
         if self._device == "cpu":

@@ -104,26 +104,26 @@ def _ask(server: Server, trace: Path, video: Path) -> dict[str, Any]:
 
 
 def _sum(records: list[PrefillRecord], prompt_tokens: int, ttft_ms: float) -> dict[str, Any]:
-    ours = [r for r in records if not r.rid.startswith("HEALTH_CHECK")]
-    if ours:
-        computed = sum(r.chunk_len for r in ours)
+    prompt_records = [r for r in records if not r.rid.startswith("HEALTH_CHECK")]
+    if prompt_records:
+        computed = sum(r.chunk_len for r in prompt_records)
         if computed != prompt_tokens:
             raise RuntimeError(f"expected a prefill of {prompt_tokens} tokens in the trace, got {computed}")
-    causal = [(r.prefix_len + 1 + r.seq_len) * r.chunk_len / 2 for r in ours]
-    dense = [1.0 if r.density is None else r.density for r in ours]
+    causal = [(r.prefix_len + 1 + r.seq_len) * r.chunk_len / 2 for r in prompt_records]
+    dense = [1.0 if r.density is None else r.density for r in prompt_records]
     return {
         "prompt_tokens": prompt_tokens,
-        "attn_ms": sum(r.attn_ms for r in ours) if ours else None,
-        "plan_ms": sum(r.plan_ms for r in ours) if ours else None,
-        "forward_ms": sum(r.forward_ms for r in ours) if ours else None,
+        "attn_ms": sum(r.attn_ms for r in prompt_records) if prompt_records else None,
+        "plan_ms": sum(r.plan_ms for r in prompt_records) if prompt_records else None,
+        "forward_ms": sum(r.forward_ms for r in prompt_records) if prompt_records else None,
         "ttft_ms": ttft_ms,
-        "density": sum(d * c for d, c in zip(dense, causal)) / sum(causal) if ours else None,
+        "density": sum(d * c for d, c in zip(dense, causal)) / sum(causal) if prompt_records else None,
     }
 
 
 def _median(values: Iterable[Any]) -> Any:
-    known = [value for value in values if value is not None]
-    return round(median(known), 4) if known else None
+    measured = [value for value in values if value is not None]
+    return round(median(measured), 4) if measured else None
 
 
 def _line(figure: dict[str, Any]) -> str:

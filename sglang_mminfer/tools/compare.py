@@ -138,13 +138,13 @@ class Comparison:
                 continue
             self.result["configs"][entry.name] = self._measure(entry)
             write_json(self.file, self.result)
-        shown = {entry.name: self.result["configs"][entry.name] for entry in self.entries}
-        rows = table_of(shown, self.settings)
+        results = {entry.name: self.result["configs"][entry.name] for entry in self.entries}
+        rows = table_of(results, self.settings)
         (self.out / "compare.md").write_text(markdown(rows))
         self.console.print(rich_table(rows))
         grids = {
             name: niah.cells([Answer(**answer) for answer in figures["answers"]], self.settings)
-            for name, figures in shown.items()
+            for name, figures in results.items()
         }
         picture = draw(grids, self.settings, self.out / "compare.png")
         self.console.print(f"written: {self.file}, {self.out / 'compare.md'}, {picture}", highlight=False)

@@ -302,8 +302,8 @@ def from_trace(options: argparse.Namespace) -> Path:
         by_rid.setdefault(record.rid, []).append(record)
     chosen = by_rid if options.rid is None else {k: v for k, v in by_rid.items() if k == options.rid}
     if not chosen:
-        known = ", ".join(list(by_rid)[-5:]) or "none"
-        raise InspectError(f"--trace {options.trace}: no request {options.rid or ''}; the last ones are: {known}")
+        last_rids = ", ".join(list(by_rid)[-5:]) or "none"
+        raise InspectError(f"--trace {options.trace}: no request {options.rid or ''}; the last ones are: {last_rids}")
     options.out.mkdir(parents=True, exist_ok=True)
     page = Page(f"mminfer inspect: {len(chosen)} requests of a trace")
     page.heading("Requests")

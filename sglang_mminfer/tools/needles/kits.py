@@ -49,7 +49,7 @@ def _card_raster(part: Part) -> tuple[int, int, int]:
 GLYPHS = Kit(
     "glyphs",
     _glyph_messages,
-    lambda expected, said: said.strip() == expected,
+    lambda expected, answer: answer.strip() == expected,
     _glyph_raster,
     media_files.MM_PROCESS_CONFIG,
     2,

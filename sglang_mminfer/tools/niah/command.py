@@ -242,11 +242,11 @@ def target_of(url: str, model: str | None, timeout: float) -> Target:
     return Target(urlsplit(base).netloc, client, model or listed[0])
 
 
-def unique(label: str, taken: dict[str, Any]) -> str:
-    """`label`, with a number behind it if `taken` has it already."""
+def unique(label: str, labels: dict[str, Any]) -> str:
+    """`label`, with a number behind it if `labels` has it already."""
     number = 2
     name = label
-    while name in taken:
+    while name in labels:
         name, number = f"{label} ({number})", number + 1
     return name
 

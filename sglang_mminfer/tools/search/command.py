@@ -95,16 +95,16 @@ def run(options: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     try:
-        found = _search(options, console)
+        result = _search(options, console)
     except SearchError as error:
         console.print(f"[red]mminfer search:[/red] {error}")
         return 1
-    options.out.write_text(found.config.to_json())
+    options.out.write_text(result.config.to_json())
     report = options.out.with_suffix(".html")
     from sglang_mminfer.tools.search.report import page
 
-    report.write_text(page(found))
-    _print(found)
+    report.write_text(page(result))
+    _print(result)
     print(f"Head config: {options.out}   report: {report}")
     return 0
 
@@ -165,13 +165,13 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
             server.stop()
 
 
-def _print(found: Found) -> None:
+def _print(result: Found) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
     from sglang_mminfer.tools.search.report import rows_of
 
-    for scores, title in ((found.calibration, "calibration"), (found.held_out, "held-out")):
+    for scores, title in ((result.calibration, "calibration"), (result.held_out, "held-out")):
         if scores is None:
             continue
         table = RichTable(title=f"On the {title} input")
@@ -180,6 +180,6 @@ def _print(found: Found) -> None:
         for name, density, error, ms in rows_of(scores):
             table.add_row(name, f"{density:.1%}", f"{error:.4f}", f"{ms:,.0f}")
         Console(file=sys.stdout).print(table)
-    print(found.cost_words)
-    for doubt in found.doubts:
+    print(result.cost_words)
+    for doubt in result.doubts:
         print(f"Mind: {doubt}")

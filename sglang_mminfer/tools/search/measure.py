@@ -132,7 +132,7 @@ class LayerProbe:
 def visits_by_modality(plan: PrefillPlan, modality_of_row: torch.Tensor) -> torch.Tensor:
     """`Measured.visits` of a plan: float64 [heads, modalities, kinds], on the host. modality_of_row: int64 [rows]."""
     device = modality_of_row.device
-    total = torch.zeros(plan.num_heads, len(MODALITIES), 3, dtype=torch.float64, device=device)
+    visits = torch.zeros(plan.num_heads, len(MODALITIES), 3, dtype=torch.float64, device=device)
     for block_plan in plan.passes:
         rows = block_plan.q_indptr.diff().long()
         tile = torch.repeat_interleave(torch.arange(block_plan.num_tiles, device=device), rows)
@@ -140,11 +140,11 @@ def visits_by_modality(plan: PrefillPlan, modality_of_row: torch.Tensor) -> torc
         share.index_put_((tile, modality_of_row[block_plan.q_rows.long()]), 1 / rows[tile].double(), accumulate=True)
         all_visits, full, picked = block_plan.block_indptr.diff(), block_plan.num_full, block_plan.num_picked
         kinds = torch.stack([full, all_visits - full - picked, picked], dim=1).double()  # FULL, PARTIAL, PICKED
-        of_group = total.new_zeros(len(block_plan.head_groups), len(MODALITIES), 3)
+        of_group = visits.new_zeros(len(block_plan.head_groups), len(MODALITIES), 3)
         of_group.index_add_(0, block_plan.q_heads.long(), share[:, :, None] * kinds[:, None])
         for group, heads in enumerate(block_plan.head_groups):
-            total[list(heads)] += of_group[group]
-    return total.cpu()
+            visits[list(heads)] += of_group[group]
+    return visits.cpu()
 
 
 def row_strata(modality_map: ModalityMap, start: int, stop: int) -> torch.Tensor:
