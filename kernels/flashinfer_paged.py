@@ -318,7 +318,7 @@ def _shared_and_masked(plan: BlockPlan) -> tuple[_TileLists, _TileLists]:
 
     by_some = by_any & ~by_all
     tile_of_key = lane_tile[by_some]
-    # With the keys of a tile sorted by position, a row sees the first ones, and as many as the place at which the
+    # With the keys of a tile sorted by position, a row sees the first keys. Their number is the index at which the
     # row's bound would be inserted.
     in_order, order = (tile_of_key * PAD_POSITION + position[by_some]).sort()
     key_indptr = _indptr(tile_of_key, plan.num_tiles)

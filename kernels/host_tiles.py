@@ -253,7 +253,8 @@ class TileBatch:
             lowest_stop, highest_stop = self.q_stop.aminmax()
             seen_by_all, seen_by_some = bounds[0] < lowest_stop, bounds[0] < highest_stop
             nearest = bounds[0].masked_fill(~seen_by_all, -1).max()
-            seen_by_all &= bounds[0] != nearest  # the nearest stays masked: no empty rows there
+            # The nearest of the keys that all rows see stays masked, so that the masked part has no empty row.
+            seen_by_all &= bounds[0] != nearest
             seen_by_some &= ~seen_by_all
             bounds = bounds[:, seen_by_some]
             keys = torch.cat([keys[:, :num_unmasked], masked[:, seen_by_all], masked[:, seen_by_some]], dim=1)

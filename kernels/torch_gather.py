@@ -179,7 +179,8 @@ def _attend(
     scores = torch.matmul(q.float() * (sm_scale * LOG2_E), k.float().transpose(-1, -2))
     if mask is not None:
         scores = scores + mask
-    row_max = scores.amax(dim=-1, keepdim=True).clamp_min(-1e30)  # finite: no NaN if empty
+    # The maximum stays finite, so that an empty row gives no NaN.
+    row_max = scores.amax(dim=-1, keepdim=True).clamp_min(-1e30)
     weights = torch.exp2(scores - row_max)
     row_sum = weights.sum(dim=-1, keepdim=True)
     o = torch.matmul(weights.to(v.dtype), v).float() / row_sum
