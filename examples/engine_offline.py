@@ -2,8 +2,8 @@
 
     python engine_offline.py --model-path Qwen/Qwen2.5-VL-7B-Instruct --video film.mp4 --image poster.png
 
-Without --model-path a tiny model with random weights is made, and moving shapes for it to look at, so that the program
-runs anywhere; its answer is nonsense, but what is printed about the prefill is real.
+Without --model-path the program makes a tiny model with random weights and a video of moving shapes, so that it runs
+anywhere. The answer is nonsense then, but the figures of the prefill are real.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = getattr(options, kind)
         if source and "://" not in source and not Path(source).is_file():
             parser.error(f"--{kind}: {source}: no such file")
-    # `default` leaves the first 4,608 tokens dense: a short clip for a tiny model would show nothing.
+    # `default` runs the first 4,608 tokens densely, so it would show nothing for the tiny model's short video.
     head_config = options.head_config or ("default" if options.model_path else "test_grid_frame")
     try:
         HeadConfig.load(head_config)
@@ -61,14 +61,13 @@ def run(options: argparse.Namespace, head_config: str, folder: Path) -> int:
     )
 
     trace = folder / "trace.jsonl"
-    os.environ[settings.TRACE.variable] = str(
-        trace
-    )  # before the engine: its scheduler is another process and inherits this
+    # Before the engine starts: its scheduler is another process, which inherits this.
+    os.environ[settings.TRACE.variable] = str(trace)
     engine = sglang.Engine(
         model_path=model,
         attention_backend="mminfer",
-        device=None if torch.cuda.is_available() else "cpu",  # SGLang takes a GPU by itself, a CPU only if asked to
-        # How a head config is named where there is no command line. SGLANG_MMINFER_CONFIG does the same.
+        device=None if torch.cuda.is_available() else "cpu",  # SGLang takes a CPU only if it is told to
+        # This names the head config where there is no command line. SGLANG_MMINFER_CONFIG does the same.
         json_model_override_args=json.dumps({"mminfer_config": head_config}),
         chunked_prefill_size=2048,
         log_level="error",
@@ -97,6 +96,6 @@ def run(options: argparse.Namespace, head_config: str, folder: Path) -> int:
     return 0
 
 
-# SGLang starts its scheduler with `spawn`, which imports this file again: without the guard it would never end.
+# SGLang starts its scheduler with `spawn`, which imports this file again. Without the guard this would never end.
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""How an executor on the host walks a plan: tiles of one shape stacked, and runs of plain causal attention found."""
+"""How an executor on the host walks a plan: in stacks of tiles of one shape, and in runs of plain causal attention."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 from .block_plan import PAD_POSITION, BlockPlan, unpack_lanes
 
-MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of a head in a stack of tiles: small enough to share out to threads
-MAX_MASKED_KEYS = 4096  # a tile with more keys that only some of its rows see is cut into strips of rows
+MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of one head in a stack of tiles: few, so that every thread gets stacks
+MAX_MASKED_KEYS = 4096  # a tile with more masked keys is cut into strips of rows
 ROWS_OF_A_STRIP = 32
 
 
 def host_tiles(plan: BlockPlan) -> HostTiles:
-    """The tiles of a plan, made once for all layers that run it."""
+    """The tiles of a pass, made once for all layers that run it."""
     if ("host_tiles",) not in plan.derived:
         plan.derived["host_tiles",] = HostTiles(plan)
     return plan.derived["host_tiles",]
@@ -31,24 +31,24 @@ class HostTiles:
 
     @cached_property
     def batches(self) -> list[TileBatch]:
-        """All tiles, those of one shape stacked, for executors that walk them on the host. Made once."""
+        """All tiles of the pass, in stacks of one shape."""
         return self._stacked(range(self.plan.num_tiles))
 
     @cached_property
     def scattered(self) -> list[TileBatch]:
-        """The tiles that are in none of the `causal_runs`."""
+        """The tiles that belong to none of the `causal_runs`, in stacks of one shape."""
         in_runs = {t for run in self.causal_runs for t in run.tiles}
         return self._stacked(t for t in range(self.plan.num_tiles) if t not in in_runs) if in_runs else self.batches
 
     @cached_property
     def causal_runs(self) -> list[CausalRun]:
-        """Tiles one after the other that together are plain causal attention: two of them or more."""
+        """Runs of at least two successive tiles that together are plain causal attention."""
         runs: list[CausalRun] = []
         q_indptr, heads = self.plan.q_indptr.tolist(), self.plan.q_heads.tolist()
         first_key, stop, first_row, last_row = self._causal_tiles().tolist()
 
         def follows(t: int) -> bool:
-            """Tile t goes on where tile t - 1 ended."""
+            """Whether tile t continues the run of tile t - 1."""
             return (
                 (heads[t], first_key[t]) == (heads[t - 1], first_key[t - 1])
                 and stop[t] == stop[t - 1] + q_indptr[t + 1] - q_indptr[t]
@@ -70,10 +70,10 @@ class HostTiles:
         return runs
 
     def _causal_tiles(self) -> torch.Tensor:
-        """int64 [4, T]: first key lane, bound of the last row, first and last row of q.
+        """int64 [4, T]: for each tile its first key lane, the bound of its last row, its first and its last row of q.
 
-        The first key lane is -1 where the tile is not plain causal attention: rows and their bounds follow each
-        other, and the keys are those of positions 0 to the last bound, side by side in the table.
+        A tile is plain causal attention if its rows and their bounds ascend by 1, and its keys are those of the
+        positions from 0 to the last bound, side by side in the key table. Other tiles have -1 as first key lane.
         """
         indptr, block_indptr = self.plan.q_indptr.long(), self.plan.block_indptr.long()
         first, last, blocks = indptr[:-1], indptr[1:] - 1, block_indptr.diff()
@@ -86,11 +86,12 @@ class HostTiles:
             return torch.full((4, self.plan.num_tiles), -1, device=blocks.device)
 
         def free_of(bad: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-            """Nothing of bad[start:end] is set."""
+            """Whether no element of bad[start:end] is True."""
             count = torch.cat([bad.new_zeros(1, dtype=torch.int64), bad.cumsum(0)])
             return count[end.clamp(0, len(bad))] == count[start.clamp(0, len(bad))]
 
         def jumps(values: torch.Tensor) -> torch.Tensor:
+            """Whether a value is not its predecessor plus 1."""
             return torch.cat([values.new_zeros(1, dtype=torch.bool), values.diff() != 1])
 
         start, end = lowest * self.plan.block_k, (lowest + blocks) * self.plan.block_k
@@ -128,14 +129,17 @@ class HostTiles:
                 continue
             size = max(1, MAX_BATCHED_PAIRS // (rows * blocks * self.plan.block_k))
             for i in range(0, len(members), size):
-                some = members[i : i + size]
-                batches.append(TileBatch(self.plan, some, self.plan.head_groups[heads], rows, blocks, full, picked))
+                stack = members[i : i + size]
+                batches.append(TileBatch(self.plan, stack, self.plan.head_groups[heads], rows, blocks, full, picked))
         return sorted(batches, key=TileBatch.pairs, reverse=True)  # longest first, so that threads end together
 
 
 @dataclass
 class CausalRun:
-    """Rows q[q_rows] over the keys `kv_slots` [n] of positions 0 to n - 1: causal, aligned at the last row."""
+    """Causal attention of the rows q[q_rows] over the keys of positions 0 to n - 1, aligned at the last row.
+
+    kv_slots: int64 [n], rows of the cache.
+    """
 
     tiles: range
     heads: tuple[int, ...]
@@ -144,11 +148,12 @@ class CausalRun:
 
     @cached_property
     def kv_slice(self) -> slice | None:
+        """`kv_slots` as a slice of the cache, if the keys lie side by side in it."""
         return slice_of(self.kv_slots)
 
 
 def slice_of(slots: torch.Tensor) -> slice | None:
-    """The slice of the cache that `slots` [n] are, if they lie side by side in it."""
+    """`slots` [n] as a slice of the cache, if they lie side by side in it."""
     first, last = int(slots[0]), int(slots[-1])
     side_by_side = last - first == len(slots) - 1 and bool((slots.diff() == 1).all())
     return slice(first, last + 1) if side_by_side else None
@@ -156,11 +161,11 @@ def slice_of(slots: torch.Tensor) -> slice | None:
 
 @dataclass
 class TileBatch:
-    """B tiles of one shape as a host executor wants them: rows, visited keys, and the mask of the last of these.
+    """B tiles of one shape, as a host executor wants them: their rows, their keys, and the mask of the last keys.
 
-    Each has m `rows`, which are those of its tile after the first `skip`, visits n = blocks * block_k keys, and
-    of its key tiles the first `full` are visible to all rows and the last `picked` have hidden lanes. The
-    tensors are made when first asked for, by whichever thread runs the tiles, and kept for all layers.
+    Each tile has m = `rows` rows, which follow the first `skip` rows of its query tile, and visits n = `blocks` *
+    block_k keys. All rows see the keys of the first `full` key tiles; the last `picked` key tiles have excluded
+    lanes. The tensors are made on first use, by the thread that runs the tiles, and kept for all layers.
     """
 
     plan: BlockPlan
@@ -173,9 +178,9 @@ class TileBatch:
     skip: int = 0
 
     def forget(self) -> None:
-        """Drop the tensors. They are made again when asked for."""
-        for name, what in vars(type(self)).items():
-            if isinstance(what, cached_property):
+        """Drop the tensors. The next use makes them again."""
+        for name, attribute in vars(type(self)).items():
+            if isinstance(attribute, cached_property):
                 self.__dict__.pop(name, None)
 
     def pairs(self) -> int:
@@ -184,7 +189,7 @@ class TileBatch:
 
     @property
     def num_unmasked(self) -> int:
-        """The first so many keys of a tile are visible to all its rows; of the others `visible` tells."""
+        """How many keys of a tile, the first ones, all rows see. `visible` is about the other, masked keys."""
         return self._keys[3]
 
     @cached_property
@@ -194,15 +199,15 @@ class TileBatch:
 
     @property
     def kv_slots(self) -> torch.Tensor:
-        """int64 [B, n]: rows of the cache. Where B is 1, keys that no row sees are left out.
+        """int64 [B, n]: rows of the cache, in the order of the visits.
 
-        The order is that of the visits, except that where B is 1 the keys that all rows see come first.
+        Where B is 1, keys that no row sees are left out, and the keys that all rows see come first.
         """
         return self._keys[0]
 
     @cached_property
     def kv_slice(self) -> slice | None:
-        """`kv_slots` as a slice of the cache where there is one tile and its keys lie side by side."""
+        """`kv_slots` as a slice of the cache, if there is one tile and its keys lie side by side."""
         return slice_of(self.kv_slots[0]) if len(self.tiles) == 1 and self.kv_slots.shape[1] else None
 
     @property
@@ -212,7 +217,7 @@ class TileBatch:
 
     @cached_property
     def visible(self) -> torch.Tensor:
-        """bool [B, m, n - num_unmasked]"""
+        """bool [B, m, n - num_unmasked]: whether a row sees a masked key."""
         return self._bounds[:, None, :] < self.q_stop[:, :, None]
 
     @cached_property
@@ -222,7 +227,7 @@ class TileBatch:
 
     @property
     def _bounds(self) -> torch.Tensor:
-        """int32 [B, n - num_unmasked]: a row sees the masked key if this lies below its `q_stop`."""
+        """int32 [B, n - num_unmasked]: a row sees a masked key if the key's bound lies below the row's `q_stop`."""
         return self._keys[2]
 
     @cached_property
@@ -242,22 +247,23 @@ class TileBatch:
         bounds = table.kv_pos[masked]
         if self.picked:
             rows = plan.picked_start[self.tiles].long()[:, None] + torch.arange(self.picked, device=first.device)
-            hidden = unpack_lanes(plan.hidden_lanes[rows], plan.block_k).flatten(1)
-            bounds[:, -hidden.shape[1] :].masked_fill_(hidden, PAD_POSITION)
+            excluded = unpack_lanes(plan.hidden_lanes[rows], plan.block_k).flatten(1)
+            bounds[:, -excluded.shape[1] :].masked_fill_(excluded, PAD_POSITION)
         if len(self.tiles) == 1 and bounds.shape[1]:
-            least, most = self.q_stop.aminmax()
-            by_all, by_some = bounds[0] < least, bounds[0] < most
-            nearest = bounds[0].masked_fill(~by_all, -1).max()
-            by_all &= bounds[0] != nearest  # one stays masked, so that no row is empty there
-            by_some &= ~by_all
-            bounds = bounds[:, by_some]
-            keys = torch.cat([keys[:, :num_unmasked], masked[:, by_all], masked[:, by_some]], dim=1)
+            lowest_stop, highest_stop = self.q_stop.aminmax()
+            seen_by_all, seen_by_some = bounds[0] < lowest_stop, bounds[0] < highest_stop
+            nearest = bounds[0].masked_fill(~seen_by_all, -1).max()
+            # The nearest of the keys that all rows see stays masked, so that the masked part has no empty row.
+            seen_by_all &= bounds[0] != nearest
+            seen_by_some &= ~seen_by_all
+            bounds = bounds[:, seen_by_some]
+            keys = torch.cat([keys[:, :num_unmasked], masked[:, seen_by_all], masked[:, seen_by_some]], dim=1)
             num_unmasked = keys.shape[1] - bounds.shape[1]
         return table.kv_slots[keys].long(), table.kv_pos[keys], bounds, num_unmasked
 
     @cached_property
     def empty_rows(self) -> torch.Tensor | None:
-        """bool [B, m], the rows that see none of the masked keys; None where there are none."""
+        """bool [B, m]: the rows that see no masked key. None: there are no such rows."""
         empty = self.count_masked == 0
         return empty if bool(empty.any()) else None
 
@@ -269,5 +275,5 @@ class TileBatch:
     @cached_property
     def additive_mask(self) -> torch.Tensor:
         """float32, shaped like `visible`: 0 where a key is visible, -inf where not."""
-        hidden = self._bounds[:, None, :] >= self.q_stop[:, :, None]
-        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        invisible = self._bounds[:, None, :] >= self.q_stop[:, :, None]
+        return torch.zeros(invisible.shape, device=invisible.device).masked_fill_(invisible, -torch.inf)

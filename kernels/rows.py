@@ -1,4 +1,4 @@
-"""Dense attention of chosen rows over the keys of their request: what audits, pictures and searches compare with."""
+"""Dense attention of chosen rows over the keys of their request. Audits, pictures and searches compare with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 SLAB_SCORES = 1 << 22
-"""Scores [rows, heads, keys] that are held at a time: 16 MB of them, and as much again for their weights."""
+"""How many scores [rows, heads, keys] are held at a time: 16 MB, and as much again for their weights."""
 
 
 def dense_rows(
@@ -19,11 +19,12 @@ def dense_rows(
     sm_scale: float,
     slab_scores: int = SLAB_SCORES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain causal attention of some rows over the paged keys of their request.
+    """Plain causal attention of some rows over the paged keys of their request, a slab of keys at a time.
 
     Args:
-        q: [R, Hq, D], the rows; positions: int64 [R], each sees the keys up to its own position.
-        k_cache, v_cache: [slots, Hkv, D]. slots: int64 [keys], the cache row of every position that is needed.
+        q: [R, Hq, D], the rows. positions: int64 [R]; a row sees the keys up to its own position.
+        k_cache, v_cache: [slots, Hkv, D]. slots: int64 [keys], the cache row of every position from 0 on.
+        sm_scale: factor on q . k.
         slab_scores: how many scores to hold at a time.
 
     Returns:
@@ -36,12 +37,12 @@ def dense_rows(
     bound = positions.repeat(heads // kv_heads)[:, None]
     running_max = packed.new_full((*packed.shape[:2], 1), -torch.inf)
     running_sum, o = torch.zeros_like(running_max), torch.zeros_like(packed)
-    size = max(1, slab_scores // (rows * heads))
-    for first in range(0, len(slots), size):
-        chunk = slots[first : first + size]
-        k, v = (cache[chunk].float().transpose(0, 1) for cache in (k_cache, v_cache))
+    slab_keys = max(1, slab_scores // (rows * heads))
+    for first in range(0, len(slots), slab_keys):
+        slab = slots[first : first + slab_keys]
+        k, v = (cache[slab].float().transpose(0, 1) for cache in (k_cache, v_cache))
         scores = packed @ k.transpose(1, 2)
-        key = torch.arange(first, first + len(chunk), device=slots.device)
+        key = torch.arange(first, first + len(slab), device=slots.device)
         scores.masked_fill_(key > bound, -torch.inf)
         new_max = torch.maximum(running_max, scores.amax(dim=-1, keepdim=True))  # finite: every row sees the first key
         weights = scores.sub_(new_max).exp2_()
@@ -58,8 +59,8 @@ def causal_weights(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, sm
     """Softmax weights of plain causal attention.
 
     Args:
-        q: [..., R, D], rows of heads that share a KV head; k: [keys, D], from position 0 on.
-        positions: int64 [R], each row sees the keys up to its own position. sm_scale: factor on q . k.
+        q: [..., R, D], rows of heads that share a KV head. k: [keys, D], from position 0 on.
+        positions: int64 [R]; a row sees the keys up to its own position. sm_scale: factor on q . k.
 
     Returns:
         float32 [..., R, keys].

@@ -1,4 +1,4 @@
-"""The Triton executor: hands a PrefillPlan to the kernel, one launch for each pass."""
+"""The Triton executor: runs a PrefillPlan with one launch of the kernel for each pass."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def run(
     Args:
         q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D], float16, bfloat16 or float32; the last dimension
         of each has stride 1. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2; both are contiguous and
-        written whole.
+        fully overwritten.
         sm_scale: factor on q . k.
-        chosen: how to compile the kernel. Default: what `configurations.py` has for the card.
+        chosen: how to compile the kernel. Default: what `configurations.py` has for the GPU.
 
     Raises:
-        ValueError: tensors on no GPU (outside the interpreter), or a head dim or tile that does not compile.
+        ValueError: q is not on a GPU (outside Triton's interpreter), or the head dim or the size of the key tiles
+        does not compile.
     """
     if not (q.is_cuda or interpreted()):
         raise ValueError(f"q: the triton executor needs a GPU (or TRITON_INTERPRET=1 to check it), got {q.device}")
@@ -61,7 +62,7 @@ def _launch(
     options: dict[str, int] = {}
     block_m = max(16, triton.next_power_of_2(plan.block_q))
     if interpreted():
-        block_m = max(16, block_m // 2)  # two strips, so that the tests see them
+        block_m = max(16, block_m // 2)  # two strips, so that the tests cover strips
     else:
         major, minor = torch.cuda.get_device_capability(q.device)
         chosen = chosen or configuration(head_dim, 10 * major + minor)

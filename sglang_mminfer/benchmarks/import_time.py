@@ -2,13 +2,14 @@
 
     python -m sglang_mminfer.benchmarks.import_time [--before REVISION] [--runs 15] [--out FILE.json]
 
-Each figure is the processor's time and, behind it, the clock's: on a busy machine only the first can be compared.
+Each figure is processor time, followed by wall-clock time. On a busy machine only processor time can be compared.
 
-`import` is a fresh interpreter up to `import sglang_mminfer.plugin`. `load` is what SGLang does about plugins in each
-of its processes, `load_plugins()`, in one that has imported the detokenizer, which needs none: finding the entry
-points, `register()`, and SGLang's installing of the hooks, for each of which it searches all modules. Each is the
-median of several processes, taking turns with the files of an earlier git revision, if one is named, and of `load`
-also without this plugin.
+`import` is the time of `import sglang_mminfer.plugin` in a fresh interpreter. `load` is the time of SGLang's
+`load_plugins()`, which every SGLang process calls: SGLang finds the entry points, calls `register()`, and searches
+all modules for each hook. It is measured in a process that has imported the detokenizer, which needs no plugin.
+
+Each figure is the median of several processes. With --before, processes with the files of that git revision take
+turns with those of the current one; for `load`, processes without this plugin take turns as well.
 """
 
 from __future__ import annotations
@@ -45,34 +46,42 @@ print(time.process_time() - start, time.perf_counter() - clock)
 
 
 def milliseconds(root: Path | None, program: str) -> tuple[float, float]:
-    """Of one fresh process, by the processor and by the clock. `root` holds sglang_mminfer; None: without it."""
-    # SGLANG_PLUGINS is SGLang's list of those to load.
-    own = {"SGLANG_PLUGINS": "none"} if root is None else {"PYTHONPATH": str(root)}
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", **own}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    processor, clock = done.stdout.splitlines()[-1].split()
+    """Processor time and wall-clock time of `program` in one fresh process, in ms.
+
+    Args:
+        root: the folder that holds sglang_mminfer; None runs without the plugin.
+        program: Python source that prints both times in seconds.
+    """
+    # SGLANG_PLUGINS is SGLang's list of the plugins to load.
+    path_settings = {"SGLANG_PLUGINS": "none"} if root is None else {"PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", **path_settings}
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    processor, clock = finished.stdout.splitlines()[-1].split()
     return 1e3 * float(processor), 1e3 * float(clock)
 
 
 def medians(roots: Mapping[str, Path | None], program: str, runs: int) -> dict[str, tuple[float, float]]:
-    """Of each root, all taking turns; a first round, which fills the caches, is not counted."""
+    """`milliseconds` of each root by its label, medians. The roots take turns; a first round, which fills the caches,
+    is not counted."""
     rounds = [{label: milliseconds(root, program) for label, root in roots.items()} for _ in range(runs + 1)]
     return {
-        label: (median(each[label][0] for each in rounds[1:]), median(each[label][1] for each in rounds[1:]))
+        label: (median(times[label][0] for times in rounds[1:]), median(times[label][1] for times in rounds[1:]))
         for label in roots
     }
 
 
 def unpacked(revision: str, into: Path) -> Path:
-    """The package of a git revision, laid out as it is installed."""
-    top = subprocess.run(
+    """Write the package of a git revision to `into`, laid out as it is installed. Returns `into`."""
+    repository = subprocess.run(
         ["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
     ).stdout.strip()
     archive = subprocess.run(
         ["git", "archive", revision, "sglang_mminfer", "kernels", "head_configs"],
         capture_output=True,
         check=True,
-        cwd=top,
+        cwd=repository,
     ).stdout
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
         tar.extractall(into, filter="data")

@@ -1,4 +1,4 @@
-"""The executors by themselves: what a plan's arrays mean, taken word by word, against what each executor computes."""
+"""The executors by themselves: the literal meaning of a plan's arrays against what each executor computes."""
 
 import math
 from dataclasses import replace
@@ -131,11 +131,11 @@ def test_an_executor_does_what_the_plan_says_and_writes_every_output(execute, nu
 @settings(max_examples=40)
 @given(plan=raw_plans())
 def test_rows_cut_into_strips_see_what_their_tiles_see(plan):
-    """Tiles with many masked keys are cut into strips of rows; here those with more than one, into strips of two."""
+    """Tiles with many masked keys are cut into strips of rows: here, with more than one, into strips of two rows."""
     q, k, v = (randn(n, 4, D, seed=i) for i, n in enumerate((plan.num_rows, SLOTS, SLOTS)))
     results = []
     for strips in (False, True):
-        passes = tuple(replace(block_plan) for block_plan in plan.passes)  # without what the first run has kept
+        passes = tuple(replace(block_plan) for block_plan in plan.passes)  # without what the first run kept with it
         cut = PrefillPlan(passes, plan.num_rows, plan.num_heads)
         out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
         with pytest.MonkeyPatch.context() as patch:
@@ -267,7 +267,7 @@ def test_the_generic_attention_equals_the_fused_one(monkeypatch, masked):
 
 
 def eager(q, k, v, mask, scale):
-    """Attention as plain low-precision code does it: every intermediate result in the dtype of its inputs."""
+    """Attention in plain low-precision code: every intermediate result has the dtype of the inputs."""
     weights = torch.softmax((q @ k.T * scale).masked_fill(~mask, -torch.inf), dim=-1)
     return weights @ v
 

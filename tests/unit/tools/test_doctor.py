@@ -1,4 +1,4 @@
-"""`mminfer doctor`: what it finds here, what it says about what is wrong, and its exit status."""
+"""`mminfer doctor`: what it finds here, what it says about errors, and its exit status."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_gpu_is_named_and_tried() -> None:
 
 
 def test_the_kernels_smoke_test_in_the_interpreter() -> None:
-    """What the GPU is asked, by the same code, where the kernel is not compiled."""
+    """The same code that checks a GPU, with the kernel in Triton's interpreter."""
     program = (
         "import torch; from sglang_mminfer.tools.doctor import report; print(report.check_kernel('cpu', torch.float16))"
     )
@@ -163,7 +163,7 @@ def test_wrong_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (None, None, ["ok", "ok"]),
         ("mminfer, mminfer_cpu", "mminfer_cpu", ["ok", "ok"]),
-        ("mminfer", None, ["warning", "ok"]),  # the CPU platform goes by the same list
+        ("mminfer", None, ["warning", "ok"]),  # the CPU platform uses the same list
         ("other", None, ["error", "ok"]),
         (None, "other", ["ok", "error"]),
     ],

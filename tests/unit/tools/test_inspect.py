@@ -1,4 +1,4 @@
-"""What `mminfer inspect` shows is what the layers did: against their LSE, the exact masks, and whole pictures."""
+"""`mminfer inspect` shows what the layers did: checked against their LSE, the exact masks, and whole pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHUNKS = {"whole": [0, observed.LENGTH], "chunks": [0, 96, 300, 555, observed.LE
 def captured(
     folder: Path, config: str, monkeypatch: pytest.MonkeyPatch, cuts: list[int], rows: int = 5000
 ) -> list[observe.LayerView]:
-    """Prefills a prompt with a Capture at work; what it leaves is in `folder`."""
+    """Prefill a prompt with a Capture at work, which writes its record to `folder`."""
     monkeypatch.setenv(settings.TRACE.variable, str(folder / "trace.jsonl"))
     (folder / REQUEST).write_bytes(msgspec.json.encode(Request(command.RID, HEADS, rows=rows, bins=50)))
     capture = create(str(folder), observe.RankInfo(0, 1, observed.LAYERS, None))
@@ -52,7 +52,7 @@ def test_squares_and_rows_are_those_of_the_layers(
     views = captured(tmp_path, config, monkeypatch, CHUNKS[cuts])
     for layer, head in HEADS:
         with np.load(tmp_path / f"head-{layer}-{head}.npz") as saved:
-            assert np.array_equal(saved["position"], np.arange(observed.LENGTH))  # few enough to take all
+            assert np.array_equal(saved["position"], np.arange(observed.LENGTH))  # so few rows that all are sampled
             lost = 0.0
             for view in (view for view in views if view.layer_id == layer):
                 (request,) = view.requests
@@ -115,7 +115,7 @@ def test_reasons_are_those_of_the_config(tmp_path: Path, monkeypatch: pytest.Mon
     modality_map, pattern = view.requests[0].map, view.patterns[0]
     assert modality_map is not None and view.plan is not None and isinstance(pattern, Grid) and pattern.h
     visited = view.plan.visited_by_row[:, 0].numpy()
-    start = 400  # behind what sink and window reach anyway
+    start = 400  # not in the sink and the window, which the row sees anyway
     found = inspect_reasons.reasons_by_row(modality_map, pattern, 50, visited[start:], start, False)
     phase = modality_map.cells("frame").numpy() == pattern.phase
     assert (found[phase[start:]] == inspect_reasons.PHASE).all()
@@ -138,7 +138,7 @@ def test_reasons_are_those_of_the_config(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def embedded_only(page: Path) -> str:
-    """The page's text, which fetches nothing."""
+    """The text of a page; the page must fetch nothing."""
     text = page.read_text()
     assert set(re.findall(r'(?:src|href)="(.{0,20})', text)) <= {"data:image/png;base64"[:20]}
     assert "http" not in re.sub(r"base64,[^\"]*", "", text) and "<script" not in text and "url(" not in text

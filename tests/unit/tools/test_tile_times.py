@@ -1,4 +1,4 @@
-"""What a tile visit takes, how visits are counted, and what a price of time does to a choice."""
+"""The time of a tile visit, how visits are counted, and how weighing by time changes a choice."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_a_made_up_plan_is_of_one_kind_and_runs(kind: int) -> None:
 
 
 def test_a_dearer_kind_measures_dearer() -> None:
-    """An executor that takes its time for every picked tile: what it takes more is found, to a fifth."""
+    """An executor that is slow on gathered tiles: the measured difference is right to a fifth."""
     import time
 
     def execute(q, k, v, plan: PrefillPlan, *rest) -> None:
@@ -122,13 +122,13 @@ def test_times_agree_to_two_digits_and_are_read_as_they_were_written(tmp_path: P
 
 
 def scores(visits: np.ndarray) -> Scores:
-    """Of 2 candidates and dense: [3, L, H, M] pairs are those of the tiles."""
+    """The scores of 2 candidates and dense. [3, L, H, M] pairs are the pairs of the tiles."""
     pairs = visits.sum(axis=-1) * BLOCK_Q * BLOCK_K
     return Scores(["a", "b", "dense"], np.zeros(pairs.shape), pairs, visits, pairs[2, 0, 0], np.zeros((3, 1)))
 
 
 def test_of_as_many_pairs_the_quicker_one_is_taken_where_time_counts() -> None:
-    """Two candidates of one density and nearly one error: whole tiles, or picked ones that take twice as long."""
+    """Two candidates of equal density and nearly equal error: full tiles, or gathered tiles that take twice as long."""
     visits = np.zeros((3, 1, 2, 2, len(KINDS)))
     visits[0, ..., FULL] = 10  # a
     visits[1, ..., PICKED] = 10  # b, a little better
