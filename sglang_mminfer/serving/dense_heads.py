@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
-from sglang_mminfer.patterns.spec import Dense, HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.patterns.dense import Dense
 
 # Stock backends that are told the number of heads by the layer alone; others plan with the model's before it runs.
 BACKENDS = ("fa3", "fa4", "triton", "torch_native")

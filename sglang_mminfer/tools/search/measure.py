@@ -16,8 +16,9 @@ import torch
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.boundary import row_classes
-from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
+from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
 from sglang_mminfer.planning.tiles import FULL
 
@@ -101,10 +102,10 @@ class LayerProbe:
         return planner.plan(heads, q, k_cache, self.sm_scale)
 
     def _estimate_pairs(self, head: HeadPattern) -> torch.Tensor:
-        """float64 [modalities]: pairs computed, twice, to pick columns and diagonals for the rows of a modality."""
+        """float64 [modalities]: pairs computed, twice, to pick keys for the rows of a modality."""
         pairs = torch.zeros(len(MODALITIES), dtype=torch.float64)
         for row_class in row_classes(head):
-            last = [p.last_q for _, p in row_class.pairs if isinstance(p, VerticalSlash)]
+            last = [p.last_q for _, p in row_class.pairs if isinstance(p, Estimated)]
             rows = [m for m, modality in enumerate(MODALITIES) if row_class.rows in (None, modality)]
             present = [m for m in rows if bool((self.strata // STRETCHES == m).any())]
             for m in present:  # one estimate for all rows of the class

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_mminfer.patterns.boundary import row_classes
-from sglang_mminfer.patterns.spec import HeadPattern, VerticalSlash
+from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
+from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
 
 GIB = 1 << 30
@@ -31,7 +31,7 @@ def default_limit(device: torch.device, ranks: int) -> int:
 @dataclass(frozen=True)
 class Footprint:
     """What takes memory. tokens, dim: of q; itemsize: bytes of an element of it and of the cache. threads: that run
-    tiles at a time. picked: columns and diagonals of the candidate that picks most."""
+    tiles at a time. picked: keys that the candidate picks that picks most."""
 
     tokens: int
     dim: int
@@ -52,11 +52,10 @@ class Footprint:
 
 
 def most_picked(patterns: Iterable[HeadPattern], tokens: int) -> int:
-    """Columns and diagonals of the pattern that picks most."""
+    """Keys that the pattern picks that picks most."""
 
     def of(head: HeadPattern) -> int:
-        picking = [p for c in row_classes(head) for _, p in c.pairs if isinstance(p, VerticalSlash)]
-        return sum(min(p.vertical, tokens) + min(p.slash, tokens) for p in picking)
+        return sum(p.picks(tokens) for c in row_classes(head) for _, p in c.pairs if isinstance(p, Estimated))
 
     return max(map(of, set(patterns)), default=0)
 
