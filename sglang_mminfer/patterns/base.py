@@ -150,7 +150,8 @@ def fields_of(pattern: type[Pattern]) -> tuple[Field, ...]:
         hint, least = hints[field.name], None
         if typing.get_origin(hint) is Annotated:
             hint, *notes = typing.get_args(hint)
-            least = next((note.ge for note in notes if isinstance(note, msgspec.Meta)), None)
+            bounds = (note.ge for note in notes if isinstance(note, msgspec.Meta))
+            least = next((int(bound) for bound in bounds if bound is not None), None)
         if not (hint is bool or typing.get_origin(hint) is Literal or (hint is int and least is not None)):
             raise TypeError(f"{pattern.__name__}.{field.name}: expected a bounded integer, a bool or a Literal")
         found.append(Field(field.name, hint, least, field.default))

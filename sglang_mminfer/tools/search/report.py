@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sglang_mminfer.patterns.base import kinds
-from sglang_mminfer.patterns.boundary import Boundary2D, QBoundary
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary
 from sglang_mminfer.tools.search.run import Found, Scores
 
 
@@ -43,7 +44,7 @@ def page(found: Found) -> str:
         "over causal pairs, estimates included. Time: the executor's, all layers, on the machine of the search.</p>",
         f"<p>{html.escape(found.cost_words)}</p>",
         "<h2>What each head does</h2>",
-        _image(mosaic(found)),
+        _image(mosaic(found.allocation.heads)),
         "<h2>Error and density of each head</h2>",
         _image(by_head(found)),
         "<h2>What a budget buys</h2>",
@@ -79,11 +80,10 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return pyplot.subplots(figsize=(width, height))
 
 
-def mosaic(found: Found) -> Any:
+def mosaic(heads: Sequence[Sequence[HeadPattern]]) -> Any:
     """Layers x heads, coloured by pattern; cells are labelled where there is room."""
     from matplotlib.patches import Patch
 
-    heads = found.allocation.heads
     layers, count = len(heads), len(heads[0])
     figure, axes = _figure(max(5.0, min(18.0, 1.6 * count if count <= 8 else 0.5 * count)), max(2.5, 0.55 * layers + 1))
     for layer, row in enumerate(heads):
