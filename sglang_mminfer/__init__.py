@@ -16,6 +16,7 @@ _HOMES = {
     "sglang_mminfer.patterns.a_shape": ("AShape",),
     "sglang_mminfer.patterns.boundary": ("Boundary2D", "QBoundary"),
     "sglang_mminfer.patterns.dense": ("Dense",),
+    "sglang_mminfer.patterns.dilated": ("Dilated",),
     "sglang_mminfer.patterns.grid": ("Grid",),
     "sglang_mminfer.patterns.tri_shape": ("TriShape",),
     "sglang_mminfer.patterns.vertical_slash": ("VerticalSlash",),
@@ -33,6 +34,7 @@ __all__ = [  # noqa: RUF022 - grouped by room
     "AShape",
     "Boundary2D",
     "Dense",
+    "Dilated",
     "Grid",
     "QBoundary",
     "TriShape",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from sglang_mminfer.patterns.a_shape import AShape
     from sglang_mminfer.patterns.boundary import Boundary2D, QBoundary
     from sglang_mminfer.patterns.dense import Dense
+    from sglang_mminfer.patterns.dilated import Dilated
     from sglang_mminfer.patterns.grid import Grid
     from sglang_mminfer.patterns.mask import pattern_mask
     from sglang_mminfer.patterns.tri_shape import TriShape
