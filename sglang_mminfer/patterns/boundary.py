@@ -112,7 +112,7 @@ def _checked(owner: str, patterns: Mapping) -> Mapping:
 
 
 def boundary_of(head: HeadPattern) -> str:
-    """ "none", "q" or "2d"."""
+    """The kind of a head's boundary: "none", "q" or "2d"."""
     return head.kind if isinstance(head, Boundary) else "none"
 
 

@@ -233,3 +233,27 @@ def test_whole_rows_without_a_reason_are_none() -> None:
     scope = Scope(conversation(4), 4)
     whole = Dense().index(scope).whole_rows
     assert whole is not None and len(whole) == 4
+
+
+# ---- who may know a pattern by name ------------------------------------------------------------------------
+
+
+def named_patterns(source: str) -> list[str]:
+    """Modules and classes of single patterns that a file imports."""
+    own = {f"sglang_mminfer.patterns.{kind}" for kind in kinds()} | {cls.__name__ for cls in kinds().values()}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names = {node.module, *(alias.name for alias in node.names)}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            found += sorted(name for name in names if name in own)
+    return found
+
+
+def test_planning_knows_no_pattern_by_name() -> None:
+    files = sorted((FOLDER.parent / "planning").glob("*.py"))
+    assert len(files) > 5 and {file.name: named_patterns(file.read_text()) for file in files} == {
+        file.name: [] for file in files
+    }
+    assert named_patterns("from sglang_mminfer.patterns import grid\n") == ["sglang_mminfer.patterns.grid"]
+    assert named_patterns("from sglang_mminfer import Grid\n") == ["Grid"]
