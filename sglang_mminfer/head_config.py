@@ -22,7 +22,9 @@ import msgspec
 
 from sglang_mminfer.families.maps import has_raster
 from sglang_mminfer.modality.segments import Modality
-from sglang_mminfer.patterns.spec import PATTERNS, Boundary2D, Dense, Grid, HeadPattern, QBoundary
+from sglang_mminfer.patterns.base import Pattern, fields_of, kinds
+from sglang_mminfer.patterns.boundary import Boundary, Boundary2D, HeadPattern, QBoundary, patterns_of
+from sglang_mminfer.patterns.dense import Dense
 
 SCHEMA = 1
 _PACKAGE = "sglang_mminfer.head_configs"
@@ -103,28 +105,27 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     named: dict[str, Any] = {}
 
 
-# The tagged structs of the file are made from the pattern dataclasses, so that a new pattern or a new field
-# needs no second list here.
+# The tagged structs of the file are made from the pattern classes, so that a new pattern or a new field needs no second
+# list here. Bounds are checked by the classes' constructors, whose sentences say what came.
 
 
-def _pattern_struct(kind: str, spec: type) -> type[msgspec.Struct]:
-    hints = typing.get_type_hints(spec)
+def _pattern_struct(kind: str, pattern: type[Pattern]) -> type[msgspec.Struct]:
     fields: list[Any] = []
-    for f in dataclasses.fields(spec):
-        default = () if f.default is dataclasses.MISSING else (f.default,)
-        fields.append((f.name, hints[f.name], *default))
+    for field in fields_of(pattern):
+        default = () if field.default is dataclasses.MISSING else (field.default,)
+        fields.append((field.name, field.type, *default))
 
-    def to_spec(self: Any) -> Any:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(spec)}
+    def to_pattern(self: Any) -> Pattern:
+        values = {field.name: getattr(self, field.name) for field in fields_of(pattern)}
         for name, value in values.items():
             if isinstance(value, int) and value > _LARGEST:
                 raise ValueError(f"{name}: expected an integer <= {_LARGEST}, got {value}")
-        return spec(**values)
+        return pattern(**values)
 
     return msgspec.defstruct(
-        f"_{spec.__name__}",
+        f"_{pattern.__name__}",
         fields,
-        namespace={"to_spec": to_spec, "__post_init__": to_spec},
+        namespace={"to_pattern": to_pattern, "__post_init__": to_pattern},
         tag_field="kind",
         tag=kind,
         forbid_unknown_fields=True,
@@ -144,7 +145,7 @@ def _patterns_struct(name: str, keys: Sequence[str]) -> Any:
 
 _QUERY_KEYS = [m.value for m in Modality]
 _PAIR_KEYS = [f"{q}/{k}" for q in _QUERY_KEYS for k in _QUERY_KEYS]
-_PATTERN: Any = typing.Union[tuple(_pattern_struct(kind, spec) for kind, spec in PATTERNS.items())]  # noqa: UP007
+_PATTERN: Any = typing.Union[tuple(_pattern_struct(*item) for item in kinds().items())]  # noqa: UP007
 _HEAD: Any = typing.Union[  # noqa: UP007
     _head_struct("none", [("pattern", _PATTERN)]),
     _head_struct("q", [("patterns", _patterns_struct("_QueryPatterns", _QUERY_KEYS))]),
@@ -266,12 +267,7 @@ class HeadConfig:
     def is_dense(self, layer: int) -> bool:
         """True if no head of the layer leaves anything out."""
         row = self.rows[layer] if self.form == "layers" else self.rows[0]
-        return all(
-            all(isinstance(p, Dense) for p in head.patterns.values())
-            if isinstance(head, QBoundary | Boundary2D)
-            else isinstance(head, Dense)
-            for head in row
-        )
+        return all(isinstance(pattern, Dense) for head in row for pattern in patterns_of(head))
 
     def bind(self, hf_config: Any) -> HeadConfig:
         """This config for one model: checked against it, and with its number of layers and heads."""
@@ -307,13 +303,12 @@ class HeadConfig:
             return
         for layer, row in enumerate(self.rows):
             for number, head in enumerate(row):
-                patterns = head.patterns.values() if isinstance(head, QBoundary | Boundary2D) else (head,)
-                if any(isinstance(pattern, Grid) and pattern.stride == "row" for pattern in patterns):
+                if by_column := next((p for p in patterns_of(head) if p.raster_stride == "row"), None):
                     where = {"all": "heads.all", "cycle": f"heads.cycle[{number}]"}.get(self.form)
                     self._fail(
                         where or f"heads[{layer}][{number}]",
-                        'a grid of stride "row" needs columns, and the vision tokens of this model are merged and '
-                        'have neither rows nor columns; use stride "frame"',
+                        f'a {by_column.kind} of stride "row" needs columns, and the vision tokens of this model are '
+                        'merged and have neither rows nor columns; use stride "frame"',
                     )
 
     def _fit(self, layers: int, heads: int, whose: str) -> None:
@@ -455,9 +450,9 @@ def _head(value: Any, where: str, named: Mapping[str, HeadPattern] | None) -> He
         return named[value]
     struct = _convert(value, _HEAD, where)
     if hasattr(struct, "pattern"):
-        return struct.pattern.to_spec()
+        return struct.pattern.to_pattern()
     patterns = {
-        key: getattr(struct.patterns, field).to_spec()
+        key: getattr(struct.patterns, field).to_pattern()
         for field, key in zip(struct.patterns.__struct_fields__, struct.patterns.__struct_encode_fields__)
         if getattr(struct.patterns, field) is not msgspec.UNSET
     }
@@ -479,7 +474,8 @@ def _check_overlap(keys: list[str], where: str) -> None:
                 raise _Misplaced(f'{where}: "{first}" and "{second}" overlap, so that one head has two patterns')
 
 
-_ALTERNATIVES = {"kind": list(PATTERNS), "boundary": ["none", "q", "2d"]}
+_ALTERNATIVES = {field.name: list(field.choices) for pattern in kinds().values() for field in fields_of(pattern)}
+_ALTERNATIVES |= {"kind": list(kinds()), "boundary": ["none", "q", "2d"], "how": ["handwritten", "search"]}
 _TYPES = {"object": "an object", "array": "a list", "str": "a string", "int": "an integer"}
 _TYPES |= {"float": "a number", "bool": "true or false", "null": "null"}
 
@@ -504,9 +500,7 @@ def _restate(text: str, where: str) -> str:
         expected = " or ".join(_TYPES.get(t, t) for t in match[1].split(" | "))
         message = f"expected {expected}, got {_TYPES.get(match[2], match[2])}"
     elif match := re.fullmatch(r"Invalid (?:enum )?value (.*)", message):
-        key = where.rpartition(".")[2]
-        known_values = _ALTERNATIVES.get(key, ["handwritten", "search"] if key == "how" else [])
-        known_values = known_values or (["frame", "row"] if key == "stride" else [])
+        known_values = _ALTERNATIVES.get(where.rpartition(".")[2])
         message = f"expected one of {', '.join(known_values)}, got {match[1]}" if known_values else message
     return f"{where}: {message}" if where else message
 
@@ -543,7 +537,7 @@ def _names(heads: Iterator[HeadPattern]) -> dict[HeadPattern, str]:
     count: dict[str, int] = {}
     for head in heads:
         if head not in names:
-            base = head.kind if not isinstance(head, QBoundary | Boundary2D) else f"boundary_{head.kind}"
+            base = f"boundary_{head.kind}" if isinstance(head, Boundary) else head.kind
             count[base] = count.get(base, 0) + 1
             names[head] = f"{base}_{count[base]}"
     return names

@@ -15,7 +15,7 @@ from sglang_mminfer.kernels import executors, reference
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
 
 

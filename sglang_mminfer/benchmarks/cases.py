@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from itertools import product
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
-from sglang_mminfer.patterns.spec import (
-    AShape,
-    Boundary2D,
-    Dense,
-    Grid,
-    HeadPattern,
-    QBoundary,
-    TriShape,
-    VerticalSlash,
-)
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.tri_shape import TriShape
+from sglang_mminfer.patterns.vertical_slash import VerticalSlash
 
 HEAD_DIM = 128
 CELLS = 256  # tokens of a frame, 16 x 16

@@ -40,7 +40,10 @@ from sglang_mminfer.benchmarks import rivals as baselines
 from sglang_mminfer.benchmarks.cases import CELLS, video_map
 from sglang_mminfer.benchmarks.inputs import Inputs
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
 from sglang_mminfer.prefill import SparsePrefillWithPagedKVCacheWrapper
 from sglang_mminfer.tools import machine

@@ -17,12 +17,10 @@ import torch
 from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.threads import one_thread
-from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
-from sglang_mminfer.patterns import vertical_slash
-from sglang_mminfer.patterns.boundary import row_classes
+from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
+from sglang_mminfer.patterns.estimated import Estimated, Evidence, Masses, column_lanes
 from sglang_mminfer.patterns.index import Scope
-from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
 from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
 from sglang_mminfer.planning.tiles import FULL, PARTIAL, PICKED, ChunkTiler, EstimatedVisits, TilePass
 
@@ -63,7 +61,7 @@ def _any_map(length: int) -> ModalityMap:
 
 def is_static(head: HeadPattern) -> bool:
     """True if the pattern's tiles do not depend on q and k."""
-    return not any(isinstance(p, VerticalSlash) for c in row_classes(head) for _, p in c.pairs)
+    return not any(isinstance(pattern, Estimated) for pattern in patterns_of(head))
 
 
 class BatchPlanner:
@@ -133,7 +131,7 @@ class BatchPlanner:
         planned = tuple(head for head, pattern in enumerate(heads) if pattern is not None)
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
         without = [r for r in range(len(self.requests)) if r not in with_map]
-        items = [(r, planned, self._tiles_of(r, Dense())) for r in without if planned]
+        items = [(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
         items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
         keys = self._keys.table()
         levels: list[list[tuple[HeadTiles, Tiles]]] = []
@@ -244,11 +242,11 @@ class EstimatedTiles:
         visits = self.visits
         return int((-(-visits.far // visits.base.block_k) - visits.sure).max())
 
-    def room(self, distances: int) -> int:
-        """A bound on the full key tiles that so many diagonals cross."""
+    def room(self, ranges: int) -> int:
+        """A bound on the full key tiles that so many crossing ranges have."""
         visits = self.visits
         each = (visits.far - visits.near) // visits.base.block_k + 2
-        return int(np.minimum(distances * each, visits.sure).sum())
+        return int(np.minimum(ranges * each, visits.sure).sum())
 
 
 def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrders, device: torch.device) -> Tiles:
@@ -314,26 +312,25 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
             """[heads or 1, T', most, ...] -> [heads or 1, T, most, ...]"""
             return torch.nn.functional.pad(x.transpose(1, -1), beside).transpose(1, -1)
 
-        masses = estimates.of(pattern.last_q, estimated.visits.scope)
-        ranks, distances = vertical_slash.select(pattern, *masses)
-        diagonals = vertical_slash.Diagonals(distances, estimated.near, estimated.far, block_k)
-        start, count = diagonals.ranges(estimated.sure)
+        masses = estimates.of(pattern, estimated.visits.scope)
+        columns, crossings = pattern.select(masses, estimated.near, estimated.far, block_k)
+        start, count = crossings.ranges(estimated.sure)
         ranges[FULL].append((placed(start + estimated.first_tile), placed(count)))
-        room += heads * estimated.room(distances.shape[1])
+        room += heads * estimated.room(start.shape[2])
         lanes = torch.arange(estimated.most_partial, device=start.device)
         blocks = (estimated.sure[:, None] + lanes)[None]
-        crossed = diagonals.cross(blocks)
+        crossed = crossings.cross(blocks)
         ranges[PARTIAL].append((placed(blocks + estimated.first_tile), placed(crossed.long())))
         room += heads * blocks.numel()
-        if not ranks.shape[1]:
+        if not columns.shape[1]:
             continue
-        count, lanes_hidden = vertical_slash.column_lanes(ranks, diagonals, block_k)
+        count, lanes_hidden = column_lanes(columns, crossings, block_k)
         column_tiles = torch.arange(heads * count.shape[2], device=start.device).view(heads, 1, -1)
         start = (column_tiles + len(keys.kv_pos) // block_k).expand_as(count)
         ranges[PICKED].append((placed(start), placed(count)))
         hidden.append(placed(lanes_hidden))
         room += count.numel()
-        keys = _with_columns(keys, ranks + estimated.first_tile * block_k, block_k)
+        keys = _with_columns(keys, columns + estimated.first_tile * block_k, block_k)
     starts, counts = (
         torch.cat([pair[i].expand(heads, num_tiles, -1) for of_kind in ranges for pair in of_kind], dim=2)
         for i in range(2)
@@ -428,7 +425,7 @@ def _indptr(counts: torch.Tensor) -> torch.Tensor:
 
 
 class Estimates:
-    """Column and diagonal masses of some heads of one request; each scope is computed once.
+    """What estimated patterns pick from, for some heads of one request; each scope is computed once.
 
     Args:
         heads: the query heads, ascending. q: [tokens, Hq, D]; k_cache: [slots, Hkv, D].
@@ -439,38 +436,15 @@ class Estimates:
     ) -> None:
         self.request, self.heads, self.k_cache, self.sm_scale = request, heads, k_cache, sm_scale
         self.q = q[request.row_start : request.row_start + request.num_rows]
-        self._masses: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masses: dict[tuple, Masses] = {}
 
-    def of(self, last_q: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [heads, keys of the class] twice: see `vertical_slash.estimate`."""
-        name = (last_q, scope.rows, scope.keys)
+    def of(self, pattern: Estimated, scope: Scope) -> Masses:
+        """See `Estimated.estimate`."""
+        name = (pattern, scope.rows, scope.keys)
         if name not in self._masses:
-            self._masses[name] = self._estimate(last_q, scope)
+            keys = None
+            if scope.keys is not None:
+                keys = CompactOrder(scope.key_members, 1).positions(self.q.device).long()
+            evidence = Evidence(self.request, scope, self.heads, self.q, self.k_cache, keys, self.sm_scale)
+            self._masses[name] = pattern.estimate(evidence)
         return self._masses[name]
-
-    def _estimate(self, last_q: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-        request, device = self.request, self.q.device
-        rows = scope.row_members.clip(request.q_start, request.kv_len)
-        q_pos = rows.select(np.arange(max(0, len(rows) - last_q), len(rows)))
-        first, stop = int(q_pos[0]), int(q_pos[-1]) + 1
-        side_by_side = stop - first == len(q_pos)
-        if (device.type == "cuda" or interpreted()) and scope.keys is None and side_by_side and len(q_pos) <= 64:
-            from sglang_mminfer.kernels.triton.estimate import estimate  # Triton: see prefill.py
-
-            (heads,) = to_device(device, np.array(self.heads))
-            q = self.q[first - request.q_start : stop - request.q_start]
-            masses = estimate(q, self.k_cache, request.slots32[:stop], heads, first + 1, self.sm_scale)
-            columns, diagonals = (torch.nn.functional.pad(x, (0, request.kv_len - stop)) for x in masses)
-            return columns, diagonals
-        (positions,) = to_device(device, q_pos)
-        positions = positions.long()
-        keys = None if scope.keys is None else CompactOrder(scope.key_members, 1).positions(device).long()
-        return vertical_slash.estimate(
-            self.q[positions - request.q_start],
-            self.k_cache[request.slots],
-            list(self.heads),
-            positions,
-            scope.key_members.rank(q_pos + 1).tolist(),
-            self.sm_scale,
-            keys,
-        )

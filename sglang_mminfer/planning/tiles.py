@@ -12,7 +12,6 @@ on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,20 +21,11 @@ from sglang_mminfer.kernels.block_plan import PAD_POSITION, pack_lanes_on_host
 from sglang_mminfer.modality.runs import Ints, Runs, expand
 from sglang_mminfer.modality.segment_table import codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns import a_shape, dense, grid, tri_shape, vertical_slash
-from sglang_mminfer.patterns.boundary import RowClass, row_classes
+from sglang_mminfer.patterns.boundary import HeadPattern, RowClass, row_classes
+from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape, VerticalSlash
 from sglang_mminfer.planning.lines import LineOrder
 from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
-
-INDEX: dict[type, Callable[..., PairIndex]] = {
-    Dense: dense.pair_index,
-    AShape: a_shape.pair_index,
-    TriShape: tri_shape.pair_index,
-    VerticalSlash: vertical_slash.pair_index,
-    Grid: grid.pair_index,
-}
 
 # How a key tile is visited, and so which mask it needs: none, a comparison of positions, that and a mask of lanes.
 FULL, PARTIAL, PICKED = range(3)
@@ -58,13 +48,13 @@ class Visits:
 
 @dataclass(frozen=True)
 class EstimatedVisits:
-    """Tiles that also visit the columns and diagonals of an estimate: all tiles of one group.
+    """Tiles that also visit what an estimate picks: all tiles of one group.
 
     near, far: keys of the class up to the first and the last row of a tile; sure: the first so many key tiles are
     visible to all of its rows.
     """
 
-    pattern: VerticalSlash
+    pattern: Estimated
     scope: Scope
     base: CompactOrder
     tile: Ints
@@ -148,7 +138,7 @@ class ChunkTiler:
         if not len(scope.row_members.clip(self.q_start, self.kv_len)):
             return []
         scopes = [replace(scope, keys=keys) for keys, _ in row_class.pairs]
-        pairs = [(s, INDEX[type(p)](p, s)) for s, (_, p) in zip(scopes, row_class.pairs)]
+        pairs = [(s, p.index(s)) for s, (_, p) in zip(scopes, row_class.pairs)]
         bounds = [np.zeros(self.kv_len - self.q_start, dtype=np.int64) for _ in pairs]
         for sees_whole, order in self._groups(scope.row_members, [index for _, index in pairs]):
             if len(order.clip(self.q_start, self.kv_len)):
@@ -162,11 +152,11 @@ class ChunkTiler:
         for index in pairs:
             cut: list[tuple[tuple[bool, ...], Runs]] = []
             for sees_whole, rows in groups:
-                if index.dense_rows is None:
+                if index.whole_rows is None:
                     cut.append(((*sees_whole, False), rows))
                 else:
-                    cut.append(((*sees_whole, False), rows - index.dense_rows))
-                    cut.append(((*sees_whole, True), rows & index.dense_rows))
+                    cut.append(((*sees_whole, False), rows - index.whole_rows))
+                    cut.append(((*sees_whole, True), rows & index.whole_rows))
             groups = cut  # type: ignore[assignment]
         every = (True,) * len(pairs)
         whole = next((rows for sees_whole, rows in groups if sees_whole == every), Runs([], []))
@@ -223,7 +213,7 @@ class ChunkTiler:
         """
         gap, row = order.starts[1:] - order.stops[:-1], order.starts[1:]
         more = self.block_q + sum(
-            self._base_order(scope).keys.rank(row) if whole else index.reach
+            self._base_order(scope).keys.rank(row) if whole else index.keys_of_one_more_tile(self.map.length)
             for whole, (scope, index) in zip(sees_whole, pairs)
         )
         starts_tiles = np.concatenate([[True], gap > more])

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
-from sglang_mminfer.patterns.spec import Dense, HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.patterns.dense import Dense
 
 # Stock backends that read the number of heads from the layer. Others plan with the model's before the layer runs.
 BACKENDS = ("fa3", "fa4", "triton", "torch_native")

@@ -17,7 +17,7 @@ import torch
 from sglang_mminfer import settings
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 
 if TYPE_CHECKING:
     from sglang_mminfer.serving.trace import PrefillRecord

@@ -17,7 +17,10 @@ from sglang_mminfer.kernels import executors, reference
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
-from sglang_mminfer.patterns.spec import AShape, Grid, HeadPattern, QBoundary, TriShape
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import HeadPattern, QBoundary
+from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.tri_shape import TriShape
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
 
 logger = logging.getLogger(__name__)

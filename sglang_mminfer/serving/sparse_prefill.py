@@ -16,7 +16,7 @@ from sglang_mminfer.families.maps import GeometryError, cached_map, family_of
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.budget import PlanBudget, line_strides
 from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk

@@ -24,7 +24,11 @@ import torch
 
 from sglang_mminfer.head_config import HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import AShape, Boundary2D, Grid, HeadPattern, TriShape, VerticalSlash
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern
+from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.tri_shape import TriShape
+from sglang_mminfer.patterns.vertical_slash import VerticalSlash
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk, is_static
 from sglang_mminfer.tools.figures import plan_of
 

@@ -19,7 +19,7 @@ import torch
 
 from sglang_mminfer.kernels.rows import SLAB_SCORES, causal_weights
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.visited import order_of, visited_rows
 from sglang_mminfer.serving import audit, observe
 from sglang_mminfer.serving.trace import PrefillRecord

@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.dense import BY_CONFIG
 from sglang_mminfer.tools.figures import COLOURS, VISITED_COLOURS, Turn, draw_map_strip
-from sglang_mminfer.tools.inspect.reasons import REASONS
+from sglang_mminfer.tools.inspect.reasons import (
+    ALL_DENSE,
+    BELOW,
+    MODALITY,
+    PATTERN_REASONS,
+    REASONS,
+    START,
+    TILES,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,12 +32,20 @@ if TYPE_CHECKING:
 LEAST = 1e-4
 """Smaller shares of a row's attention are drawn as this one."""
 
-REASON_COLOURS = dict(
-    zip(
-        REASONS,
-        ("#7f7f7f", "#222222", "#17becf", "#aaaaaa", "#bcbd22", "#6a51a3", "#d55e00", "#cc79a7", "#8c564b", "#56b4e9"),
-    )
-)
+REASON_COLOURS = {
+    BELOW: "#7f7f7f",
+    BY_CONFIG: "#222222",
+    MODALITY: "#17becf",
+    ALL_DENSE: "#aaaaaa",
+    START: "#bcbd22",
+    TILES: "#56b4e9",
+    **dict(
+        zip(
+            PATTERN_REASONS,
+            itertools.cycle(("#6a51a3", "#8c564b", "#d55e00", "#cc79a7", "#2ca02c", "#1f77b4", "#e377c2", "#9467bd")),
+        )
+    ),
+}
 ROW_BINS = 160
 
 

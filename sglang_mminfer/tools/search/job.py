@@ -17,7 +17,7 @@ import msgspec
 
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 
 OBSERVER = "sglang_mminfer.tools.search.observer:observer"
 JOB = "job.json"

@@ -17,8 +17,9 @@ from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.kernels.rows import causal_weights
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.boundary import row_classes
-from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
+from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
 from sglang_mminfer.planning.tiles import FULL
 
@@ -110,7 +111,7 @@ class LayerProbe:
         because two kernels compute it."""
         pairs = torch.zeros(len(MODALITIES), dtype=torch.float64)
         for row_class in row_classes(head):
-            last = [p.last_q for _, p in row_class.pairs if isinstance(p, VerticalSlash)]
+            last = [p.last_q for _, p in row_class.pairs if isinstance(p, Estimated)]
             rows = [m for m, modality in enumerate(MODALITIES) if row_class.rows in (None, modality)]
             present = [m for m in rows if bool((self.strata // STRETCHES == m).any())]
             for m in present:  # all rows of the class share one estimate

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_mminfer.patterns.boundary import row_classes
-from sglang_mminfer.patterns.spec import HeadPattern, VerticalSlash
+from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
+from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
 
 GIB = 1 << 30
@@ -35,7 +35,7 @@ class Footprint:
     tokens, dim: of q.
     itemsize:    bytes of an element of q and of the cache.
     threads:     how many threads run tiles at a time.
-    picked:      the most columns and diagonals that any candidate picks.
+    picked:      the most keys that any candidate picks by estimate.
     """
 
     tokens: int
@@ -59,11 +59,10 @@ class Footprint:
 
 
 def most_picked(patterns: Iterable[HeadPattern], tokens: int) -> int:
-    """The most columns and diagonals that any of the patterns picks."""
+    """The most keys that any of the patterns picks by estimate."""
 
     def picked_by(head: HeadPattern) -> int:
-        picking = [p for c in row_classes(head) for _, p in c.pairs if isinstance(p, VerticalSlash)]
-        return sum(min(p.vertical, tokens) + min(p.slash, tokens) for p in picking)
+        return sum(p.picks(tokens) for c in row_classes(head) for _, p in c.pairs if isinstance(p, Estimated))
 
     return max(map(picked_by, set(patterns)), default=0)
 

@@ -5,50 +5,20 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from sglang_mminfer.patterns.spec import Boundary2D, HeadPattern, QBoundary
+from sglang_mminfer.patterns.base import kinds
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary
 from sglang_mminfer.tools.search.run import Found, Scores
-
-COLOURS = {
-    "dense": "#9aa0a6",
-    "a_shape": "#4c78a8",
-    "tri_shape": "#72b7b2",
-    "vertical_slash": "#e45756",
-    "grid": "#54a24b",
-    "q": "#b279a2",
-    "2d": "#f58518",
-}
 
 
 def rows_of(scores: Scores) -> list[tuple[str, float, float, float]]:
     """(name, density, error, ms of all layers) of each config."""
     every = range(len(scores.names))
     return [(scores.names[c], scores.density(c), scores.mean_error(c), float(scores.ms[c].sum())) for c in every]
-
-
-def label_of(head: HeadPattern) -> str:
-    """A few characters for a cell of the mosaic."""
-    if isinstance(head, QBoundary):
-        return "\n".join(f"{m.value[0]}:{_short(p)}" for m, p in head.patterns.items())
-    if isinstance(head, Boundary2D):
-        return "\n".join(f"{q.value[0]}{k.value[0]}:{_short(p)}" for (q, k), p in head.patterns.items())
-    return _short(head)
-
-
-def _short(pattern: Any) -> str:
-    if pattern.kind == "grid":
-        lines = "".join(line for line in "vhs" if getattr(pattern, line))
-        return (
-            f"{pattern.stride[0]} {lines} {pattern.phase}" if pattern.v or pattern.h else f"{pattern.stride[0]} {lines}"
-        )
-    if pattern.kind == "vertical_slash":
-        return f"vs {pattern.vertical},{pattern.slash}"
-    if pattern.kind == "dense":
-        return "dense"
-    return f"{'A' if pattern.kind == 'a_shape' else 'tri'} {pattern.local}"
 
 
 def page(found: Found) -> str:
@@ -74,7 +44,7 @@ def page(found: Found) -> str:
         "over causal pairs, estimates included. Time: the executor's, all layers, on the machine of the search.</p>",
         f"<p>{html.escape(found.cost_words)}</p>",
         "<h2>What each head does</h2>",
-        _image(mosaic(found)),
+        _image(mosaic(found.allocation.heads)),
         "<h2>Error and density of each head</h2>",
         _image(by_head(found)),
         "<h2>What a budget buys</h2>",
@@ -110,21 +80,20 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return pyplot.subplots(figsize=(width, height))
 
 
-def mosaic(found: Found) -> Any:
+def mosaic(heads: Sequence[Sequence[HeadPattern]]) -> Any:
     """Layers x heads, coloured by pattern; cells are labelled where there is room."""
     from matplotlib.patches import Patch
 
-    heads = found.allocation.heads
     layers, count = len(heads), len(heads[0])
     figure, axes = _figure(max(5.0, min(18.0, 1.6 * count if count <= 8 else 0.5 * count)), max(2.5, 0.55 * layers + 1))
     for layer, row in enumerate(heads):
         for head, pattern in enumerate(row):
-            axes.add_patch(_square(head, layer, COLOURS[pattern.kind]))
+            axes.add_patch(_square(head, layer, pattern.colour))
             if count <= 16:
                 axes.text(
                     head,
                     layer,
-                    label_of(pattern),
+                    pattern.label,
                     ha="center",
                     va="center",
                     fontsize=7 if count <= 8 else 5,
@@ -133,10 +102,11 @@ def mosaic(found: Found) -> Any:
     axes.set(xlim=(-0.5, count - 0.5), ylim=(layers - 0.5, -0.5), xlabel="head", ylabel="layer")
     axes.set_xticks(range(0, count, 1 if count <= 32 else 4))
     axes.set_yticks(range(0, layers, 1 if layers <= 32 else 4))
-    present = [kind for kind in COLOURS if any(p.kind == kind for row in heads for p in row)]
-    names = {"q": "Q-Boundary", "2d": "2D-Boundary"}
+    legend = [(kind, kind, pattern.colour) for kind, pattern in kinds().items()]
+    legend += [(boundary.kind, boundary.title, boundary.colour) for boundary in (QBoundary, Boundary2D)]
+    present = {pattern.kind for row in heads for pattern in row}
     axes.legend(
-        handles=[Patch(color=COLOURS[kind], label=names.get(kind, kind)) for kind in present],
+        handles=[Patch(color=colour, label=title) for kind, title, colour in legend if kind in present],
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
         frameon=False,

@@ -16,7 +16,11 @@ import numpy as np
 
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.tri_shape import TriShape
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import tile_times
 from sglang_mminfer.tools.search.allocate import Allocation, Table, equal_budget, frontier, within_density, within_error

@@ -29,6 +29,8 @@ from sglang_mminfer.head_config import (
     Provenance,
     fingerprint_of,
 )
+from sglang_mminfer.patterns.base import kinds
+from support import patterns_of_kind
 
 FOLDER = Path(__file__).resolve().parents[3] / "head_configs"
 MIXED = (FOLDER / "test_mixed_heads.json").read_text(encoding="utf-8")
@@ -411,24 +413,7 @@ def test_names_stand_for_heads():
 
 # Round trip
 
-sizes = st.integers(0, 2**31 - 1)
-some = st.integers(1, 2**31 - 1)
-plain = st.one_of(
-    st.just(Dense()),
-    st.builds(AShape, sizes, some),
-    st.builds(TriShape, sizes, some, sizes),
-    st.builds(VerticalSlash, sizes, some, some),
-    st.builds(
-        Grid,
-        st.sampled_from(["frame", "row"]),
-        st.booleans(),
-        st.booleans(),
-        st.booleans(),
-        sizes,
-        sizes,
-        some,
-    ),
-)
+plain = st.one_of([patterns_of_kind(cls, scale=2**31 - 1) for cls in kinds().values()])
 queries = st.sampled_from([("text",), ("image", "video"), ("vision",), ("text", "vision"), ("text", "image", "video")])
 
 
@@ -460,7 +445,7 @@ def configs(draw):
     pool = draw(st.lists(heads, min_size=1, max_size=4))
     rows = tuple(tuple(draw(st.sampled_from(pool)) for _ in range(width)) for _ in range(height))
     model = draw(st.none() | st.just(ModelFingerprint("X", height, width, width, 8, 8 * width, 1e4)))
-    defaults = Defaults(draw(sizes))
+    defaults = Defaults(draw(st.integers(0, 2**31 - 1)))
     return HeadConfig("unnamed", draw(provenances), form, rows, model, defaults)
 
 

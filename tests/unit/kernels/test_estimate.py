@@ -40,7 +40,7 @@ def inputs(draw):
 @given(inputs())
 def test_masses_are_the_sums_over_the_last_queries(case):
     q, k, heads, frontier = case
-    got = vertical_slash.estimate(q, k, heads, torch.tensor(frontier) - 1, frontier, 0.4)
+    got = vertical_slash.masses_of(q, k, heads, torch.tensor(frontier) - 1, frontier, 0.4)
     for ours, expected in zip(got, written_out(q, k, heads, frontier, 0.4)):
         torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-5)
 
@@ -61,7 +61,7 @@ def test_the_triton_kernels_sum_the_same_over_a_scattered_cache(dtype, case, pro
         patch.setattr(estimate, "PROGRAMS", programs)  # how the keys are split into parts
         head_ids = torch.tensor(heads, dtype=torch.int32)
         got = estimate.estimate(q, pool, slots.int(), head_ids, frontier[0], 0.4)
-    expected = vertical_slash.estimate(q.float(), k.float(), heads, torch.tensor(frontier) - 1, frontier, 0.4)
+    expected = vertical_slash.masses_of(q.float(), k.float(), heads, torch.tensor(frontier) - 1, frontier, 0.4)
     torch.testing.assert_close(got, expected, rtol=1e-4 if dtype is torch.float32 else 1e-2, atol=1e-5)
 
 

@@ -14,7 +14,9 @@ from sglang.srt.plugins import load_plugins
 from sglang_mminfer import cli
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.kernels import reference
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
 from sglang_mminfer.testing.oracle import HFOracle
 from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl

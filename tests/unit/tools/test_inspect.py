@@ -18,6 +18,8 @@ import observed
 from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, QBoundary, settings
 from sglang_mminfer.kernels import reference
 from sglang_mminfer.kernels.rows import dense_rows
+from sglang_mminfer.patterns import dense, grid
+from sglang_mminfer.patterns.index import TEXT_AFTER_VISION
 from sglang_mminfer.planning.visited import order_of, visited_rows
 from sglang_mminfer.serving import audit, observe
 from sglang_mminfer.tools.inspect import command
@@ -118,19 +120,19 @@ def test_reasons_are_those_of_the_config(tmp_path: Path, monkeypatch: pytest.Mon
     start = 400  # not in the sink and the window, which the row sees anyway
     found = inspect_reasons.reasons_by_row(modality_map, pattern, 50, visited[start:], start, False)
     phase = modality_map.cells("frame").numpy() == pattern.phase
-    assert (found[phase[start:]] == inspect_reasons.PHASE).all()
-    assert (found[observed.VIDEO[1] + 1 - start :] == inspect_reasons.TEXT).all()
-    assert set(found) <= {inspect_reasons.PHASE, inspect_reasons.TEXT, inspect_reasons.TILES, inspect_reasons.SPARSE}
+    assert (found[phase[start:]] == grid.ON_PHASE).all()
+    assert (found[observed.VIDEO[1] + 1 - start :] == TEXT_AFTER_VISION).all()
+    assert set(found) <= {grid.ON_PHASE, TEXT_AFTER_VISION, inspect_reasons.TILES, inspect_reasons.SPARSE}
     early = inspect_reasons.reasons_by_row(modality_map, pattern, 50, visited, 0, False)
     assert (early[:50] == inspect_reasons.BELOW).all() and early[51] == inspect_reasons.START
     everything = np.arange(1, 9)
-    assert set(inspect_reasons.reasons_by_row(modality_map, Dense(), 0, everything, 0, False)) == {inspect_reasons.HEAD}
+    assert set(inspect_reasons.reasons_by_row(modality_map, Dense(), 0, everything, 0, False)) == {dense.BY_CONFIG}
     assert set(inspect_reasons.reasons_by_row(modality_map, AShape(1, 1), 0, everything, 0, True)) == {
         inspect_reasons.ALL_DENSE
     }
     boundary = QBoundary({Modality.VIDEO: pattern})
     found_q = inspect_reasons.reasons_by_row(modality_map, boundary, 50, visited[start:], start, False)
-    assert (found_q[phase[start:]] == inspect_reasons.PHASE).all()
+    assert (found_q[phase[start:]] == grid.ON_PHASE).all()
     assert (found_q[observed.VIDEO[1] + 1 - start :] == inspect_reasons.MODALITY).all()
     account = inspect_reasons.account(found, visited[start:])
     assert sum(why.rows for why in account) == len(found)
