@@ -84,7 +84,7 @@ NAMED_STORAGE = ("file", "nixl", "mooncake", "eic", "simm", "mori", "seaweedfs")
 
 def _media_are_ours(cfg: Any) -> bool:
     """Whether this package reads or mends media of the model."""
-    from sglang_mminfer.families.maps import family_of
+    from sglang_mminfer.families import family_of
 
     return family_of(_model_config(cfg).hf_config) is not None
 
