@@ -74,10 +74,14 @@ def vocabulary_of(processor: Any) -> int:
     return int(next((size for size in sizes if size), len(processor._tokenizer)))
 
 
-def _placeholders(processor: Any) -> dict[int, tuple[str, ...]]:
-    """The ids of placeholders, and the kinds of media that each stands for; none where placeholders are words."""
-    if not getattr(processor, "has_placeholder_ids", True):
-        return {}
+def _placeholders(processor: Any) -> Mapping[int, tuple[str, ...]]:
+    """The ids of placeholders, and the kinds of media that each stands for; a processor may say it by `media_tokens`.
+
+    None where placeholders are words. A token that stands around media has no kind.
+    """
+    own = getattr(processor, "media_tokens", None)
+    if own is not None:
+        return own
     found: dict[int, tuple[str, ...]] = {}
     for kind in _KINDS:
         token = getattr(processor.mm_tokens, f"{kind}_token_id", None)

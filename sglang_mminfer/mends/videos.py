@@ -43,7 +43,7 @@ def load(
         ValueError: for what is no video, or is larger than `limits` allow.
     """
     source, wanted = options.of(_as_list(data), family, "video")
-    if mends.active("video_frames") and (frames := _frames_in(source)) is not None:
+    if mends.active("video_frames") and (frames := frames_in(source)) is not None:
         # As in vLLM and in Qwen's own service: who sends frames says with fps at which rate they were taken.
         video = as_video(frames, wanted.pop("fps", FPS))
     else:
@@ -106,7 +106,7 @@ def _as_list(data: Any) -> Any:
     return list(data) if isinstance(data, tuple) else data
 
 
-def _frames_in(source: Any) -> Sequence[Any] | None:
+def frames_in(source: Any) -> Sequence[Any] | None:
     """The frames of a video that comes as such; None for a file.
 
     Raises:

@@ -116,6 +116,9 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+PLACEHOLDERS = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
+"""What the chat template writes for a picture and for a video."""
+
 # Images and videos shrink to 4 patches and no further: a test wants to count its tokens on its fingers.
 MIN_PIXELS = 4 * 28 * 28
 MAX_IMAGE_PIXELS = 1280 * 28 * 28

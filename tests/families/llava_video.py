@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from families import Family, Prompt
 from families.embedded import EmbeddedOracle, Piece, output_of
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle_media import open_video, read_picture
@@ -351,3 +352,21 @@ def bilinear(raster: torch.Tensor, rows: int, cols: int) -> list[list[torch.Tens
             row.append((1 - down) * above + down * below)
         result.append(row)
     return result
+
+
+FAMILIES = (
+    Family(
+        name="llava_video",
+        title="LLaVA-Video",
+        architecture="LlavaQwenForCausalLM",
+        maker=make,
+        oracle=LlavaVideoOracle,
+        recipe={"mm_spatial_pool_mode": "average"},
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        served_by="plugin",
+        reach=3328,
+        long_videos=6,
+        video_options={"max_frames": 4},
+        prompt=Prompt("base_processor", "<image>", "<video>"),
+    ),
+)

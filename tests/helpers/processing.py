@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_mminfer.families.maps import family_of, map_from_mm_inputs
+from sglang_mminfer.families.maps import map_from_mm_inputs, reader_of
 from sglang_mminfer.modality.segments import ModalityMap
 
 
@@ -21,7 +21,7 @@ class Processed:
         self.ids = [int(token) for token in output.input_ids]
         self.items = output.mm_items
         self.output = output
-        self.map: ModalityMap = map_from_mm_inputs(output, len(self.ids), family_of(hf_config))
+        self.map: ModalityMap = map_from_mm_inputs(output, len(self.ids), reader_of(hf_config))
 
     def runs(self, token: int) -> list[tuple[int, int]]:
         """[start, stop) of every run of one token."""

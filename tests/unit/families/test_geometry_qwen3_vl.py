@@ -16,7 +16,8 @@ from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
 from families import qwen3_vl
 from processing import Processing, cells_of
-from sglang_mminfer.families.maps import GeometryError, family_of, map_from_mm_inputs
+from sglang_mminfer.families.grid_thw import FrameSpanReader, GridReader
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.tools.media import make_image, make_video
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -118,5 +119,5 @@ def test_what_is_wrong_is_named(offsets, rows, reason, words):
 
 
 def test_families_of_real_configs():
-    assert family_of(Qwen3VLConfig()) == family_of(Qwen3VLMoeConfig()) == "qwen3_vl"
-    assert family_of(Qwen3VLConfig(vision_config={"spatial_merge_size": 3})) == "qwen3_vl:3"
+    assert reader_of(Qwen3VLConfig()) == reader_of(Qwen3VLMoeConfig()) == FrameSpanReader() != GridReader()
+    assert reader_of(Qwen3VLConfig(vision_config={"spatial_merge_size": 3})) == FrameSpanReader(3)

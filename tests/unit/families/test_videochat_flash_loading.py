@@ -20,7 +20,8 @@ from sglang.srt.server_args import ServerArgs
 
 from families import videochat_flash
 from sglang_mminfer import ModalityMap, Segment, VisionGrid
-from sglang_mminfer.families.maps import GeometryError, family_of, has_raster, map_from_mm_inputs
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
+from sglang_mminfer.families.own.geometry import PlacedReader
 from sglang_mminfer.families.own.processor import _item
 from sglang_mminfer.families.own.prompt import Medium, Raster, lay_out
 from sglang_mminfer.head_config import HeadConfigError
@@ -61,7 +62,8 @@ def test_the_checkpoint_is_ours(checkpoint: Path, tmp_path: Path, model_type: st
     assert not hasattr(model.hf_text_config, "dual_chunk_attention_config")
     served = ModelRegistry.models["VideoChatFlashForConditionalGeneration"]
     assert PROCESSOR_MAPPING[served].__name__ == "VideoChatFlashProcessor"
-    assert (family_of(model.hf_config), has_raster(model.hf_config)) == ("placed:merged", False)
+    reader = reader_of(model.hf_config)
+    assert reader == PlacedReader(merged=True) and not reader.has_raster
 
 
 @pytest.mark.parametrize("backend", ["mminfer", "torch_native"])
@@ -107,7 +109,9 @@ def test_the_map_is_what_the_ids_say(drawn: list[tuple[str, int]]) -> None:
             run.append(Medium("image", [Raster(whole, 1, 64)]))
             run.append(Medium("image", [Raster(tiles, 1, 64 * count)], "said"))
     ids, placed = lay_out(run, lambda words: [1] * len(words), FILL)
-    found = map_from_mm_inputs(MultimodalInputs(mm_items=[_item(one) for one in placed]), len(ids), "placed:merged")
+    found = map_from_mm_inputs(
+        MultimodalInputs(mm_items=[_item(one) for one in placed]), len(ids), PlacedReader(merged=True)
+    )
 
     expected, position = [], 0
     media = [(kind, count) for kind, count in drawn if kind != "text"]
@@ -134,6 +138,6 @@ def test_the_map_is_what_the_ids_say(drawn: list[tuple[str, int]]) -> None:
 def test_items_with_rows_do_not_fit_merged_tokens() -> None:
     _, placed = lay_out([Medium("video", [Raster(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), 8, 8)])], len, FILL)  # type: ignore[arg-type]
     with pytest.raises(GeometryError, match=r"expected one row of merged tokens, got 8") as caught:
-        map_from_mm_inputs(MultimodalInputs(mm_items=[_item(placed[0])]), 64, "placed:merged")
+        map_from_mm_inputs(MultimodalInputs(mm_items=[_item(placed[0])]), 64, PlacedReader(merged=True))
     assert caught.value.reason == "grid_mismatch"
-    assert family_of(SimpleNamespace(model_type="videochat_flash")) == "placed"
+    assert reader_of(SimpleNamespace(model_type="videochat_flash")) == PlacedReader()
