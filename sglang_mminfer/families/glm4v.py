@@ -90,8 +90,7 @@ def _processor_class(base: Any) -> type:
             if videos.frames_in(source) is not None:
                 names -= {"fps"}  # of the frames that came
             heeded = {name: wanted.pop(name) for name in names}
-            inner = VideoData(url=source, preprocess_kwargs=wanted) if wanted else source
-            return VideoData(url=inner, preprocess_kwargs=heeded) if heeded else inner
+            return VideoData(url=VideoData(url=source, preprocess_kwargs=wanted), preprocess_kwargs=heeded)
 
     return MMInferGlm4VProcessor
 

@@ -80,10 +80,11 @@ class Processing:
     def token(self, text: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(text))
 
-    def __call__(self, prompt: str | list[int], images: Sequence[Path] = (), videos: Sequence[Path] = ()) -> Processed:
+    def __call__(self, prompt: str | list[int], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Processed:
+        """Of files, or of anything else that a request may hold."""
         request = SimpleNamespace(
-            image_data=[str(image) for image in images] or None,
-            video_data=[str(video) for video in videos] or None,
+            image_data=[str(image) if isinstance(image, Path) else image for image in images] or None,
+            video_data=[str(video) if isinstance(video, Path) else video for video in videos] or None,
             audio_data=None,
             modalities=None,
             rid="test",

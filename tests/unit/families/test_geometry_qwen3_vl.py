@@ -94,7 +94,7 @@ def video(offsets, rows):
 
 
 def test_two_videos_in_one_item_are_two_segments():
-    mmap = map_from_mm_inputs(video([(2, 5), (9, 12), (20, 21)], [[2, 4, 4], [1, 2, 4]]), 30, "qwen3_vl")
+    mmap = map_from_mm_inputs(video([(2, 5), (9, 12), (20, 21)], [[2, 4, 4], [1, 2, 4]]), 30, FrameSpanReader())
     assert [(s.modality, s.start, s.stop) for s in mmap.segments if s.grid] == [("video", 2, 13), ("video", 20, 22)]
     assert mmap.segments[1].grid.frame_starts == (2, 9)
     assert mmap.cells("frame").tolist()[6:9] == [-1, -1, -1]
@@ -114,7 +114,7 @@ def test_two_videos_in_one_item_are_two_segments():
 )
 def test_what_is_wrong_is_named(offsets, rows, reason, words):
     with pytest.raises(GeometryError, match=words) as caught:
-        map_from_mm_inputs(video(offsets, rows), 64, "qwen3_vl")
+        map_from_mm_inputs(video(offsets, rows), 64, FrameSpanReader())
     assert caught.value.reason == reason
 
 
