@@ -3,7 +3,7 @@
 `MENDS` is the list, for people too: `mminfer doctor` and the documents print it. A mend acts in servers whose attention
 backend is mminfer, and in no other. `SGLANG_MMINFER_MENDS` switches mends off by name.
 
-Importing this module costs nothing; what a mend does stands in the module of its name, or in `processors/`.
+Importing this module costs nothing; what a mend does stands in the module of its name, or with its family.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tiny LLaVA-Video checkpoints with the files and names of the released ones, and an oracle for them.
 
 The oracle follows the original code's description in plain loops over transformers' SigLIP and Qwen2, and shares
-nothing with `models/`: it decodes with PyAV, resizes with transformers' image processor, pools cell by cell.
+nothing with the product: it decodes with PyAV, resizes with transformers' image processor, pools cell by cell.
 """
 
 from __future__ import annotations

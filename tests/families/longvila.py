@@ -1,6 +1,6 @@
 """Tiny LongVILA checkpoints with the folders, files and names of the released ones, and an oracle for them.
 
-The oracle shares nothing with `models/`: it decodes with PyAV, resizes with transformers' image processor, merges
+The oracle shares nothing with the product: it decodes with PyAV, resizes with transformers' image processor, merges
 patches one square at a time, and asks transformers' own Qwen2 or Llama.
 """
 

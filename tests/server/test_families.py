@@ -1,4 +1,4 @@
-"""Every family of `evaluation.families`, served for real: answers as its oracle's, and sparse where the prompt is long.
+"""Every family of tests/families, served for real: answers as its oracle's, and sparse where the prompt is long.
 
 One server and one head config for each: patterns and boundaries of every kind whose windows cover `Family.reach`
 tokens. A prompt that is shorter is computed on the sparse path and answers as dense attention does; a longer one is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from sglang_mminfer.families.own.geometry import PlacedReader
 from sglang_mminfer.families.own.processor import _item
 from sglang_mminfer.families.own.prompt import Medium, Raster, lay_out
 from sglang_mminfer.head_config import HeadConfigError
+from sglang_mminfer.mends import asked
 from sglang_mminfer.serving import head_config_choice
 from sglang_mminfer.settings import CONFIG
 
@@ -45,13 +47,23 @@ def variant(checkpoint: Path, folder: Path, **fields: Any) -> str:
     return str(folder)
 
 
-def launched(path: str, **fields: Any) -> Any:
-    """The model's config as a launch reads it."""
-    return model_config_of(resolving_view(ServerArgs(model_path=path, attention_backend="mminfer", **fields)))
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The model's config as the launch of a server with mminfer reads it."""
+    monkeypatch.setattr(asked, "_last", None)  # what it becomes here is gone after the test
+
+    def launch(path: str) -> Any:
+        arguments = ServerArgs(model_path=path, attention_backend="mminfer")
+        asked.note(arguments)
+        return model_config_of(resolving_view(arguments))
+
+    return launch
 
 
 @pytest.mark.parametrize("model_type", ["videochat_flash_qwen", "qwen2"])
-def test_the_checkpoint_is_ours(checkpoint: Path, tmp_path: Path, model_type: str) -> None:
+def test_the_checkpoint_is_ours(
+    launched: Callable[[str], Any], checkpoint: Path, tmp_path: Path, model_type: str
+) -> None:
     """Also the one that calls itself Qwen2, and whose dual chunks the original code does not know either."""
     chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
     path = variant(checkpoint, tmp_path, model_type=model_type, dual_chunk_attention_config=chunks)
@@ -66,15 +78,16 @@ def test_the_checkpoint_is_ours(checkpoint: Path, tmp_path: Path, model_type: st
     assert reader == PlacedReader(merged=True) and not reader.has_raster
 
 
-@pytest.mark.parametrize("backend", ["mminfer", "torch_native"])
-def test_dropping_tokens_inside_the_language_model_is_refused(checkpoint: Path, tmp_path: Path, backend: str) -> None:
+def test_dropping_tokens_inside_the_language_model_is_refused(
+    launched: Callable[[str], Any], checkpoint: Path, tmp_path: Path
+) -> None:
     path = variant(checkpoint, tmp_path, mm_llm_compress=True, llm_compress_layer_list=[1])
     with pytest.raises(ValueError, match=r"mm_llm_compress drops vision tokens between layers") as caught:
-        model_config_of(resolving_view(ServerArgs(model_path=path, attention_backend=backend)))
+        launched(path)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_row_grid_is_refused_at_start_up(checkpoint: Path) -> None:
+def test_a_row_grid_is_refused_at_start_up(launched: Callable[[str], Any], checkpoint: Path) -> None:
     hf_config = launched(str(checkpoint)).hf_config
     with pytest.raises(HeadConfigError, match=r'grid of stride "row" needs columns.*use stride "frame"'):
         head_config_choice.load_for_model(None, hf_config, {CONFIG.variable: "test_grid_row"})

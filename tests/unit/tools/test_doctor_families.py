@@ -1,4 +1,4 @@
-"""What `mminfer doctor --video` says for every family of `evaluation.families`, against the family's oracle."""
+"""What `mminfer doctor --video` says for every family of tests/families, against the family's oracle."""
 
 from __future__ import annotations
 
