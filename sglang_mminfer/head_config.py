@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 import msgspec
 
-from sglang_mminfer.families.maps import has_raster
+from sglang_mminfer.families.maps import reader_of
 from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.patterns.base import Pattern, fields_of, kinds
 from sglang_mminfer.patterns.boundary import Boundary, Boundary2D, HeadPattern, QBoundary, patterns_of
@@ -299,7 +299,8 @@ class HeadConfig:
 
     def _check_strides(self, hf_config: Any) -> None:
         """Refuse what could never be sparse: lines through columns where the model's tokens have none."""
-        if has_raster(hf_config):
+        reader = reader_of(hf_config)
+        if reader is None or reader.has_raster:
             return
         for layer, row in enumerate(self.rows):
             for number, head in enumerate(row):

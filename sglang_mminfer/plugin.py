@@ -180,7 +180,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.model_loader.utils.get_model_architecture",
         "after",
-        "sglang_mminfer.families.models:adapt_model",
+        "sglang_mminfer.families.processors:adapt_model",
         "Faults in SGLang's models: `mends.MENDS` has them, llava_original and frames_apart.",
     ),
     Hook(

@@ -502,7 +502,7 @@ class Demo:
     def _draw(self, model: Path) -> Path:
         """Draw the picture. Its modality map is made from the last prompt's token ids and the grids of the files."""
         from sglang_mminfer import AShape, Boundary2D, Grid, Modality
-        from sglang_mminfer.families.maps import family_of
+        from sglang_mminfer.families.maps import reader_of
         from sglang_mminfer.tools.figures import conversation_figure, map_of_prompt, save, turn_of_records
 
         hf_config = _hf_config(model)
@@ -511,7 +511,7 @@ class Demo:
         edge = hf_config.vision_config.patch_size
         video = (self.settings.seconds, SIDE // edge, SIDE // edge)
         grids = {Modality.IMAGE: [(1, IMAGE[1] // edge, IMAGE[0] // edge)], Modality.VIDEO: [video, video]}
-        modality_map = map_of_prompt(answers[-1].prompt_ids, placeholders, grids, family_of(hf_config))
+        modality_map = map_of_prompt(answers[-1].prompt_ids, placeholders, grids, reader_of(hf_config))
         served = answers[-1].records[-1].segments
         if served != len(modality_map.segments):
             raise DemoFailed(

@@ -7,13 +7,17 @@ cells here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
+from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
 from sglang_mminfer.modality.items import spans_of
-from sglang_mminfer.modality.segments import Modality, Segment
+from sglang_mminfer.modality.segments import Segment
 
 
-def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterator[tuple[Segment, str]]:
-    """One segment for each span of the item, with the name an error should use."""
-    for span in spans_of(item, name):
-        yield Segment(modality, span.start, span.stop), span.name
+@dataclass(frozen=True)
+class SpanReader(Reader):
+    """One segment for each span of an item."""
+
+    def of_item(self, one: MediaItem) -> Iterator[LabelledSegment]:
+        for span in spans_of(one.item, one.label):
+            yield Segment(one.modality, span.start, span.stop), span.name

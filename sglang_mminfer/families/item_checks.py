@@ -14,9 +14,11 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from sglang_mminfer import mends
-from sglang_mminfer.families.maps import GeometryError, family_of, map_from_mm_inputs, offsets_of
+from sglang_mminfer import families, mends
+from sglang_mminfer.families.base import Family, MediaItem
+from sglang_mminfer.families.maps import map_from_mm_inputs
 from sglang_mminfer.mends.requests import media_in
+from sglang_mminfer.modality.items import GeometryError, modality_of, offsets_of
 
 NAME = "item_checks"
 
@@ -74,16 +76,17 @@ def check(output: Any, processor: Any) -> None:
     if not mends.active(NAME) or output.input_ids is None:
         return
     length = len(output.input_ids)
-    family = family_of(processor.hf_config)
+    family = families.family_of(processor.hf_config)
     try:
         _check_places(output.mm_items, length)
         theirs = [(i, item) for i, item in enumerate(output.mm_items) if item.format.name != "NORMAL"]
         if theirs or (family is not None and not output.mm_items):
             _check_covered(output)
         for i, item in theirs:
-            _check_features(item, f"mm_items[{i}] ({item.modality.name.lower()})", family, processor.hf_config)
+            one = MediaItem(item, modality_of(item, i), f"mm_items[{i}] ({item.modality.name.lower()})")
+            _check_features(one, family, processor.hf_config)
         if theirs:
-            map_from_mm_inputs(output, length, family)
+            map_from_mm_inputs(output, length, None if family is None else family.geometry(processor.hf_config))
     except GeometryError as error:
         raise ValueError(f"media: {error}") from error
     positions = output.mrope_positions
@@ -131,10 +134,11 @@ def _check_covered(output: Any) -> None:
 # ---- what a client says that a processor or an encoder made -----------------------------------------------------
 
 
-def _check_features(item: Any, name: str, family: str | None, hf_config: Any) -> None:
+def _check_features(one: MediaItem, family: Family | None, hf_config: Any) -> None:
     """Raises ValueError for features that the model cannot take."""
     from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 
+    item, name = one.item, one.label
     if own := [key for key in item.model_specific_data if str(key).startswith(_OWN_KEYS)]:
         raise ValueError(f"{name}: {own[0]} is no field of a client's")
     pads = (item.pad_value, *(item.pad_values or ()))
@@ -156,7 +160,8 @@ def _check_features(item: Any, name: str, family: str | None, hf_config: Any) ->
                 f"{' x '.join(map(str, shape))}"
             )
         return
-    _check_encodable(item, name, shape, tokens, family, hf_config)
+    if family is not None:
+        family.check_features(one, shape, tokens, hf_config)
 
 
 def _shape_of(value: Any, name: str) -> tuple[int, ...]:
@@ -178,45 +183,3 @@ def _widths(hf_config: Any) -> list[int]:
     width = int(get().hidden_size if get is not None else hf_config.hidden_size)
     deep = getattr(getattr(hf_config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     return [width * (1 + len(deep))]
-
-
-def _check_encodable(
-    item: Any, name: str, shape: tuple[int, ...], tokens: int, family: str | None, hf_config: Any
-) -> None:
-    """The rows that the family's encoder makes a medium's tokens of."""
-    base, _, argument = (family or "").partition(":")
-    vision: Any = getattr(hf_config, "vision_config", None)
-    if base in ("qwen_vl", "qwen3_vl"):
-        rows = _grid_patches(item, name)
-        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
-        width = channels * vision.temporal_patch_size * vision.patch_size**2
-        if shape != (rows, width):
-            raise ValueError(
-                f"{name}: expected a feature of {rows} x {width}, a row for each patch of its grid, got "
-                f"{' x '.join(map(str, shape))}"
-            )
-    elif base == "internvl":
-        side = int(argument or 16)
-        if len(shape) != 4 or shape[0] * side * side != tokens or shape[1] != 3 or shape[2] != shape[3]:
-            raise ValueError(
-                f"{name}: expected a feature of {tokens // side**2} x 3 x height x width, a tile for every {side**2} "
-                f"tokens, got {' x '.join(map(str, shape))}"
-            )
-    elif base:
-        raise ValueError(
-            f"{name}: processor_output is not taken for models of this family ({base}); send pictures and videos, or "
-            "precomputed_embedding"
-        )
-
-
-def _grid_patches(item: Any, name: str) -> int:
-    """Patches of a Qwen item's grid."""
-    import torch
-
-    key = "video_grid_thw" if item.is_video() else "image_grid_thw"
-    grid = item.model_specific_data.get(key)
-    if not isinstance(grid, torch.Tensor) or grid.is_floating_point() or grid.ndim != 2 or grid.shape[1] != 3:
-        shape = getattr(grid, "shape", None)
-        got = "none" if grid is None else type(grid).__name__ if shape is None else f"{grid.dtype} of {tuple(shape)}"
-        raise ValueError(f"{name}: expected {key}, a tensor of integers with a row [t, h, w] for each, got {got}")
-    return sum(int(t) * int(h) * int(w) for t, h, w in grid.tolist())

@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import inspect
 import logging
 from typing import Any
 
-from sglang_mminfer import mends
-from sglang_mminfer.mends import identity, pictures, token_ids, verbatim, videos
+from sglang_mminfer import families, mends
+from sglang_mminfer.mends import asked, identity, pictures, token_ids, verbatim, videos
 
 logger = logging.getLogger(__name__)
 
 
-_ADAPTED = {
-    "InternVLProcessor": ("internvl", "internvl_frames"),
-    "LlavaImageProcessor": ("llava_original", "llava_original"),
-    "NVILAMultimodalProcessor": ("nvila", "nvila_videos"),
-    "QwenVLImageProcessor": ("qwen_vl", None),
-    "TransformersAutoMultimodalProcessor": ("llava_hf", "llava_hf_videos"),
-}
-"""By SGLang's class, the module here whose `adapted` makes ours, imported then and not with this file, and the mend
-that it is (None: several, which it asks for one by one)."""
-
-
 def adapted(kind: type, hf_config: Any) -> type:
-    """Our class in place of one that `_ADAPTED` names; any other class as it is."""
-    module, mend = _ADAPTED.get(kind.__name__, (None, None))
-    if module is None or (mend is not None and not mends.active(mend)):
-        return kind
-    family = importlib.import_module(f"sglang_mminfer.families.{module}.processor")
-    return family.adapted(kind, hf_config) or kind
+    """A family's class in place of one of SGLang's; any other class as it is."""
+    for family in families.known():
+        if kind.__name__ in family.processors and (family.mend is None or mends.active(family.mend)):
+            ours = family.processor(kind, hf_config)
+            if ours is not None:
+                return ours
+    return kind
+
+
+def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[type, str] | None:
+    """AFTER get_model_architecture: a family's class in place of SGLang's, else None (SGLang's stays)."""
+    if not asked.for_mminfer():
+        return None
+    kind, architecture = resolved
+    for family in families.known():
+        if family.mend is None or mends.active(family.mend):
+            ours = family.model(kind, architecture)
+            if ours is not None:
+                return ours, architecture
+    return None
 
 
 def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -83,10 +83,14 @@ def vocabulary_of(processor: Any) -> int:
     return int(next((size for size in sizes if size), len(processor._tokenizer)))
 
 
-def _placeholders(processor: Any) -> dict[int, tuple[str, ...]]:
-    """The ids of the processor's placeholders and the kinds of media that each stands for; {} if they are words."""
-    if not getattr(processor, "has_placeholder_ids", True):
-        return {}
+def _placeholders(processor: Any) -> Mapping[int, tuple[str, ...]]:
+    """The ids of the processor's placeholders and the kinds of media that each stands for; {} if they are words.
+
+    A processor may say it by `media_tokens`. A token that stands around media has no kind.
+    """
+    media_tokens = getattr(processor, "media_tokens", None)
+    if media_tokens is not None:
+        return media_tokens
     kinds: dict[int, tuple[str, ...]] = {}
     for kind in _KINDS:
         token = getattr(processor.mm_tokens, f"{kind}_token_id", None)

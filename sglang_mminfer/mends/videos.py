@@ -47,7 +47,7 @@ def load(
         ValueError: if it is no video, or larger than `limits` allow.
     """
     source, request_options = options.of(_as_list(data), family, "video")
-    if mends.active("video_frames") and (frames := _frames_in(source)) is not None:
+    if mends.active("video_frames") and (frames := frames_in(source)) is not None:
         # With frames, fps is the rate at which they were taken, as in vLLM and in Qwen's own service.
         video = as_video(frames, request_options.pop("fps", FPS))
     else:
@@ -114,8 +114,12 @@ def _as_list(data: Any) -> Any:
     return list(data) if isinstance(data, tuple) else data
 
 
-def _frames_in(source: Any) -> Sequence[Any] | None:
-    """The frames of a video that came as single frames or as an array; None for a file."""
+def frames_in(source: Any) -> Sequence[Any] | None:
+    """The frames of a video that came as single frames or as an array; None for a file.
+
+    Raises:
+        ValueError: for an array that is no video.
+    """
     if _is_array(source):
         return source
     if isinstance(source, list | tuple):

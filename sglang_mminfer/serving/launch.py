@@ -90,7 +90,7 @@ NAMED_STORAGE = ("file", "nixl", "mooncake", "eic", "simm", "mori", "seaweedfs")
 
 def _media_are_ours(cfg: Any) -> bool:
     """Whether this package has a family for the model, so that it reads or mends the model's media."""
-    from sglang_mminfer.families.maps import family_of
+    from sglang_mminfer.families import family_of
 
     return family_of(_model_config(cfg).hf_config) is not None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglang_mminfer import settings
-from sglang_mminfer.families.maps import GeometryError, cached_map, family_of
+from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.segments import ModalityMap
@@ -65,7 +65,7 @@ class SparsePrefill:
 
         hf_config = runner.model_config.hf_config
         self.head_config, _ = head_config_choice.load_for_model(runner.server_args, hf_config)
-        self.family = family_of(hf_config)
+        self.reader = reader_of(hf_config)
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.kv_pool = runner.token_to_kv_pool
         self.device = torch.device(runner.device)
@@ -217,7 +217,7 @@ class SparsePrefill:
             sparse.
         """
         try:
-            modality_map = cached_map(mm_inputs, prompt, self.family)
+            modality_map = cached_map(mm_inputs, prompt, self.reader)
         except GeometryError as error:
             if not error.repeated:
                 logger.warning("mminfer: request %s runs dense: %s", request.rid, error)

@@ -116,6 +116,9 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+PLACEHOLDERS = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
+"""What the chat template writes for a picture and for a video."""
+
 # Images and videos shrink to as little as 4 tokens, so that a test can count its tokens on its fingers.
 MIN_PIXELS = 4 * 28 * 28
 MAX_IMAGE_PIXELS = 1280 * 28 * 28

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_mminfer.families.base import Reader
 from sglang_mminfer.families.maps import map_from_mm_inputs
 from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
@@ -97,7 +98,7 @@ def map_of_prompt(
     prompt_ids: Sequence[int],
     placeholders: Mapping[Modality, int],
     grids: Mapping[Modality, Sequence[tuple[int, int, int]]],
-    family: str | None,
+    reader: Reader | None,
 ) -> ModalityMap:
     """The map of a prompt, rebuilt outside the server from its token ids and the processor's grids.
 
@@ -108,7 +109,7 @@ def map_of_prompt(
         prompt_ids: the whole prompt, placeholders expanded, as the server returns it.
         placeholders: the token of images and of videos.
         grids: [t, h, w] before the merger, of each image and each video in their order.
-        family: what `family_of` gives for the model.
+        reader: what `families.maps.reader_of` gives for the model.
 
     Raises:
         GeometryError: if the grids do not fit the placeholders.
@@ -119,7 +120,7 @@ def map_of_prompt(
         if offsets:
             data = {f"{modality}_grid_thw": [list(row) for row in grids[modality]]} if modality in grids else {}
             items.append(SimpleNamespace(modality=modality.name, offsets=offsets, model_specific_data=data))
-    return map_from_mm_inputs(SimpleNamespace(mm_items=items), len(prompt_ids), family)
+    return map_from_mm_inputs(SimpleNamespace(mm_items=items), len(prompt_ids), reader)
 
 
 def plan_of(modality_map: ModalityMap, heads: Sequence[HeadPattern], dense_below: int = 0) -> PrefillPlan:

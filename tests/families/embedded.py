@@ -1,7 +1,7 @@
 """An oracle for models that transformers does not have: its language model, fed embeddings that are put together here.
 
-Independent of `families/`: nothing of it is imported. A family's oracle says how a conversation becomes text and
-embeddings, with transformers' vision tower and plain loops; the rest is transformers' own language model.
+Independent of the product: nothing of its families is imported. A family's oracle says how a conversation becomes text
+and embeddings, with transformers' vision tower and plain loops; the rest is transformers' own language model.
 """
 
 from __future__ import annotations

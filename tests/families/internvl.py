@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from families import internvl_tiles
+from families import Family, Prompt, internvl_tiles
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle, Message, split_messages
 from sglang_mminfer.testing.oracle_media import Video, open_video, read_picture
@@ -267,3 +267,19 @@ class InternVLOracle(HFOracle):
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> InternVLOracle:
     return InternVLOracle(path, video["num_frames"])
+
+
+FAMILIES = (
+    Family(
+        name="internvl",
+        title="InternVL3.5",
+        architecture="InternVLChatModel",
+        maker=make,
+        oracle=oracle,
+        oracle_title="transformers (InternVLForConditionalGeneration, the same weights under other names)",
+        long_video=(40, 128, 96, 4),
+        long_videos=4,
+        video_options={"num_frames": 34},  # above SGLang's own limit of 32
+        prompt=Prompt("internvl", "<image>", "<video>", ("image",)),
+    ),
+)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from families import Family, Prompt
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle, Message, split_messages
 from sglang_mminfer.testing.oracle_media import Video, open_video, read_picture
@@ -166,3 +167,36 @@ class LlavaOracle(HFOracle):
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> LlavaOracle:
     return LlavaOracle(path, mm_process_config={"video": video})
+
+
+FAMILIES = (
+    Family(
+        name="llava_onevision",
+        title="LLaVA-OneVision (Hugging Face)",
+        architecture="LlavaOnevisionForConditionalGeneration",
+        maker=make_onevision,
+        oracle=oracle,
+        oracle_title="transformers",
+        served_by="fallback",
+        cached_turns=False,  # SGLang turns both off for media in its Transformers fallback
+        chunked_prefill=False,
+        long_video=(400, 64, 64, 24),
+        long_videos=8,
+        video_options={"num_frames": 64},  # transformers takes several videos only of one length
+        prompt=Prompt("transformers_auto", "<image>", "<video>", ("image", "video")),
+    ),
+    Family(
+        name="llava_next_video",
+        title="LLaVA-NeXT-Video (Hugging Face)",
+        architecture="LlavaNextVideoForConditionalGeneration",
+        maker=make_next_video,
+        oracle=oracle,
+        oracle_title="transformers",
+        served_by="fallback",
+        cached_turns=False,
+        chunked_prefill=False,
+        long_video=(400, 64, 64, 24),
+        long_videos=12,
+        video_options={"num_frames": 64},
+    ),
+)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from families import Family, Prompt
 from families.embedded import Chat, EmbeddedOracle, Piece, output_of
 from families.llava_video import LANGUAGE, any_resolution, random_tower
 from sglang_mminfer.testing import tiny_model
@@ -266,3 +267,34 @@ class OriginalLlavaOracle(EmbeddedOracle):
         patches = seen[:, -(SIDE**2) :]  # without CLIP's token of the whole
         state = torch.nn.functional.gelu(patches @ first.T + bias) @ second.T + bias_2
         return state.unflatten(1, (SIDE, SIDE))
+
+
+FAMILIES = (
+    Family(
+        name="llava_onevision_lmms",
+        title="LLaVA-OneVision (lmms-lab)",
+        architecture="LlavaQwenForCausalLM",
+        maker=make_onevision,
+        oracle=oracle,
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        video=False,  # SGLang answers a video with an error
+        several_videos=False,
+        reach=1664,  # of three pictures
+        lone_image=True,
+        flags=("--chat-template", "chatml-llava"),
+        prompt=Prompt("llava", "<image>", expanded=("image",)),
+    ),
+    Family(
+        name="llava_v1_5",
+        title="LLaVA-1.5 (original)",
+        architecture="LlavaLlamaForCausalLM",
+        maker=make_v1_5,
+        oracle=oracle,
+        oracle_title="transformers (CLIP, Llama), and the steps between them written out",
+        video=False,
+        several_videos=False,
+        reach=1664,  # of three pictures
+        chunked_prefill=False,  # SGLang turns it off for this architecture
+        flags=("--chat-template", "vicuna_v1.1"),
+    ),
+)

@@ -1,7 +1,7 @@
 """Tiny LLaVA-Video checkpoints with the files and names of the released ones, and an oracle for them.
 
 The oracle follows the original code's description in plain loops over transformers' SigLIP and Qwen2, and shares
-nothing with `families/`: it decodes with PyAV, resizes with transformers' image processor, pools cell by cell.
+nothing with the product: it decodes with PyAV, resizes with transformers' image processor, pools cell by cell.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from families import Family, Prompt
 from families.embedded import EmbeddedOracle, Piece, output_of
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle_media import open_video, read_picture
@@ -351,3 +352,21 @@ def bilinear(raster: torch.Tensor, rows: int, cols: int) -> list[list[torch.Tens
             row.append((1 - down) * above + down * below)
         result.append(row)
     return result
+
+
+FAMILIES = (
+    Family(
+        name="llava_video",
+        title="LLaVA-Video",
+        architecture="LlavaQwenForCausalLM",
+        maker=make,
+        oracle=LlavaVideoOracle,
+        recipe={"mm_spatial_pool_mode": "average"},
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        served_by="plugin",
+        reach=3328,
+        long_videos=6,
+        video_options={"max_frames": 4},
+        prompt=Prompt("base_processor", "<image>", "<video>"),
+    ),
+)

@@ -1,6 +1,6 @@
 """Tiny LongVILA checkpoints with the folders, files and names of the released ones, and an oracle for them.
 
-The oracle shares nothing with `families/`: it decodes with PyAV, resizes with transformers' image processor, merges
+The oracle shares nothing with the product: it decodes with PyAV, resizes with transformers' image processor, merges
 patches one square at a time, and asks transformers' own Qwen2 or Llama.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from families import Family
 from families.embedded import Chat, EmbeddedOracle, Piece, output_of
 from families.llava_video import random_tower
 from sglang_mminfer.testing import tiny_model
@@ -300,3 +301,19 @@ def projected(state: torch.Tensor, projector: Mapping[str, torch.Tensor]) -> tor
             if i != numbers[-1] and i + 1 not in numbers:
                 state = torch.nn.functional.gelu(state)
     return state
+
+
+FAMILIES = (
+    Family(
+        name="longvila",
+        title="LongVILA",
+        architecture="LlavaLlamaModel",
+        maker=make,
+        oracle=LongVilaOracle,
+        recipe={"variant": "1M"},
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        served_by="plugin",
+        long_videos=4,
+        video_options={"num_frames": 5},
+    ),
+)

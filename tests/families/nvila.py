@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from families import nvila_remote
+from families import Family, Prompt, nvila_remote
 from families.embedded import EmbeddedOracle, Piece, output_of
 from families.llava_video import random_tower
 from families.longvila import merged, projected, random_projector
@@ -315,3 +315,32 @@ def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> NVILAOracle:
     return NVILAOracle(path, **video)
+
+
+FAMILIES = (
+    Family(
+        name="nvila",
+        title="NVILA",
+        architecture="NVILAForConditionalGeneration",
+        maker=make,
+        oracle=oracle,
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        long_video=(40, 128, 96, 4),
+        long_videos=11,
+        video_options={"num_frames": 20},  # SGLang takes 8 by itself
+        flags=("--trust-remote-code",),  # released checkpoints bring their processor along
+        prompt=Prompt("nvila", "<image>", "<vila/video>"),
+    ),
+    Family(
+        name="nvila_lite",
+        title="NVILA-Lite",
+        architecture="NVILALiteForConditionalGeneration",
+        maker=make_lite,
+        oracle=oracle,
+        oracle_title="transformers (SigLIP, Qwen2), and the steps between them written out",
+        long_video=(40, 128, 96, 4),
+        long_videos=11,
+        video_options={"num_frames": 20},  # SGLang takes 8 by itself
+        flags=("--trust-remote-code",),  # released checkpoints bring their processor along
+    ),
+)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from families import Family, Prompt
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle
 
@@ -17,3 +18,18 @@ def make(path: str | os.PathLike[str]) -> Path:
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
     return HFOracle(path, mm_process_config={"video": video})
+
+
+FAMILIES = (
+    Family(
+        name="qwen2_5_vl",
+        title="Qwen2.5-VL",
+        architecture="Qwen2_5_VLForConditionalGeneration",
+        maker=make,
+        oracle=oracle,
+        oracle_title="transformers",
+        one_frame="nframes should in interval",
+        video_options={"max_frames": 48},
+        prompt=Prompt("qwen_vl", *tiny_model.PLACEHOLDERS, ("image", "video")),
+    ),
+)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from families import Family, Prompt
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle
 
@@ -134,3 +135,28 @@ def _lay_out_experts(file: Path) -> None:
 
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
     return HFOracle(path, mm_process_config={"video": video})
+
+
+FAMILIES = (
+    Family(
+        name="qwen3_vl",
+        title="Qwen3-VL",
+        architecture="Qwen3VLForConditionalGeneration",
+        maker=make,
+        oracle=oracle,
+        oracle_title="transformers",
+        one_frame="nframes should in interval",
+        video_options={"max_frames": 56},
+        prompt=Prompt("qwen_vl", *tiny_model.PLACEHOLDERS, ("image", "video")),
+    ),
+    Family(
+        name="qwen3_vl_moe",
+        title="Qwen3-VL-MoE",
+        architecture="Qwen3VLMoeForConditionalGeneration",
+        maker=make_moe,
+        oracle=oracle,
+        oracle_title="transformers",
+        one_frame="nframes should in interval",
+        video_options={"max_frames": 56},
+    ),
+)

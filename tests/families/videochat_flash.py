@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from families import NO_ROWS, Family
 from families.embedded import EmbeddedOracle, Piece
 from families.videochat_towers import Tower
 from sglang_mminfer.testing import tiny_model
@@ -303,3 +304,33 @@ def merged(tokens: torch.Tensor, target: int, heads: int) -> torch.Tensor:
         rows = [rows[a] for a in kept] + [row / size for row, size in zip(total, joined)]
         sizes = [sizes[a] for a in kept] + joined
     return torch.stack(rows)
+
+
+FAMILIES = (
+    Family(
+        name="videochat_flash",
+        title="VideoChat-Flash (UMT-L)",
+        architecture="VideoChatFlashQwenForCausalLM",
+        maker=make,
+        oracle=VideoChatFlashOracle,
+        recipe={"mm_vision_tower": "umt-large"},
+        oracle_title="transformers (Qwen2), the rest written out; the tower against outputs of the original",
+        served_by="plugin",
+        patterns=NO_ROWS,
+        long_videos=12,
+        video_options={"min_frames": 4, "max_frames": 16},
+    ),
+    Family(
+        name="videochat_flash_1b",
+        title="VideoChat-Flash (InternVideo2-1B)",
+        architecture="VideoChatFlashQwenForCausalLM",
+        maker=make,
+        oracle=VideoChatFlashOracle,
+        recipe={"mm_vision_tower": "internvideo2", "model_type": "qwen2"},  # the type of a released checkpoint
+        oracle_title="transformers (Qwen2), the rest written out; the tower against outputs of the original",
+        served_by="plugin",
+        patterns=NO_ROWS,
+        long_videos=12,
+        video_options={"min_frames": 4, "max_frames": 16},
+    ),
+)

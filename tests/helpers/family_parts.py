@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from families.embedded import Piece
 from sglang_mminfer.families.maps import map_from_mm_inputs
+from sglang_mminfer.families.own.geometry import PlacedReader
 from sglang_mminfer.families.own.prompt import IMAGE, VIDEO, Medium, Placed, lay_out, split
 from sglang_mminfer.modality.segments import ModalityMap
 
@@ -75,7 +76,7 @@ def laid_out(rasters: Any, tokenizer: Any, template: str, messages: Sequence[Any
         else:
             run.append(piece)
     ids, placed = lay_out(run, lambda words: tokenizer.encode(words, add_special_tokens=False), fill)
-    return LaidOut(ids, placed, map_from_mm_inputs(SimpleNamespace(mm_items=items(placed)), len(ids), "placed"))
+    return LaidOut(ids, placed, map_from_mm_inputs(SimpleNamespace(mm_items=items(placed)), len(ids), PlacedReader()))
 
 
 def items(placed: Sequence[Placed]) -> list[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_mminfer.families.maps import family_of, map_from_mm_inputs
+from sglang_mminfer.families.maps import map_from_mm_inputs, reader_of
 from sglang_mminfer.modality.segments import ModalityMap
 
 
@@ -21,7 +21,7 @@ class Processed:
         self.ids = [int(token) for token in output.input_ids]
         self.items = output.mm_items
         self.output = output
-        self.map: ModalityMap = map_from_mm_inputs(output, len(self.ids), family_of(hf_config))
+        self.map: ModalityMap = map_from_mm_inputs(output, len(self.ids), reader_of(hf_config))
 
     def runs(self, token: int) -> list[tuple[int, int]]:
         """[start, stop) of every run of one token."""
@@ -80,10 +80,11 @@ class Processing:
     def token(self, text: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(text))
 
-    def __call__(self, prompt: str | list[int], images: Sequence[Path] = (), videos: Sequence[Path] = ()) -> Processed:
+    def __call__(self, prompt: str | list[int], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Processed:
+        """Of files, or of anything else that a request may hold."""
         request = SimpleNamespace(
-            image_data=[str(image) for image in images] or None,
-            video_data=[str(video) for video in videos] or None,
+            image_data=[str(image) if isinstance(image, Path) else image for image in images] or None,
+            video_data=[str(video) if isinstance(video, Path) else video for video in videos] or None,
             audio_data=None,
             modalities=None,
             rid="test",

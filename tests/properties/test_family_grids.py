@@ -11,10 +11,15 @@ import torch
 from transformers import Qwen2Config
 
 from sglang_mminfer import Boundary2D, Grid, Modality, ModalityMap, QBoundary, pattern_mask
-from sglang_mminfer.families.llava_original.geometry import RASTERS
-from sglang_mminfer.families.maps import VIDEO_KEY, map_from_mm_inputs
-from sglang_mminfer.families.own.geometry import KEYS
+from sglang_mminfer.families.grid_thw import FrameSpanReader, GridReader
+from sglang_mminfer.families.internvl import geometry as internvl
+from sglang_mminfer.families.llava_hf.geometry import LlavaReader
+from sglang_mminfer.families.llava_original.geometry import RASTERS, PictureReader
+from sglang_mminfer.families.maps import map_from_mm_inputs
+from sglang_mminfer.families.nvila import geometry as nvila
+from sglang_mminfer.families.own.geometry import KEYS, PlacedReader
 from sglang_mminfer.head_config import HeadConfig, HeadConfigError, Provenance
+from sglang_mminfer.modality.items import VIDEO_KEY
 from support import Batch, alone, cut_out
 
 
@@ -34,8 +39,8 @@ def placed(kind: str, start: int, apart: int, frames: int, rows: int, cols: int,
 
 
 # Layouts as the tests of each family's geometry find them in real prompts, with few cells: media, each of its items.
-ONEVISION_LAYOUT = "llava_hf:[3,42,2,1,[[1,1],[1,2],[2,1],[2,2]],9]"
-NEXT_VIDEO_LAYOUT = "llava_hf:[4,56,2,0,[[1,2],[2,1],[2,2]],0]"
+ONEVISION = LlavaReader(3, 42, 2, 1, ((1, 1), (1, 2), (2, 1), (2, 2)), 9)
+NEXT_VIDEO = LlavaReader(4, 56, 2, 0, ((1, 2), (2, 1), (2, 2)), 0)
 NVILA_VIDEOS = [
     [item("VIDEO", (8 + 5 * frame, 4), **{VIDEO_KEY: 1}) for frame in range(4)],
     [item("VIDEO", (85 + 5 * frame, 4), **{VIDEO_KEY: 2}) for frame in range(3)],
@@ -47,7 +52,7 @@ FAMILIES = {
             [item("IMAGE", (44, 8), image_grid_thw=[[1, 4, 8]])],
             [item("VIDEO", (70, 18), video_grid_thw=[[3, 4, 6]])],
         ],
-        "qwen_vl",
+        GridReader(),
     ),
     "qwen3_vl": (
         [
@@ -55,7 +60,7 @@ FAMILIES = {
             [item("IMAGE", (60, 8), image_grid_thw=[[1, 4, 8]])],
             [item("VIDEO", (80, 6), (97, 6), video_grid_thw=[[2, 4, 6]])],
         ],
-        "qwen3_vl",
+        FrameSpanReader(),
     ),
     "internvl": (
         [
@@ -63,21 +68,21 @@ FAMILIES = {
             [item("IMAGE", (62, 12))],
             [item("VIDEO", (85 + 13 * frame, 4), **{VIDEO_KEY: 1}) for frame in range(2)],
         ],
-        "internvl:2",
+        internvl.TileReader(2),
     ),
     # A single image is cut: into one raster by NVILA, into tiles of its own by NVILA-Lite.
-    "nvila": ([[item("IMAGE", (40, 24), block_sizes=[(2, 3)], **{VIDEO_KEY: 0})], *NVILA_VIDEOS], "nvila:2"),
+    "nvila": ([[item("IMAGE", (40, 24), block_sizes=[(2, 3)], **{VIDEO_KEY: 0})], *NVILA_VIDEOS], nvila.TileReader(2)),
     "nvila_lite": (
         [[item("IMAGE", (40 + 6 * tile, 4), **{VIDEO_KEY: 0}) for tile in range(5)], *NVILA_VIDEOS],
-        "nvila:2",
+        nvila.TileReader(2),
     ),
     "llava_onevision": (
         [[item("VIDEO", (5, 33))], [item("IMAGE", (45, 9 + 6 * 7), image_sizes=[[84, 84]])]],
-        ONEVISION_LAYOUT,
+        ONEVISION,
     ),
     "llava_next_video": (
         [[item("VIDEO", (5, 32))], [item("IMAGE", (45, 16 + 4 * 9), image_sizes=[[56, 112]])]],
-        NEXT_VIDEO_LAYOUT,
+        NEXT_VIDEO,
     ),
     # Newlines: the last column of a picture that was cut up, or one behind a whole one.
     "llava_original": (
@@ -86,7 +91,7 @@ FAMILIES = {
             [item("IMAGE", (50, 10), **{RASTERS: [(3, 3, 1)]})],
             [item("IMAGE", (75, 10), **{RASTERS: [(3, 3, 1)]})],
         ],
-        "llava_original",
+        PictureReader(),
     ),
     # Frame behind frame, the last column of each newlines; of a picture the whole and its tiles.
     "llava_video": (
@@ -96,16 +101,16 @@ FAMILIES = {
             placed("IMAGE", 71, 8, 1, 2, 4),
             placed("VIDEO", 85, 12, 2, 3, 4),
         ],
-        "placed",
+        PlacedReader(),
     ),
     # A word between frames.
     "longvila": (
         [placed("VIDEO", 6, 10, 4, 3, 3), placed("IMAGE", 56, 10, 1, 3, 3), placed("VIDEO", 80, 10, 3, 3, 3)],
-        "placed",
+        PlacedReader(),
     ),
     "videochat_flash": (
         [placed("VIDEO", 6, 8, 5, 1, 8), placed("IMAGE", 56, 8, 1, 1, 8), placed("VIDEO", 80, 8, 3, 1, 8)],
-        "placed:merged",
+        PlacedReader(merged=True),
     ),
 }
 LENGTH = 120
@@ -134,9 +139,9 @@ cases = pytest.mark.parametrize("family, head", [(family, head) for family in FA
 
 
 def map_of(family: str, media: list | None = None, length: int = LENGTH) -> ModalityMap:
-    own, name = FAMILIES[family]
+    own, reader = FAMILIES[family]
     items = [one for medium in (own if media is None else media) for one in medium]
-    return map_from_mm_inputs(SimpleNamespace(mm_items=items), length, name)
+    return map_from_mm_inputs(SimpleNamespace(mm_items=items), length, reader)
 
 
 def earlier_turn(family: str) -> ModalityMap:

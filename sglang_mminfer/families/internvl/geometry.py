@@ -12,51 +12,57 @@ frames are of one video as long as no more text stands between them than a frame
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
 from sglang_mminfer.modality.items import VIDEO_KEY, GeometryError, Span, data_of, one_segment, spans_of
-from sglang_mminfer.modality.segments import Modality, Segment
+from sglang_mminfer.modality.segments import Modality
 
-MODEL_TYPES = ("internvl_chat",)
 SIDE = 16  # of a tile of every published checkpoint, in tokens
 
 MOST_BETWEEN = 12
 """Tokens from one frame to the next of a video: `</img>`, "\\nFrame 1234: " and `<img>` are 11 for Qwen tokenizers."""
 
 
-def argument_of(hf_config: Any) -> str:
-    """The side of a tile in tokens, where a config has another one than every published checkpoint."""
+def side_of(hf_config: Any) -> int:
+    """The side of a tile in tokens."""
     vision = hf_config.vision_config
     size = _first(getattr(hf_config, "force_image_size", None) or vision.image_size)
-    side = int(size // _first(vision.patch_size) * hf_config.downsample_ratio)
-    return "" if side == SIDE else str(side)
+    return int(size // _first(vision.patch_size) * hf_config.downsample_ratio)
 
 
 def _first(value: Any) -> int:
     return int(value[0] if isinstance(value, list | tuple) else value)
 
 
-def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterator[tuple[Segment, str]]:
-    """One segment with its grid for each image or video of the item.
+@dataclass(frozen=True)
+class TileReader(Reader):
+    """One segment for each image or video of an item.
 
-    Raises:
-        GeometryError: "grid_mismatch", besides what the offsets themselves can be wrong in.
+    Attributes:
+        side: of a tile, in tokens.
     """
-    side = int(argument or SIDE)
-    spans = spans_of(item, name)
-    if modality is not Modality.VIDEO:
-        videos = [[span] for span in spans]
-    elif VIDEO_KEY in data_of(item):
-        videos = [spans]
-    else:
-        videos = [spans[:1]]
-        for before, span in pairwise(spans):
-            if span.start - before.stop > MOST_BETWEEN:
-                videos.append([])
-            videos[-1].append(span)
-    for video in videos:
-        yield one_segment([tile for span in video for tile in _tiles(span, side * side)], side, side, modality)
+
+    side: int = SIDE
+
+    def of_item(self, one: MediaItem) -> Iterator[LabelledSegment]:
+        """Raises GeometryError "grid_mismatch", besides what offsets can be wrong in."""
+        spans = spans_of(one.item, one.label)
+        if one.modality is not Modality.VIDEO:
+            videos = [[span] for span in spans]
+        elif VIDEO_KEY in data_of(one.item):
+            videos = [spans]
+        else:
+            videos = [spans[:1]]
+            for before, span in pairwise(spans):
+                if span.start - before.stop > MOST_BETWEEN:
+                    videos.append([])
+                videos[-1].append(span)
+        for video in videos:
+            tiles = [tile for span in video for tile in _tiles(span, self.side**2)]
+            yield one_segment(tiles, self.side, self.side, one.modality)
 
 
 def _tiles(span: Span, tokens: int) -> Iterator[Span]:

@@ -1,4 +1,4 @@
-"""InternVL in its native form."""
+"""SGLang's processor of InternVL, mended."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sglang_mminfer import mends
 from sglang_mminfer.families.counted_frames import VIDEO_OPTIONS, counting_frames, fresh_numbers
 from sglang_mminfer.families.frames import frames_at
-from sglang_mminfer.families.maps import VIDEO_KEY
 from sglang_mminfer.mends import options, verbatim
 from sglang_mminfer.mends.token_ids import Piece
+from sglang_mminfer.modality.items import VIDEO_KEY
 
 if TYPE_CHECKING:
     import torch
 
 TILE = 448
 """Pixels of a side; SGLang cuts tiles of this size whatever a config says."""
-
-
-def adapted(base: type, hf_config: Any) -> type:
-    return _class(base)
 
 
 @dataclass
@@ -37,7 +33,9 @@ class _Medium:
 
 
 @functools.cache
-def _class(base: Any) -> type:
+def processor_class(base: Any) -> type:
+    """SGLang's class `base` with the mend."""
+
     class MMInferInternVLProcessor(counting_frames(base)):  # type: ignore[misc]
         """InternVL with any number of frames, one item for each frame in the order of the prompt.
 

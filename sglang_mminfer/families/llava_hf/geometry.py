@@ -9,80 +9,68 @@ each is its one tile and a newline token, a member without a cell.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
 from sglang_mminfer.modality.items import GeometryError, Span, data_of, spans_of, whole
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
 ONEVISION, NEXT_VIDEO = "llava_onevision", "llava_next_video"
-MODEL_TYPES = (ONEVISION, NEXT_VIDEO)
 SHRINK_ABOVE = 1.1  # of LLaVA-OneVision: how many times too large, by side, features may be
 
 
-class Layout(NamedTuple):
-    """What a config says about rasters. Sides are in patches of the vision tower."""
+@dataclass(frozen=True)
+class LlavaReader(Reader):
+    """What a config says about rasters. Sides are in patches of the vision tower.
+
+    Attributes:
+        side: of a tile.
+        tile_pixels: the same in pixels.
+        frame_side: of a video's frame, after pooling.
+        video_tail: newline tokens at the end of a video.
+        tiles: rows and columns of tiles that an image may be cut into, in the config's order.
+        most_tiles: as many features as so many tiles have are kept of an image; 0: no limit.
+    """
 
     side: int
-    """Of a tile."""
     tile_pixels: int
-    """The same in pixels."""
     frame_side: int
-    """Of a video's frame, after pooling."""
     video_tail: int
-    """Newline tokens at the end of a video."""
     tiles: tuple[tuple[int, int], ...]
-    """Rows and columns of tiles that an image may be cut into, in the config's order."""
     most_tiles: int
-    """As many features as so many tiles have are kept of an image; 0: no limit."""
+
+    def of_item(self, one: MediaItem) -> Iterator[LabelledSegment]:
+        """Raises GeometryError "grid_mismatch", besides what offsets can be wrong in."""
+        spans = spans_of(one.item, one.label)
+        if one.modality is Modality.VIDEO:
+            for span in spans:
+                yield _video(span, self), span.name
+            return
+        sizes = _sizes(data_of(one.item).get("image_sizes"), one.label)
+        if len(sizes) != len(spans):
+            raise GeometryError(
+                "grid_mismatch",
+                f"{one.label}: expected a height and width in image_sizes for each of {len(spans)} images, got "
+                f"{len(sizes)}",
+            )
+        for span, size in zip(spans, sizes):
+            for segment in _image(span, size, self):
+                yield segment, span.name
 
 
-def argument_of(hf_config: Any) -> str:
-    """The layout, as JSON."""
+def reader_of(hf_config: Any) -> LlavaReader:
+    """The reader for a config of one of the two models."""
     vision = hf_config.vision_config
     pixels = vision.image_size
     side = pixels // vision.patch_size
     tiles = tuple((height // pixels, width // pixels) for height, width in hf_config.image_grid_pinpoints)
     if hf_config.model_type == ONEVISION:
         most = int(hf_config.vision_aspect_ratio.removeprefix("anyres_max_"))
-        return _written(Layout(side, pixels, math.ceil(side / 2), 1, tiles, most))
-    return _written(Layout(side, pixels, side // 2, 0, tiles, 0))
-
-
-def _written(layout: Layout) -> str:
-    return json.dumps(layout, separators=(",", ":"))
-
-
-@lru_cache
-def _layout(argument: str) -> Layout:
-    layout = Layout(*json.loads(argument))
-    return layout._replace(tiles=tuple((rows, cols) for rows, cols in layout.tiles))
-
-
-def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterator[tuple[Segment, str]]:
-    """The segments of each image or video of the item.
-
-    Raises:
-        GeometryError: "grid_mismatch", besides what the offsets themselves can be wrong in.
-    """
-    layout = _layout(argument)
-    spans = spans_of(item, name)
-    if modality is Modality.VIDEO:
-        for span in spans:
-            yield _video(span, layout), span.name
-        return
-    sizes = _sizes(data_of(item).get("image_sizes"), name)
-    if len(sizes) != len(spans):
-        raise GeometryError(
-            "grid_mismatch",
-            f"{name}: expected a height and width in image_sizes for each of {len(spans)} images, got {len(sizes)}",
-        )
-    for span, size in zip(spans, sizes):
-        for segment in _image(span, size, layout):
-            yield segment, span.name
+        return LlavaReader(side, pixels, math.ceil(side / 2), 1, tiles, most)
+    return LlavaReader(side, pixels, side // 2, 0, tiles, 0)
 
 
 def _sizes(value: Any, name: str) -> list[tuple[int, int]]:
@@ -98,7 +86,7 @@ def _sizes(value: Any, name: str) -> list[tuple[int, int]]:
     return sizes
 
 
-def _video(span: Span, layout: Layout) -> Segment:
+def _video(span: Span, layout: LlavaReader) -> Segment:
     cells, tokens = layout.frame_side**2, span.stop - span.start
     frames, tail = divmod(tokens, cells)
     if not frames or tail != layout.video_tail:
@@ -112,7 +100,7 @@ def _video(span: Span, layout: Layout) -> Segment:
     )
 
 
-def _image(span: Span, size: tuple[int, int], layout: Layout) -> Iterator[Segment]:
+def _image(span: Span, size: tuple[int, int], layout: LlavaReader) -> Iterator[Segment]:
     tile, tokens = layout.side**2, span.stop - span.start
     tile_grid = VisionGrid(1, layout.side, layout.side, (span.start,))
     if layout.video_tail and tokens == tile + 1:  # one of several
@@ -131,7 +119,7 @@ def _image(span: Span, size: tuple[int, int], layout: Layout) -> Iterator[Segmen
         yield Segment(Modality.IMAGE, middle, span.stop, VisionGrid(1, rows, cols + 1, (middle,)))
 
 
-def _unpadded(size: tuple[int, int], layout: Layout) -> tuple[int, int]:
+def _unpadded(size: tuple[int, int], layout: LlavaReader) -> tuple[int, int]:
     """Rows and columns of patches of an image of that height and width, without the padding of its tiles."""
     height, width = size
     rows, cols = (tiles * layout.side for tiles in _best_fit(size, layout))
@@ -147,7 +135,7 @@ def _unpadded(size: tuple[int, int], layout: Layout) -> tuple[int, int]:
     return rows, cols
 
 
-def _best_fit(size: tuple[int, int], layout: Layout) -> tuple[int, int]:
+def _best_fit(size: tuple[int, int], layout: LlavaReader) -> tuple[int, int]:
     """The tiles that keep most of an image's pixels, and of these the fewest; the first in the config's order."""
     height, width = size
 

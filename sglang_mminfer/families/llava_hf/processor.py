@@ -1,4 +1,4 @@
-"""Hugging Face LLaVA models, which SGLang serves through its Transformers fallback."""
+"""SGLang's processor of the Hugging Face LLaVA models, mended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from sglang_mminfer.families.counted_frames import count_for, counting_frames
 from sglang_mminfer.families.frames import frames_at
-from sglang_mminfer.families.llava_hf import geometry as llava_hf
 from sglang_mminfer.mends import limits
 
 NUM_FRAMES = 32
@@ -15,13 +14,10 @@ NUM_FRAMES = 32
 memory."""
 
 
-def adapted(base: type, hf_config: Any) -> type | None:
-    """Only models that need no time of a frame, which transformers would have read from the file."""
-    return _class(base) if hf_config.model_type in llava_hf.MODEL_TYPES else None
-
-
 @functools.cache
-def _class(base: Any) -> type:
+def processor_class(base: Any) -> type:
+    """SGLang's class `base` with the mend."""
+
     class MMInferLlavaProcessor(counting_frames(base, NUM_FRAMES)):  # type: ignore[misc]
         """The Transformers fallback with videos read by SGLang's own decoder, and any number of frames.
 

@@ -6,8 +6,7 @@ pictures only the first is seen unless every part of the request says "modalitie
 lays the prompt out, from what the model will do with each picture, so that every item knows its tokens as those of
 other families do.
 
-Two hooks of `plugin.HOOKS` lead here, by way of `processors.adapted` and of `mends.models`. Classes are made when
-SGLang asks for those of such a model.
+Classes are made when SGLang asks for those of such a model.
 """
 
 from __future__ import annotations
@@ -22,28 +21,14 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sglang_mminfer.families.llava_original.geometry import RASTERS
 from sglang_mminfer.mends import pictures
 
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURES = ("LlavaLlamaForCausalLM", "LlavaQwenForCausalLM", "LlavaMistralForCausalLM")
-
 Rasters = list[tuple[int, int, int]]
 """(rows, cols, tail) of each raster of a picture: `tail` tokens without a cell stand behind it."""
-
-
-def adapted(base: type, hf_config: Any) -> type | None:
-    """Our processor in place of SGLang's for these models; None for others that share it."""
-    return _processor_class(base) if hf_config.architectures[0] in ARCHITECTURES else None
-
-
-def is_served(kind: type, architecture: str) -> bool:
-    """Whether a model is SGLang's of these checkpoints.
-
-    By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
-    """
-    return architecture in ARCHITECTURES and kind.__module__ == "sglang.srt.models.llava"
 
 
 # ---- layout ------------------------------------------------------------------------------------------------
@@ -139,7 +124,9 @@ def lay_out(ids: Sequence[int], image_token: int, lengths: Sequence[int]) -> tup
 
 
 @functools.cache
-def _processor_class(base: Any) -> type:
+def processor_class(base: Any) -> type:
+    """SGLang's processor class `base` with the mend."""
+
     class MMInferLlavaImageProcessor(base):
         """Several pictures are several whatever the request calls them; items know their tokens."""
 
@@ -177,8 +164,6 @@ def _processor_class(base: Any) -> type:
             return side_of(self.hf_config.mm_vision_tower)
 
         def _place(self, output: Any, prompt: Any) -> None:
-            from sglang_mminfer.families.llava_original.geometry import RASTERS
-
             config, (side, pixels) = self.hf_config, self._side
             merge = getattr(config, "mm_patch_merge_type", "flat")
             pinpoints = getattr(config, "image_grid_pinpoints", None)

@@ -8,26 +8,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang_mminfer.families.own.family import OwnFamily
+
 if TYPE_CHECKING:
     from sglang_mminfer.families.own.checkpoint import Checkpoint
 
-MODEL = f"{__name__}.model:LlavaVideoForConditionalGeneration"
-PROCESSOR = f"{__name__}.processor:LlavaVideoProcessor"
 
+class LlavaVideo(OwnFamily):
+    """LLaVA-Video from its original checkpoints."""
 
-def read_config(root: dict[str, Any], files: Checkpoint) -> Any:
-    """None for lmms-lab's LLaVA-OneVision, which shares the architecture and has none of the marks of video."""
-    from sglang_mminfer.families.llava_video.config import is_llava_video, read
+    model_types = ("llava_video",)
+    why = "SGLang takes these checkpoints for another LLaVA, which sees no video."
+    architectures = ("LlavaQwenForCausalLM",)
 
-    return read(root) if is_llava_video(root) else None
+    def read_config(self, root: dict[str, Any], files: Checkpoint) -> Any:
+        """None for lmms-lab's LLaVA-OneVision, which shares the architecture and has none of the marks of video."""
+        from sglang_mminfer.families.llava_video.config import is_llava_video, read
 
+        return read(root) if is_llava_video(root) else None
 
-def chat_template(config: Any) -> str:
-    """ChatML as the evaluation has it: `<image>`, a newline, the words; the processor adds what follows a video."""
-    from sglang_mminfer.families.own.chat_templates import chatml
+    def classes(self) -> tuple[type, type]:
+        from sglang_mminfer.families.llava_video.model import LlavaVideoForConditionalGeneration
+        from sglang_mminfer.families.llava_video.processor import LlavaVideoProcessor
 
-    return chatml("You are a helpful assistant.", after_image="\\n")
+        return LlavaVideoForConditionalGeneration, LlavaVideoProcessor
 
+    def chat_template(self, config: Any) -> str:
+        """ChatML as the evaluation has it: `<image>`, a newline, the words; the processor adds what follows a video."""
+        from sglang_mminfer.families.own.chat_templates import chatml
 
-def tokenizer_folder(config: Any) -> str:
-    return ""
+        return chatml("You are a helpful assistant.", after_image="\\n")

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang_mminfer.families.own.family import OwnFamily
+
 if TYPE_CHECKING:
     from sglang_mminfer.families.own.checkpoint import Checkpoint
-
-MODEL = f"{__name__}.model:LongVilaForConditionalGeneration"
-PROCESSOR = f"{__name__}.processor:LongVilaProcessor"
 
 LLAMA_3_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -21,22 +20,33 @@ LLAMA_3_SYSTEM = (
 )
 
 
-def read_config(root: dict[str, Any], files: Checkpoint) -> Any:
-    """None for a checkpoint of the same architecture that has no folders: another LLaVA."""
-    from sglang_mminfer.families.longvila.config import read, vila_style
+class LongVILA(OwnFamily):
+    """LongVILA from its original checkpoints."""
 
-    vila = vila_style(root, files)
-    return None if vila is None else read(vila, files)
+    model_types = ("longvila",)
+    why = "SGLang knows neither its config nor its folders."
+    architectures = ("LlavaLlamaModel", "VILAForCausalLM")  # the second is LongVILA-R1's
 
+    def read_config(self, root: dict[str, Any], files: Checkpoint) -> Any:
+        """None for a checkpoint of the same architecture that has no folders: another LLaVA."""
+        from sglang_mminfer.families.longvila.config import read, vila_style
 
-def chat_template(config: Any) -> str:
-    """That of the language model; nothing between a medium and the words behind it."""
-    from sglang_mminfer.families.own.chat_templates import chatml, llama_3
+        vila = vila_style(root, files)
+        return None if vila is None else read(vila, files)
 
-    if config.text_config.model_type == "llama":
-        return llama_3(LLAMA_3_SYSTEM)
-    return chatml("You are a helpful assistant")
+    def classes(self) -> tuple[type, type]:
+        from sglang_mminfer.families.longvila.model import LongVilaForConditionalGeneration
+        from sglang_mminfer.families.longvila.processor import LongVilaProcessor
 
+        return LongVilaForConditionalGeneration, LongVilaProcessor
 
-def tokenizer_folder(config: Any) -> str:
-    return "llm"
+    def chat_template(self, config: Any) -> str:
+        """That of the language model; nothing between a medium and the words behind it."""
+        from sglang_mminfer.families.own.chat_templates import chatml, llama_3
+
+        if config.text_config.model_type == "llama":
+            return llama_3(LLAMA_3_SYSTEM)
+        return chatml("You are a helpful assistant")
+
+    def tokenizer_folder(self, config: Any) -> str:
+        return "llm"

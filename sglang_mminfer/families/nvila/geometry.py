@@ -18,40 +18,45 @@ tells two frames of a video from two videos, or two tiles of an image from two i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
 from sglang_mminfer.modality.items import VIDEO_KEY, GeometryError, Span, data_of, one_segment, spans_of, whole
-from sglang_mminfer.modality.segments import Modality, Segment
 
 MERGED = {"nvila": 2, "nvila_lite": 3}
-"""Patches that the projector merges, by side."""
-
-MODEL_TYPES = tuple(MERGED)
+"""Patches that the projector merges, by side, for each model type."""
 
 
-def argument_of(hf_config: Any) -> str:
+def side_of(hf_config: Any) -> int:
     """The side of a tile in tokens: 16 of released NVILA, 11 of NVILA-Lite."""
     vision = hf_config.vision_config
-    return str(-(-(vision.image_size // vision.patch_size) // MERGED[hf_config.model_type]))
+    return -(-(vision.image_size // vision.patch_size) // MERGED[hf_config.model_type])
 
 
-def segments(item: Any, modality: Modality, name: str, argument: str) -> Iterator[tuple[Segment, str]]:
-    """One segment with its grid for each image or video of the item.
+@dataclass(frozen=True)
+class TileReader(Reader):
+    """One segment for each image or video of an item.
 
-    Raises:
-        GeometryError: "grid_mismatch", besides what the offsets themselves can be wrong in.
+    Attributes:
+        side: of a tile, in tokens.
     """
-    side = int(argument)
-    spans = spans_of(item, name)
-    if len(spans) == 1 and (blocks := _blocks(item, name)) is not None:
-        rows, cols = blocks
-        _check(spans[0], side, rows * cols)
-        yield one_segment(spans, rows * side, cols * side, modality)
-        return
-    for span in spans:
-        _check(span, side, 1)
-    for medium in [spans] if VIDEO_KEY in data_of(item) else [[span] for span in spans]:
-        yield one_segment(medium, side, side, modality)
+
+    side: int
+
+    def of_item(self, one: MediaItem) -> Iterator[LabelledSegment]:
+        """Raises GeometryError "grid_mismatch", besides what offsets can be wrong in."""
+        side = self.side
+        spans = spans_of(one.item, one.label)
+        if len(spans) == 1 and (blocks := _blocks(one.item, one.label)) is not None:
+            rows, cols = blocks
+            _check(spans[0], side, rows * cols)
+            yield one_segment(spans, rows * side, cols * side, one.modality)
+            return
+        for span in spans:
+            _check(span, side, 1)
+        for medium in [spans] if VIDEO_KEY in data_of(one.item) else [[span] for span in spans]:
+            yield one_segment(medium, side, side, one.modality)
 
 
 def _check(span: Span, side: int, tiles: int) -> None:

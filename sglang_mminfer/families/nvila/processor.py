@@ -1,4 +1,4 @@
-"""NVILA and NVILA-Lite."""
+"""SGLang's processor of NVILA and NVILA-Lite, mended."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ from typing import Any
 
 from sglang_mminfer.families.counted_frames import count_for, counting_frames, fresh_numbers
 from sglang_mminfer.families.frames import frames_at
-from sglang_mminfer.families.maps import VIDEO_KEY
-from sglang_mminfer.families.nvila import geometry as nvila
 from sglang_mminfer.families.sampling import evenly
 from sglang_mminfer.mends.token_ids import Piece
-
-
-def adapted(base: type, hf_config: Any) -> type | None:
-    return _class(base) if hf_config.model_type in nvila.MODEL_TYPES else None
+from sglang_mminfer.modality.items import VIDEO_KEY
 
 
 @functools.cache
-def _class(base: Any) -> type:
+def processor_class(base: Any) -> type:
+    """SGLang's class `base` with the mend."""
     from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES
 
     class MMInferNVILAProcessor(counting_frames(base, NUM_VIDEO_FRAMES)):  # type: ignore[misc]

@@ -37,7 +37,7 @@ class MediaProcessor(BaseMultimodalProcessor):
 
     # By these words a prompt is cut at its media; the id that stands for their tokens may stand for others, too.
     placeholder_words: ClassVar[tuple[str, ...]] = (IMAGE, VIDEO)
-    has_placeholder_ids: ClassVar[bool] = False
+    media_tokens: ClassVar[Mapping[int, tuple[str, ...]]] = {}
 
     # Text is tokenized here, around the media, and once.
     generates_input_ids_from_raw_prompt = True

@@ -1,76 +1,45 @@
 """How a checkpoint of ours gets into SGLang: by its own config, under an architecture name that SGLang does not have.
 
 SGLang asks three things of a checkpoint: its config, its processor and its tokenizer's folder. Each question is
-hooked (see `plugin.HOOKS`), answered for the architectures of `FAMILIES`, and left to SGLang for all others and in
-servers without mminfer, which then look for no file that SGLang would not look for. The
+hooked (see `plugin.HOOKS`), answered for the architectures of the `OwnFamily` classes, and left to SGLang for all
+others and in servers without mminfer, which then look for no file that SGLang would not look for. The
 config of ours names an architecture and a model type that nobody else has, so no class of SGLang is replaced: an
 lmms-lab LLaVA-OneVision, whose architecture is that of LLaVA-Video, is served as it was.
 
-Nothing but the standard library is imported here before a checkpoint of ours is met.
+Nothing but the standard library is imported here before a server with mminfer asks about a checkpoint.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
-import pkgutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from sglang_mminfer import families
 from sglang_mminfer.mends import asked
 
 if TYPE_CHECKING:
     from sglang_mminfer.families.own.checkpoint import Checkpoint
-
-logger = logging.getLogger(__name__)
-
-FAMILIES: dict[str, str] = {
-    "LlavaQwenForCausalLM": "llava_video",
-    "LlavaLlamaModel": "longvila",
-    "VILAForCausalLM": "longvila",  # LongVILA-R1
-    "VideoChatFlashQwenForCausalLM": "videochat_flash",
-}
-"""The architecture in a checkpoint's config.json: the folder here that may know it."""
+    from sglang_mminfer.families.own.family import OwnFamily
 
 
-class Family(Protocol):
-    """What the `__init__` of a family's folder offers."""
-
-    MODEL: str
-    """`module:class` of the model; the class has the name of the architecture in the family's config."""
-    PROCESSOR: str
-    """`module:class` of the processor."""
-
-    def read_config(self, root: dict[str, Any], files: Checkpoint) -> Any:
-        """The config of a checkpoint whose config.json is `root`; None if it is another family's after all.
-
-        Raises:
-            ValueError: naming the field that cannot be served, what it is and what was expected.
-        """
-
-    def chat_template(self, config: Any) -> str:
-        """Jinja source; a media part becomes `<image>` or `<video>`."""
-
-    def tokenizer_folder(self, config: Any) -> str:
-        """The sub-folder that holds the tokenizer, "" if it is the checkpoint's own."""
-
-
-def _read(path: Any, revision: str | None) -> tuple[Family, Any, Checkpoint] | None:
+def _read(path: Any, revision: str | None) -> tuple[OwnFamily, Any, Checkpoint] | None:
     """The family of a checkpoint, its config and its files; None for all that are not ours to serve."""
     if not asked.for_mminfer():
         return None
     from sglang_mminfer.families.own.checkpoint import Checkpoint
+    from sglang_mminfer.families.own.family import OwnFamily
 
     files = Checkpoint(str(path), revision)
     root = files.json("config.json") or {}
     architectures = root.get("architectures")
-    name = FAMILIES.get(architectures[0]) if isinstance(architectures, list) and architectures else None
-    if name is None:
+    if not isinstance(architectures, list) or not architectures:
         return None
-    family: Any = importlib.import_module(f"sglang_mminfer.families.{name}")
-    config = family.read_config(root, files)
-    return None if config is None else (family, config, files)
+    for family in families.known():
+        if isinstance(family, OwnFamily) and architectures[0] in family.architectures:
+            config = family.read_config(root, files)
+            return None if config is None else (family, config, files)
+    return None
 
 
 def parse_config(
@@ -90,12 +59,12 @@ def parse_config(
     return config
 
 
-def _register(family: Family) -> None:
+def _register(family: OwnFamily) -> None:
     """Tells SGLang the classes. Every process that builds a model or a processor reads the config before."""
     from sglang.srt.managers.multimodal_processor import PROCESSOR_MAPPING
     from sglang.srt.models.registry import ModelRegistry
 
-    model, processor = pkgutil.resolve_name(family.MODEL), pkgutil.resolve_name(family.PROCESSOR)
+    model, processor = family.classes()
     ModelRegistry.models[model.__name__] = model
     PROCESSOR_MAPPING[model] = processor
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and their relatives."""
+"""SGLang's processor of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, mended."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from sglang_mminfer import mends
-from sglang_mminfer.families.maps import grid_rows
-from sglang_mminfer.families.qwen3_vl import geometry as qwen3_vl
-from sglang_mminfer.families.qwen_vl import geometry as qwen_vl
 from sglang_mminfer.mends import limits, options
 from sglang_mminfer.mends.token_ids import Piece, collapsed
-
-MODEL_TYPES = (*qwen_vl.MODEL_TYPES, *qwen3_vl.MODEL_TYPES)
+from sglang_mminfer.modality.items import grid_rows
 
 _PIXELS = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"})
 _BY_RATE, _BY_COUNT = frozenset({"fps", "min_frames", "max_frames"}), frozenset({"num_frames"})
@@ -39,12 +34,10 @@ IMAGE_FACTOR = 28
 _PLACEHOLDERS = {"image": re.compile(r"(?:<\|image_pad\|>)+|<image>"), "video": re.compile(r"(?:<\|video_pad\|>)+")}
 
 
-def adapted(base: type, hf_config: Any) -> type | None:
-    return _class(base) if hf_config.model_type in MODEL_TYPES else None
-
-
 @functools.cache
-def _class(base: Any) -> type:
+def processor_class(base: Any) -> Any:
+    """SGLang's class `base` with the mends."""
+
     class MMInferQwenVLProcessor(base):
         """Videos one by one, their frames at their time, and as many and as large as the request wants them."""
 
@@ -58,8 +51,6 @@ def _class(base: Any) -> type:
 
         def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
             """One placeholder for each medium, where an answer's ids were sent back."""
-            if self.model_type in qwen3_vl.MODEL_TYPES:
-                pieces = collapsed_frames(pieces, self._tokenizer)
             return collapsed(pieces, counts, _KINDS)
 
         async def load_mm_data(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,43 +167,6 @@ def _class(base: Any) -> type:
             return [video for item in items for video in videos_of(item)]
 
     return MMInferQwenVLProcessor
-
-
-_START, _VIDEO, _END = (Piece(name=f"<|{name}|>") for name in ("vision_start", "video_pad", "vision_end"))
-_TIMESTAMP = re.compile(r"<\d+\.\d seconds>")
-
-
-def collapsed_frames(pieces: Sequence[Piece], tokenizer: Any) -> list[Piece]:
-    """The pieces of a prompt with one placeholder for each video of Qwen3-VL.
-
-    A processor makes of `<|video_pad|>` a timestamp and a frame, `<|vision_start|>` and `<|vision_end|>` around it, for
-    each temporal patch. What does not look like that stays as it is.
-    """
-    out: list[Piece] = []
-    at = 0
-    while at < len(pieces):
-        stop, frames = at, 0
-        while (behind := _behind_frame(pieces, stop, tokenizer)) is not None:
-            stop, frames = behind, frames + 1
-        if frames and out[-1:] == [_START]:
-            out.append(_VIDEO)
-            at = stop
-        else:
-            out.append(pieces[at])
-            at += 1
-    return out
-
-
-def _behind_frame(pieces: Sequence[Piece], at: int, tokenizer: Any) -> int | None:
-    """Where the piece behind a frame and its timestamp is, if they begin at `at`."""
-    if at + 1 >= len(pieces) or not pieces[at].ids or pieces[at + 1] != _START:
-        return None
-    if not _TIMESTAMP.fullmatch(tokenizer.decode(pieces[at].ids)):
-        return None
-    stop = at + 2
-    while pieces[stop : stop + 1] == [_VIDEO]:
-        stop += 1
-    return stop + 1 if stop > at + 2 and pieces[stop : stop + 1] == [_END] else None
 
 
 def videos_of(item: Any) -> list[Any]:

@@ -9,25 +9,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang_mminfer.families.own.family import OwnFamily
+
 if TYPE_CHECKING:
     from sglang_mminfer.families.own.checkpoint import Checkpoint
 
-MODEL = f"{__name__}.model:VideoChatFlashForConditionalGeneration"
-PROCESSOR = f"{__name__}.processor:VideoChatFlashProcessor"
 
+class VideoChatFlash(OwnFamily):
+    """VideoChat-Flash from its original checkpoints."""
 
-def read_config(root: dict[str, Any], files: Checkpoint) -> Any:
-    from sglang_mminfer.families.videochat_flash.config import read
+    model_types = ("videochat_flash",)
+    why = "SGLang has no model of it."
+    architectures = ("VideoChatFlashQwenForCausalLM",)
 
-    return read(root)
+    def read_config(self, root: dict[str, Any], files: Checkpoint) -> Any:
+        from sglang_mminfer.families.videochat_flash.config import read
 
+        return read(root)
 
-def chat_template(config: Any) -> str:
-    """ChatML as the original's `chat` writes it; what follows a video, the processor adds."""
-    from sglang_mminfer.families.own.chat_templates import chatml
+    def classes(self) -> tuple[type, type]:
+        from sglang_mminfer.families.videochat_flash.model import VideoChatFlashForConditionalGeneration
+        from sglang_mminfer.families.videochat_flash.processor import VideoChatFlashProcessor
 
-    return chatml("You are a helpful assistant.", after_image="\\n")
+        return VideoChatFlashForConditionalGeneration, VideoChatFlashProcessor
 
+    def chat_template(self, config: Any) -> str:
+        """ChatML as the original's `chat` writes it; what follows a video, the processor adds."""
+        from sglang_mminfer.families.own.chat_templates import chatml
 
-def tokenizer_folder(root: dict[str, Any]) -> str:
-    return ""
+        return chatml("You are a helpful assistant.", after_image="\\n")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_mminfer.families.llava_original import processor as llava_original
+from sglang_mminfer.families import llava_original
 from sglang_mminfer.serving import head_config_choice
 from sglang_mminfer.serving.encoder_watch import ENVIRONMENT, MB, entries_of, suggested_mb, tokens_of
 from sglang_mminfer.tools.doctor.report import Finding, brief, server_args_of
@@ -184,9 +184,9 @@ def map_of(prompt: Prompt, model: Any) -> ModalityMap:
     Raises:
         GeometryError: as there.
     """
-    from sglang_mminfer.families.maps import family_of, map_from_mm_inputs
+    from sglang_mminfer.families.maps import map_from_mm_inputs, reader_of
 
-    return map_from_mm_inputs(prompt.mm_inputs, len(prompt.input_ids), family_of(model.hf_config))
+    return map_from_mm_inputs(prompt.mm_inputs, len(prompt.input_ids), reader_of(model.hf_config))
 
 
 def _tokens(prompt: Prompt, model: Any) -> Iterator[Finding]:

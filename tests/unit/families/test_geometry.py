@@ -14,8 +14,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2Config, Qwen2VLConfig
 
 from sglang_mminfer import Modality, ModalityMap, Segment
 from sglang_mminfer.families import maps as geometry
-from sglang_mminfer.families.maps import GeometryError, cached_map, family_of, map_from_mm_inputs
+from sglang_mminfer.families.grid_thw import GridReader
+from sglang_mminfer.families.maps import GeometryError, cached_map, map_from_mm_inputs, reader_of
 
+QWEN_VL = GridReader()
 TEXT, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 100, 151652, 151653, 151655, 151656
 PAD = {SglModality.IMAGE: IMAGE_PAD, SglModality.VIDEO: VIDEO_PAD}
 KEY = {SglModality.IMAGE: "image_grid_thw", SglModality.VIDEO: "video_grid_thw"}
@@ -111,7 +113,7 @@ def test_cells_agree_with_the_token_ids(data, merge):
     ids, media = data.draw(conversations(merge))
     mm = inputs(*itemize(data.draw, ids, media))
     config = SimpleNamespace(model_type="qwen2_vl", vision_config=SimpleNamespace(spatial_merge_size=merge))
-    mmap = map_from_mm_inputs(mm, len(ids), family_of(config))
+    mmap = map_from_mm_inputs(mm, len(ids), reader_of(config))
     assert mmap.length == len(ids)
     assert unroll(mmap) == walk(ids, media, merge)
     assert [s.modality.value.upper() for s in mmap.segments if s.grid] == [kind.name for kind, _ in media]
@@ -146,7 +148,7 @@ def test_cells_agree_with_sglangs_mrope_positions(data):
     )
     positions = positions[:, 0]
     mm = inputs(*itemize(data.draw, ids, media), mrope_positions=positions)
-    mmap = cached_map(mm, mm.mrope_positions.shape[1], "qwen_vl")
+    mmap = cached_map(mm, mm.mrope_positions.shape[1], QWEN_VL)
     frame_cells, row_cells = mmap.cells("frame"), mmap.cells("row")
     for segment in mmap.segments:
         inside = slice(segment.start, segment.stop)
@@ -187,29 +189,29 @@ def test_a_span_for_each_frame_without_a_grid():
 
 def test_no_media_is_text():
     text = ModalityMap([Segment(Modality.TEXT, 0, 7)])
-    assert map_from_mm_inputs(None, 7, "qwen_vl") == text
-    assert map_from_mm_inputs(inputs(), 7, "qwen_vl") == text
+    assert map_from_mm_inputs(None, 7, QWEN_VL) == text
+    assert map_from_mm_inputs(inputs(), 7, QWEN_VL) == text
     assert map_from_mm_inputs(None, 0, None) == ModalityMap([])
     assert cached_map(None, 7, None) == text
 
 
 def test_audio_is_text():
     audio = item(SglModality.AUDIO, [(2, 5)])
-    assert map_from_mm_inputs(inputs(audio), 8, "qwen_vl") == ModalityMap([Segment(Modality.TEXT, 0, 8)])
+    assert map_from_mm_inputs(inputs(audio), 8, QWEN_VL) == ModalityMap([Segment(Modality.TEXT, 0, 8)])
 
 
 def test_a_one_frame_video_and_a_bare_grid_row():
-    grid = map_from_mm_inputs(inputs(video([(1, 6)], [1, 4, 6])), 8, "qwen_vl").segments[1].grid
+    grid = map_from_mm_inputs(inputs(video([(1, 6)], [1, 4, 6])), 8, QWEN_VL).segments[1].grid
     assert (grid.frames, grid.rows, grid.cols, grid.frame_starts) == (1, 2, 3, (1,))
 
 
 def test_media_may_touch_each_other_and_both_ends():
-    mmap = map_from_mm_inputs(inputs(video([(0, 3)], [[1, 4, 4]]), image([(4, 7)], [[1, 4, 4]])), 8, "qwen_vl")
+    mmap = map_from_mm_inputs(inputs(video([(0, 3)], [[1, 4, 4]]), image([(4, 7)], [[1, 4, 4]])), 8, QWEN_VL)
     assert [(s.modality, s.start, s.stop) for s in mmap.segments] == [("video", 0, 4), ("image", 4, 8)]
 
 
 def test_a_missing_grid_leaves_the_modality():
-    mmap = map_from_mm_inputs(inputs(video([(2, 5)])), 8, "qwen_vl")
+    mmap = map_from_mm_inputs(inputs(video([(2, 5)])), 8, QWEN_VL)
     assert mmap.segments[1] == Segment(Modality.VIDEO, 2, 6)
 
 
@@ -242,49 +244,46 @@ def test_a_missing_grid_leaves_the_modality():
 )  # fmt: skip
 def test_what_is_wrong_is_named(mm, reason, words):
     with pytest.raises(GeometryError, match=words) as caught:
-        map_from_mm_inputs(mm, 64, "qwen_vl")
+        map_from_mm_inputs(mm, 64, QWEN_VL)
     assert caught.value.reason == reason
 
 
-def test_an_unknown_modality_and_an_unknown_family():
+def test_an_unknown_modality():
     smell = SimpleNamespace(modality=SimpleNamespace(name="SMELL"), offsets=[(0, 1)], model_specific_data={})
     with pytest.raises(GeometryError, match="got SMELL"):
         map_from_mm_inputs(SimpleNamespace(mm_items=[smell]), 4, None)
-    with pytest.raises(ValueError, match=r"expected one of qwen_vl, .* or None, got 'qwen'"):
-        map_from_mm_inputs(None, 4, "qwen")
 
 
 def test_families_of_real_configs():
-    assert family_of(Qwen2VLConfig()) == "qwen_vl"
-    assert family_of(Qwen2_5_VLConfig()) == "qwen_vl"
-    assert family_of(Qwen2_5_VLConfig(vision_config={"spatial_merge_size": 3})) == "qwen_vl:3"
-    assert family_of(Qwen2Config()) is None
+    assert reader_of(Qwen2VLConfig()) == reader_of(Qwen2_5_VLConfig()) == QWEN_VL
+    assert reader_of(Qwen2_5_VLConfig(vision_config={"spatial_merge_size": 3})) == GridReader(merge=3) != QWEN_VL
+    assert reader_of(Qwen2Config()) is None
 
 
 def test_chunks_share_one_map(monkeypatch):
     mm = inputs(video([(10, 25)], [[4, 4, 4]]))
-    first = cached_map(mm, 40, "qwen_vl")
-    assert first == map_from_mm_inputs(mm, 40, "qwen_vl")
+    first = cached_map(mm, 40, QWEN_VL)
+    assert first == map_from_mm_inputs(mm, 40, QWEN_VL)
     with monkeypatch.context() as patch:
         patch.setattr(geometry, "map_from_mm_inputs", None)
-        assert cached_map(mm, 40, "qwen_vl") is first
-    assert cached_map(mm, 50, "qwen_vl").length == 50  # the next turn of a session, of text only
+        assert cached_map(mm, 40, QWEN_VL) is first
+    assert cached_map(mm, 50, QWEN_VL).length == 50  # the next turn of a session, of text only
 
 
 def test_a_changed_request_gets_a_new_map():
     mm = inputs(video([(10, 25)], [[4, 4, 4]]))
-    first = cached_map(mm, 40, "qwen_vl")
+    first = cached_map(mm, 40, QWEN_VL)
     mm.mm_items[0].offsets = [(12, 27)]  # as SGLang's sessions do it
-    second = cached_map(mm, 40, "qwen_vl")
+    second = cached_map(mm, 40, QWEN_VL)
     assert (first.segments[1].start, second.segments[1].start) == (10, 12)
     mm.merge(inputs(image([(30, 33)], [[1, 4, 4]])))
-    assert len(cached_map(mm, 40, "qwen_vl").segments) == 5
+    assert len(cached_map(mm, 40, QWEN_VL).segments) == 5
 
 
 def test_merging_does_not_hand_the_map_on():
     """SGLang's merge copies attributes with "_id" in their names to the other request."""
     kept = inputs(video([(10, 25)], [[4, 4, 4]]))
-    cached_map(kept, 40, "qwen_vl")
+    cached_map(kept, 40, QWEN_VL)
     other = inputs(image([(0, 3)], [[1, 4, 4]]))
     other.merge(kept)
     assert set(vars(other)) == set(vars(inputs()))
@@ -293,11 +292,11 @@ def test_merging_does_not_hand_the_map_on():
 def test_a_failure_is_kept_and_marked_as_repeated(monkeypatch):
     mm = inputs(video([(0, 7)], [[2, 4, 6]]))
     with pytest.raises(GeometryError) as first:
-        cached_map(mm, 40, "qwen_vl")
+        cached_map(mm, 40, QWEN_VL)
     monkeypatch.setattr(geometry, "map_from_mm_inputs", None)
     for _ in range(2):
         with pytest.raises(GeometryError, match="expected 12 tokens") as again:
-            cached_map(mm, 40, "qwen_vl")
+            cached_map(mm, 40, QWEN_VL)
         assert again.value.reason == "grid_mismatch"
         assert (first.value.repeated, again.value.repeated) == (False, True)
 
@@ -305,6 +304,6 @@ def test_a_failure_is_kept_and_marked_as_repeated(monkeypatch):
 def test_long_prompts_cost_no_more_than_short_ones():
     """A million tokens in two segments: nothing in the map is as long as the prompt."""
     mm = inputs(video([(5, 5 + 250 * 4000 - 1)], [[4000, 20, 50]]))
-    mmap = cached_map(mm, 1_100_000, "qwen_vl")
+    mmap = cached_map(mm, 1_100_000, QWEN_VL)
     assert len(mmap.segments) == 3 and mmap.segments[1].grid.frames == 4000
     assert "segment_ids" not in vars(mmap)

@@ -16,7 +16,8 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 from families import internvl
 from processing import Processing, cells_of, check_padding, kind_of
 from sglang_mminfer.families.counted_frames import frames_wanted
-from sglang_mminfer.families.maps import GeometryError, family_of, map_from_mm_inputs
+from sglang_mminfer.families.internvl.geometry import TileReader
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.settings import SPLIT_VIDEOS
 from sglang_mminfer.tools.media import make_image, make_video
 
@@ -123,7 +124,7 @@ def test_a_session_keeps_videos_of_two_requests_apart(processing, files):
         item.offsets = [(start + len(first.ids), stop + len(first.ids)) for start, stop in item.offsets]
         items.append(item)
     length = len(first.ids) + len(second.ids)
-    mmap = map_from_mm_inputs(SimpleNamespace(mm_items=items), length, family_of(processing.hf_config))
+    mmap = map_from_mm_inputs(SimpleNamespace(mm_items=items), length, reader_of(processing.hf_config))
     assert [segment.grid.frames for segment in mmap.segments if segment.grid] == [FRAMES, FRAMES]
 
 
@@ -139,16 +140,16 @@ def video(*offsets):
 
 def test_all_videos_in_one_item_are_told_apart_by_the_text_between_them():
     """As SGLang's own processor has it."""
-    mmap = map_from_mm_inputs(video((4, 7), (16, 19), (33, 36), (46, 49)), 60, "internvl:2")
+    mmap = map_from_mm_inputs(video((4, 7), (16, 19), (33, 36), (46, 49)), 60, TileReader(2))
     assert [(s.start, s.stop, s.grid.frames) for s in mmap.segments if s.grid] == [(4, 20, 2), (33, 50, 2)]
 
 
 def test_what_is_wrong_is_named():
     with pytest.raises(GeometryError, match=r"expected tiles of 4 tokens, got 6 tokens in all") as caught:
-        map_from_mm_inputs(video((4, 9)), 60, "internvl:2")
+        map_from_mm_inputs(video((4, 9)), 60, TileReader(2))
     assert caught.value.reason == "grid_mismatch"
     with pytest.raises(GeometryError, match="overlaps"):
-        map_from_mm_inputs(video((4, 7), (6, 9)), 60, "internvl:2")
+        map_from_mm_inputs(video((4, 7), (6, 9)), 60, TileReader(2))
 
 
 @pytest.mark.parametrize("wanted", [0, -1, 2.5, "8", True])
@@ -160,6 +161,6 @@ def test_a_number_of_frames_that_is_none(wanted):
 def test_families_of_configs():
     vision = SimpleNamespace(image_size=448, patch_size=14)
     config = SimpleNamespace(model_type="internvl_chat", vision_config=vision, downsample_ratio=0.5)
-    assert family_of(config) == "internvl"
+    assert reader_of(config) == TileReader(16)
     vision.patch_size = 28
-    assert family_of(config) == "internvl:8"
+    assert reader_of(config) == TileReader(8)

@@ -18,7 +18,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from families import llava_hf
 from processing import Processing, cells_of
-from sglang_mminfer.families.maps import GeometryError, family_of, map_from_mm_inputs
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.settings import SPLIT_VIDEOS
 from sglang_mminfer.tools.media import make_image, make_video
 
@@ -74,7 +74,7 @@ def test_an_image_is_laid_out_as_the_model_packs_it(kind, height, width):
     assume(len(tokens) > side_of(config) ** 2)  # a line of pixels leaves no row
     length = START + len(tokens)
     mm = item(SglModality.IMAGE, len(tokens), image_sizes=torch.tensor([[height, width]]))
-    mmap = map_from_mm_inputs(mm, length, family_of(config))
+    mmap = map_from_mm_inputs(mm, length, reader_of(config))
     _, whole, cut = mmap.segments
     assert (whole.start, cut.stop) == (START, length)
     side = side_of(config)
@@ -107,7 +107,7 @@ def test_a_video_is_laid_out_as_the_model_pools_it(kind, frames):
     tokens = pooled.flatten(0, 1)
     tail = 1 if kind == "llava_onevision" else 0
     mmap = map_from_mm_inputs(
-        item(SglModality.VIDEO, len(tokens) + tail), START + len(tokens) + tail, family_of(config)
+        item(SglModality.VIDEO, len(tokens) + tail), START + len(tokens) + tail, reader_of(config)
     )
     cells = [where for _, medium, where in cells_of(mmap) if medium is not None]
     assert cells[len(tokens) :] == [None] * tail
@@ -158,11 +158,11 @@ def test_whole_prompts(processing, files, order):
 
 
 def test_what_is_wrong_is_named():
-    family = family_of(RELEASED["llava_onevision"])
+    reader = reader_of(RELEASED["llava_onevision"])
     with pytest.raises(GeometryError, match="expected frames of 196 tokens and 1 at the end, got 392") as caught:
-        map_from_mm_inputs(item(SglModality.VIDEO, 392), 400, family)
+        map_from_mm_inputs(item(SglModality.VIDEO, 392), 400, reader)
     assert caught.value.reason == "grid_mismatch"
     with pytest.raises(GeometryError, match="for an image of 384 x 384, got 900"):
-        map_from_mm_inputs(item(SglModality.IMAGE, 900, image_sizes=[[384, 384]]), 1000, family)
+        map_from_mm_inputs(item(SglModality.IMAGE, 900, image_sizes=[[384, 384]]), 1000, reader)
     with pytest.raises(GeometryError, match="each of 1 images, got 0"):
-        map_from_mm_inputs(item(SglModality.IMAGE, 900), 1000, family)
+        map_from_mm_inputs(item(SglModality.IMAGE, 900), 1000, reader)

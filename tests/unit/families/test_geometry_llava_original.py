@@ -14,10 +14,10 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 
 from families import llava_original
 from processing import Processing
-from sglang_mminfer.families.llava_original.geometry import RASTERS
+from sglang_mminfer.families.llava_original.geometry import RASTERS, PictureReader
 from sglang_mminfer.families.llava_original.processor import lay_out, rasters_of, side_of
-from sglang_mminfer.families.maps import GeometryError, family_of, map_from_mm_inputs
-from sglang_mminfer.families.models import adapt_model
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
+from sglang_mminfer.families.processors import adapt_model
 from sglang_mminfer.settings import SPLIT_VIDEOS
 from sglang_mminfer.tools.media import make_image
 
@@ -146,7 +146,7 @@ def test_a_map_says_what_the_model_puts_where(prompt, merge, data):
     for i, (item, offset) in enumerate(zip(items, offsets)):
         item.offsets, item.pad_value = [offset], 1000 + i
     media = MultimodalInputs(mm_items=items, im_token_id=IMAGE, video_token_id=IMAGE)
-    mmap = map_from_mm_inputs(media, len(whole), family_of(CONFIG))
+    mmap = map_from_mm_inputs(media, len(whole), reader_of(CONFIG))
 
     model = model_of(merge, aspect)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(whole) - 1), max_size=4)))
@@ -222,14 +222,14 @@ def item(length: int, **data):
 
 def test_what_the_items_do_not_say():
     """Another model of the type "llava": where its pictures stand and no more."""
-    (_, segment) = map_from_mm_inputs(item(25), 32, family_of(CONFIG)).segments
+    (_, segment) = map_from_mm_inputs(item(25), 32, reader_of(CONFIG)).segments
     assert (segment.modality, segment.start, segment.stop, segment.grid) == ("image", 7, 32, None)
     with pytest.raises(GeometryError, match=r"expected one span of 26 tokens for rasters .*, got \[25\]") as caught:
-        map_from_mm_inputs(item(25, **{RASTERS: [(5, 5, 1)]}), 32, family_of(CONFIG))
+        map_from_mm_inputs(item(25, **{RASTERS: [(5, 5, 1)]}), 32, reader_of(CONFIG))
     assert caught.value.reason == "grid_mismatch"
     with pytest.raises(GeometryError) as caught:
         map_from_mm_inputs(
-            SimpleNamespace(mm_items=[SimpleNamespace(modality="IMAGE", offsets=None)]), 9, "llava_original"
+            SimpleNamespace(mm_items=[SimpleNamespace(modality="IMAGE", offsets=None)]), 9, PictureReader()
         )
     assert caught.value.reason == "no_offsets"
 

@@ -18,8 +18,10 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 from families import nvila
 from families.nvila import LITE, NVILA, PATCH, best_shape
 from processing import Processing, cells_of, check_padding, kind_of, runs_of
-from sglang_mminfer.families.maps import VIDEO_KEY, GeometryError, family_of, map_from_mm_inputs
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
+from sglang_mminfer.families.nvila.geometry import TileReader
 from sglang_mminfer.families.nvila.processor import frames_of
+from sglang_mminfer.modality.items import VIDEO_KEY
 from sglang_mminfer.settings import SPLIT_VIDEOS
 from sglang_mminfer.tools.media import make_image, make_video
 
@@ -140,7 +142,7 @@ def test_a_session_keeps_videos_of_two_requests_apart(made, files):
         item.offsets = [(start + len(first.ids), stop + len(first.ids)) for start, stop in item.offsets]
         items.append(item)
     length = len(first.ids) + len(second.ids)
-    mmap = map_from_mm_inputs(SimpleNamespace(mm_items=items), length, family_of(processing.hf_config))
+    mmap = map_from_mm_inputs(SimpleNamespace(mm_items=items), length, reader_of(processing.hf_config))
     assert [segment.grid.frames for segment in mmap.segments if segment.grid] == [FRAMES, FRAMES]
 
 
@@ -186,7 +188,7 @@ IMAGE, VIDEO = SglModality.IMAGE, SglModality.VIDEO
 
 def test_without_numbers_each_span_is_a_medium():
     """As SGLang's own processor has it."""
-    mmap = map_from_mm_inputs(media((IMAGE, [(4, 7)], {}), (VIDEO, [(16, 19), (21, 24)], {})), 60, "nvila:2")
+    mmap = map_from_mm_inputs(media((IMAGE, [(4, 7)], {}), (VIDEO, [(16, 19), (21, 24)], {})), 60, TileReader(2))
     assert [(s.start, s.stop) for s in mmap.segments if s.grid] == [(4, 8), (16, 20), (21, 25)]
 
 
@@ -200,19 +202,19 @@ def test_without_numbers_each_span_is_a_medium():
 )
 def test_what_is_wrong_is_named(item, message):
     with pytest.raises(GeometryError, match=message) as caught:
-        map_from_mm_inputs(media(item), 60, "nvila:2")
+        map_from_mm_inputs(media(item), 60, TileReader(2))
     assert caught.value.reason == "grid_mismatch"
 
 
 def test_frames_out_of_order_are_named():
     frames = [(VIDEO, [span], {VIDEO_KEY: 0}) for span in ((9, 12), (4, 7))]
     with pytest.raises(GeometryError, match="overlaps") as caught:
-        map_from_mm_inputs(media(*frames), 60, "nvila:2")
+        map_from_mm_inputs(media(*frames), 60, TileReader(2))
     assert caught.value.reason == "overlapping_offsets"
 
 
 def test_a_joined_image_is_one_raster():
-    mmap = map_from_mm_inputs(media((IMAGE, [(4, 27)], {"block_sizes": torch.tensor([[2, 3]])})), 60, "nvila:2")
+    mmap = map_from_mm_inputs(media((IMAGE, [(4, 27)], {"block_sizes": torch.tensor([[2, 3]])})), 60, TileReader(2))
     grid = mmap.segments[1].grid
     assert (grid.frames, grid.rows, grid.cols, grid.frame_starts) == (1, 4, 6, (4,))
 
@@ -236,5 +238,5 @@ def test_a_video_that_cannot_be_decoded_is_the_clients():
 
 def test_families_of_configs():
     vision = SimpleNamespace(image_size=448, patch_size=14)
-    assert family_of(SimpleNamespace(model_type="nvila", vision_config=vision)) == "nvila:16"
-    assert family_of(SimpleNamespace(model_type="nvila_lite", vision_config=vision)) == "nvila:11"
+    assert reader_of(SimpleNamespace(model_type="nvila", vision_config=vision)) == TileReader(16)
+    assert reader_of(SimpleNamespace(model_type="nvila_lite", vision_config=vision)) == TileReader(11)

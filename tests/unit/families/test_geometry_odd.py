@@ -13,16 +13,23 @@ from hypothesis import strategies as st
 from sglang.srt.managers.schedule_batch import Modality as SglModality
 from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
 
-from sglang_mminfer.families.llava_original.geometry import RASTERS
+from sglang_mminfer.families.base import Reader
+from sglang_mminfer.families.grid_thw import FrameSpanReader, GridReader
+from sglang_mminfer.families.internvl import geometry as internvl
+from sglang_mminfer.families.llava_hf.geometry import LlavaReader
+from sglang_mminfer.families.llava_original.geometry import RASTERS, PictureReader
 from sglang_mminfer.families.maps import GeometryError, cached_map, map_from_mm_inputs
-from sglang_mminfer.families.own.geometry import KEYS
+from sglang_mminfer.families.nvila import geometry as nvila
+from sglang_mminfer.families.own.geometry import KEYS, PlacedReader
 from sglang_mminfer.families.qwen_vl.processor import videos_of
 from sglang_mminfer.modality.items import VIDEO_KEY
 from sglang_mminfer.modality.segments import Modality
 
-FAMILIES = [
-    *(None, "qwen_vl", "qwen_vl:3", "qwen3_vl", "internvl", "internvl:2", "nvila:2", "llava_original", "placed"),
-    *("placed:merged", "llava_hf:[2,28,1,1,[[1,1],[1,2],[2,1]],9]", "llava_hf:[2,28,1,0,[[1,1],[1,2],[2,1]],0]"),
+TILES = ((1, 1), (1, 2), (2, 1))
+READERS = [
+    *(None, GridReader(), GridReader(3), FrameSpanReader(), internvl.TileReader(), internvl.TileReader(2)),
+    *(nvila.TileReader(2), PictureReader(), PlacedReader(), PlacedReader(merged=True)),
+    *(LlavaReader(2, 28, 1, 1, TILES, 9), LlavaReader(2, 28, 1, 0, TILES, 0)),
 ]
 LENGTH = 64
 
@@ -75,15 +82,15 @@ def items(draw: st.DrawFn) -> Any:
     return SimpleNamespace(modality=modality, offsets=offsets, model_specific_data=draw(st.sampled_from([data, None])))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reader", READERS, ids=str)
 @settings(max_examples=150)
 @given(found=st.lists(items(), max_size=4), length=st.sampled_from([LENGTH, 1, 20]), cached=st.booleans())
 def test_a_map_that_is_right_or_a_geometry_error(
-    family: str | None, found: list[Any], length: int, cached: bool
+    reader: Reader | None, found: list[Any], length: int, cached: bool
 ) -> None:
     media = MultimodalInputs(mm_items=found)
     try:
-        made = cached_map(media, length, family) if cached else map_from_mm_inputs(media, length, family)
+        made = cached_map(media, length, reader) if cached else map_from_mm_inputs(media, length, reader)
     except GeometryError as error:
         assert error.reason and len(str(error)) < 2000
         return
@@ -132,4 +139,4 @@ def test_what_an_item_says_of_its_size_is_not_believed() -> None:
         model_specific_data={"video_grid_thw": torch.tensor([[1 << 50, 2, 2]])},
     )
     with pytest.raises(GeometryError, match="expected tokens inside the prompt of 64 tokens"):
-        map_from_mm_inputs(MultimodalInputs(mm_items=[huge]), LENGTH, "qwen_vl")
+        map_from_mm_inputs(MultimodalInputs(mm_items=[huge]), LENGTH, GridReader())

@@ -16,7 +16,8 @@ from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
 from families import qwen3_vl
 from processing import Processing, cells_of
-from sglang_mminfer.families.maps import GeometryError, family_of, map_from_mm_inputs
+from sglang_mminfer.families.grid_thw import FrameSpanReader, GridReader
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.tools.media import make_image, make_video
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -93,7 +94,7 @@ def video(offsets, rows):
 
 
 def test_two_videos_in_one_item_are_two_segments():
-    mmap = map_from_mm_inputs(video([(2, 5), (9, 12), (20, 21)], [[2, 4, 4], [1, 2, 4]]), 30, "qwen3_vl")
+    mmap = map_from_mm_inputs(video([(2, 5), (9, 12), (20, 21)], [[2, 4, 4], [1, 2, 4]]), 30, FrameSpanReader())
     assert [(s.modality, s.start, s.stop) for s in mmap.segments if s.grid] == [("video", 2, 13), ("video", 20, 22)]
     assert mmap.segments[1].grid.frame_starts == (2, 9)
     assert mmap.cells("frame").tolist()[6:9] == [-1, -1, -1]
@@ -113,10 +114,10 @@ def test_two_videos_in_one_item_are_two_segments():
 )
 def test_what_is_wrong_is_named(offsets, rows, reason, words):
     with pytest.raises(GeometryError, match=words) as caught:
-        map_from_mm_inputs(video(offsets, rows), 64, "qwen3_vl")
+        map_from_mm_inputs(video(offsets, rows), 64, FrameSpanReader())
     assert caught.value.reason == reason
 
 
 def test_families_of_real_configs():
-    assert family_of(Qwen3VLConfig()) == family_of(Qwen3VLMoeConfig()) == "qwen3_vl"
-    assert family_of(Qwen3VLConfig(vision_config={"spatial_merge_size": 3})) == "qwen3_vl:3"
+    assert reader_of(Qwen3VLConfig()) == reader_of(Qwen3VLMoeConfig()) == FrameSpanReader() != GridReader()
+    assert reader_of(Qwen3VLConfig(vision_config={"spatial_merge_size": 3})) == FrameSpanReader(3)

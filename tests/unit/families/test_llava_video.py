@@ -15,13 +15,14 @@ from PIL import Image
 
 from families.llava_video import RELEASED, LlavaVideoOracle, make
 from family_parts import LaidOut, laid_out, loaded
-from sglang_mminfer.families.llava_video import chat_template, layout, read_config
+from sglang_mminfer.families.llava_video import LlavaVideo, layout
 from sglang_mminfer.families.llava_video.encoder import LlavaVideoEncoder, pooled
 from sglang_mminfer.families.llava_video.rasters import LlavaVideoRasters
 from sglang_mminfer.families.own.checkpoint import Checkpoint
 from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.tools.media import make_image, make_video
 
+FAMILY = LlavaVideo()
 FIXTURES = Path(__file__).parents[2] / "helpers" / "original"
 
 
@@ -31,14 +32,14 @@ class Parts:
     def __init__(self, path: Path, video: dict[str, Any], **fields: Any) -> None:
         self.oracle = LlavaVideoOracle(path, video, **fields)
         files = Checkpoint(str(path))
-        self.config = read_config({**(files.json("config.json") or {}), **fields}, files)
+        self.config = FAMILY.read_config({**(files.json("config.json") or {}), **fields}, files)
         self.rasters = LlavaVideoRasters(self.config, video)
         self.encoder = loaded(LlavaVideoEncoder(self.config), {"": path})
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
 
     def laid_out(self, messages: list[Any]) -> LaidOut:
         return laid_out(
-            self.rasters, self.tokenizer, chat_template(self.config), messages, self.config.image_token_index
+            self.rasters, self.tokenizer, FAMILY.chat_template(self.config), messages, self.config.image_token_index
         )
 
     @torch.no_grad()
@@ -148,9 +149,9 @@ def test_onevision_is_left_to_sglang() -> None:
     """The same architecture, without what only LLaVA-Video does."""
     other = {**RELEASED, "add_time_instruction": False, "force_sample": False, "mm_newline_position": "one_token"}
     files = Checkpoint("/nowhere")
-    assert read_config(other, files) is None
+    assert FAMILY.read_config(other, files) is None
     for marks in ({"mm_newline_position": "grid"}, {"add_time_instruction": True}, {"force_sample": True}):
-        assert read_config({**other, **marks}, files) is not None
+        assert FAMILY.read_config({**other, **marks}, files) is not None
 
 
 @pytest.mark.parametrize(
@@ -165,11 +166,11 @@ def test_onevision_is_left_to_sglang() -> None:
 )
 def test_what_cannot_be_served_is_named(field: str, value: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        read_config({**RELEASED, field: value}, Checkpoint("/nowhere"))
+        FAMILY.read_config({**RELEASED, field: value}, Checkpoint("/nowhere"))
 
 
 def test_the_published_tower() -> None:
-    config = read_config(RELEASED, Checkpoint("/nowhere"))
+    config = FAMILY.read_config(RELEASED, Checkpoint("/nowhere"))
     assert (config.vision_config.hidden_size, config.vision_config.num_hidden_layers) == (1152, 27)
     assert layout.frame_shape(config, False) == (14, 15, 0)
     config.mm_spatial_pool_mode = "average"

@@ -13,7 +13,7 @@ import transformers
 
 from families.longvila import VARIANTS, LongVilaOracle, make, random_projector
 from family_parts import LaidOut, laid_out, loaded
-from sglang_mminfer.families.longvila import chat_template, read_config, tokenizer_folder
+from sglang_mminfer.families.longvila import LongVILA
 from sglang_mminfer.families.longvila.encoder import LongVilaEncoder, Projector
 from sglang_mminfer.families.longvila.rasters import LongVilaRasters
 from sglang_mminfer.families.own.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from sglang_mminfer.families.own.prompt import fill_id
 from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.tools.media import make_image, make_video
 
+FAMILY = LongVILA()
 FIXTURES = Path(__file__).parents[2] / "helpers" / "original"
 SIDE = {"256f": 16, "1M": 14, "r1": 16, "3x3": 9, "llama_3": 14}
 """Tokens along a side of a frame."""
@@ -40,15 +41,15 @@ class Parts:
     def __init__(self, path: Path, video: dict[str, Any]) -> None:
         files = Checkpoint(str(path))
         self.oracle = LongVilaOracle(path, video)
-        self.config = read_config(files.json("config.json") or {}, files)
+        self.config = FAMILY.read_config(files.json("config.json") or {}, files)
         self.rasters = LongVilaRasters(self.config, video)
         folders = {f"{name}.": path / name for name in ("vision_tower", "mm_projector")}
         self.encoder = loaded(LongVilaEncoder(self.config), folders)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path / tokenizer_folder(self.config))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path / FAMILY.tokenizer_folder(self.config))
 
     def laid_out(self, messages: list[Any]) -> LaidOut:
         fill = fill_id(self.config, self.tokenizer)
-        return laid_out(self.rasters, self.tokenizer, chat_template(self.config), messages, fill)
+        return laid_out(self.rasters, self.tokenizer, FAMILY.chat_template(self.config), messages, fill)
 
     @torch.no_grad()
     def encode(self, placed: Any) -> torch.Tensor:
@@ -108,7 +109,7 @@ def test_sampling(tmp_path: Path, media: SimpleNamespace, options: dict[str, Any
 
 def test_rope_of_the_million(tmp_path: Path) -> None:
     files = Checkpoint(str(make(tmp_path / "model", "1M")))
-    text = read_config(files.json("config.json") or {}, files).text_config
+    text = FAMILY.read_config(files.json("config.json") or {}, files).text_config
     assert text.rope_parameters["rope_theta"] == 1062356830.0
     assert (text.rope_parameters["rope_type"], text.rope_parameters["factor"]) == ("linear", 4.0)
     # SGLang multiplies the two; the checkpoint's million is the product.
@@ -122,13 +123,13 @@ def test_the_ends_of_an_answer_are_those_beside_the_language_model(tmp_path: Pat
     files = Checkpoint(str(path))
     tokenizer = transformers.AutoTokenizer.from_pretrained(path / "llm")
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert read_config(files.json("config.json") or {}, files).eos_token_id == ends
+    assert FAMILY.read_config(files.json("config.json") or {}, files).eos_token_id == ends
 
 
 def test_media_tokens_beyond_the_vocabulary_are_not_used(tmp_path: Path) -> None:
     path = make(tmp_path / "model", "1M")
     files = Checkpoint(str(path))
-    config = read_config(files.json("config.json") or {}, files)
+    config = FAMILY.read_config(files.json("config.json") or {}, files)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path / "llm")
     assert tokenizer.convert_tokens_to_ids("<image>") >= config.text_config.vocab_size
     assert fill_id(config, tokenizer) < config.text_config.vocab_size
@@ -146,16 +147,16 @@ def test_media_tokens_beyond_the_vocabulary_are_not_used(tmp_path: Path) -> None
 def test_what_cannot_be_served_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     files = Checkpoint(str(make(tmp_path / "model")))
     with pytest.raises(ValueError, match=said):
-        read_config({**(files.json("config.json") or {}), **changes}, files)
+        FAMILY.read_config({**(files.json("config.json") or {}), **changes}, files)
 
 
 def test_another_llava_is_left_to_sglang(tmp_path: Path) -> None:
-    assert read_config({"architectures": ["LlavaLlamaModel"]}, Checkpoint(str(tmp_path))) is None
+    assert FAMILY.read_config({"architectures": ["LlavaLlamaModel"]}, Checkpoint(str(tmp_path))) is None
 
 
 def test_a_part_without_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vision_tower/config.json: expected the config of this part"):
-        read_config({"llm_cfg": {}}, Checkpoint(str(tmp_path)))
+        FAMILY.read_config({"llm_cfg": {}}, Checkpoint(str(tmp_path)))
 
 
 # ---- the original repository's own projector; original/vila.py says how these were made ----------------------

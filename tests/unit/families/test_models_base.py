@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from family_parts import items
 from sglang_mminfer.families.frames import decode
-from sglang_mminfer.families.maps import GeometryError, family_of, map_from_mm_inputs
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.families.own import registration
 from sglang_mminfer.families.own.checkpoint import Checkpoint
+from sglang_mminfer.families.own.geometry import PlacedReader
 from sglang_mminfer.families.own.prompt import IMAGE, VIDEO, Medium, Raster, lay_out, split
 from sglang_mminfer.families.sampling import evenly, every_second, first_seconds
 from sglang_mminfer.modality.segments import Modality
@@ -63,15 +64,6 @@ def test_other_models_are_left_to_sglang(tmp_path: Path) -> None:
             {"use_fast": True},
         )
     assert registration.parse_config(original, "self", "s3://bucket/model", False)[1] == "s3://bucket/model"
-
-
-def test_every_family_offers_what_registration_asks_for() -> None:
-    import importlib
-
-    for name in set(registration.FAMILIES.values()):
-        family = importlib.import_module(f"sglang_mminfer.families.own.{name}")
-        for member in (*registration.Family.__annotations__, "read_config", "chat_template", "tokenizer_folder"):
-            assert hasattr(family, member), (name, member)
 
 
 def test_files_of_a_folder(tmp_path: Path) -> None:
@@ -137,7 +129,7 @@ def test_the_map_is_that_of_the_tokens(seed: int) -> None:
     ids, placed = lay_out(run, encode, 0)
     shuffled = items(placed)
     random.Random(seed).shuffle(shuffled)
-    got = map_from_mm_inputs(SimpleNamespace(mm_items=shuffled), len(ids), "placed")
+    got = map_from_mm_inputs(SimpleNamespace(mm_items=shuffled), len(ids), PlacedReader())
 
     cells = {"frame": [-1] * len(ids), "row": [-1] * len(ids)}
     modality = ["text"] * len(ids)
@@ -169,7 +161,7 @@ def test_items_that_do_not_fit_run_dense() -> None:
 
     def reason(found: list[Any]) -> str:
         with pytest.raises(GeometryError) as error:
-            map_from_mm_inputs(SimpleNamespace(mm_items=found), len(ids), "placed")
+            map_from_mm_inputs(SimpleNamespace(mm_items=found), len(ids), PlacedReader())
         return error.value.reason
 
     def changed(index: int, **data: Any) -> list[Any]:
@@ -192,7 +184,7 @@ def test_items_that_do_not_fit_run_dense() -> None:
 
 def test_the_families_are_found_by_their_own_type() -> None:
     for name in ("llava_video", "longvila"):
-        assert family_of(SimpleNamespace(model_type=name)) == "placed"
+        assert reader_of(SimpleNamespace(model_type=name)) == PlacedReader()
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +21,12 @@ from sglang.srt.server_args import ServerArgs
 
 from families import videochat_flash
 from sglang_mminfer import ModalityMap, Segment, VisionGrid
-from sglang_mminfer.families.maps import GeometryError, family_of, has_raster, map_from_mm_inputs
+from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
+from sglang_mminfer.families.own.geometry import PlacedReader
 from sglang_mminfer.families.own.processor import _item
 from sglang_mminfer.families.own.prompt import Medium, Raster, lay_out
 from sglang_mminfer.head_config import HeadConfigError
+from sglang_mminfer.mends import asked
 from sglang_mminfer.serving import head_config_choice
 from sglang_mminfer.settings import CONFIG
 
@@ -44,13 +47,23 @@ def variant(checkpoint: Path, folder: Path, **fields: Any) -> str:
     return str(folder)
 
 
-def launched(path: str, **fields: Any) -> Any:
-    """The model's config as a launch reads it."""
-    return model_config_of(resolving_view(ServerArgs(model_path=path, attention_backend="mminfer", **fields)))
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The model's config as the launch of a server with mminfer reads it."""
+    monkeypatch.setattr(asked, "_last", None)  # what it becomes here is gone after the test
+
+    def launch(path: str) -> Any:
+        arguments = ServerArgs(model_path=path, attention_backend="mminfer")
+        asked.note(arguments)
+        return model_config_of(resolving_view(arguments))
+
+    return launch
 
 
 @pytest.mark.parametrize("model_type", ["videochat_flash_qwen", "qwen2"])
-def test_the_checkpoint_is_ours(checkpoint: Path, tmp_path: Path, model_type: str) -> None:
+def test_the_checkpoint_is_ours(
+    launched: Callable[[str], Any], checkpoint: Path, tmp_path: Path, model_type: str
+) -> None:
     """Also the one that calls itself Qwen2, and whose dual chunks the original code does not know either."""
     chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
     path = variant(checkpoint, tmp_path, model_type=model_type, dual_chunk_attention_config=chunks)
@@ -61,18 +74,20 @@ def test_the_checkpoint_is_ours(checkpoint: Path, tmp_path: Path, model_type: st
     assert not hasattr(model.hf_text_config, "dual_chunk_attention_config")
     served = ModelRegistry.models["VideoChatFlashForConditionalGeneration"]
     assert PROCESSOR_MAPPING[served].__name__ == "VideoChatFlashProcessor"
-    assert (family_of(model.hf_config), has_raster(model.hf_config)) == ("placed:merged", False)
+    reader = reader_of(model.hf_config)
+    assert reader == PlacedReader(merged=True) and not reader.has_raster
 
 
-@pytest.mark.parametrize("backend", ["mminfer", "torch_native"])
-def test_dropping_tokens_inside_the_language_model_is_refused(checkpoint: Path, tmp_path: Path, backend: str) -> None:
+def test_dropping_tokens_inside_the_language_model_is_refused(
+    launched: Callable[[str], Any], checkpoint: Path, tmp_path: Path
+) -> None:
     path = variant(checkpoint, tmp_path, mm_llm_compress=True, llm_compress_layer_list=[1])
     with pytest.raises(ValueError, match=r"mm_llm_compress drops vision tokens between layers") as caught:
-        model_config_of(resolving_view(ServerArgs(model_path=path, attention_backend=backend)))
+        launched(path)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_row_grid_is_refused_at_start_up(checkpoint: Path) -> None:
+def test_a_row_grid_is_refused_at_start_up(launched: Callable[[str], Any], checkpoint: Path) -> None:
     hf_config = launched(str(checkpoint)).hf_config
     with pytest.raises(HeadConfigError, match=r'grid of stride "row" needs columns.*use stride "frame"'):
         head_config_choice.load_for_model(None, hf_config, {CONFIG.variable: "test_grid_row"})
@@ -107,7 +122,9 @@ def test_the_map_is_what_the_ids_say(drawn: list[tuple[str, int]]) -> None:
             run.append(Medium("image", [Raster(whole, 1, 64)]))
             run.append(Medium("image", [Raster(tiles, 1, 64 * count)], "said"))
     ids, placed = lay_out(run, lambda words: [1] * len(words), FILL)
-    found = map_from_mm_inputs(MultimodalInputs(mm_items=[_item(one) for one in placed]), len(ids), "placed:merged")
+    found = map_from_mm_inputs(
+        MultimodalInputs(mm_items=[_item(one) for one in placed]), len(ids), PlacedReader(merged=True)
+    )
 
     expected, position = [], 0
     media = [(kind, count) for kind, count in drawn if kind != "text"]
@@ -134,6 +151,6 @@ def test_the_map_is_what_the_ids_say(drawn: list[tuple[str, int]]) -> None:
 def test_items_with_rows_do_not_fit_merged_tokens() -> None:
     _, placed = lay_out([Medium("video", [Raster(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), 8, 8)])], len, FILL)  # type: ignore[arg-type]
     with pytest.raises(GeometryError, match=r"expected one row of merged tokens, got 8") as caught:
-        map_from_mm_inputs(MultimodalInputs(mm_items=[_item(placed[0])]), 64, "placed:merged")
+        map_from_mm_inputs(MultimodalInputs(mm_items=[_item(placed[0])]), 64, PlacedReader(merged=True))
     assert caught.value.reason == "grid_mismatch"
-    assert family_of(SimpleNamespace(model_type="videochat_flash")) == "placed"
+    assert reader_of(SimpleNamespace(model_type="videochat_flash")) == PlacedReader()

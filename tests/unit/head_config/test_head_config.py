@@ -370,7 +370,7 @@ def test_columns_are_refused_where_tokens_are_merged(heads, where):
     model = tiny_model()
     config = HeadConfig.load(heads)
     config.bind(model)
-    model.vision_tokens_merged = True
+    model.model_type, model.vision_tokens_merged = "videochat_flash", True
     with pytest.raises(HeadConfigError, match=where + r': a grid of stride "row" needs columns'):
         config.bind(model)
     HeadConfig.load("default").bind(model)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from families import FAMILIES
+from families import FAMILIES, Prompt
 from processing import Processed, Processing
 from sglang_mminfer import mends, settings
 from sglang_mminfer.mends import verbatim
@@ -22,33 +21,8 @@ from sglang_mminfer.mends.words import PLACEHOLDERS, pattern_of
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.tools.media import make_image, make_video
 
-
-@dataclass(frozen=True)
-class Served:
-    """How SGLang processes a family.
-
-    Attributes:
-        module: SGLang's module with the family's processor.
-        image, video: the placeholder that the family's chat template writes.
-        expanded: kinds of media whose tokens a client may send back.
-    """
-
-    module: str
-    image: str
-    video: str = ""
-    expanded: tuple[str, ...] = ()
-
-
-QWEN_IMAGE, QWEN_VIDEO = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
-SERVED = {
-    "qwen2_5_vl": Served("qwen_vl", QWEN_IMAGE, QWEN_VIDEO, ("image", "video")),
-    "qwen3_vl": Served("qwen_vl", QWEN_IMAGE, QWEN_VIDEO, ("image", "video")),
-    "internvl": Served("internvl", "<image>", "<video>", ("image",)),
-    "nvila": Served("nvila", "<image>", "<vila/video>"),
-    "llava_onevision_lmms": Served("llava", "<image>", "", ("image",)),
-    "llava_onevision": Served("transformers_auto", "<image>", "<video>", ("image", "video")),
-    "llava_video": Served("base_processor", "<image>", "<video>"),
-}
+QWEN_IMAGE, QWEN_VIDEO = tiny_model.PLACEHOLDERS
+SERVED = {family.name: family.prompt for family in FAMILIES if family.prompt}
 FAMILY = {family.name: family for family in FAMILIES}
 
 
@@ -72,7 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module", params=SERVED)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Served, Processing]:
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prompt, Processing]:
     own = FAMILY[request.param]
     path = own.make(tmp_path_factory.mktemp(own.name) / "model")
     served = SERVED[own.name]
@@ -100,7 +74,7 @@ def outside(got: Processed) -> list[int]:
 
 @pytest.mark.parametrize("word", ["<image>", "<video>", "<img>", "</img>", "<|image_pad|>", "<|video_pad|>"])
 def test_words_that_look_like_placeholders_stay_words(
-    family: tuple[Served, Processing], files: tuple[Path, Path], word: str
+    family: tuple[Prompt, Processing], files: tuple[Path, Path], word: str
 ) -> None:
     served, processing = family
     image, video = files
@@ -136,7 +110,7 @@ def unusual(processing: Processing, words: str) -> list[int]:
     return ids
 
 
-def test_ids_outside_media_are_never_changed(family: tuple[Served, Processing], files: tuple[Path, Path]) -> None:
+def test_ids_outside_media_are_never_changed(family: tuple[Prompt, Processing], files: tuple[Path, Path]) -> None:
     served, processing = family
     image, video = files
     before, behind = unusual(processing, "Look at what is shown:"), unusual(processing, "What is it?")
@@ -154,7 +128,7 @@ def test_ids_outside_media_are_never_changed(family: tuple[Served, Processing], 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_ids_of_an_answer_are_found_again_or_refused(
-    family: tuple[Served, Processing], files: tuple[Path, Path], kind: str
+    family: tuple[Prompt, Processing], files: tuple[Path, Path], kind: str
 ) -> None:
     served, processing = family
     image, video = files
@@ -172,20 +146,20 @@ def test_ids_of_an_answer_are_found_again_or_refused(
     assert [item.offsets for item in again.items] == [item.offsets for item in first.items]
 
 
-def test_an_id_that_is_none_is_refused(family: tuple[Served, Processing], files: tuple[Path, Path]) -> None:
+def test_an_id_that_is_none_is_refused(family: tuple[Prompt, Processing], files: tuple[Path, Path]) -> None:
     _, processing = family
     with pytest.raises(ValueError, match=r"input_ids\[1\]: expected a token id from 0 to \d+, got -5"):
         processing([1, -5, 2], images=[files[0]])
 
 
-def test_more_placeholders_than_media_are_refused(family: tuple[Served, Processing], files: tuple[Path, Path]) -> None:
+def test_more_placeholders_than_media_are_refused(family: tuple[Prompt, Processing], files: tuple[Path, Path]) -> None:
     served, processing = family
     with pytest.raises(ValueError, match=r"placeholder|<image>"):
         processing(f"{served.image}and{served.image}What?", images=[files[0]])
 
 
 def test_fewer_placeholders_than_media_are_refused_or_added(
-    family: tuple[Served, Processing], files: tuple[Path, Path]
+    family: tuple[Prompt, Processing], files: tuple[Path, Path]
 ) -> None:
     """No medium is dropped silently."""
     _, processing = family

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_mminfer import AShape, Boundary2D, Grid, Modality, ModalityMap, QBoundary, Segment, VisionGrid
+from sglang_mminfer.families.grid_thw import GridReader
 from sglang_mminfer.families.maps import GeometryError
 from sglang_mminfer.kernels import reference
 from sglang_mminfer.serving.trace import PrefillRecord
@@ -107,10 +108,10 @@ def test_a_prompt_gives_back_its_map() -> None:
     pads = {IMAGE: 1001, VIDEO: 1002}
     ids = [pads.get(s.modality, 7) for s in expected.segments for _ in range(s.stop - s.start)]
     grids = {IMAGE: [(1, 12, 16)], VIDEO: [(20, 10, 12), (19, 10, 12)]}
-    assert f.map_of_prompt(ids, pads, grids, "qwen_vl") == expected
-    assert f.map_of_prompt([7] * 4, pads, grids, "qwen_vl") == ModalityMap([Segment(TEXT, 0, 4)])
+    assert f.map_of_prompt(ids, pads, grids, GridReader()) == expected
+    assert f.map_of_prompt([7] * 4, pads, grids, GridReader()) == ModalityMap([Segment(TEXT, 0, 4)])
     with pytest.raises(GeometryError, match="grid of 19 x 10 x 12"):
-        f.map_of_prompt(ids, pads, {**grids, VIDEO: [(19, 10, 12), (20, 10, 12)]}, "qwen_vl")
+        f.map_of_prompt(ids, pads, {**grids, VIDEO: [(19, 10, 12), (20, 10, 12)]}, GridReader())
 
 
 def test_turns_and_density_of_a_trace() -> None:

@@ -1,4 +1,4 @@
-"""SGLang's models of a server with mminfer: their own classes with the mends over them."""
+"""Qwen2.5-VL's vision encoder with the mend `frames_apart` over SGLang's class."""
 
 from __future__ import annotations
 
@@ -7,27 +7,19 @@ import functools
 from typing import Any
 
 from sglang_mminfer import mends
-from sglang_mminfer.mends import asked
 
 _QWEN2_5_VL = "sglang.srt.models.qwen2_5_vl"
 
 
-def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[type, str] | None:
-    """AFTER get_model_architecture: our class in place of SGLang's, else None (SGLang's stays)."""
-    from sglang_mminfer.families.llava_original import processor as llava_original
-
-    if not asked.for_mminfer():
-        return None
-    kind, architecture = resolved
-    if mends.active("llava_original") and llava_original.is_served(kind, architecture):
-        return llava_original.model_class(kind), architecture
-    if mends.active("frames_apart") and kind.__module__ == _QWEN2_5_VL and hasattr(kind, "get_video_feature"):
-        return _with_frames_apart(kind), architecture
-    return None
+def is_mended(kind: type) -> bool:
+    """Whether a class is SGLang's of Qwen2.5-VL, and the mend is on."""
+    return mends.active("frames_apart") and kind.__module__ == _QWEN2_5_VL and hasattr(kind, "get_video_feature")
 
 
 @functools.cache
-def _with_frames_apart(base: Any) -> type:
+def with_frames_apart(base: Any) -> type:
+    """SGLang's class with one change."""
+
     class FramesApart(base):
         """Vision blocks with full attention see their frame and not the whole video, as the model was trained.
 

@@ -1,0 +1,137 @@
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V.
+
+A video is one span of placeholders for each temporal patch. Between two of them stand `<|end_of_image|>`, the second
+of the patch as text, and `<|begin_of_image|>`: these tokens are members of the video without a cell. The tokens that
+begin and end the video, and the second of its last patch, are text. An image is one span.
+
+A frame has the placeholder of a picture, `<|image|>`; `<|video|>` stands only in prompts that are not expanded.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from sglang_mminfer import mends
+from sglang_mminfer.families.base import Family, MediaItem, Reader
+from sglang_mminfer.families.grid_thw import FrameSpanReader, check_patches, merge_of
+from sglang_mminfer.mends import options, videos
+from sglang_mminfer.mends.token_ids import Piece
+
+
+class Glm4V(Family):
+    """GLM-4.1V, GLM-4.5V and GLM-4.6V: dense models and those with experts."""
+
+    model_types = ("glm4v", "glm4v_moe")
+    why = "A video is a span for each frame, with its second as text behind it and the placeholder of a picture."
+    processors = ("Glm4vImageProcessor",)
+
+    def geometry(self, hf_config: Any) -> Reader:
+        return FrameSpanReader(merge_of(hf_config))
+
+    def processor(self, base: type, hf_config: Any) -> type | None:
+        return _processor_class(base) if hf_config.model_type in self.model_types else None
+
+    def check_features(self, one: MediaItem, shape: tuple[int, ...], tokens: int, hf_config: Any) -> None:
+        check_patches(one, shape, hf_config)
+
+
+@functools.cache
+def _processor_class(base: Any) -> type:
+    class MMInferGlm4VProcessor(base):
+        """What a request asks of a video is done or refused by name, and expanded media are found in ids."""
+
+        REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
+            "image": frozenset(),
+            "video": frozenset({"fps", "max_frames", "max_tokens_per_frame"}),
+        }
+
+        def placeholders_in(self, prompt: str) -> dict[str, int]:
+            return {"image": prompt.count(self.IMAGE_TOKEN), "video": prompt.count(self.VIDEO_TOKEN)}
+
+        @property
+        def media_tokens(self) -> Mapping[int, tuple[str, ...]]:
+            """SGLang says of `<|image|>` alone that it stands for media."""
+            around = (
+                *(self.IMAGE_START_TOKEN_ID, self.IMAGE_END_TOKEN_ID),
+                *(self.VIDEO_START_TOKEN_ID, self.VIDEO_END_TOKEN_ID),
+            )
+            return {self.IM_TOKEN_ID: ("image",), self.VIDEO_TOKEN_ID: ("video",), **dict.fromkeys(around, ())}
+
+        def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
+            """One placeholder for each medium, where an answer's ids were sent back."""
+            return collapsed(pieces, self._tokenizer)
+
+        async def process_mm_data_async(
+            self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            if mends.active("video_options") and (given := getattr(request_obj, "video_data", None)):
+                request_obj = copy.copy(request_obj)
+                request_obj.video_data = [self._with_options(video) for video in given]
+            return await super().process_mm_data_async(image_data, input_text, request_obj, *args, **kwargs)
+
+        def _with_options(self, video: Any) -> Any:
+            """An entry of a request with the options that SGLang's class heeds, and in it one with all others.
+
+            SGLang's class reads those it knows and loads the file without the rest.
+
+            Raises:
+                ValueError: for an option that this family does not have, by name.
+            """
+            from sglang.srt.utils import VideoData
+
+            if self._is_preprocessed_input(video):
+                return video
+            source, wanted = options.of(video, type(self), "video")
+            names = self.REQUEST_OPTIONS["video"] & wanted.keys()
+            if videos.frames_in(source) is not None:
+                names -= {"fps"}  # of the frames that came
+            heeded = {name: wanted.pop(name) for name in names}
+            return VideoData(url=VideoData(url=source, preprocess_kwargs=wanted), preprocess_kwargs=heeded)
+
+    return MMInferGlm4VProcessor
+
+
+_BEGIN, _IMAGE, _END = (Piece(name=f"<|{name}|>") for name in ("begin_of_image", "image", "end_of_image"))
+_BEGIN_VIDEO, _VIDEO, _END_VIDEO = (Piece(name=f"<|{name}|>") for name in ("begin_of_video", "video", "end_of_video"))
+_SECOND = re.compile(r"\d+|\d+\.\d seconds")
+"""Of a frame, as GLM-4.1V and GLM-4.5V write it, and as GLM-4.6V does."""
+
+
+def collapsed(pieces: Sequence[Piece], tokenizer: Any) -> list[Piece]:
+    """The pieces of a prompt with one placeholder for each picture and each video.
+
+    A processor makes of `<|video|>` a picture for each temporal patch, with its second behind it, and of a picture's
+    `<|image|>` as many as it has tokens. What does not look like that stays as it is.
+    """
+    out: list[Piece] = []
+    at = 0
+    while at < len(pieces):
+        stop = at
+        if out[-1:] == [_BEGIN_VIDEO]:
+            while (behind := _behind_frame(pieces, stop, tokenizer)) is not None:
+                stop = behind
+        if stop > at and pieces[stop : stop + 1] == [_END_VIDEO]:
+            out.append(_VIDEO)
+            at = stop
+        else:
+            if not (pieces[at] == _IMAGE and out[-2:] == [_BEGIN, _IMAGE]):
+                out.append(pieces[at])
+            at += 1
+    return out
+
+
+def _behind_frame(pieces: Sequence[Piece], at: int, tokenizer: Any) -> int | None:
+    """Where the piece behind a frame and its second is, if they begin at `at`."""
+    stop = at + 1
+    while pieces[stop : stop + 1] == [_IMAGE]:
+        stop += 1
+    if pieces[at : at + 1] != [_BEGIN] or stop == at + 1 or pieces[stop : stop + 1] != [_END]:
+        return None
+    second = pieces[stop + 1 : stop + 2]
+    if not second or not _SECOND.fullmatch(tokenizer.decode(second[0].ids)):
+        return None
+    return stop + 2
