@@ -175,10 +175,9 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
     load_plugins()
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-    from sglang.srt.plugins.hook_registry import HookRegistry
 
     from sglang_mminfer import plugin
-    from sglang_mminfer.serving import cpu_platform
+    from sglang_mminfer.serving import cpu_platform, hooks
 
     if settings.BACKEND_NAME in ATTENTION_BACKENDS and settings.BACKEND_NAME in ATTENTION_BACKEND_CHOICES:
         yield Finding("plugin", "attention backend", "ok", f"SGLang knows {settings.BACKEND_NAME!r}")
@@ -191,17 +190,12 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
             f"SGLang did not take the plugin{said}",
             "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
         )
-    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]
+    hooks.install("mminfer")
+    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]  # imports their modules
     missing = [hook.target for hook in gone]
     on_cpu = cpu_platform.selected()
-    unapplied = [
-        hook.target
-        for hook in plugin.HOOKS
-        if hook.kind in ("before", "after", "around")
-        and (on_cpu or hook not in cpu_platform.HOOKS)
-        and hook.target not in missing
-        and hook.target not in HookRegistry._patched
-    ]
+    due = [hook for hook in plugin.HOOKS if hook not in gone and (on_cpu or hook.when != ("cpu",))]
+    unapplied = [hook.target for hook in hooks.unapplied(due)]
     total = len(plugin.HOOKS)
     if missing:
         yield Finding(

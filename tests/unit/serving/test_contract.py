@@ -7,9 +7,11 @@ something new, add a row. That the things also behave is the matter of the other
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from typing import Any
 
 import msgspec
@@ -24,6 +26,8 @@ ARGS = "sglang.srt.arg_groups"
 BATCH = "sglang.srt.model_executor.forward_batch_info"
 POOL = "sglang.srt.mem_cache.memory_pool"
 SCHEDULE = "sglang.srt.managers.schedule_batch"
+
+FUNCTIONS = ("before", "after", "around")
 
 CALLABLES: list[tuple[str, tuple[str, ...], str]] = [
     # (what, parameters that we pass by these names or rely on, in this order; ours)
@@ -104,6 +108,7 @@ CALLABLES: list[tuple[str, tuple[str, ...], str]] = [
         ("target", "hook", "hook_type"),
         "plugin.py",
     ),
+    ("sglang.srt.plugins.hook_registry._wrap_fn", ("original_fn", "hook", "hook_type"), "hooks.py"),
     ("sglang.srt.server_args.prepare_server_args", ("argv",), "tests"),
     ("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",), "plugin.py"),
     ("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",), "plugin.py"),
@@ -346,6 +351,15 @@ def test_hook_has_its_target(hook: Hook) -> None:
     )
     assert callable(hook.resolve())
     assert hook.reason.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "hook", [hook for hook in plugin.HOOKS if hook.kind in FUNCTIONS], ids=lambda hook: hook.target
+)
+def test_hook_knows_its_module(hook: Hook) -> None:
+    """hooks.py waits for the import of this module, where it is not imported yet."""
+    assert hook.target.startswith(f"{hook.module}.")
+    assert importlib.import_module(hook.module) is sys.modules[hook.module]
 
 
 def test_hooks_are_named_once() -> None:
