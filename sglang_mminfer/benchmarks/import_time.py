@@ -6,9 +6,10 @@ Each figure is the processor's time and, behind it, the clock's: on a busy machi
 
 `import` is a fresh interpreter up to `import sglang_mminfer.plugin`. `load` is what SGLang does about plugins in each
 of its processes, `load_plugins()`, in one that has imported the detokenizer, which needs none: finding the entry
-points, `register()`, and SGLang's installing of the hooks, for each of which it searches all modules. Each is the
-median of several processes, taking turns with the files of an earlier git revision, if one is named, and of `load`
-also without this plugin.
+points, `register()`, and SGLang's installing of the hooks, for each of which it searches all modules. `load, with
+mminfer` goes on until this process has the arguments of a server with mminfer, which installs further hooks. Each is
+the median of several processes, taking turns with the files of an earlier git revision, if one is named, and of the
+loads also without this plugin.
 """
 
 from __future__ import annotations
@@ -40,6 +41,19 @@ import sglang.srt.managers.detokenizer_manager
 from sglang.srt.plugins import load_plugins
 start, clock = time.process_time(), time.perf_counter()
 load_plugins()
+print(time.process_time() - start, time.perf_counter() - clock)
+"""
+
+LOAD_WITH_MMINFER = """
+import time
+import sglang.srt.managers.detokenizer_manager
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs
+server_args = ServerArgs(model_path="model", attention_backend="mminfer")
+server_args._resolution_finished = True  # as a child process gets them
+start, clock = time.process_time(), time.perf_counter()
+load_plugins()
+server_args.resolve_once()
 print(time.process_time() - start, time.perf_counter() - clock)
 """
 
@@ -98,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, program, runs, paths in (
             ("import", IMPORT, options.runs, roots),
             ("load", LOAD, options.load_runs, {**roots, "without the plugin": None}),
+            ("load, with mminfer", LOAD_WITH_MMINFER, options.load_runs, {**roots, "without the plugin": None}),
         ):
             for label, (processor, clock) in medians(paths, program, runs).items() if runs else ():
                 print(f"{name}, {label}: {processor:.2f} ms ({clock:.2f} ms), median of {runs}")
