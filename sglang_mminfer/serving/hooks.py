@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import itertools
 import logging
@@ -17,7 +18,6 @@ from sglang_mminfer import settings
 
 logger = logging.getLogger(__name__)
 
-
 When = Literal["load", "mminfer", "cpu"]
 
 
@@ -27,7 +27,7 @@ class Hook:
 
     Attributes:
         target: dotted path in SGLang; for kind "resolution" the name of a step of argument resolution.
-        kind: before, after, around: SGLang's HookRegistry. resolution: its resolution hooks. choice: a name
+        kind: before, after, around: as in SGLang's HookRegistry. resolution: its resolution hooks. choice: a name
             added to a list of choices. backend: a factory in the attention registry.
         function: `module:name` of ours, imported when the hook is installed.
         reason: why SGLang cannot do without it.
@@ -115,8 +115,10 @@ def unapplied(some: Iterable[Hook]) -> list[Hook]:
     """Those of some hooks on functions that are not in place."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    functions = [hook for hook in some if hook.kind in ("before", "after", "around")]
-    return [hook for hook in functions if hook not in _applied and hook.target not in HookRegistry._patched]
+    def there(hook: Hook) -> bool:
+        return hook.target in HookRegistry._patched if "load" in hook.when else hook in _applied
+
+    return [hook for hook in some if hook.kind in ("before", "after", "around") and not there(hook)]
 
 
 def _extend(hook: Hook) -> None:
@@ -165,7 +167,8 @@ def _apply(functions: list[Hook]) -> None:
             if isinstance(module, ModuleType):
                 for name, value in list(vars(module).items()):
                     if id(value) in replacements:
-                        setattr(module, name, replacements[id(value)][1])
+                        with contextlib.suppress(AttributeError, TypeError):  # modules that nobody may write to
+                            setattr(module, name, replacements[id(value)][1])
 
 
 class _Importer(importlib.abc.MetaPathFinder):
