@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
 import itertools
 import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_mminfer import settings
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +172,8 @@ def _apply(functions: list[Hook]) -> None:
                             setattr(module, name, replacements[id(value)][1])
 
 
-class _Importer(importlib.abc.MetaPathFinder):
-    """Applies hooks on modules right after their import."""
+class _Importer:
+    """Applies hooks on modules right after their import: a finder for sys.meta_path."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, list[Hook]] = {}
