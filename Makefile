@@ -34,7 +34,8 @@ test-fast: setup
 test-server: setup
 	$(BIN)/python -m pytest tests/server
 
-# The wheel in an environment of its own without the extras: the doctor, and a server. FRESH=1 downloads all that it
+# The wheel in an environment of its own without the extras: the doctor, and a server. A minute or two, so it is no part
+# of `make test`, which holds what is in the wheel. FRESH=1 downloads all that it
 # requires, 5 minutes and 11 GB; else what is installed here is linked.
 test-wheel: setup
 	MMINFER_FRESH=$(FRESH) $(BIN)/python -m pytest tests/packaging

@@ -1,6 +1,6 @@
 """What the plugin costs a process of SGLang that does not need it.
 
-    python -m sglang_mminfer.benchmarks.import_time [--before REVISION] [--runs 15] [--out FILE.json]
+    python -m sglang_mminfer.benchmarks.import_time [--before REVISION]... [--runs 15] [--out FILE.json]
 
 Each figure is the processor's time and, behind it, the clock's: on a busy machine only the first can be compared.
 
@@ -8,7 +8,7 @@ Each figure is the processor's time and, behind it, the clock's: on a busy machi
 of its processes, `load_plugins()`, in one that has imported the detokenizer, which needs none: finding the entry
 points, `register()`, and SGLang's installing of the hooks, for each of which it searches all modules. `load, with
 mminfer` goes on until this process has the arguments of a server with mminfer, which installs further hooks. Each is
-the median of several processes, taking turns with the files of an earlier git revision, if one is named, and of the
+the median of several processes, taking turns with the files of earlier git revisions, if any are named, and of the
 loads also without this plugin.
 """
 
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -78,12 +79,12 @@ def medians(roots: Mapping[str, Path | None], program: str, runs: int) -> dict[s
 
 
 def unpacked(revision: str, into: Path) -> Path:
-    """The package of a git revision, laid out as it is installed."""
+    """The package of a git revision, laid out as it is installed, with its own entry points."""
     top = subprocess.run(
         ["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
     ).stdout.strip()
     archive = subprocess.run(
-        ["git", "archive", revision, "sglang_mminfer", "kernels", "head_configs"],
+        ["git", "archive", revision, "pyproject.toml", "sglang_mminfer", "kernels", "head_configs"],
         capture_output=True,
         check=True,
         cwd=top,
@@ -92,6 +93,12 @@ def unpacked(revision: str, into: Path) -> Path:
         tar.extractall(into, filter="data")
     for name in ("kernels", "head_configs"):
         (into / name).rename(into / "sglang_mminfer" / name)
+    info = into / "sglang_mminfer-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-mminfer\nVersion: 0\n")
+    groups = tomllib.loads((into / "pyproject.toml").read_text())["project"]["entry-points"]
+    lines = (line for group, points in groups.items() for line in (f"[{group}]", *map(" = ".join, points.items())))
+    (info / "entry_points.txt").write_text("\n".join(lines))
     return into
 
 
@@ -99,16 +106,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_mminfer.benchmarks.import_time", description="What the plugin adds to a process's start."
     )
-    parser.add_argument("--before", metavar="REVISION", help="a git revision to compare with")
+    parser.add_argument(
+        "--before", metavar="REVISION", action="append", default=[], help="a git revision to compare with; repeatable"
+    )
     parser.add_argument("--after", metavar="REVISION", default="HEAD", help="default: %(default)s")
     parser.add_argument("--runs", type=int, default=15, help="processes for import; default: %(default)s")
     parser.add_argument("--load-runs", type=int, default=3, help="for load; default: %(default)s")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(arguments)
-    revisions = {name: getattr(options, name) for name in ("before", "after") if getattr(options, name)}
+    revisions = {f"before ({rev})": rev for rev in options.before} | {f"after ({options.after})": options.after}
     figures: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        roots = {f"{name} ({rev})": unpacked(rev, Path(scratch) / name) for name, rev in revisions.items()}
+        roots = {label: unpacked(rev, Path(scratch) / str(i)) for i, (label, rev) in enumerate(revisions.items())}
         for name, program, runs, paths in (
             ("import", IMPORT, options.runs, roots),
             ("load", LOAD, options.load_runs, {**roots, "without the plugin": None}),
