@@ -21,11 +21,20 @@ from sglang_mminfer.serving.trace import read_trace
 from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.tools.media import make_image, make_video
 
+GRID = {"kind": "grid", "stride": "frame", "v": True, "h": True, "s": True, "phase": 0, "sink": 16, "local": 48}
+SMALL = {
+    "schema": 1,
+    "model": None,
+    "provenance": {"how": "handwritten", "note": "For a short clip and a tiny model."},
+    "heads": {"all": {"boundary": "none", "pattern": GRID}},
+}
+"""`default` leaves the first 4,608 tokens dense: a short clip would show nothing."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model-path", help="a folder or hub name; a tiny random model is made if not given")
-    parser.add_argument("--head-config", help="name or path; `default` for a given model")
+    parser.add_argument("--head-config", help="name or path; `default` for a given model, a small one for the tiny")
     parser.add_argument("--video", help="a file or URL; moving shapes if not given")
     parser.add_argument("--image", help="a file or URL; a still of such shapes if not given")
     parser.add_argument("--question", default="What do you see in the video? Is that so in the picture?")
@@ -35,13 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = getattr(options, kind)
         if source and "://" not in source and not Path(source).is_file():
             parser.error(f"--{kind}: {source}: no such file")
-    # `default` runs the first 4,608 tokens densely, so it would show nothing for the tiny model's short video.
-    head_config = options.head_config or ("default" if options.model_path else "test_grid_frame")
-    try:
-        HeadConfig.load(head_config)
-    except ValueError as error:
-        parser.error(f"--head-config: {error}")
     with tempfile.TemporaryDirectory() as folder:
+        head_config = options.head_config or "default"
+        if options.head_config is None and options.model_path is None:
+            head_config = str(Path(folder) / "small.json")
+            Path(head_config).write_text(json.dumps(SMALL))
+        try:
+            HeadConfig.load(head_config)
+        except ValueError as error:
+            parser.error(f"--head-config: {error}")
         return run(options, head_config, Path(folder))
 
 

@@ -209,9 +209,9 @@ class HeadConfig:
 
     @staticmethod
     def available() -> list[str]:
-        """Names of the built-in configs, those for tests (test_*) left out."""
+        """Names of the built-in configs."""
         files = (Path(entry.name) for entry in resources.files(_PACKAGE).iterdir())
-        return sorted(f.stem for f in files if f.suffix == ".json" and not f.stem.startswith("test_"))
+        return sorted(f.stem for f in files if f.suffix == ".json")
 
     @classmethod
     def from_json(cls, text: str, name: str = "unnamed") -> HeadConfig:

@@ -43,6 +43,8 @@ from sglang_mminfer.tools.server import Server, ServerError
 
 STOCK, MMINFER, COVERING = "stock", "mminfer", "covering"
 
+COVERING_CONFIG = Path(__file__).resolve().parents[2] / "tests" / "head_configs" / "test_covering_mixed.json"
+
 AS_STOCK = "-video_seconds,-frames_apart"
 """The covering server's SGLANG_MMINFER_MENDS: it switches off the mends that change answers."""
 
@@ -563,7 +565,8 @@ class Demo:
             )
         say(
             f"covering = stock?: the same tokens, log-probabilities as close as shown, with the config "
-            f"{self.settings.covering}, which skips nothing, and with a video's times as stock has them ({AS_STOCK})."
+            f"{HeadConfig.load(self.settings.covering).name}, which skips nothing, and with a video's times as stock "
+            f"has them ({AS_STOCK})."
         )
         say(
             f"With the sparse config {same} of {turns} answers are stock's. This model's weights are random, so what a "
@@ -625,7 +628,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=30, help="length of each video; a second is 256 tokens")
     parser.add_argument("--max-tokens", type=int, default=12, help="length of each answer")
     parser.add_argument("--config", default="default", help="head config of the sparse server")
-    parser.add_argument("--covering", default="test_covering_mixed", help="head config that skips nothing")
+    parser.add_argument("--covering", default=str(COVERING_CONFIG), help="head config that skips nothing")
     parser.add_argument(
         "--one-by-one",
         action=argparse.BooleanOptionalAction,

@@ -177,7 +177,7 @@ def use() -> None:
     if not is_active():
         _before = platforms.current_platform
         _change(_before, _platform_class()())
-    _install_hooks()
+    hooks.install("cpu")
 
 
 def leave() -> None:
@@ -326,6 +326,7 @@ HOOKS: tuple[Hook, ...] = (
         f"{__name__}:pin_memory",
         "SGLang's video decoder and several processors pin frames unless its own CPU engine runs, and torch "
         "raises where there is no accelerator. All of them go through this method.",
+        when=("cpu",),
     ),
     Hook(
         "sglang.srt.utils.common.get_device",
@@ -333,6 +334,7 @@ HOOKS: tuple[Hook, ...] = (
         f"{__name__}:get_device",
         "SGLang names a device only for its own CPU engine or an accelerator and raises elsewhere; InternVL's "
         "processor and the Transformers fallback ask for it.",
+        when=("cpu",),
     ),
     Hook(
         "sglang.srt.layers.attention.vision.VisionSdpaAttention.forward",
@@ -340,17 +342,6 @@ HOOKS: tuple[Hook, ...] = (
         f"{__name__}:attend_by_sequence",
         "SGLang's vision attention on a CPU masks all patches by all patches: memory grows with the square of "
         "the video's length, and a long video ends the scheduler.",
+        when=("cpu",),
     ),
 )
-"""Installed only where this platform is used."""
-
-
-@functools.cache
-def _install_hooks() -> None:
-    """Installs `HOOKS` where the CPU is asked for only after `plugin.register`."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    for hook in HOOKS:
-        if hook.target not in HookRegistry._patched:
-            hooks.install(hook)
-    HookRegistry.apply_hooks()

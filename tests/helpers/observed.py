@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
+from config_files import config_file
 from sglang_mminfer.kernels.reference import masked_attention
 from sglang_mminfer.serving import observe, prompts
 from sglang_mminfer.serving.backend import sparse_class
@@ -88,7 +89,7 @@ def prefill(
     placed = {"attn_tp_rank": rank, "attn_tp_size": ranks, "tp_rank": rank, "tp_size": ranks} if ranks > 1 else {}
     parallel = SimpleNamespace(**(RANKS | placed))
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
-    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config)
+    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config_file(config))
     monkeypatch.setattr("sglang_mminfer.serving.dense_backend.dense_backend_name", lambda *_: "torch_native")
     hf_config = Qwen2_5_VLConfig(
         text_config={

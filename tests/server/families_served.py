@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from config_files import config_file
 from families import FAMILIES, Family
 from serving import LAYERS, ROUNDING, Dialogue, Message, Served, assistant, image, text, user, video
 from sglang_mminfer.testing.oracle import OracleAnswer, compare
@@ -30,7 +31,7 @@ MIXED_SERVERS = {"mixed_internvl": "internvl", "mixed_llava_video": "llava_video
 One family has SGLang's model class and one has ours. Neither has M-RoPE; Qwen2.5-VL, which has it, is server "main"."""
 
 MIXED_FLAGS = (
-    *("--attention-backend", "mminfer", "--mminfer-config", "test_a_shape", "--sleep-on-idle"),
+    *("--attention-backend", "mminfer", "--mminfer-config", config_file("test_a_shape"), "--sleep-on-idle"),
     *("--chunked-prefill-size", "96", "--enable-mixed-chunk"),
 )
 
@@ -67,9 +68,7 @@ def family_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 def write_config(family: Family, path: Path) -> Path:
     """A config with every pattern that the family allows. Its windows of `reach` tokens leave nothing out."""
-    from sglang_mminfer import head_configs
-
-    covering = (Path(head_configs.__file__).parent / "test_covering_mixed.json").read_text()
+    covering = Path(config_file("test_covering_mixed")).read_text()
     config = json.dumps(json.loads(covering.replace(str(EVERYTHING), str(family.reach))))
     if "row grid" not in family.patterns:
         config = config.replace('"row"', '"frame"')

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from config_files import config_file
 from sglang_mminfer.serving.trace import PrefillRecord, read_trace
 from sglang_mminfer.testing.oracle import Comparison, Message, OracleAnswer, ask, compare
 from sglang_mminfer.tools.server import Server
@@ -46,13 +47,13 @@ _SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend"
 # In the order in which tests need them.
 FLAGS: dict[str, tuple[str, ...]] = {
     # Configs that leave nothing out: the sparse path gives the dense answers.
-    "covering_64": (*_MMINFER, "--mminfer-config", "test_covering_mixed", "--chunked-prefill-size", "64"),
+    "covering_64": (*_MMINFER, "--mminfer-config", config_file("test_covering_mixed"), "--chunked-prefill-size", "64"),
     "covering_256_no_radix": (
-        *(*_MMINFER, "--mminfer-config", "test_covering"),
+        *(*_MMINFER, "--mminfer-config", config_file("test_covering")),
         *("--chunked-prefill-size", "256", "--disable-radix-cache"),
     ),
-    "covering_256": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "256"),
-    "covering_off": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "-1"),
+    "covering_256": (*_MMINFER, "--mminfer-config", config_file("test_covering"), "--chunked-prefill-size", "256"),
+    "covering_off": (*_MMINFER, "--mminfer-config", config_file("test_covering"), "--chunked-prefill-size", "-1"),
     # The sparse config. `one_shot` computes every prompt in one chunk with nothing cached: the reference of the others.
     "one_shot": (
         *(*_SPARSE, "--chunked-prefill-size", "-1"),
@@ -88,9 +89,7 @@ ENVIRONMENT = {
 
 def write_sparse_config(path: Path) -> Path:
     """Writes the sparse config: each static pattern and boundary has a head, and short conversations run dense."""
-    from sglang_mminfer import head_configs
-
-    config = json.loads((Path(head_configs.__file__).parent / "test_mixed_heads.json").read_text())
+    config = json.loads(Path(config_file("test_mixed_heads")).read_text())
     config["defaults"]["dense_below"] = DENSE_BELOW
     path.write_text(json.dumps(config))
     return path

@@ -15,6 +15,7 @@ import openai
 import pytest
 import torch
 
+from config_files import config_file
 from serving import Media, Message, Served, image, same, text, user, video
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.serving import prompts
@@ -56,7 +57,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    return json.loads(HeadConfig.load("test_grid_frame").to_json()) | changes
+    return json.loads(HeadConfig.load(config_file("test_grid_frame")).to_json()) | changes
 
 
 def other_model() -> dict[str, Any]:
@@ -251,7 +252,7 @@ def prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     from sglang_mminfer.serving.sparse_prefill import SparsePrefill
 
     monkeypatch.setenv(settings.TRACE.variable, str(tmp_path / "trace.jsonl"))
-    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", "test_grid_frame")
+    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config_file("test_grid_frame"))
     monkeypatch.setattr(
         "sglang.srt.runtime_context.get_parallel",
         lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1, tp_rank=0, tp_size=1),

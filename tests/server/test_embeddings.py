@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from config_files import config_file
 from serving import LAYERS, Media
 from sglang_mminfer import settings
 from sglang_mminfer.serving.trace import read_trace
@@ -20,7 +21,8 @@ def test_an_embedding_is_transformers_last_hidden_state(model: Path, media: Medi
     """The config leaves nothing out; the prompt runs on the sparse path, in chunks."""
     trace, picture = tmp_path / "trace.jsonl", str(media.images[0])
     prompt = "<|vision_start|><|image_pad|><|vision_end|>" + "What do you see?" * 40
-    flags = ("--attention-backend", "mminfer", "--mminfer-config", "test_covering", "--chunked-prefill-size", "64")
+    covering = ("--attention-backend", "mminfer", "--mminfer-config", config_file("test_covering"))
+    flags = (*covering, "--chunked-prefill-size", "64")
     env = {settings.TRACE.variable: str(trace), "SGLANG_PLATFORM": None}
     with Server(model, *flags, "--is-embedding", env=env, log=tmp_path / "server.log", timeout=400) as server:
         body = {"text": prompt, "image_data": picture, "rid": "embedded"}

@@ -55,9 +55,7 @@ def run(
     trust_remote_code: bool = False,
 ) -> int:
     """Print the report; the exit status. `video` needs a model. `trust_remote_code`: as for the server."""
-    from rich.console import Console
-
-    with Console(stderr=True).status("Asking SGLang ..."), _quiet() as problems:
+    with _waiting("Asking SGLang ..."), _quiet() as problems:
         findings = list(examine(model_path, config_name, problems, video, trust_remote_code))
     ok = all(finding.status != "error" for finding in findings)
     if as_json:
@@ -176,10 +174,9 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
     load_plugins()
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-    from sglang.srt.plugins.hook_registry import HookRegistry
 
     from sglang_mminfer import plugin
-    from sglang_mminfer.serving import cpu_platform
+    from sglang_mminfer.serving import cpu_platform, hooks
 
     if settings.BACKEND_NAME in ATTENTION_BACKENDS and settings.BACKEND_NAME in ATTENTION_BACKEND_CHOICES:
         yield Finding("plugin", "attention backend", "ok", f"SGLang knows {settings.BACKEND_NAME!r}")
@@ -192,17 +189,12 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
             f"SGLang did not take the plugin{said}",
             "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
         )
-    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]
+    hooks.install("mminfer")
+    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]  # imports their modules
     missing = [hook.target for hook in gone]
     on_cpu = cpu_platform.selected()
-    unapplied = [
-        hook.target
-        for hook in plugin.HOOKS
-        if hook.kind in ("before", "after", "around")
-        and (on_cpu or hook not in cpu_platform.HOOKS)
-        and hook.target not in missing
-        and hook.target not in HookRegistry._patched
-    ]
+    due = [hook for hook in plugin.HOOKS if hook not in gone and (on_cpu or hook.when != ("cpu",))]
+    unapplied = [hook.target for hook in hooks.unapplied(due)]
     total = len(plugin.HOOKS)
     if missing:
         yield Finding(
@@ -551,7 +543,42 @@ def _quiet() -> Iterator[list[str]]:
 _MARKS = {"ok": "[green]✓[/]", "note": "[dim]·[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
 
 
+def _waiting(words: str) -> contextlib.AbstractContextManager[Any]:
+    """Something that moves on the screen, where `rich` is installed."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        return contextlib.nullcontext()
+    return Console(stderr=True).status(words)
+
+
 def _print(findings: list[Finding], ok: bool) -> None:
+    try:
+        import rich  # noqa: F401
+    except ModuleNotFoundError:
+        _print_plainly(findings, ok)
+    else:
+        _print_in_colour(findings, ok)
+
+
+def _print_plainly(findings: list[Finding], ok: bool) -> None:
+    widths = [max(len(getattr(finding, field)) for finding in findings) for field in ("section", "status", "name")]
+    section = ""
+    for finding in findings:
+        cells = ("" if finding.section == section else finding.section, finding.status, finding.name)
+        section = finding.section
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), finding.text]))
+        if finding.fix:
+            print(" " * (sum(widths) + 6) + f"fix: {finding.fix}")
+    print(_verdict(findings, ok))
+
+
+def _verdict(findings: list[Finding], ok: bool) -> str:
+    wrong = sum(finding.status == "error" for finding in findings)
+    return "All that is needed is fine." if ok else f"{wrong} thing(s) to mend, see the fixes."
+
+
+def _print_in_colour(findings: list[Finding], ok: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -570,7 +597,4 @@ def _print(findings: list[Finding], ok: bool) -> None:
             table.add_row("", "", "", f"[bold]fix:[/] {escape(finding.fix)}")
     console = Console(highlight=False)
     console.print(table)
-    wrong = sum(finding.status == "error" for finding in findings)
-    console.print(
-        "[green]All that is needed is fine.[/]" if ok else f"[red]{wrong} thing(s) to mend, see the fixes.[/]"
-    )
+    console.print(_verdict(findings, ok), style="green" if ok else "red")

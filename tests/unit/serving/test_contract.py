@@ -7,9 +7,11 @@ If a file relies on something new, add a row. Other tests check how these things
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ ARGS = "sglang.srt.arg_groups"
 BATCH = "sglang.srt.model_executor.forward_batch_info"
 POOL = "sglang.srt.mem_cache.memory_pool"
 SCHEDULE = "sglang.srt.managers.schedule_batch"
+
+FUNCTIONS = ("before", "after", "around")
 
 CALLABLES: list[tuple[str, tuple[str, ...]]] = [
     # (what, parameters that we pass by these names or rely on, in this order)
@@ -96,6 +100,7 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
         "sglang.srt.plugins.hook_registry.HookRegistry.register",
         ("target", "hook", "hook_type"),
     ),
+    ("sglang.srt.plugins.hook_registry._wrap_fn", ("original_fn", "hook", "hook_type")),
     ("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",)),
     ("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",)),
     ("sglang.srt.server_args.ServerArgs.resolve_once", ("self",)),
@@ -334,6 +339,15 @@ def test_hook_has_its_target(hook: Hook) -> None:
     )
     assert callable(hook.resolve())
     assert hook.reason.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "hook", [hook for hook in plugin.HOOKS if hook.kind in FUNCTIONS], ids=lambda hook: hook.target
+)
+def test_hook_knows_its_module(hook: Hook) -> None:
+    """hooks.py waits for the import of this module, where it is not imported yet."""
+    assert hook.target.startswith(f"{hook.module}.")
+    assert importlib.import_module(hook.module) is sys.modules[hook.module]
 
 
 def test_hooks_are_named_once() -> None:

@@ -77,7 +77,6 @@ def test_nothing_is_asked_of_the_hub_for_others(monkeypatch: pytest.MonkeyPatch,
         raise AssertionError(f"{name} was looked for")
 
     monkeypatch.setattr(checkpoint.Checkpoint, "_file", refuse)
-    monkeypatch.setattr(asked, "_insisted", False)
     for backend in ("triton", None):
         monkeypatch.setattr(asked, "_last", type("Arguments", (), {"attention_backend": backend}))
         assert registration.parse_config(lambda *args, **kwargs: "stock", None, "some/model", False) == "stock"

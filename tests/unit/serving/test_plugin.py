@@ -22,6 +22,7 @@ from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
+from config_files import config_file
 from sglang_mminfer import mends, plugin, settings
 from sglang_mminfer.families.qwen_vl.processor import videos_of
 from sglang_mminfer.head_config import HeadConfig, HeadConfigError
@@ -141,14 +142,16 @@ def test_a_missing_target_costs_mminfer_alone(
     ]
     monkeypatch.setattr(plugin, "HOOKS", tuple(gone))
     monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setattr(hooks, "missing", [])
+    monkeypatch.setattr(hooks, "_declared", ())
+    monkeypatch.setattr(hooks, "_begun", [])
     plugin.register()
-    assert hooks.missing == gone and not caplog.text
     arguments(models, attention_backend="triton", device="cuda").resolve_once()
+    assert "mminfer" not in caplog.text
     with pytest.raises(hooks.UnsupportedLaunch, match=r"has no handle_nothing, without which answers could be wrong"):
         arguments(models).resolve_once()
     assert "Why it is there" not in caplog.text
-    monkeypatch.setattr(hooks, "missing", gone[:1])
+    monkeypatch.setattr(hooks, "_declared", tuple(gone[:1]))
+    monkeypatch.setattr(hooks, "_begun", [])
     arguments(models, device="cpu").resolve_once()
     assert caplog.text.count("so this goes unmended: Why it is there.") == 1
 
@@ -170,9 +173,11 @@ def test_the_tested_versions_are_those_of_the_distribution() -> None:
 
 def test_failure_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     target = "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
-    broken = Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.")
+    broken = Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.", when=("load",))
     monkeypatch.setattr(plugin, "HOOKS", (broken,))
     monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(hooks, "_declared", ())
+    monkeypatch.setattr(hooks, "_begun", [])
     with pytest.raises(AttributeError, match="not_there"):
         plugin.register()
     assert "could NOT be registered" in caplog.text
@@ -381,7 +386,7 @@ def test_blackwell_keeps_its_dense_backend(
 
 
 def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str]) -> None:
-    from sglang.srt.managers.cache_controller import storage_model_name
+    from sglang.srt.managers import cache_controller
 
     pool = SimpleNamespace(storage_format_tag=None)
 
@@ -389,9 +394,9 @@ def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str])
         server_args = arguments(models, model, device="cuda", **fields)
         setattr(server_args, flags.CONFIG_ATTRIBUTE, head_config)
         server_args.resolve_once()
-        return storage_model_name("served", pool)
+        return cache_controller.storage_model_name("served", pool)
 
-    default, other = name(), name(head_config="test_a_shape")
+    default, other = name(), name(head_config=config_file("test_a_shape"))
     assert default.startswith("served-mminfer-") and other.startswith("served-mminfer-") and default != other
     assert name() == default
     assert (

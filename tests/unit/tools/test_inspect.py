@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import observed
+from config_files import config_file
 from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, QBoundary, settings
 from sglang_mminfer.kernels import reference
 from sglang_mminfer.kernels.rows import dense_rows
@@ -151,7 +152,7 @@ def test_page_and_pictures_of_a_model(tmp_path: Path, monkeypatch: pytest.Monkey
     captured(tmp_path, "test_mixed_heads", monkeypatch, CHUNKS["chunks"])
     shape = SimpleNamespace(layers=observed.LAYERS, heads=observed.HEADS)
     monkeypatch.setattr("sglang_mminfer.head_config.fingerprint_of", lambda _: shape)
-    config = HeadConfig.load("test_mixed_heads").bind(None)
+    config = HeadConfig.load(config_file("test_mixed_heads")).bind(None)
     chosen = command.default_heads([config.patterns(layer) for layer in range(observed.LAYERS)])
     assert len(chosen) == len({config.patterns(layer)[head] for layer, head in chosen}) == command.MOST_HEADS
     out = tmp_path / "out"
