@@ -77,8 +77,8 @@ class BlockPlan:
     block_indices:  [at least nnz] key tiles of `keys`: full, partial, gathered, each part ascending. Only the device
                     knows nnz of an estimated pattern, so its array has room to spare.
     num_full:       [T] how many visits of a tile are full: the first ones.
-    num_picked:     [T] how many visits of a tile are gathered: the last ones.
-    hidden_lanes:   [at least all gathered, words] the excluded lanes, packed by `pack_lanes`: a row for each gathered
+    num_gathered:   [T] how many visits of a tile are gathered: the last ones.
+    excluded_lanes: [at least all gathered, words] the excluded lanes, packed by `pack_lanes`: a row for each gathered
                     key tile in the order of the visits.
     num_work:       how many (query tile, head) pairs there are; None where only the device knows.
     derived:        what executors have made of the plan and keep with it, by keys of their own.
@@ -92,8 +92,8 @@ class BlockPlan:
     block_indptr: torch.Tensor
     block_indices: torch.Tensor
     num_full: torch.Tensor
-    num_picked: torch.Tensor
-    hidden_lanes: torch.Tensor
+    num_gathered: torch.Tensor
+    excluded_lanes: torch.Tensor
     head_groups: tuple[tuple[int, ...], ...]
     block_q: int
     block_k: int
@@ -113,9 +113,9 @@ class BlockPlan:
         return on_device[0], on_device[1], on_device[2]
 
     @cached_property
-    def picked_start(self) -> torch.Tensor:
-        """int32 [T]: the row of `hidden_lanes` that belongs to a query tile's first gathered key tile."""
-        return (self.num_picked.cumsum(0) - self.num_picked).to(torch.int32)
+    def gathered_start(self) -> torch.Tensor:
+        """int32 [T]: the row of `excluded_lanes` that belongs to a query tile's first gathered key tile."""
+        return (self.num_gathered.cumsum(0) - self.num_gathered).to(torch.int32)
 
     def visits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [nnz] twice: the query tile of each visit, and the visit's number in its tile. Waits for the device."""
@@ -130,8 +130,8 @@ class BlockPlan:
     def visited_positions(self, tile: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         """int32 [visits, block_k]: positions of the keys of these visits; PAD_POSITION for excluded lanes."""
         positions = self.keys.kv_pos.view(-1, self.block_k)[self.visited_blocks(tile, number)]
-        gathered_number = number - (self.block_indptr.diff() - self.num_picked)[tile]  # negative if not gathered
-        lanes = self.hidden_lanes[(self.picked_start[tile] + gathered_number).long()[gathered_number >= 0]]
+        gathered_number = number - (self.block_indptr.diff() - self.num_gathered)[tile]  # negative if not gathered
+        lanes = self.excluded_lanes[(self.gathered_start[tile] + gathered_number).long()[gathered_number >= 0]]
         positions[gathered_number >= 0] = positions[gathered_number >= 0].masked_fill(
             unpack_lanes(lanes, self.block_k), PAD_POSITION
         )

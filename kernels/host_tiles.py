@@ -98,7 +98,7 @@ class HostTiles:
         plain = (blocks > 0) & (highest - lowest == blocks - 1) & (blocks == -(-stop // self.plan.block_k))
         plain &= stop > last - first
         plain &= free_of(jumps(self.plan.q_stop) | jumps(self.plan.q_rows), first + 1, last + 1)
-        plain &= self.plan.num_picked == 0
+        plain &= self.plan.num_gathered == 0
         plain &= free_of(jumps(pos) & (pos != PAD_POSITION), start + 1, end)
         lane = (start + stop - 1).clamp(0, len(pos) - 1)
         plain &= (pos[start] == 0) & (pos[lane] == stop - 1)
@@ -108,29 +108,29 @@ class HostTiles:
 
     def _stacked(self, tiles: Iterable[int]) -> list[TileBatch]:
         q_indptr, block_indptr = self.plan.q_indptr.tolist(), self.plan.block_indptr.tolist()
-        num_full, num_picked, q_heads = (
+        num_full, num_gathered, q_heads = (
             self.plan.num_full.tolist(),
-            self.plan.num_picked.tolist(),
+            self.plan.num_gathered.tolist(),
             self.plan.q_heads.tolist(),
         )
         shapes: dict[tuple[int, int, int, int, int], list[int]] = {}
         for t in tiles:
             rows, blocks = q_indptr[t + 1] - q_indptr[t], block_indptr[t + 1] - block_indptr[t]
             if blocks:
-                shapes.setdefault((q_heads[t], rows, blocks, num_full[t], num_picked[t]), []).append(t)
+                shapes.setdefault((q_heads[t], rows, blocks, num_full[t], num_gathered[t]), []).append(t)
         batches = []
-        for (heads, rows, blocks, full, picked), members in shapes.items():
+        for (heads, rows, blocks, full, gathered), members in shapes.items():
             if (blocks - full) * self.plan.block_k > MAX_MASKED_KEYS and rows > ROWS_OF_A_STRIP:
                 for t, skip in product(members, range(0, rows, ROWS_OF_A_STRIP)):
                     strip = min(ROWS_OF_A_STRIP, rows - skip)
                     batches.append(
-                        TileBatch(self.plan, [t], self.plan.head_groups[heads], strip, blocks, full, picked, skip)
+                        TileBatch(self.plan, [t], self.plan.head_groups[heads], strip, blocks, full, gathered, skip)
                     )
                 continue
             size = max(1, MAX_BATCHED_PAIRS // (rows * blocks * self.plan.block_k))
             for i in range(0, len(members), size):
                 stack = members[i : i + size]
-                batches.append(TileBatch(self.plan, stack, self.plan.head_groups[heads], rows, blocks, full, picked))
+                batches.append(TileBatch(self.plan, stack, self.plan.head_groups[heads], rows, blocks, full, gathered))
         return sorted(batches, key=TileBatch.pairs, reverse=True)  # longest first, so that threads end together
 
 
@@ -164,7 +164,7 @@ class TileBatch:
     """B tiles of one shape, as a host executor wants them: their rows, their keys, and the mask of the last keys.
 
     Each tile has m = `rows` rows, which follow the first `skip` rows of its query tile, and visits n = `blocks` *
-    block_k keys. All rows see the keys of the first `full` key tiles; the last `picked` key tiles have excluded
+    block_k keys. All rows see the keys of the first `full` key tiles; the last `gathered` key tiles have excluded
     lanes. The tensors are made on first use, by the thread that runs the tiles, and kept for all layers.
     """
 
@@ -174,7 +174,7 @@ class TileBatch:
     rows: int
     blocks: int
     full: int
-    picked: int
+    gathered: int
     skip: int = 0
 
     def forget(self) -> None:
@@ -245,9 +245,9 @@ class TileBatch:
         num_unmasked = self.full * plan.block_k
         masked = keys[:, num_unmasked:]
         bounds = table.kv_pos[masked]
-        if self.picked:
-            rows = plan.picked_start[self.tiles].long()[:, None] + torch.arange(self.picked, device=first.device)
-            excluded = unpack_lanes(plan.hidden_lanes[rows], plan.block_k).flatten(1)
+        if self.gathered:
+            rows = plan.gathered_start[self.tiles].long()[:, None] + torch.arange(self.gathered, device=first.device)
+            excluded = unpack_lanes(plan.excluded_lanes[rows], plan.block_k).flatten(1)
             bounds[:, -excluded.shape[1] :].masked_fill_(excluded, PAD_POSITION)
         if len(self.tiles) == 1 and bounds.shape[1]:
             lowest_stop, highest_stop = self.q_stop.aminmax()

@@ -49,7 +49,7 @@ def visit(
     stride_v,
     kv_slots,
     kv_pos,
-    hidden_lanes,
+    excluded_lanes,
     scale,
     lanes,
     dims,
@@ -58,13 +58,13 @@ def visit(
     BLOCK_K: tl.constexpr,
     WORDS: tl.constexpr,
     MASKED: tl.constexpr,
-    PICKED: tl.constexpr,
+    GATHERED: tl.constexpr,
     ALL_LANES: tl.constexpr,
     ALL_DIMS: tl.constexpr,
 ):
     """One key tile: q [BLOCK_M, BLOCK_D] against the keys `block * BLOCK_K + lane` of the plan's table.
 
-    lanes_row: the row of `hidden_lanes` for this visit, used only if the tile is gathered.
+    lanes_row: the row of `excluded_lanes` for this visit, used only if the tile is gathered.
     """
     key = block * BLOCK_K + lanes
     slots = (tl.load(kv_slots + key) if ALL_LANES else tl.load(kv_slots + key, mask=in_tile, other=0)).to(tl.int64)
@@ -74,8 +74,8 @@ def visit(
     if MASKED:
         pos = tl.load(kv_pos + key) if ALL_LANES else tl.load(kv_pos + key, mask=in_tile, other=2147483647)
         visible = pos[None, :] < q_stop[:, None]
-        if PICKED:
-            word = tl.load(hidden_lanes + lanes_row * WORDS + lanes // 32, mask=in_tile, other=0)
+        if GATHERED:
+            word = tl.load(excluded_lanes + lanes_row * WORDS + lanes // 32, mask=in_tile, other=0)
             visible = visible & (((word >> (lanes % 32)) & 1) == 0)[None, :]
         scores = tl.where(visible, scores, float("-inf"))
     elif not ALL_LANES:
@@ -98,9 +98,9 @@ def tile_attention(
     block_indptr,
     block_indices,
     num_full,
-    num_picked,
-    picked_start,
-    hidden_lanes,
+    num_gathered,
+    gathered_start,
+    excluded_lanes,
     kv_slots,
     kv_pos,
     stride_q,
@@ -161,18 +161,18 @@ def tile_attention(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, end = tl.load(block_indptr + tile), tl.load(block_indptr + tile + 1)
     masked_from = begin + tl.load(num_full + tile)
-    picked_from = end - tl.load(num_picked + tile)
-    first_hidden = tl.load(picked_start + tile)
+    gathered_from = end - tl.load(num_gathered + tile)
+    first_excluded = tl.load(gathered_start + tile)
 
     for kind in tl.static_range(3):  # full, partial, gathered: three loops, each compiled with its own masks
-        start = begin if kind == 0 else (masked_from if kind == 1 else picked_from)
-        stop = masked_from if kind == 0 else (picked_from if kind == 1 else end)
+        start = begin if kind == 0 else (masked_from if kind == 1 else gathered_from)
+        stop = masked_from if kind == 0 else (gathered_from if kind == 1 else end)
         for i in range(start, stop):
             # fmt: off
             running_max, running_sum, acc = visit(
-                tl.load(block_indices + i), first_hidden + i - picked_from, q_tile, q_stop,
+                tl.load(block_indices + i), first_excluded + i - gathered_from, q_tile, q_stop,
                 running_max, running_sum, acc, k_head, v_head, stride_k, stride_v,
-                kv_slots, kv_pos, hidden_lanes, scale, lanes, dims, in_tile, in_head,
+                kv_slots, kv_pos, excluded_lanes, scale, lanes, dims, in_tile, in_head,
                 BLOCK_K, WORDS, kind > 0, kind == 2, ALL_LANES, ALL_DIMS,
             )
             # fmt: on

@@ -131,7 +131,7 @@ def visits(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """int64 [visits] three times: the query tile, the key tile, and the kind: 0 full, 1 partial, 2 gathered."""
     tile, number = plan.visits()
     visited = plan.block_indptr.diff()
-    kind = (number >= plan.num_full[tile]).long() + (number >= (visited - plan.num_picked)[tile]).long()
+    kind = (number >= plan.num_full[tile]).long() + (number >= (visited - plan.num_gathered)[tile]).long()
     return tile, plan.visited_blocks(tile, number), kind
 
 

@@ -196,8 +196,8 @@ def only_pass(plan: PrefillPlan) -> BlockPlan:
     (block_plan,) = plan.passes
     if block_plan.head_groups != (tuple(range(plan.num_heads)),):
         raise NotApplicable("the heads have lists of their own")
-    if int(block_plan.num_picked.sum()):
-        raise NotApplicable("some keys of its tiles are hidden, lane by lane")
+    if int(block_plan.num_gathered.sum()):
+        raise NotApplicable("some keys of its tiles are excluded, lane by lane")
     return block_plan
 
 

@@ -1,9 +1,15 @@
-"""The table of all patterns for the documents: python -m sglang_mminfer.patterns"""
+"""The table of all patterns, made from their classes.
+
+python -m sglang_mminfer.patterns                          # prints it
+python -m sglang_mminfer.patterns docs/head-configs.md     # writes it between the marks of a page
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
+from pathlib import Path
 
 from sglang_mminfer.patterns.base import Field, Pattern, fields_of, kinds
 
@@ -30,5 +36,25 @@ def _keys(pattern: type[Pattern]) -> str:
     return " ".join(inspect.cleandoc(pattern.__doc__ or "").partition("\n\n")[0].split()).replace("|", "\\|")
 
 
+BEGIN, END = "<!-- patterns -->", "<!-- /patterns -->"
+
+
+def written(page: str) -> str:
+    """A page with the table between its marks.
+
+    Raises:
+        ValueError: if the page has no marks.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected {BEGIN} and {END} in the page")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
 if __name__ == "__main__":
-    print(table())
+    if sys.argv[1:]:
+        path = Path(sys.argv[1])
+        path.write_text(written(path.read_text()))
+    else:
+        print(table())

@@ -111,7 +111,7 @@ def column_lanes(columns: torch.Tensor, crossings: Crossings, block_k: int) -> t
         there.
     """
     heads, tiles, lanes = len(columns), len(crossings.far), -(-columns.shape[1] // block_k) * block_k
-    hidden = crossings.cross(columns[:, None] // block_k) | (columns[:, None] >= crossings.far[:, None])
-    hidden = torch.nn.functional.pad(hidden, (0, lanes - columns.shape[1]), value=True)
-    hidden = hidden.view(heads, tiles, -1, block_k)
-    return (~hidden).any(dim=3).long(), pack_lanes(hidden)
+    excluded = crossings.cross(columns[:, None] // block_k) | (columns[:, None] >= crossings.far[:, None])
+    excluded = torch.nn.functional.pad(excluded, (0, lanes - columns.shape[1]), value=True)
+    excluded = excluded.view(heads, tiles, -1, block_k)
+    return (~excluded).any(dim=3).long(), pack_lanes(excluded)

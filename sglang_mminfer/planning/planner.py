@@ -22,7 +22,7 @@ from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
 from sglang_mminfer.patterns.estimated import Estimated, Evidence, Masses, column_lanes
 from sglang_mminfer.patterns.index import Scope
 from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
-from sglang_mminfer.planning.tiles import FULL, PARTIAL, PICKED, ChunkTiler, EstimatedVisits, TilePass
+from sglang_mminfer.planning.tiles import FULL, GATHERED, PARTIAL, ChunkTiler, EstimatedVisits, TilePass
 
 BLOCK_Q, BLOCK_K = 128, 64
 
@@ -207,9 +207,9 @@ class Tiles:
 
     q_rows, q_stop: int32 [rows]; rows_per_tile: int32 [T].
     start, count: int64 [E], ranges of key tiles; ends: int64 [T, 4]: a tile's full ranges begin at ends[t, 0],
-    its partial ones at ends[t, 1], its picked ones at ends[t, 2], and end at ends[t, 3].
-    hidden: int32 [picked ranges, words], the lanes of each that do not count.
-    most: the most full, partial and picked ranges of a tile. room: the sum of `count`, or a bound on it.
+    its partial ones at ends[t, 1], its gathered ones at ends[t, 2], and end at ends[t, 3].
+    excluded: int32 [gathered ranges, words], the lanes of each that do not count.
+    most: the most full, partial and gathered ranges of a tile. room: the sum of `count`, or a bound on it.
     """
 
     num_tiles: int
@@ -219,11 +219,11 @@ class Tiles:
     start: torch.Tensor
     count: torch.Tensor
     ends: torch.Tensor
-    hidden: torch.Tensor
+    excluded: torch.Tensor
     most: tuple[int, int, int]
     room: int
     estimated: tuple[EstimatedTiles, ...] = ()
-    picked_count: torch.Tensor | None = None  # int64 [picked ranges], 0 or 1; None: all 1
+    gathered_count: torch.Tensor | None = None  # int64 [gathered ranges], 0 or 1; None: all 1
 
 
 @dataclass
@@ -257,11 +257,11 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
     tile, count = joined([v.tile for v in visits]), joined([v.count for v in visits])
     start = joined([v.start + keys.first_tile(request, v.order) for v in visits])
     kind = joined([np.full(len(v.tile), v.kind) for v in visits])
-    hidden = joined([v.hidden for v in visits if v.hidden is not None], (0, -(-keys.block_k // 32)))
+    excluded = joined([v.excluded for v in visits if v.excluded is not None], (0, -(-keys.block_k // 32)))
     # One number for tile, kind and start: parts are ascending already, which a stable sort makes use of.
     order = ((tile * 3 + kind) * (start.max(initial=0) + 1) + start).argsort(kind="stable")
-    row_of = np.cumsum(kind == PICKED) - 1  # in `hidden`
-    hidden = hidden[row_of[order[kind[order] == PICKED]]]
+    row_of = np.cumsum(kind == GATHERED) - 1  # in `excluded`
+    excluded = excluded[row_of[order[kind[order] == GATHERED]]]
     by_kind = np.bincount(tile * 3 + kind, minlength=3 * num_tiles).reshape(num_tiles, 3)
     ends = np.concatenate([[0], np.cumsum(by_kind)])
     ends = np.stack([ends[:-1:3], ends[1::3], ends[2::3], ends[3::3]], axis=1)
@@ -276,7 +276,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         start[order],
         count[order],
         ends,
-        hidden,
+        excluded,
         *(array for arrays in uploads for array in arrays),
     )
     return Tiles(
@@ -287,7 +287,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         start=parts[0].long(),
         count=parts[1].long(),
         ends=parts[2].long(),
-        hidden=parts[3],
+        excluded=parts[3],
         most=tuple(by_kind.max(axis=0, initial=0).tolist()),
         room=int(count.sum()),
         estimated=tuple(
@@ -300,10 +300,12 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
 def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int) -> tuple[Tiles, KeyTable]:
     """A copy of `tiles` for each head, with what the head's estimate adds, and `keys` with the gathered columns."""
     heads, num_tiles, room = len(estimates.heads), tiles.num_tiles, len(estimates.heads) * tiles.room
-    ranges = [[_padded(tiles, kind)] for kind in (FULL, PARTIAL, PICKED)]  # [heads or 1, T, most] start and count
+    ranges = [[_padded(tiles, kind)] for kind in (FULL, PARTIAL, GATHERED)]  # [heads or 1, T, most] start and count
     before = (tiles.ends[:, 3] - tiles.ends[:, 2]).cumsum(0) - (tiles.ends[:, 3] - tiles.ends[:, 2])
-    lane_rows = before[:, None] + torch.arange(tiles.most[PICKED], device=before.device)
-    hidden = [tiles.hidden[lane_rows.clamp_max(max(len(tiles.hidden) - 1, 0))][None]]  # [heads or 1, T, most, words]
+    lane_rows = before[:, None] + torch.arange(tiles.most[GATHERED], device=before.device)
+    excluded = [
+        tiles.excluded[lane_rows.clamp_max(max(len(tiles.excluded) - 1, 0))][None]
+    ]  # [heads or 1, T, most, words]
     for estimated in tiles.estimated:
         pattern, first = estimated.visits.pattern, int(estimated.visits.tile[0])
         beside = (first, num_tiles - first - len(estimated.visits.tile))  # tiles of other groups: none of this
@@ -324,11 +326,11 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
         room += heads * blocks.numel()
         if not columns.shape[1]:
             continue
-        count, lanes_hidden = column_lanes(columns, crossings, block_k)
+        count, lanes_excluded = column_lanes(columns, crossings, block_k)
         column_tiles = torch.arange(heads * count.shape[2], device=start.device).view(heads, 1, -1)
         start = (column_tiles + len(keys.kv_pos) // block_k).expand_as(count)
-        ranges[PICKED].append((placed(start), placed(count)))
-        hidden.append(placed(lanes_hidden))
+        ranges[GATHERED].append((placed(start), placed(count)))
+        excluded.append(placed(lanes_excluded))
         room += count.numel()
         keys = _with_columns(keys, columns + estimated.first_tile * block_k, block_k)
     starts, counts = (
@@ -338,7 +340,7 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
     sizes = [sum(pair[0].shape[2] for pair in of_kind) for of_kind in ranges]
     first_range = torch.arange(heads * num_tiles, device=starts.device) * sum(sizes)
     ends = [first_range, first_range + sizes[0], first_range + sizes[0] + sizes[1], first_range + sum(sizes)]
-    every_hidden = torch.cat([rows.expand(heads, num_tiles, -1, -1) for rows in hidden], dim=2)
+    all_excluded = torch.cat([rows.expand(heads, num_tiles, -1, -1) for rows in excluded], dim=2)
     return (
         Tiles(
             num_tiles=heads * num_tiles,
@@ -348,10 +350,10 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
             start=starts.flatten(),
             count=counts.flatten(),
             ends=torch.stack(ends, dim=1),
-            hidden=every_hidden.flatten(0, 2),
+            excluded=all_excluded.flatten(0, 2),
             most=(sizes[0], sizes[1], sizes[2]),
             room=room,
-            picked_count=counts[:, :, sum(sizes[:2]) :].flatten(),
+            gathered_count=counts[:, :, sum(sizes[:2]) :].flatten(),
         ),
         keys,
     )
@@ -396,12 +398,12 @@ def _assemble(level: list[tuple[HeadTiles, Tiles]], keys: KeyTable, block_q: int
     blocks = torch.repeat_interleave(start, count, output_size=room) + torch.arange(room, device=device)
     at = reach[ends]
 
-    hidden = torch.cat([t.hidden for t in parts])
-    if any(t.picked_count is not None for t in parts):
-        counts = [torch.ones_like(t.hidden[:, 0]) if t.picked_count is None else t.picked_count for t in parts]
+    excluded = torch.cat([t.excluded for t in parts])
+    if any(t.gathered_count is not None for t in parts):
+        counts = [torch.ones_like(t.excluded[:, 0]) if t.gathered_count is None else t.gathered_count for t in parts]
         visited = torch.cat(counts).bool()
-        row = (visited.cumsum(0) - 1).where(visited, len(hidden))  # those not visited: all to a row at the end
-        hidden = hidden.new_zeros(len(hidden) + 1, hidden.shape[1]).index_copy_(0, row, hidden)
+        row = (visited.cumsum(0) - 1).where(visited, len(excluded))  # those not visited: all to a row at the end
+        excluded = excluded.new_zeros(len(excluded) + 1, excluded.shape[1]).index_copy_(0, row, excluded)
     return BlockPlan(
         keys=keys,
         q_rows=torch.cat([t.q_rows for t in parts]),
@@ -411,8 +413,8 @@ def _assemble(level: list[tuple[HeadTiles, Tiles]], keys: KeyTable, block_q: int
         block_indptr=_indptr(at[:, 3] - at[:, 0]),
         block_indices=blocks.to(torch.int32),
         num_full=(at[:, 1] - at[:, 0]).to(torch.int32),
-        num_picked=(at[:, 3] - at[:, 2]).to(torch.int32),
-        hidden_lanes=hidden,
+        num_gathered=(at[:, 3] - at[:, 2]).to(torch.int32),
+        excluded_lanes=excluded,
         head_groups=tuple(groups),
         block_q=block_q,
         block_k=block_k,

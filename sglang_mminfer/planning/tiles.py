@@ -28,14 +28,14 @@ from sglang_mminfer.planning.lines import LineOrder
 from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
 
 # How a key tile is visited, and so which mask it needs: none, a comparison of positions, that and a mask of lanes.
-FULL, PARTIAL, PICKED = range(3)
+FULL, PARTIAL, GATHERED = range(3)
 
 
 @dataclass(frozen=True)
 class Visits:
     """Query tile tile[i] visits the key tiles start[i] .. start[i] + count[i] - 1 of `order`.
 
-    hidden: int32 [visits, words], lanes that do not count, packed; for PICKED, whose visits are of one key tile each.
+    excluded: int32 [visits, words], excluded lanes, packed; only for GATHERED, whose visits are of one key tile each.
     """
 
     order: KeyOrder
@@ -43,7 +43,7 @@ class Visits:
     tile: Ints
     start: Ints
     count: Ints
-    hidden: NDArray[np.int32] | None = None
+    excluded: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ class TilePass:
         self.visit(order, FULL, tiles, start, np.minimum(stop, sure))
         self.visit(order, PARTIAL, tiles, np.maximum(start, sure), stop)
 
-    def pick(self, order: KeyOrder, tiles: Ints, blocks: Ints, hidden: NDArray[np.int32]) -> None:
-        """Tile tiles[i] visits key tile blocks[i], of which hidden[i] (packed) does not count."""
+    def gather(self, order: KeyOrder, tiles: Ints, blocks: Ints, excluded: NDArray[np.int32]) -> None:
+        """Tile tiles[i] visits key tile blocks[i], of which excluded[i] (packed) does not count."""
         if len(tiles):
-            self.visits.append(Visits(order, PICKED, tiles, blocks, np.ones_like(blocks), hidden))
+            self.visits.append(Visits(order, GATHERED, tiles, blocks, np.ones_like(blocks), excluded))
 
 
 class ChunkTiler:
@@ -244,8 +244,8 @@ class ChunkTiler:
         whole = in_reach // self.block_k
         out.visit(order, FULL, tiles, np.zeros_like(whole), whole)
         cut = in_reach % self.block_k > 0
-        hidden = np.arange(self.block_k) >= (in_reach % self.block_k)[cut, None]
-        out.pick(order, tiles[cut], whole[cut], pack_lanes_on_host(hidden))
+        excluded = np.arange(self.block_k) >= (in_reach % self.block_k)[cut, None]
+        out.gather(order, tiles[cut], whole[cut], pack_lanes_on_host(excluded))
 
     # ---- rows along the lines of a raster ------------------------------------------------------------------
 
@@ -297,20 +297,20 @@ class ChunkTiler:
         out: TilePass,
     ) -> None:
         """Tile tiles[i], whose rows all see the positions below least[i], visits blocks[i]. Keys in the sink and
-        those that are columns are visited by the first pass already: they are hidden here."""
+        those that are columns are visited by the first pass already: they are excluded here."""
         suspect = order.nearest < first_key
         if lines.skip is not None and lines.skip_keys:
             suspect |= order.touches(lines.skip)
-        picked, full = suspect[blocks], order.farthest[blocks] < least
-        for kind, chosen in ((FULL, full & ~picked), (PARTIAL, ~full & ~picked)):
+        gathered, full = suspect[blocks], order.farthest[blocks] < least
+        for kind, chosen in ((FULL, full & ~gathered), (PARTIAL, ~full & ~gathered)):
             out.visit(order, kind, tiles[chosen], blocks[chosen], blocks[chosen] + 1)
-        tiles, blocks = tiles[picked], blocks[picked]
+        tiles, blocks = tiles[gathered], blocks[gathered]
         distinct = np.flatnonzero(np.bincount(blocks, minlength=order.num_tiles))
         position, line = order.lanes(distinct)
-        hidden = (position < first_key) | (lines.skip_keys & (line == lines.skip)) | (position == PAD_POSITION)
+        excluded = (position < first_key) | (lines.skip_keys & (line == lines.skip)) | (position == PAD_POSITION)
         which = np.searchsorted(distinct, blocks)
-        counts = ~hidden.all(axis=1)[which]
-        out.pick(order, tiles[counts], blocks[counts], pack_lanes_on_host(hidden)[which[counts]])
+        counts = ~excluded.all(axis=1)[which]
+        out.gather(order, tiles[counts], blocks[counts], pack_lanes_on_host(excluded)[which[counts]])
 
     # ---- shared orders -------------------------------------------------------------------------------------
 

@@ -142,7 +142,7 @@ def test_static_plans_are_those_of_the_host(name):
     given = inputs(2, 1, 64, torch.bfloat16)
     here, there = (planned([PATTERNS[name]] * 2, *(x.to(device) for x in given[:2])) for device in (DEVICE, "cpu"))
     for own, its in zip(on_cpu(here).passes, there.passes, strict=True):
-        for field in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "num_full", "num_picked"):
+        for field in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "num_full", "num_gathered"):
             assert torch.equal(getattr(own, field), getattr(its, field)), field
         visits = int(own.block_indptr[-1])
         assert torch.equal(own.block_indices[:visits], its.block_indices[:visits])

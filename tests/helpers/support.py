@@ -345,7 +345,7 @@ def part_of_pass(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
     tile = torch.repeat_interleave(tiles, plan.block_indptr.diff())
     number = torch.arange(len(tile), device=keep.device)
     full = number < (plan.block_indptr[:-1] + plan.num_full)[tile]
-    picked = number >= (plan.block_indptr[1:] - plan.num_picked)[tile]
+    gathered = number >= (plan.block_indptr[1:] - plan.num_gathered)[tile]
 
     def count(visits: torch.Tensor) -> torch.Tensor:
         return torch.bincount(tile[visits], minlength=plan.num_tiles).int()
@@ -355,8 +355,8 @@ def part_of_pass(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
         block_indptr=torch.nn.functional.pad(count(keep).cumsum(0), (1, 0)).int(),
         block_indices=plan.block_indices[: len(tile)][keep],
         num_full=count(keep & full),
-        num_picked=count(keep & picked),
-        hidden_lanes=plan.hidden_lanes[: int(picked.sum())][keep[picked]],
+        num_gathered=count(keep & gathered),
+        excluded_lanes=plan.excluded_lanes[: int(gathered.sum())][keep[gathered]],
     )
 
 

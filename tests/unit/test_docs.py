@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from sglang_mminfer import cli, mends, settings
+from sglang_mminfer.patterns import __main__ as patterns_page
 from sglang_mminfer.serving import launch, reasons
 
 ROOT = Path(__file__).parents[2]
@@ -277,6 +278,11 @@ def test_a_name_that_is_gone_is_seen() -> None:
 def test_generated_pages_are_those_of_their_generators(maker) -> None:
     name = maker.__name__.rpartition(".")[2]
     assert (ROOT / "docs" / f"{name}.md").read_text() == maker.page(), f"python -m {maker.__name__} > docs/{name}.md"
+
+
+def test_the_table_of_patterns_is_made_of_their_classes() -> None:
+    page = (ROOT / "docs" / "head-configs.md").read_text()
+    assert page == patterns_page.written(page), "python -m sglang_mminfer.patterns docs/head-configs.md"
 
 
 def first_cells(text: str, heading: str) -> set[str]:

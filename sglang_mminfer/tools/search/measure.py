@@ -139,8 +139,8 @@ def visits_by_modality(plan: PrefillPlan, modality_of_row: torch.Tensor) -> torc
         tile = torch.repeat_interleave(torch.arange(block_plan.num_tiles, device=device), rows)
         share = torch.zeros(block_plan.num_tiles, len(MODALITIES), dtype=torch.float64, device=device)
         share.index_put_((tile, modality_of_row[block_plan.q_rows.long()]), 1 / rows[tile].double(), accumulate=True)
-        all_visits, full, picked = block_plan.block_indptr.diff(), block_plan.num_full, block_plan.num_picked
-        kinds = torch.stack([full, all_visits - full - picked, picked], dim=1).double()  # FULL, PARTIAL, PICKED
+        all_visits, full, gathered = block_plan.block_indptr.diff(), block_plan.num_full, block_plan.num_gathered
+        kinds = torch.stack([full, all_visits - full - gathered, gathered], dim=1).double()  # FULL, PARTIAL, GATHERED
         of_group = visits.new_zeros(len(block_plan.head_groups), len(MODALITIES), 3)
         of_group.index_add_(0, block_plan.q_heads.long(), share[:, :, None] * kinds[:, None])
         for group, heads in enumerate(block_plan.head_groups):

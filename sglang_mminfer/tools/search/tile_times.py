@@ -19,10 +19,10 @@ import torch
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan, pack_lanes
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
-from sglang_mminfer.planning.tiles import FULL, PARTIAL, PICKED
+from sglang_mminfer.planning.tiles import FULL, GATHERED, PARTIAL
 
 FILE = "tile_times.json"
-KINDS = ("full", "partial", "picked")  # number FULL, PARTIAL, PICKED
+KINDS = ("full", "partial", "picked")  # in the order FULL, PARTIAL, GATHERED; the names in tile_times.json
 HEADS = 4
 TILES, TILES_ON_GPU = 2, 64  # query tiles of each head: enough to keep all processors busy
 FEW, MANY = 8, 32  # visits of a query tile: the difference of two times is free of a query tile's fixed cost
@@ -47,7 +47,7 @@ class TileTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return np.array([self.full, self.partial, self.picked])
 
     def __str__(self) -> str:
-        return f"full {self.full:g}, partial {self.partial:g}, picked {self.picked:g} µs ({self.executor})"
+        return f"full {self.full:g}, partial {self.partial:g}, gathered {self.picked:g} µs ({self.executor})"
 
 
 def measured(execute: Executor, dim: int, dtype: torch.dtype, device: torch.device) -> list[float]:
@@ -92,7 +92,7 @@ def made_up_plan(kind: int, visits: int, tiles: int, device: torch.device) -> Pr
     query_tiles, keys = HEADS * tiles, torch.arange(2 * MANY * BLOCK_K, dtype=torch.int32)
     frontiers = torch.linspace(BLOCK_K, 2 * visits * BLOCK_K, BLOCK_Q).int()
     stop = frontiers if kind == PARTIAL else torch.full_like(frontiers, len(keys))
-    excluded = (torch.arange(BLOCK_K) % 8 == 0).expand(query_tiles * visits if kind == PICKED else 0, -1)
+    excluded = (torch.arange(BLOCK_K) % 8 == 0).expand(query_tiles * visits if kind == GATHERED else 0, -1)
 
     def filled(number: int) -> torch.Tensor:
         return torch.full((query_tiles,), number, dtype=torch.int32, device=device)
@@ -106,8 +106,8 @@ def made_up_plan(kind: int, visits: int, tiles: int, device: torch.device) -> Pr
         block_indptr=(torch.arange(query_tiles + 1, dtype=torch.int32) * visits).to(device),
         block_indices=(2 * torch.arange(visits, dtype=torch.int32)).repeat(query_tiles).to(device),
         num_full=filled(visits if kind == FULL else 0),
-        num_picked=filled(visits if kind == PICKED else 0),
-        hidden_lanes=pack_lanes(excluded).to(device),
+        num_gathered=filled(visits if kind == GATHERED else 0),
+        excluded_lanes=pack_lanes(excluded).to(device),
         head_groups=tuple((head,) for head in range(HEADS)),
         block_q=BLOCK_Q,
         block_k=BLOCK_K,

@@ -183,8 +183,8 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
             "block_indptr",
             "block_indices",
             "num_full",
-            "num_picked",
-            "hidden_lanes",
+            "num_gathered",
+            "excluded_lanes",
         ):
             assert getattr(block_plan, name).dtype == torch.int32
         assert {x.dtype for x in (pos, slots)} == {torch.int32}
@@ -197,9 +197,9 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
                 rows_of_head[head] += rows
             a, b = block_plan.block_indptr[t : t + 2].tolist()
             listed, num_full = block_plan.block_indices[a:b], int(block_plan.num_full[t])
-            first_picked = len(listed) - int(block_plan.num_picked[t])
+            first_gathered = len(listed) - int(block_plan.num_gathered[t])
             group = block_plan.head_groups[block_plan.q_heads[t]]
-            for part in (listed[:num_full], listed[num_full:first_picked], listed[first_picked:]):
+            for part in (listed[:num_full], listed[num_full:first_gathered], listed[first_gathered:]):
                 if not support.is_estimated(batch.heads[group[0]]):
                     assert bool((part.diff() > 0).all()), "key tiles do not ascend"
             assert len(set(listed.tolist())) == len(listed), "a key tile is listed twice"
@@ -218,11 +218,11 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
 
 @given(st.integers(1, 80).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1)))
 def test_lanes_packed_into_words_come_out_as_they_were(lanes):
-    hidden = torch.tensor(lanes)
-    words = pack_lanes(hidden)
-    assert words.dtype == torch.int32 and words.shape == (len(lanes), -(-hidden.shape[1] // 32))
-    assert torch.equal(unpack_lanes(words, hidden.shape[1]), hidden)
-    assert words.tolist() == pack_lanes_on_host(hidden.numpy()).tolist()
+    excluded = torch.tensor(lanes)
+    words = pack_lanes(excluded)
+    assert words.dtype == torch.int32 and words.shape == (len(lanes), -(-excluded.shape[1] // 32))
+    assert torch.equal(unpack_lanes(words, excluded.shape[1]), excluded)
+    assert words.tolist() == pack_lanes_on_host(excluded.numpy()).tolist()
 
 
 def test_threads_change_nothing_but_rounding_and_repeat_to_the_bit():
