@@ -151,7 +151,7 @@ def embedded_only(page: Path) -> str:
 def test_page_and_pictures_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captured(tmp_path, "test_mixed_heads", monkeypatch, CHUNKS["chunks"])
     shape = SimpleNamespace(layers=observed.LAYERS, heads=observed.HEADS)
-    monkeypatch.setattr("sglang_mminfer.head_config.fingerprint_of", lambda _: shape)
+    monkeypatch.setattr("sglang_mminfer.head_config.config.fingerprint_of", lambda _: shape)
     config = HeadConfig.load(config_file("test_mixed_heads")).bind(None)
     chosen = command.default_heads([config.patterns(layer) for layer in range(observed.LAYERS)])
     assert len(chosen) == len({config.patterns(layer)[head] for layer, head in chosen}) == command.MOST_HEADS
