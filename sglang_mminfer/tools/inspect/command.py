@@ -200,8 +200,8 @@ def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path,
     from sglang_mminfer.tools.figures import save, turn_of_records
     from sglang_mminfer.tools.inspect import figures
     from sglang_mminfer.tools.inspect.capture import MAP
-    from sglang_mminfer.tools.inspect.page import Page
     from sglang_mminfer.tools.inspect.reasons import account, reasons_by_row
+    from sglang_mminfer.tools.page import Page
 
     modality_map = ModalityMap(msgspec.json.decode((folder / MAP).read_bytes(), type=list[Segment]))
     records = [r for r in read_trace(folder / "trace.jsonl") if r.rid == RID]
@@ -295,7 +295,7 @@ def from_trace(options: argparse.Namespace) -> Path:
     """
     from sglang_mminfer.tools.figures import density_of_records, save, turn_of_records
     from sglang_mminfer.tools.inspect import figures
-    from sglang_mminfer.tools.inspect.page import Page
+    from sglang_mminfer.tools.page import Page
 
     by_rid: dict[str, list[PrefillRecord]] = {}
     for record in read_trace(options.trace):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +9,7 @@ import numpy as np
 
 from sglang_mminfer.patterns.base import kinds
 from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary
+from sglang_mminfer.tools.page import Page
 from sglang_mminfer.tools.search.run import Found, Scores
 
 
@@ -24,51 +22,37 @@ def rows_of(scores: Scores) -> list[tuple[str, float, float, float]]:
 def page(found: Found) -> str:
     """One self-contained HTML page."""
     provenance = found.config.provenance
-    parts = [
-        "<!doctype html><meta charset='utf-8'><title>mminfer search</title>",
-        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%}.doubt{color:#b00020}</style>",
-        f"<h1>Head config {html.escape(found.config.name)}</h1>",
-        f"<p>{html.escape(provenance.note)} Calibration: {html.escape(provenance.calibration or '')}. Budget: "
-        f"{html.escape(provenance.budget or '')}. {html.escape(provenance.date or '')}.</p>",
-    ]
-    parts += [f"<p class='doubt'>{html.escape(doubt)}</p>" for doubt in found.doubts]
+    out = Page(f"Head config {found.config.name}")
+    calibration, budget, date = (text or "" for text in (provenance.calibration, provenance.budget, provenance.date))
+    out.note(f"{provenance.note} Calibration: {calibration}. Budget: {budget}. {date}.")
+    for doubt in found.doubts:
+        out.warning(doubt)
     if found.held_out is not None:
-        parts += ["<h2>On the held-out input</h2>", _table(found.held_out)]
-    parts += [
-        "<h2>On the calibration input</h2>",
-        _table(found.calibration),
-        "<p>Error: difference of a head's attention output from dense, in units of the head's root-mean-square "
-        "output; near the worst rows of each modality, summed over modalities, the mean of all heads. Density: visited "
-        "over causal pairs, estimates included. Time: the executor's, all layers, on the machine of the search.</p>",
-        f"<p>{html.escape(found.cost_words)}</p>",
-        "<h2>What each head does</h2>",
-        _image(mosaic(found.allocation.heads)),
-        "<h2>Error and density of each head</h2>",
-        _image(by_head(found)),
-        "<h2>What a budget buys</h2>",
-        _image(pareto(found)),
-    ]
-    return "\n".join(parts)
+        out.heading("On the held-out input")
+        out.table(_COLUMNS, _cells(found.held_out))
+    out.heading("On the calibration input")
+    out.table(_COLUMNS, _cells(found.calibration))
+    out.note(
+        "Error: difference of a head's attention output from dense, in units of the head's root-mean-square output; "
+        "near the worst rows of each modality, summed over modalities, the mean of all heads. Density: visited over "
+        "causal pairs, estimates included. Time: the executor's, all layers, on the machine of the search."
+    )
+    out.note(found.cost_words)
+    for heading, figure in (
+        ("What each head does", mosaic(found)),
+        ("Error and density of each head", by_head(found)),
+        ("What a budget buys", pareto(found)),
+    ):
+        out.heading(heading)
+        out.picture(figure, heading)
+    return out.html()
 
 
-def _table(scores: Scores) -> str:
-    rows = ["<table><tr><th>config</th><th>density</th><th>error</th><th>time, ms</th></tr>"]
-    rows += [
-        f"<tr><td>{html.escape(name)}</td><td>{density:.1%}</td><td>{error:.4f}</td><td>{ms:,.0f}</td></tr>"
-        for name, density, error, ms in rows_of(scores)
-    ]
-    return "\n".join([*rows, "</table>"])
+_COLUMNS = ("config", "density", "error", "time, ms")
 
 
-def _image(figure: Any) -> str:
-    from matplotlib import pyplot
-
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    return f"<img src='data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}'>"
+def _cells(scores: Scores) -> list[tuple[str, float, float, int]]:
+    return [(name, density, error, round(ms)) for name, density, error, ms in rows_of(scores)]
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
