@@ -71,7 +71,7 @@ def run(
         ImportError: FlashInfer is not installed.
     """
     _check_tensors(q, k_cache, v_cache)
-    kernel = _kernel_of(backend, q.device)
+    kernel = kernel_of(backend, q.device)
     pages = KeyPages.of(k_cache, v_cache)
     q = q.contiguous()
     out.zero_()
@@ -461,7 +461,7 @@ def _workspace(device: torch.device) -> torch.Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
-def _kernel_of(backend: str, device: torch.device) -> str:
+def kernel_of(backend: str, device: torch.device) -> str:
     """ "fa2" or "fa3": the kernel for the batch without a mask."""
     _expect(backend in BACKENDS, "backend", "one of " + ", ".join(BACKENDS), repr(backend))
     _expect(device.type == "cuda", "q", "a tensor on a GPU", str(device))

@@ -18,7 +18,7 @@ from .threads import for_each
 
 LN_2 = math.log(2)
 LOG2_E = 1 / LN_2
-_FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def run(
@@ -54,9 +54,9 @@ def run(
             for tiles in walk.batches:
                 run_tiles(tiles)
             continue
-        for causal in walk.causal_runs if _FUSED is not None else []:
+        for causal in walk.causal_runs if FUSED is not None else []:
             _run_causal(q, k_cache, v_cache, causal, layouts[causal.heads], sm_scale, out, lse, number > 0)
-        for_each(run_tiles, walk.scattered if _FUSED is not None else walk.batches)
+        for_each(run_tiles, walk.scattered if FUSED is not None else walk.batches)
 
 
 def _run_causal(
@@ -80,11 +80,11 @@ def _run_causal(
     k, v = (heads.take_kv(cache, run).to(q.dtype) for cache in (k_cache, v_cache))
     prefix = k.shape[2] - m
     chunk_kv = [t[:, :, prefix:].repeat_interleave(heads.per_kv, dim=1) for t in (k, v)]
-    o, s = _FUSED(by_head, *chunk_kv, 0.0, True, attn_mask=None, scale=sm_scale)
+    o, s = FUSED(by_head, *chunk_kv, 0.0, True, attn_mask=None, scale=sm_scale)
     s = s.float() * LOG2_E
     if prefix:
         packed = by_head.unflatten(1, (-1, heads.per_kv)).flatten(2, 3)  # [1, kv, per_kv * m, D]
-        prefix_o, prefix_s = _attend(packed, k[:, :, :prefix], v[:, :, :prefix], None, sm_scale)
+        prefix_o, prefix_s = attend(packed, k[:, :, :prefix], v[:, :, :prefix], None, sm_scale)
         o, s = merge_state(o, s, prefix_o.reshape(o.shape), prefix_s.reshape(s.shape))
     o, s = o[0].transpose(0, 1), s[0].transpose(0, 1)
     if merge:
@@ -150,10 +150,10 @@ def _run_tiles(
     k, v = heads.take_kv(k_cache, tiles), heads.take_kv(v_cache, tiles)
     num_unmasked, parts = tiles.num_unmasked, []
     if num_unmasked:
-        parts.append(_attend(packed, k[:, :, :num_unmasked], v[:, :, :num_unmasked], None, sm_scale))
+        parts.append(attend(packed, k[:, :, :num_unmasked], v[:, :, :num_unmasked], None, sm_scale))
     if k.shape[2] > num_unmasked:
         mask = tiles.additive_mask.repeat(1, heads.per_kv, 1)[:, None]
-        o, s = _attend(packed, k[:, :, num_unmasked:], v[:, :, num_unmasked:], mask, sm_scale)
+        o, s = attend(packed, k[:, :, num_unmasked:], v[:, :, num_unmasked:], mask, sm_scale)
         if (empty := tiles.empty_rows) is not None:
             empty = empty.repeat(1, heads.per_kv)[:, None]
             o, s = o.masked_fill(empty[..., None], 0), s.masked_fill(empty, -torch.inf)
@@ -167,14 +167,14 @@ def _run_tiles(
     rows_lse.index_copy_(0, index, s)
 
 
-def _attend(
+def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sm_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B, H, m, D]; k, v [B, H, n, D]; mask additive [B, 1, m, n] -> o like q and lse float32 [B, H, m], base 2."""
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if _FUSED is not None and q.device.type == "cpu":
+    if FUSED is not None and q.device.type == "cpu":
         mask = None if mask is None else mask.to(q.dtype)
-        o, s = _FUSED(q, k, v, 0.0, False, attn_mask=mask, scale=sm_scale)
+        o, s = FUSED(q, k, v, 0.0, False, attn_mask=mask, scale=sm_scale)
         return o, s.float() * LOG2_E
     scores = torch.matmul(q.float() * (sm_scale * LOG2_E), k.float().transpose(-1, -2))
     if mask is not None:

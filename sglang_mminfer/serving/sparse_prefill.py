@@ -80,27 +80,27 @@ class SparsePrefill:
         if self.leads or (audit_rate and self.rank):
             self.trace = TraceFile.from_environment(self.rank, data_rank)
         self.metrics = metrics.prefill_metrics() if runner.server_args.enable_metrics and self.leads else None
-        self._failures = 0
+        self.failures = 0
         prompts.watch()
         # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
-        self._waits = self.device.type == "cpu" or self.trace.enabled
+        self.waits = self.device.type == "cpu" or self.trace.enabled
         self._encoder = EncoderWatch()
         if self.leads:
             encoder_watch.watch = self._encoder
-        self._num_layers = runner.model_config.num_hidden_layers
-        self._last_layer = getattr(runner, "end_layer", None) or self._num_layers
-        self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self._num_layers))
-        self._patterns = {head for layer in range(self._num_layers) for head in self.head_config.patterns(layer)}
+        self.num_layers = runner.model_config.num_hidden_layers
+        self._last_layer = getattr(runner, "end_layer", None) or self.num_layers
+        self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self.num_layers))
+        self._patterns = {head for layer in range(self.num_layers) for head in self.head_config.patterns(layer)}
         self._budget, self._line_strides = PlanBudget(*settings.plan_budget()), line_strides(self._patterns)
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
-        self._executor = executors.name_for(settings.executor(), self.device)
-        self._unfit: str | None = None
+        self.executor = executors.name_for(settings.executor(), self.device)
+        self.unfit: str | None = None
         if not self._all_dense:
-            self._unfit = self_check.why_unfit(runner, self._executor, self.device, self.ranks, dense_backend)
-        self._batch: PrefillBatch | None = None
+            self.unfit = self_check.why_unfit(runner, self.executor, self.device, self.ranks, dense_backend)
+        self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
-            observe.RankInfo(self.rank, self.ranks, self._num_layers, runner.server_args)
+            observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
         )
         if audit_rate:
             self.observers.add(
@@ -118,7 +118,7 @@ class SparsePrefill:
             return
         if getattr(forward_batch, "tbo_children", None):
             return  # two-batch overlap: the backends of the two parts record it
-        self._batch = batch = PrefillBatch(forward_batch)
+        self.batch = batch = PrefillBatch(forward_batch)
         batch.started = start = self.clock()
         try:
             self._decide(batch, forward_batch)
@@ -129,12 +129,12 @@ class SparsePrefill:
 
     def end(self) -> None:
         """Ends the current batch, if any, and writes its records. Without this a plan could outlive its batch."""
-        batch, self._batch = self._batch, None
+        batch, self.batch = self.batch, None
         if batch is None:
             return
         encoded_again = self._encoder.take()
         if self.trace.enabled or self.metrics is not None or self.observers:
-            records = batch.records(encoded_again, self._waits)
+            records = batch.records(encoded_again, self.waits)
             self.observers.batch_done(records)
             self.trace.append(records if self.leads else [record for record in records if record.audit])
             if self.metrics is not None:
@@ -145,12 +145,12 @@ class SparsePrefill:
 
         Logs the traceback of the first failure. After `MOST_FAILURES` everything runs dense.
         """
-        self._failures += 1
-        if self._failures == 1:
+        self.failures += 1
+        if self.failures == 1:
             logger.exception("mminfer: %s failed; it runs dense", what)
-        if self._failures == MOST_FAILURES:
+        if self.failures == MOST_FAILURES:
             logger.error("mminfer: %d failures, the last one in %s; everything runs dense now", MOST_FAILURES, what)
-            self._unfit = "executor_failed"
+            self.unfit = "executor_failed"
 
     def _decide(self, batch: PrefillBatch, forward_batch: Any) -> None:
         mode = forward_batch.forward_mode
@@ -195,7 +195,7 @@ class SparsePrefill:
         """Sets the request's prompt length, its map, and why it runs dense (None: it runs sparse)."""
         prompt = prompts.length_of(request.rid)
         request.prompt_stop = request.seq_len if prompt is None else prompt
-        all_dense = "dense_config" if self._all_dense else self._unfit
+        all_dense = "dense_config" if self._all_dense else self.unfit
         if all_dense is not None and (mm_inputs is None or not self.observers):
             request.dense_reason = all_dense
         elif mm_inputs is None:
@@ -249,7 +249,7 @@ class SparsePrefill:
             kwargs: further arguments that the model passes to its attention; sparse layers take none.
             masked: whether the dense backend would apply a mask of the model's own.
         """
-        batch = self._batch
+        batch = self.batch
         if batch is None:
             return False
         batch.masked = masked
@@ -271,7 +271,7 @@ class SparsePrefill:
             return "layer_custom_mask"
         if layer.qk_head_dim != layer.v_head_dim:
             return "layer_unequal_head_dims"
-        if not 0 <= layer.layer_id < self._num_layers:
+        if not 0 <= layer.layer_id < self.num_layers:
             return "layer_unknown"
         if self.head_config.is_dense(layer.layer_id):
             return "layer_dense_config"
@@ -299,7 +299,7 @@ class SparsePrefill:
         Returns:
             [tokens, Hq * D], or None if it failed.
         """
-        batch = self._batch
+        batch = self.batch
         assert batch is not None and batch.planner is not None
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
@@ -309,18 +309,18 @@ class SparsePrefill:
             batch.plan_s += self.clock() - start
             out = q.new_empty(q.shape)
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-            executors.EXECUTORS[self._executor](q, k_cache, v_cache, plan, layer.scaling, out, lse)
+            executors.EXECUTORS[self.executor](q, k_cache, v_cache, plan, layer.scaling, out, lse)
             if heads.dense is not None:
                 heads.dense.run(stock, q, layer, out)
         except Exception:
             batch.layer_reasons["internal_error"] += 1
             self._failed(f"layer {layer.layer_id}")
-            if self._unfit is not None:
+            if self.unfit is not None:
                 batch.planner = None
             return None
         batch.sparse_layers += 1
         batch.ran = plan, lse
-        if self._waits and (self.trace.enabled or self.metrics is not None):
+        if self.waits and (self.trace.enabled or self.metrics is not None):
             self._note_density(batch, plan, heads)
         return out.flatten(1)
 
@@ -331,7 +331,7 @@ class SparsePrefill:
             q, o: [tokens, Hq * D], the layer's queries and its output.
             start: the clock when the layer's attention began.
         """
-        batch = self._batch
+        batch = self.batch
         if batch is None:
             return
         now = self.clock()

@@ -287,9 +287,9 @@ def test_media_that_cannot_be_laid_out_run_dense_and_are_counted(
 def test_its_neighbour_in_the_batch_stays_sparse(prefill: Any, name: str) -> None:
     videos, reason, _ = BAD_GEOMETRY[name]
     prefill.begin(batch_of(inputs([GOOD]), inputs(videos)))
-    good, bad = prefill._batch.requests
+    good, bad = prefill.batch.requests
     assert (good.dense_reason, bad.dense_reason) == (None, reason)
-    with_map, without = prefill._batch.planner.requests
+    with_map, without = prefill.batch.planner.requests
     assert with_map.map is good.map and without.map is None  # no map: plain causal attention
 
 

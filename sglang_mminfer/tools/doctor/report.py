@@ -75,14 +75,14 @@ def examine(
     """All findings. `problems` is what SGLang logs as an error meanwhile; see `_quiet`."""
     problems = [] if problems is None else problems
     sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("installed", _versions),
+        ("installed", examine_versions),
         ("plugin", lambda: _plugin(problems)),
         ("settings", _settings),
         ("mends", _mends),
         ("machine", _machine),
-        ("gpu", _gpu),
+        ("gpu", examine_gpu),
         ("video", _video),
-        ("model", lambda: _model(model_path, config_name, trust_remote_code)),
+        ("model", lambda: examine_model(model_path, config_name, trust_remote_code)),
     ]
     if video is not None and model_path is not None:
         from sglang_mminfer.tools.doctor import video as doctor_video
@@ -110,7 +110,7 @@ def examine(
 # Sections
 
 
-def _versions() -> Iterator[Finding]:
+def examine_versions() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     yield Finding("installed", "python", "ok", host.python_version())
@@ -130,7 +130,7 @@ def _versions() -> Iterator[Finding]:
     for requirement in required:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        installed = _version(requirement.name)
+        installed = version_of(requirement.name)
         if installed and requirement.specifier.contains(installed, prereleases=True):
             fitting += 1
             if requirement.name in _SHOWN:
@@ -152,7 +152,7 @@ def _versions() -> Iterator[Finding]:
                 f'run `pip install "{requirement}"`.',
             )
     yield Finding("installed", "requirements", "ok", f"{fitting} of them fit")
-    optional = [f"{name} {version}" for name in _ALSO if (version := _version(name))]
+    optional = [f"{name} {version}" for name in _ALSO if (version := version_of(name))]
     yield Finding("installed", "kernels of others", "note", ", ".join(optional) or "none")
 
 
@@ -167,7 +167,7 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
                 f"not in group {group}",
                 f"reinstall {DISTRIBUTION}: its metadata is older than its code.",
             )
-    yield from _filters(os.environ.get("SGLANG_PLUGINS"), os.environ.get("SGLANG_PLATFORM"))
+    yield from examine_filters(os.environ.get("SGLANG_PLUGINS"), os.environ.get("SGLANG_PLATFORM"))
 
     from sglang.srt.plugins import load_plugins
 
@@ -217,7 +217,7 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
         yield Finding("plugin", "hooks", "ok", f"all {total} targets are there")
 
 
-def _filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
+def examine_filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
     allowed = {name.strip() for name in (plugins or "").split(",") if name.strip()}
     if not allowed:
         yield Finding("plugin", "SGLANG_PLUGINS", "ok", "not set, so every plugin is loaded")
@@ -329,7 +329,7 @@ def _machine() -> Iterator[Finding]:
         )
 
 
-def _gpu() -> Iterator[Finding]:
+def examine_gpu() -> Iterator[Finding]:
     """The card, and whether the kernel that is compiled for it is right."""
     import torch
 
@@ -372,8 +372,8 @@ _OTHER_EXECUTOR = (
 def _video() -> Iterator[Finding]:
     usable, said = _torchcodec()
     if usable:
-        yield Finding("video", "torchcodec", "ok", f"{_version('torchcodec')}, with FFmpeg's libraries")
-    elif decord := _version("decord"):
+        yield Finding("video", "torchcodec", "ok", f"{version_of('torchcodec')}, with FFmpeg's libraries")
+    elif decord := version_of("decord"):
         import decord as _  # noqa: F401 - present but broken is worse than absent
 
         yield Finding("video", "torchcodec", "note", said)
@@ -388,7 +388,7 @@ def _video() -> Iterator[Finding]:
         )
 
 
-def _model(model_path: str | None, config_name: str | None, trust_remote_code: bool) -> Iterator[Finding]:
+def examine_model(model_path: str | None, config_name: str | None, trust_remote_code: bool) -> Iterator[Finding]:
     from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
     if model_path is None:
@@ -475,7 +475,7 @@ def _bad_config(text: str) -> Finding:
 # Helpers
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -504,7 +504,7 @@ def _torchcodec() -> tuple[bool, str]:
         VideoDecoder(b"\0" * 64)
     except Exception as error:
         if "Could not load libtorchcodec" in str(error):
-            return False, f"{_version('torchcodec')} finds no FFmpeg libraries"
+            return False, f"{version_of('torchcodec')} finds no FFmpeg libraries"
     return True, ""
 
 

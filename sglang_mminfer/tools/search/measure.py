@@ -73,7 +73,7 @@ class LayerProbe:
         self.chunk, self.sm_scale, self._execute = chunk, sm_scale, execute
         self._tensors = (q, k_cache, v_cache)
         self.strata = row_strata(chunk.map, chunk.q_start, chunk.kv_len).to(q.device)
-        self.dense, self.dense_ms = self._run(self._plan([Dense()] * q.shape[1]))
+        self.dense, self.dense_ms = self._run(self.plan([Dense()] * q.shape[1]))
         norm = torch.linalg.vector_norm(self.dense, dim=(0, 2)) / len(q) ** 0.5
         self._unit = norm.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -86,7 +86,7 @@ class LayerProbe:
 
     def measure(self, heads: Sequence[HeadPattern], dense_below: int = 0) -> Measured:
         """Measure one candidate: a pattern for each head."""
-        plan = self._plan(heads, dense_below)
+        plan = self.plan(heads, dense_below)
         out, ms = self._run(plan)
         distance = torch.linalg.vector_norm(out.sub_(self.dense), dim=2) / self._unit  # [rows, heads]
         size = len(MODALITIES) * STRETCHES
@@ -100,7 +100,7 @@ class LayerProbe:
         visits[..., FULL] += estimates / (BLOCK_Q * BLOCK_K)
         return Measured(error.T.cpu(), visited.T.cpu() + estimates, visits, ms)
 
-    def _plan(self, heads: Sequence[HeadPattern], dense_below: int = 0) -> PrefillPlan:
+    def plan(self, heads: Sequence[HeadPattern], dense_below: int = 0) -> PrefillPlan:
         """A plan of its own planner, because a planner that lives on would hold the orders of all candidates."""
         q, k_cache, _ = self._tensors
         planner = BatchPlanner([self.chunk], len(q), dense_below=dense_below, keep=False)

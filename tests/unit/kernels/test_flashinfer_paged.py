@@ -226,7 +226,7 @@ def test_flashinfer_takes_what_it_is_given():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flashinfer, "BatchPrefillWithPagedKVCacheWrapper", Recorder)
         patch.setattr(flashinfer, "merge_state", lambda o, s, *_: (o, s))
-        patch.setattr(flashinfer_paged, "_kernel_of", lambda *_: "fa2")
+        patch.setattr(flashinfer_paged, "kernel_of", lambda *_: "fa2")
         flashinfer_paged.run(q, k, v, plan, 0.125, out, torch.empty(q.shape[:2]))
     planned, runs = [c for c in calls if "page_size" in c], [c for c in calls if "q" in c]
     assert len(planned) == len(runs) >= 2
@@ -296,7 +296,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(flashinfer.prefill, "segment_packbits", packed_segments)
     monkeypatch.setattr(flashinfer, "merge_state", merged)
     monkeypatch.setattr(flashinfer_paged, "WORKSPACE_BYTES", 1 << 10)
-    monkeypatch.setattr(flashinfer_paged, "_kernel_of", lambda *_: "fa3")
+    monkeypatch.setattr(flashinfer_paged, "kernel_of", lambda *_: "fa3")
     return log
 
 
@@ -377,7 +377,7 @@ def test_rows_that_see_no_masked_key_are_not_asked():
 
 
 def run_with(monkeypatch, q, k, v, plan=None, **more):
-    monkeypatch.setattr(flashinfer_paged, "_kernel_of", more.pop("kernel_of", lambda *_: "fa2"))
+    monkeypatch.setattr(flashinfer_paged, "kernel_of", more.pop("kernel_of", lambda *_: "fa2"))
     plan = PrefillPlan((plan or tiny_plan(),), len(q), 4)
     flashinfer_paged.run(q, k, v, plan, 1.0, torch.empty_like(q), torch.empty(q.shape[:2]), **more)
 
@@ -448,7 +448,7 @@ def test_an_index_or_mask_beyond_the_limits_is_refused(monkeypatch):
 
 
 def test_backends_are_checked(monkeypatch):
-    kernel_of, card = flashinfer_paged._kernel_of, torch.device("cuda", 0)
+    kernel_of, card = flashinfer_paged.kernel_of, torch.device("cuda", 0)
     q, k = half(3, 4, 64), half(5, 2, 64)
     with pytest.raises(ValueError, match="q: expected a tensor on a GPU, got cpu"):
         run_with(monkeypatch, q, k, k, kernel_of=kernel_of)

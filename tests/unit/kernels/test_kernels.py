@@ -252,17 +252,17 @@ def test_threads_change_nothing_but_rounding_and_repeat_to_the_bit():
 
 
 def without_fused(monkeypatch) -> None:
-    monkeypatch.setattr(torch_gather, "_FUSED", None)
+    monkeypatch.setattr(torch_gather, "FUSED", None)
 
 
-@pytest.mark.skipif(torch_gather._FUSED is None, reason="this torch has no fused CPU attention")
+@pytest.mark.skipif(torch_gather.FUSED is None, reason="this torch has no fused CPU attention")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_generic_attention_equals_the_fused_one(monkeypatch, masked):
     q, k, v = randn(3, 2, 9, 16), randn(3, 2, 20, 16, seed=1), randn(3, 2, 20, 16, seed=2)
     mask = torch.zeros(3, 1, 9, 20).masked_fill(randn(3, 1, 9, 20, seed=3) > 0, -torch.inf) if masked else None
-    fused = torch_gather._attend(q, k, v, mask, 0.5)
+    fused = torch_gather.attend(q, k, v, mask, 0.5)
     without_fused(monkeypatch)
-    generic = torch_gather._attend(q, k, v, mask, 0.5)
+    generic = torch_gather.attend(q, k, v, mask, 0.5)
     torch.testing.assert_close(generic, fused, rtol=2e-6, atol=2e-6)
 
 

@@ -58,8 +58,8 @@ def test_the_parts_of_an_overlapped_batch_give_account_and_the_whole_does_not(mo
     whole = observed.batch()
     whole.tbo_children = [SimpleNamespace()]
     prefill.begin(whole)
-    assert prefill._batch is None
+    assert prefill.batch is None
     part = observed.batch()
     part.tbo_parent_token_range = (0, 10)
     prefill.begin(part)
-    assert isinstance(prefill._batch, PrefillBatch) and prefill._batch.requests[0].dense_reason == "two_batch_overlap"
+    assert isinstance(prefill.batch, PrefillBatch) and prefill.batch.requests[0].dense_reason == "two_batch_overlap"

@@ -70,7 +70,7 @@ def failing(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("a test")
 
-    patch.setattr("sglang_mminfer.kernels.executors.EXECUTORS", {prefill._executor: fail})
+    patch.setattr("sglang_mminfer.kernels.executors.EXECUTORS", {prefill.executor: fail})
 
 
 def failed(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_of_a_request(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
 def test_of_a_layer(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     prefill = observed.prefill("test_a_shape", monkeypatch)
     if reason == "layer_unknown":
-        monkeypatch.setattr(prefill, "_num_layers", 0)
+        monkeypatch.setattr(prefill, "num_layers", 0)
         (record,), _ = records_of(prefill, observed.batch())
     else:
         (record,), _ = records_of(prefill, observed.batch(), **LAYERS[reason])
@@ -176,7 +176,7 @@ def test_a_retracted_request_is_dense_from_its_prompts_end_on(monkeypatch: pytes
     prompt = LENGTH - 60
     prefill = observed.prefill("test_a_shape", monkeypatch)
     prefill.begin(observed.batch(prompt=prompt))
-    assert [(c.map is not None, c.q_start, c.kv_len) for c in prefill._batch.planner.requests] == [
+    assert [(c.map is not None, c.q_start, c.kv_len) for c in prefill.batch.planner.requests] == [
         (True, 0, prompt),
         (False, prompt, LENGTH),
     ]
@@ -223,10 +223,10 @@ def test_a_mask_of_the_model_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_that_nobody_owns(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = observed.prefill("test_a_shape", monkeypatch)
     prefill.begin(observed.batch(stop=LENGTH - 10))
-    prefill._batch.num_rows += 1
+    prefill.batch.num_rows += 1
     layer = observed.layer(0)
     assert not prefill.takes(prefill.kv_pool.q[0, : LENGTH - 10], layer, {})
-    assert set(prefill._batch.layer_reasons) == {"padded_rows"}
+    assert set(prefill.batch.layer_reasons) == {"padded_rows"}
 
 
 def test_a_batch_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +249,8 @@ def test_an_fp8_cache_is_said_at_start(
     if not at_start:
         monkeypatch.setattr(prefill.kv_pool, "get_key_buffer", lambda layer: torch.empty(1, dtype=torch.float8_e4m3fn))
     prefill.begin(observed.batch())
-    assert (prefill._batch.planner is None) == at_start
-    prefill._batch = None
+    assert (prefill.batch.planner is None) == at_start
+    prefill.batch = None
     (record,), answers = records_of(prefill, observed.batch())
     assert record.dense_reason == "kv_cache_dtype"
     assert same(answers, stock_answers(monkeypatch, observed.batch()))
@@ -277,4 +277,4 @@ def test_failures_turn_the_executor_off_with_one_traceback(
     assert sum(record.exc_info is not None for record in caplog.records) == 1
     (said,) = [r.getMessage() for r in caplog.records if "everything runs dense now" in r.getMessage()]
     assert "3 failures" in said
-    assert prefill._unfit == "executor_failed"
+    assert prefill.unfit == "executor_failed"

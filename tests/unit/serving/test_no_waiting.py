@@ -26,10 +26,10 @@ def test_the_check_below_notices_a_host_that_waits() -> None:
 def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
     prefill: Any = observed.prefill(config, monkeypatch)
     told: list[Any] = []
-    monkeypatch.setitem(executors.EXECUTORS, prefill._executor, lambda *arguments: None)
+    monkeypatch.setitem(executors.EXECUTORS, prefill.executor, lambda *arguments: None)
     monkeypatch.setattr(prefill, "metrics", SimpleNamespace(add=told.append))
     monkeypatch.setattr(prefill, "device", torch.device("cuda"))
-    monkeypatch.setattr(prefill, "_waits", False)  # as on a GPU without a trace
+    monkeypatch.setattr(prefill, "waits", False)  # as on a GPU without a trace
     with FakeTensorMode():
         pool = prefill.kv_pool
         for name in ("layers", "slots", "q"):
@@ -39,7 +39,7 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str) -> N
         batch.mm_inputs[0].mm_items[0].model_specific_data["video_grid_thw"] = [[24, 8, 8]]  # on the host
         batch.req_pool_indices = torch.zeros(1, dtype=torch.int64, device="cuda")
         observed.run(prefill, batch)
-        assert prefill._failures == 0
+        assert prefill.failures == 0
     ((record,),) = told
     assert (record.dense_reason, record.sparse_layers) == (None, observed.LAYERS)
     assert (record.density, record.attn_ms, record.forward_ms) == (None, 0.0, 0.0)

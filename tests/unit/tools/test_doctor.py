@@ -92,7 +92,7 @@ def test_every_error_has_a_fix(model: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    found = list(doctor._model(str(tmp_path / "absent"), None, False))
+    found = list(doctor.examine_model(str(tmp_path / "absent"), None, False))
     assert [finding.status for finding in found] == ["error"]
     assert found[0].fix
 
@@ -108,21 +108,21 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         "num_hidden_layers": 2,
     }
     (tmp_path / "config.json").write_text(json.dumps(content))
-    (found,) = doctor._model(str(tmp_path), None, False)
+    (found,) = doctor.examine_model(str(tmp_path), None, False)
     assert found.status == "error"
     assert "latent attention" in (found.fix or "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so() -> None:
-    (found,) = doctor._gpu()
+    (found,) = doctor.examine_gpu()
     assert found.status == "note"
     assert "none that torch can use" in found.text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_named_and_tried() -> None:
-    found = list(doctor._gpu())
+    found = list(doctor.examine_gpu())
     assert [finding.name for finding in found] == ["gpu", "kernel, bfloat16", "kernel, float16"]
     assert not [finding for finding in found if finding.status == "error"], found
     assert "compute capability" in found[0].text
@@ -169,15 +169,15 @@ def test_wrong_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_filters(plugins: str | None, platform: str | None, statuses: list[str]) -> None:
-    found = list(doctor._filters(plugins, platform))
+    found = list(doctor.examine_filters(plugins, platform))
     assert [finding.status for finding in found] == statuses
     assert all((finding.fix is None) == (finding.status == "ok") for finding in found)
 
 
 def test_an_outdated_requirement(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.4.0" if name == "sglang" else real(name))
-    finding = named(list(doctor._versions()), "sglang")
+    real = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: "0.4.0" if name == "sglang" else real(name))
+    finding = named(list(doctor.examine_versions()), "sglang")
     assert finding.status == "error"
     assert "0.4.0" in finding.text and ">=0.5.23" in finding.text
     assert "pip install" in (finding.fix or "")

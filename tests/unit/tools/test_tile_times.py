@@ -68,7 +68,7 @@ def test_an_estimate_counts_as_full_visits() -> None:
     measured = probe.measure([pattern])
     _, rows = visited_plan([pattern])
     more = 2 * pattern.last_q * CHAT.length / (BLOCK_Q * BLOCK_K)
-    extra = measured.visits.sum() - visits_by_modality(probe._plan([pattern]), rows).sum()
+    extra = measured.visits.sum() - visits_by_modality(probe.plan([pattern]), rows).sum()
     assert float(extra) == pytest.approx(more)
 
 
