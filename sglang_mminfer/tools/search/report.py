@@ -39,7 +39,7 @@ def page(found: Found) -> str:
     )
     out.note(found.cost_words)
     for heading, figure in (
-        ("What each head does", mosaic(found)),
+        ("What each head does", mosaic(found.allocation.heads)),
         ("Error and density of each head", by_head(found)),
         ("What a budget buys", pareto(found)),
     ):
