@@ -60,11 +60,13 @@ def _mix(item: Any) -> None:
 
 def arrangement(item: Any) -> bytes:
     """A digest of an item's modality, the shape of its features, and its small values (grids, sizes, seconds)."""
-    from sglang_mminfer.modality.items import VIDEO_KEY
+    from sglang_mminfer.modality import items
 
     told = [item.modality.name, _shape(item.feature)]
     for name, value in sorted(item.model_specific_data.items()):
-        if name not in (KEY, VIDEO_KEY):  # a number of this request alone
+        if name == items.KEY:  # a frame that comes twice, or in two videos, is one
+            value = [place[3:] for place in value]
+        if name != KEY:
             told.append(f"{name}={_written(value)}")
     return hashlib.sha256("\n".join(told).encode()).digest()[:16]
 
