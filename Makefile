@@ -1,11 +1,11 @@
 # `make demo` and `make test` on a fresh machine do all the set-up: a virtual environment in the checkout with
-# every dependency that pyproject.toml declares.
+# every dependency that pyproject.toml declares, those of commands and tests included.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup ready demo test test-interpreted test-fast test-server test-gpu test-gpu-sanitize check bench bench-plan \
-	bench-gpu bench-gpu-tune bench-gpu-model soak fuzz test-families support-matrix clean
+.PHONY: setup ready demo test test-interpreted test-fast test-server test-wheel test-gpu test-gpu-sanitize check \
+	bench bench-plan bench-gpu bench-gpu-tune bench-gpu-model soak fuzz test-families test-wide support-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -28,11 +28,17 @@ test-interpreted: setup
 
 # Everything that needs no server, a process for each core.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 tests/unit tests/properties
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --durations=20 tests/unit tests/properties
 
 # What needs servers, which keep the cores busy by themselves.
 test-server: setup
-	$(BIN)/python -m pytest tests/server
+	$(BIN)/python -m pytest --durations=20 tests/server
+
+# The wheel in an environment of its own without the extras: the doctor, and a server. A minute or two, so it is no part
+# of `make test`, which holds what is in the wheel. FRESH=1 downloads all that it
+# requires, 5 minutes and 11 GB; else what is installed here is linked.
+test-wheel: setup
+	MMINFER_FRESH=$(FRESH) $(BIN)/python -m pytest tests/packaging
 
 check: setup
 	$(BIN)/ruff check .
@@ -93,10 +99,14 @@ fuzz: setup
 test-families: setup
 	$(BIN)/python -m pytest -m families tests/server/test_families.py
 
-# Both, and the README's table of families from how they ended.
+# What `make test` shows on one setting of a server, on others.
+test-wide: setup
+	$(BIN)/python -m pytest -m wide tests/server
+
+# Both, and the table of families in docs/families.md from how they ended.
 support-matrix: setup
 	$(BIN)/python -m pytest -m "" tests/server/test_families.py --support tests/server/support.json
-	$(BIN)/python tests/server/support_matrix.py tests/server/support.json README.md
+	$(BIN)/python tests/server/support_matrix.py tests/server/support.json docs/families.md
 
 clean:
 	rm -rf build demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

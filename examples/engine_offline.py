@@ -2,8 +2,8 @@
 
     python engine_offline.py --model-path Qwen/Qwen2.5-VL-7B-Instruct --video film.mp4 --image poster.png
 
-Without --model-path a tiny model with random weights is made, and moving shapes for it to look at, so that the program
-runs anywhere; its answer is nonsense, but what is printed about the prefill is real.
+Without --model-path the program makes a tiny model with random weights and a video of moving shapes, so that it runs
+anywhere. The answer is nonsense then, but the figures of the prefill are real.
 """
 
 from __future__ import annotations
@@ -21,11 +21,20 @@ from sglang_mminfer.serving.trace import read_trace
 from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.tools.media import make_image, make_video
 
+GRID = {"kind": "grid", "stride": "frame", "v": True, "h": True, "s": True, "phase": 0, "sink": 16, "local": 48}
+SMALL = {
+    "schema": 1,
+    "model": None,
+    "provenance": {"how": "handwritten", "note": "For a short clip and a tiny model."},
+    "heads": {"all": {"boundary": "none", "pattern": GRID}},
+}
+"""`default` leaves the first 4,608 tokens dense: a short clip would show nothing."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model-path", help="a folder or hub name; a tiny random model is made if not given")
-    parser.add_argument("--head-config", help="name or path; `default` for a given model")
+    parser.add_argument("--head-config", help="name or path; `default` for a given model, a small one for the tiny")
     parser.add_argument("--video", help="a file or URL; moving shapes if not given")
     parser.add_argument("--image", help="a file or URL; a still of such shapes if not given")
     parser.add_argument("--question", default="What do you see in the video? Is that so in the picture?")
@@ -35,13 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = getattr(options, kind)
         if source and "://" not in source and not Path(source).is_file():
             parser.error(f"--{kind}: {source}: no such file")
-    # `default` leaves the first 4,608 tokens dense: a short clip for a tiny model would show nothing.
-    head_config = options.head_config or ("default" if options.model_path else "test_grid_frame")
-    try:
-        HeadConfig.load(head_config)
-    except ValueError as error:
-        parser.error(f"--head-config: {error}")
     with tempfile.TemporaryDirectory() as folder:
+        head_config = options.head_config or "default"
+        if options.head_config is None and options.model_path is None:
+            head_config = str(Path(folder) / "small.json")
+            Path(head_config).write_text(json.dumps(SMALL))
+        try:
+            HeadConfig.load(head_config)
+        except ValueError as error:
+            parser.error(f"--head-config: {error}")
         return run(options, head_config, Path(folder))
 
 
@@ -61,14 +72,13 @@ def run(options: argparse.Namespace, head_config: str, folder: Path) -> int:
     )
 
     trace = folder / "trace.jsonl"
-    os.environ[settings.TRACE.variable] = str(
-        trace
-    )  # before the engine: its scheduler is another process and inherits this
+    # Before the engine starts: its scheduler is another process, which inherits this.
+    os.environ[settings.TRACE.variable] = str(trace)
     engine = sglang.Engine(
         model_path=model,
         attention_backend="mminfer",
-        device=None if torch.cuda.is_available() else "cpu",  # SGLang takes a GPU by itself, a CPU only if asked to
-        # How a head config is named where there is no command line. SGLANG_MMINFER_CONFIG does the same.
+        device=None if torch.cuda.is_available() else "cpu",  # SGLang takes a CPU only if it is told to
+        # This names the head config where there is no command line. SGLANG_MMINFER_CONFIG does the same.
         json_model_override_args=json.dumps({"mminfer_config": head_config}),
         chunked_prefill_size=2048,
         log_level="error",
@@ -97,6 +107,6 @@ def run(options: argparse.Namespace, head_config: str, folder: Path) -> int:
     return 0
 
 
-# SGLang starts its scheduler with `spawn`, which imports this file again: without the guard it would never end.
+# SGLang starts its scheduler with `spawn`, which imports this file again. Without the guard this would never end.
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,12 +1,12 @@
-"""Talk about videos and images with a running SGLang server, and see what its prefix cache saves.
+"""Talk about videos and images with a running SGLang server, and see what its radix cache saves.
 
     sglang serve --model-path Qwen/Qwen2.5-VL-7B-Instruct --attention-backend mminfer --enable-cache-report
     python video_chat.py --video film.mp4 --question "What happens?" --question "And then?"
 
-Order counts: a video or image goes with the next question after it. Without a question you are asked for them; there,
-`/video FILE`, `/image FILE` and `/quit` are commands. Files are read here and sent as data: URLs, so that the server
-can be on another machine; http(s) URLs are passed on as they are. Needs `openai`, and `decord` and `pillow` to look at
-files before they are sent.
+Order counts: a video or image goes with the next question after it. Without --question the program asks for questions;
+its commands are `/video FILE`, `/image FILE` and `/quit`. Files are read here and sent as data: URLs, so the server can
+be on another machine; http(s) URLs are passed on as they are. The program needs `openai`, and `decord` and `pillow` to
+look at files before they are sent.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import openai
 
 
 class BadInput(Exception):
-    """Something the user can put right, in words."""
+    """An error that the user can correct; the message says what is wrong."""
 
 
 def media_part(kind: str, source: str) -> dict[str, Any]:
-    """The part of a message for one video or image; says what it is.
+    """The part of a message for one video or image. Prints the size of a file.
 
     Raises:
-        BadInput: if the file cannot be read, or is no video (no image).
+        BadInput: the file cannot be read, or is no video (no image).
     """
     url = source
     if not source.startswith(("http://", "https://", "data:")):
@@ -48,7 +48,7 @@ def media_part(kind: str, source: str) -> dict[str, Any]:
 
 
 def describe_video(path: Path) -> str:
-    """Frames, seconds and size of a video."""
+    """Frames, seconds and size of a video, in words."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -56,13 +56,13 @@ def describe_video(path: Path) -> str:
         reader = decord.VideoReader(str(path))
         frames, fps = len(reader), reader.get_avg_fps()
         height, width, _ = reader[0].shape
-    except Exception:  # decord has error types of its own, and takes a picture or a text for a broken video
+    except Exception:  # decord has its own error types, also for a picture or a text
         raise BadInput(f"{path}: not a video that FFmpeg can decode") from None
     return f"{frames} frames, {frames / fps:.1f} s, {width} x {height}"
 
 
 def describe_image(path: Path) -> str:
-    """Size of an image."""
+    """The size of an image, in words."""
     from PIL import Image
 
     try:
@@ -74,7 +74,7 @@ def describe_image(path: Path) -> str:
 
 
 def ask(client: openai.OpenAI, model: str, messages: list[Any], max_tokens: int) -> str:
-    """One turn: prints the answer as it comes, then what its prompt cost. Returns the answer."""
+    """Ask for one turn. Prints the answer as it comes, then the cost of the prompt. Returns the answer."""
     answer, first, usage = "", None, None
     begin = time.perf_counter()
     stream = client.chat.completions.create(
@@ -96,16 +96,20 @@ def ask(client: openai.OpenAI, model: str, messages: list[Any], max_tokens: int)
     if usage is not None:
         details = usage.prompt_tokens_details
         cached = f"{details.cached_tokens or 0:,} from cache" if details else "cache unknown (--enable-cache-report)"
-        waited = f"{first:.2f} s" if first is not None else "never"
-        print(f"[{usage.prompt_tokens:,} prompt tokens, {cached}; first token after {waited}]\n")
+        first_token = f"{first:.2f} s" if first is not None else "never"
+        print(f"[{usage.prompt_tokens:,} prompt tokens, {cached}; first token after {first_token}]\n")
     return answer
 
 
-def turns(given: Sequence[tuple[str, str]]) -> Iterator[list[dict[str, Any]]]:
-    """The content of each user message: media, then the question. From the command line, or from the keyboard."""
+def turns(command_line: Sequence[tuple[str, str]]) -> Iterator[list[dict[str, Any]]]:
+    """The content of each user message, media before the question, from the command line or else from the keyboard.
+
+    Args:
+        command_line: (option, value) pairs in their order.
+    """
     pending: list[dict[str, Any]] = []
     asked = False
-    for kind, value in given:
+    for kind, value in command_line:
         if kind != "question":
             pending.append(media_part(kind, value))
             continue
@@ -129,7 +133,7 @@ def turns(given: Sequence[tuple[str, str]]) -> Iterator[list[dict[str, Any]]]:
         if command in ("/video", "/image"):
             try:
                 pending.append(media_part(command[1:], value.strip()))
-            except BadInput as error:  # a slip of the keyboard ends nothing
+            except BadInput as error:  # a typing error must not end the conversation
                 print(f"error: {error}")
         elif line:
             yield [*pending, {"type": "text", "text": line}]
@@ -137,7 +141,7 @@ def turns(given: Sequence[tuple[str, str]]) -> Iterator[list[dict[str, Any]]]:
 
 
 class InOrder(argparse.Action):
-    """Keeps (option, value) pairs of several options in one list, in the order of the command line."""
+    """Collects (option, value) pairs of several options in one list, in the order of the command line."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         namespace.given = [*namespace.given, (self.dest, values)]
@@ -148,8 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=(__doc__ or "").split("\n\n")[0], epilog="Order counts: media go with the next --question."
     )
     parser.add_argument("--url", default="http://localhost:30000/v1", help="the server's OpenAI API (%(default)s)")
-    for option, what in (("video", "FILE|URL"), ("image", "FILE|URL"), ("question", "TEXT")):
-        parser.add_argument(f"--{option}", action=InOrder, metavar=what, default=argparse.SUPPRESS)
+    for option, metavar in (("video", "FILE|URL"), ("image", "FILE|URL"), ("question", "TEXT")):
+        parser.add_argument(f"--{option}", action=InOrder, metavar=metavar, default=argparse.SUPPRESS)
     parser.add_argument("--model", help="model to ask for; the first that the server names if not given")
     parser.add_argument("--max-tokens", type=int, default=256, help="length of an answer (%(default)s)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer (%(default)s)")

@@ -1,4 +1,4 @@
-"""The executors by name, and which one a device gets where nobody chose."""
+"""The executors by name, and the default for a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from sglang_mminfer.kernels import reference, torch_gather
 
-# run(q, k_cache, v_cache, plan, sm_scale, out, lse), as `torch_gather.run` says
+# run(q, k_cache, v_cache, plan, sm_scale, out, lse), with the shapes that `torch_gather.run` documents
 Executor = Callable[..., None]
 
 
@@ -35,7 +35,7 @@ CHOICES = ("auto", *EXECUTORS)
 
 
 def name_for(choice: str, device: torch.device) -> str:
-    """The name of the executor: `choice` itself, or for "auto" triton on a GPU and torch elsewhere."""
+    """The name of the executor: `choice` itself; "auto" means triton on a GPU and torch elsewhere."""
     if choice != "auto":
         return choice
     return "triton" if device.type == "cuda" else "torch"

@@ -1,19 +1,19 @@
-"""The FlashInfer executor: the same plan on FlashInfer's own paged prefill. A cross-check and a fallback.
+"""The FlashInfer executor: the same plan on FlashInfer's own paged prefill kernels. A cross-check and a fallback.
 
-The cache is named key by key and head by head: pages of one key of one KV head, so that every (query tile, KV
-head) is a request of its own, whose rows are the rows of the tile once for each of its query heads over that KV
-head. A pass is two such batches, joined by FlashInfer's `merge_state`:
+A page of FlashInfer is here one key of one KV head. So every (query tile, KV head) can be a request of its own: the
+request's rows are the rows of the tile, once for each query head of the tile over that KV head. A pass runs as two
+batches of such requests, which FlashInfer's `merge_state` joins:
 
     shared  the keys that all rows of the tile see; no mask (fa3 on Hopper, else fa2)
-    masked  the keys that only some of them see, with a custom mask (fa2, the only one of the two that has masks)
+    masked  the keys that only some rows of the tile see, with a custom mask (fa2, because fa3 has no masks)
 
-A key that no row sees is in neither, nor is a row in `masked` that sees nothing there: no request has an empty
-row, whatever FlashInfer makes of one.
+A key that no row sees is in neither batch, and a row that sees none of the keys in `masked` is not in that batch. So
+no request has an empty row, and nothing depends on what FlashInfer makes of one.
 
-This is not the fast path. FlashInfer plans on the host, so that every new `BlockPlan` waits for the device a few
-times (its layers share what was planned). At page size 1 the index takes 4 bytes for each key that a tile visits
-and each KV head, and each join rounds the output to its dtype once more. Runs of one device share a workspace
-and belong on one stream.
+This is not the fast path. FlashInfer plans on the host, so every new `BlockPlan` waits for the device a few times
+(all layers that run the plan share the result). At page size 1 the index takes 4 bytes for each key that a tile
+visits and each KV head, and each join rounds the output to its dtype once more. All runs on a device share one
+workspace, so they belong on one stream.
 """
 
 from __future__ import annotations
@@ -30,18 +30,16 @@ import torch
 from .block_plan import PAD_POSITION, BlockPlan, PrefillPlan
 
 BACKENDS = ("auto", "fa2", "fa3")
-HEAD_DIMS = (64, 128, 256)  # those that both fa2 and fa3 are instantiated for
+HEAD_DIMS = (64, 128, 256)  # FlashInfer compiles both fa2 and fa3 for these
 DTYPES = (torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends for its split-k results
-ALIGNMENT = 16  # bytes: FlashInfer loads keys and values in units of this
+ALIGNMENT = 16  # bytes: FlashInfer loads keys and values in units of this size
 
-MAX_INDEX = 1 << 28  # entries of a pass's kv_indices: 1 GiB, and a few times that while it is made
+MAX_INDEX = 1 << 28  # entries of a pass's kv_indices: 1 GiB, and a few times that while the index is made
 MAX_MASK = (1 << 31) - 1  # (row, key) pairs under a mask in a pass: 256 MiB of bits
-# FlashInfer keeps one entry of its 8 MiB of work lists for each tile of rows, counts masks in int32 and packs them
-# from booleans: a batch beyond these is cut in several.
+# FlashInfer has 8 MiB of work lists, with an entry for each tile of rows; it counts mask bits in int32, and packs the
+# bits from booleans. A batch beyond these limits is cut into several.
 MAX_REQUESTS, MAX_ROWS, MAX_MASK_AT_ONCE = 1 << 17, 1 << 22, 1 << 27
-
-_KEPT = "_flashinfer_batches"
 
 
 def run(
@@ -57,22 +55,23 @@ def run(
 ) -> None:
     """Write the attention of `plan` into `out` and `lse`. Rows that no pass visits get 0 and -inf.
 
-    Waits for the device the first time that it sees a plan, because FlashInfer plans on the host.
+    The first run of a plan waits for the device, because FlashInfer plans on the host.
 
     Args:
         q: [tokens, Hq, D], float16 or bfloat16. k_cache, v_cache: [slots, Hkv, D] of q's dtype and of equal
         strides. out: [tokens, Hq, D] of q's dtype, lse: float32 [tokens, Hq], base 2; both are contiguous and
-        written whole.
+        fully overwritten.
         sm_scale: factor on q . k.
-        backend: of the batch without a mask: "fa2", "fa3" (Hopper only) or "auto" (fa3 on Hopper, else fa2).
+        backend: FlashInfer's kernel for the batch without a mask: "fa2", "fa3" (Hopper only) or "auto" (fa3 on
+        Hopper, else fa2).
 
     Raises:
-        ValueError: what FlashInfer's kernels cannot express: no GPU, a dtype or head dim they lack, caches whose
+        ValueError: FlashInfer's kernels cannot run this: no GPU, a dtype or head dim that they lack, caches whose
         rows they cannot address, or a plan whose index or mask is beyond the limits above.
         ImportError: FlashInfer is not installed.
     """
     _check_tensors(q, k_cache, v_cache)
-    kernel = _kernel_of(backend, q.device)
+    kernel = kernel_of(backend, q.device)
     pages = KeyPages.of(k_cache, v_cache)
     q = q.contiguous()
     out.zero_()
@@ -89,9 +88,9 @@ def run(
 
 @dataclass(frozen=True)
 class KeyPages:
-    """k and v as pages of one key of one KV head: the one of (slot, head) is page slot * per_slot + head * per_head.
+    """k and v as pages of one key of one KV head: (slot, head) is page slot * per_slot + head * per_head.
 
-    k, v: views [pages, 1, 1, D]. Pages may overlap, and some may belong to no key at all: none of those is named.
+    k, v: views [pages, 1, 1, D]. Pages may overlap, and some pages may hold no key: no index names those.
     """
 
     k: torch.Tensor
@@ -105,8 +104,8 @@ class KeyPages:
         """The pages of caches [slots, Hkv, D].
 
         Raises:
-            ValueError: k and v lie differently, their rows are not contiguous and aligned, or 32 bits do not
-            suffice to number them.
+            ValueError: k and v differ in shape or strides, their rows are not contiguous and aligned, or 32 bits do
+            not suffice to number the pages.
         """
         _expect(k_cache.dim() == 3, "k_cache", "the shape [slots, Hkv, D]", str(tuple(k_cache.shape)))
         _expect(v_cache.shape == k_cache.shape, "v_cache", f"the shape {_shape(k_cache)} of k", _shape(v_cache))
@@ -115,7 +114,7 @@ class KeyPages:
         _expect(strides[0] == strides[1], "v_cache", f"the strides {strides[0]} of k", str(strides[1]))
         of_slot, of_head, of_dim = strides[0]
         _expect(of_dim == 1, "k_cache", "contiguous rows (a last stride of 1)", f"strides {strides[0]}")
-        # Whatever the two strides, both are multiples of this one; of pages side by side it is the head dim.
+        # The distance between two pages must divide both strides. In a contiguous cache it is the head dim.
         step = math.gcd(of_slot, of_head) or head_dim
         aligned = step * k_cache.element_size() % ALIGNMENT == 0
         _expect(aligned, "k_cache", f"rows that begin every {ALIGNMENT} bytes", f"strides {strides[0]}")
@@ -132,7 +131,7 @@ class KeyPages:
 
 
 def _strides(cache: torch.Tensor) -> tuple[int, ...]:
-    """The strides of a tensor, 0 along an axis of one element, where they have no meaning (1 along the last)."""
+    """The strides of a tensor, but 0 for an axis of one element (except the last axis), whose stride means nothing."""
     strides = [0 if size == 1 else stride for size, stride in zip(cache.shape, cache.stride())]
     return (*strides[:-1], cache.stride(-1))
 
@@ -144,13 +143,13 @@ def _strides(cache: torch.Tensor) -> tuple[int, ...]:
 class PagedVisits:
     """One batch as FlashInfer's paged prefill takes it, at page size 1 with one query head and one KV head.
 
-    q_index:    int64 [rows] of q seen as [tokens * Hq, D]: what row i of the batch is.
-    qo_indptr:  int32 [requests + 1], the rows of each request.
-    kv_indptr:  int32 [requests + 1], its keys in kv_indices.
-    kv_indices: int32 [keys], pages of `KeyPages`.
-    seen:       int32 [rows]: a row sees the first so many keys of its request; None: all rows see all.
+    q_index:    int64 [rows]: row i of the batch is row q_index[i] of q viewed as [tokens * Hq, D].
+    qo_indptr:  int32 [requests + 1]: where the rows of each request begin.
+    kv_indptr:  int32 [requests + 1]: where the keys of each request begin in kv_indices.
+    kv_indices: int32 [keys]: pages of `KeyPages`.
+    seen:       int32 [rows]: row i sees the first seen[i] keys of its request. None: every row sees all keys.
 
-    No request is without rows or keys, no row without a key that it sees, and no row of q is there twice.
+    Every request has rows and keys, every row sees at least one key, and no row of q occurs twice.
     """
 
     q_index: torch.Tensor
@@ -165,31 +164,32 @@ class PagedVisits:
 
     @property
     def last_page_len(self) -> torch.Tensor:
-        """int32 [requests]: pages hold one key."""
+        """int32 [requests]: all 1, because a page holds one key."""
         return torch.ones_like(self.qo_indptr[1:])
 
     def custom_mask(self) -> torch.Tensor | None:
-        """bool [pairs]: for each request its [rows, keys], row by row, True where a row sees a key.
+        """bool [pairs]: the [rows, keys] of each request, row by row; True where a row sees a key. None: no mask.
 
-        Not packed: given `packed_custom_mask`, FlashInfer 0.7.2 counts in bits where its kernel wants the byte that
-        a request's bits begin at (its pull request 2201). Given booleans it packs them itself, and rightly.
+        The mask is not packed here. Given `packed_custom_mask`, FlashInfer 0.7.2 passes its kernel the bit at which
+        a request's mask begins, but the kernel expects the byte (FlashInfer's pull request 2201). Given booleans,
+        FlashInfer packs them itself, correctly.
         """
         if self.seen is None:
             return None
         keys = torch.repeat_interleave(self.kv_indptr.diff(), self.qo_indptr.diff(), output_size=len(self.seen))
         end = keys.cumsum(0)
-        # Pair i of a row that begins at b is seen if i < b + seen.
+        # The pairs of a row begin at b = end - keys, and the row sees the pairs i < b + seen.
         bound = torch.repeat_interleave((end - keys + self.seen).int(), keys)
         return torch.arange(len(bound), dtype=torch.int32, device=bound.device) < bound
 
     def cut(self) -> Iterator[PagedVisits]:
-        """The same requests in batches within what FlashInfer's own arrays can hold.
+        """The same requests in batches that fit into FlashInfer's own arrays.
 
         Raises:
-            ValueError: the masks of all together are beyond MAX_MASK.
+            ValueError: the masks of all requests together are beyond MAX_MASK.
         """
         rows, keys = self.qo_indptr.tolist(), self.kv_indptr.tolist()
-        pairs = [0] * len(rows)  # under a mask, before each request
+        pairs = [0] * len(rows)  # (row, key) pairs under a mask, before each request
         if self.seen is not None:
             sizes = (self.qo_indptr.diff().long() * self.kv_indptr.diff()).tolist()
             pairs = list(accumulate(sizes, initial=0))
@@ -225,9 +225,11 @@ class PagedVisits:
 
 @dataclass(frozen=True)
 class _TileLists:
-    """Rows and keys of all tiles, one tile after the other, int32; where those of a tile begin, int64 [T + 1].
+    """The rows and the keys of all query tiles, one tile after the other.
 
-    seen: as in `PagedVisits`, int32 for each row.
+    rows, slots:            int32, rows of q and rows of the cache.
+    row_indptr, key_indptr: int64 [T + 1], where the rows and the keys of each tile begin.
+    seen:                   int32, one for each row, as in `PagedVisits`.
     """
 
     rows: torch.Tensor
@@ -239,9 +241,12 @@ class _TileLists:
 
 @dataclass(frozen=True)
 class _HeadTable:
-    """The heads of each head group over each of their KV heads. Entries are (group, KV head) pairs; all int64.
+    """The query heads of each head group by their KV head. An entry is a (group, KV head) pair. All int64.
 
-    entries: [groups + 1], the entries of a group. kv_head: [entries]. heads_at: [entries + 1], its part of `heads`.
+    entries:  [groups + 1], where the entries of each group begin.
+    kv_head:  [entries], the KV head of each entry.
+    heads_at: [entries + 1], where the query heads of each entry begin in `heads`.
+    heads:    the query heads of all entries.
     """
 
     entries: torch.Tensor
@@ -271,14 +276,14 @@ class _HeadTable:
 def paged_visits(
     plan: BlockPlan, num_heads: int, num_kv_heads: int, per_slot: int, per_head: int
 ) -> tuple[PagedVisits, PagedVisits]:
-    """The keys that all rows of their tile see, and those that some see: see the docstring of the module.
+    """The batches `shared` and `masked` of a pass; the module's docstring says which keys and rows are in each.
 
     Args:
         plan: one pass. num_heads, num_kv_heads: Hq and Hkv.
         per_slot, per_head: how `KeyPages` numbers its pages.
 
     Raises:
-        ValueError: an index larger than MAX_INDEX.
+        ValueError: the index would have more than MAX_INDEX entries.
     """
     table = _HeadTable.of(plan.head_groups, num_heads // num_kv_heads, plan.q_rows.device)
     entries = table.entries.diff()[plan.q_heads.long()]
@@ -296,7 +301,7 @@ def paged_visits(
 
 
 def _shared_and_masked(plan: BlockPlan) -> tuple[_TileLists, _TileLists]:
-    """Each tile's keys that all its rows see, with all rows; and those that some see, with the rows that see any."""
+    """For each tile: the keys that all rows see, with all rows; the keys that only some rows see, with those rows."""
     tiles = torch.arange(plan.num_tiles, device=plan.q_rows.device)
     tile_of_row = torch.repeat_interleave(tiles, plan.q_indptr.diff(), output_size=len(plan.q_rows))
     blank = torch.zeros(plan.num_tiles, dtype=torch.int32, device=tiles.device)
@@ -313,8 +318,8 @@ def _shared_and_masked(plan: BlockPlan) -> tuple[_TileLists, _TileLists]:
 
     by_some = by_any & ~by_all
     tile_of_key = lane_tile[by_some]
-    # In the order of their positions, what a row sees of its tile's keys is the first of them, and how many is
-    # where its own bound would stand.
+    # With the keys of a tile sorted by position, a row sees the first keys. Their number is the index at which the
+    # row's bound would be inserted.
     in_order, order = (tile_of_key * PAD_POSITION + position[by_some]).sort()
     key_indptr = _indptr(tile_of_key, plan.num_tiles)
     seen = torch.searchsorted(in_order, tile_of_row * PAD_POSITION + plan.q_stop) - key_indptr[tile_of_row]
@@ -330,9 +335,9 @@ def _shared_and_masked(plan: BlockPlan) -> tuple[_TileLists, _TileLists]:
 
 
 def _visited_lanes(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each visited key tile its query tile int64 [nnz], and slots and positions of its keys, int32 [nnz, block_k].
+    """For each visit: the query tile, int64 [nnz], and the slots and positions of the keys, int32 [nnz, block_k].
 
-    Hidden lanes are given the position of padding, which no row sees.
+    An excluded lane has the position of padding, which no row sees.
     """
     tile, number = plan.visits()
     slots = plan.keys.kv_slots.view(-1, plan.block_k)[plan.visited_blocks(tile, number)]
@@ -342,7 +347,7 @@ def _visited_lanes(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def _requests_of(
     plan: BlockPlan, lists: _TileLists, table: _HeadTable, num_heads: int, per_slot: int, per_head: int
 ) -> PagedVisits:
-    """A request for each tile that has rows and keys, and each KV head of its heads; heads are further rows."""
+    """One request for each tile that has rows and keys and each of its KV heads; query heads become further rows."""
     rows, keys = lists.row_indptr.diff(), lists.key_indptr.diff()
     tile = (rows * keys).nonzero().flatten()
     group = plan.q_heads[tile].long()
@@ -370,7 +375,7 @@ def _from_counts(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _indptr(owners: torch.Tensor, number: int) -> torch.Tensor:
-    """int64 [number + 1]: where each owner's elements begin among `owners`, which ascend."""
+    """int64 [number + 1]: where the elements of each owner begin in `owners`, which is ascending."""
     return torch.searchsorted(owners, torch.arange(number + 1, device=owners.device))
 
 
@@ -386,13 +391,13 @@ def _ranges(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A planned FlashInfer wrapper and the rows of q seen as [tokens * Hq, D] that it computes."""
+    """A planned FlashInfer wrapper, and the rows that it computes of q viewed as [tokens * Hq, D]."""
 
     wrapper: Any
     q_index: torch.Tensor
 
     def run(self, q: torch.Tensor, pages: KeyPages, out: torch.Tensor, lse: torch.Tensor, merge: bool) -> None:
-        """Write the batch's rows of `out` and `lse`; with `merge`, join them with what is there (at first 0, -inf)."""
+        """Write the batch's rows of `out` and `lse`. With `merge`, join them with what `out` and `lse` hold."""
         import flashinfer
 
         index = self.q_index
@@ -405,18 +410,27 @@ class _Batch:
 
 
 def _planned(plan: BlockPlan, pages: KeyPages, q: torch.Tensor, sm_scale: float, kernel: str) -> list[_Batch]:
-    """The batches of a pass in any order, planned once and kept with the plan for all layers of one kind."""
+    """The batches of a pass, in any order. They are planned once and kept with the plan for all layers of one shape."""
     num_heads, head_dim = q.shape[1:]
-    key = (num_heads, pages.num_heads, pages.per_slot, pages.per_head, head_dim, q.dtype, sm_scale, kernel)
-    kept: dict[tuple[Any, ...], list[_Batch]] = vars(plan).setdefault(_KEPT, {})
-    if key not in kept:
+    key = (
+        "flashinfer",
+        num_heads,
+        pages.num_heads,
+        pages.per_slot,
+        pages.per_head,
+        head_dim,
+        q.dtype,
+        sm_scale,
+        kernel,
+    )
+    if key not in plan.derived:
         shared, masked = paged_visits(plan, num_heads, pages.num_heads, pages.per_slot, pages.per_head)
-        kept[key] = [
+        plan.derived[key] = [
             _Batch(_planned_wrapper(part, head_dim, q.dtype, sm_scale, name), part.q_index)
             for visits, name in ((shared, kernel), (masked, "fa2"))
             for part in visits.cut()
         ]
-    return kept[key]
+    return plan.derived[key]
 
 
 def _planned_wrapper(visits: PagedVisits, head_dim: int, dtype: torch.dtype, sm_scale: float, kernel: str) -> Any:
@@ -447,8 +461,8 @@ def _workspace(device: torch.device) -> torch.Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
-def _kernel_of(backend: str, device: torch.device) -> str:
-    """fa2 or fa3: what runs the batch without a mask."""
+def kernel_of(backend: str, device: torch.device) -> str:
+    """ "fa2" or "fa3": the kernel for the batch without a mask."""
     _expect(backend in BACKENDS, "backend", "one of " + ", ".join(BACKENDS), repr(backend))
     _expect(device.type == "cuda", "q", "a tensor on a GPU", str(device))
     capability = torch.cuda.get_device_capability(device)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from .block_plan import PrefillPlan
+from .host_tiles import host_tiles
 
 
 def masked_attention(
@@ -29,10 +30,14 @@ def masked_attention(
 
 
 def visited_mask(plan: PrefillPlan, head: int, rows: slice, kv_len: int) -> torch.Tensor:
-    """bool [rows, kv_len]: what `head` really visits in one request. Raises AssertionError on a double visit."""
+    """bool [rows, kv_len]: the keys that each row of one request really sees with `head`.
+
+    Raises:
+        AssertionError: the plan visits a (row, key) twice.
+    """
     visits = torch.zeros(rows.stop - rows.start, kv_len, dtype=torch.int32)
     for block_plan in plan.passes:
-        for tiles in block_plan.batches:
+        for tiles in host_tiles(block_plan).batches:
             if head not in tiles.heads:
                 continue
             for q_rows, kv_pos, visible in zip(tiles.q_rows.cpu(), tiles.kv_pos.cpu(), tiles.visible.cpu()):
@@ -40,8 +45,8 @@ def visited_mask(plan: PrefillPlan, head: int, rows: slice, kv_len: int) -> torc
                     seen = torch.ones(len(q_rows), len(kv_pos), dtype=torch.bool)
                     seen[:, tiles.num_unmasked :] = visible
                     row, key = seen.nonzero(as_tuple=True)
-                    once = torch.ones(len(row), dtype=torch.int32)
-                    visits.index_put_((q_rows[row] - rows.start, kv_pos[key].long()), once, accumulate=True)
+                    ones = torch.ones(len(row), dtype=torch.int32)
+                    visits.index_put_((q_rows[row] - rows.start, kv_pos[key].long()), ones, accumulate=True)
     assert not bool((visits > 1).any()), "a plan visits one (row, key) twice"
     return visits.bool()
 
@@ -55,15 +60,15 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Execute a plan in float64, row by row, over exactly the visited keys of each row.
+    """Execute a plan in float64, row by row, over exactly the keys that the row sees.
 
-    Shapes as in `torch_gather.run`. Unlike every fast executor it holds all visits of a row at once, so it
-    joins no partial results.
+    The shapes are those of `torch_gather.run`. Unlike the fast executors this one holds all keys of a row at once, so
+    it has no partial results to join.
     """
     group = q.shape[1] // k_cache.shape[1]
     visits: dict[tuple[int, int], list[torch.Tensor]] = {}
     for block_plan in plan.passes:
-        for tiles in block_plan.batches:
+        for tiles in host_tiles(block_plan).batches:
             for q_rows, kv_slots, visible in zip(tiles.q_rows, tiles.kv_slots, tiles.visible):
                 full, masked = kv_slots[: tiles.num_unmasked], kv_slots[tiles.num_unmasked :]
                 for row, sees in zip(q_rows.tolist(), visible):
@@ -71,9 +76,9 @@ def run(
                         visits.setdefault((row, head), []).append(torch.cat([full, masked[sees]]))
     out.zero_()
     lse.fill_(-torch.inf)
-    for (row, head), slots_of in visits.items():
-        slots = torch.cat(slots_of)
+    for (row, head), slot_lists in visits.items():
+        slots = torch.cat(slot_lists)
         k, v = k_cache[slots, head // group], v_cache[slots, head // group]
-        everything = torch.ones(1, len(slots), dtype=torch.bool, device=q.device)
-        o, s = masked_attention(q[row, head][None], k, v, everything, sm_scale)
+        all_keys = torch.ones(1, len(slots), dtype=torch.bool, device=q.device)
+        o, s = masked_attention(q[row, head][None], k, v, all_keys, sm_scale)
         out[row, head], lse[row, head] = o[0].to(out.dtype), s[0].to(lse.dtype)

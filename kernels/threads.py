@@ -1,7 +1,7 @@
-"""How the CPU's work is shared out: whole tiles to threads, not every small operation to all of them.
+"""Shares out the CPU's work: each thread takes whole tiles, instead of all threads sharing every small operation.
 
-One tile is too small to be worth a fork and join of all threads for each operation in it, and on a busy
-machine such joins cost far more than the work itself.
+An operation on one tile is too small to be worth a fork and join of all threads, and on a busy machine such joins
+cost far more than the work itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def for_each(work: Callable[[T], None], items: Sequence[T]) -> None:
-    """work(item) for every item, in any order, on as many threads as torch may use. Raises what work raises."""
+    """Call work(item) for every item, in any order, on as many threads as torch may use. Raises what work raises."""
     threads = min(torch.get_num_threads(), len(items))
     if threads < 2:
         for item in items:
@@ -28,7 +28,7 @@ def for_each(work: Callable[[T], None], items: Sequence[T]) -> None:
     todo, lock = iter(items), threading.Lock()
 
     def take() -> None:
-        with torch.inference_mode():  # the mode is a thread's own; SGLang's tensors are inference tensors
+        with torch.inference_mode():  # each thread has its own mode; SGLang's tensors are inference tensors
             while True:
                 with lock:
                     item = next(todo, None)
@@ -43,7 +43,7 @@ def for_each(work: Callable[[T], None], items: Sequence[T]) -> None:
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that run their torch operations alone."""
+    """Threads whose torch operations use one thread each."""
     started = threading.Barrier(threads + 1)
 
     def alone() -> None:
@@ -54,13 +54,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     for _ in range(threads):
         pool.submit(int)
     started.wait()
-    torch.set_num_threads(threads)  # the number is also what threads to come start with: as it was
+    torch.set_num_threads(threads)  # restore it: new threads start with the number that was set last
     return pool
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The calling thread's torch operations run alone: for index work, which is many small operations."""
+    """Inside, the caller's torch operations use one thread: for index work, which is many small operations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,8 +1,8 @@
-"""The torch executor: gathers only the visited key tiles of each query tile. The CPU's engine; runs anywhere.
+"""The torch executor: gathers only the visited key tiles of each query tile. Runs anywhere; the default on a CPU.
 
-Its cost follows density: a query tile costs one gather of its keys and one attention over them, done once for
-all heads that share the tile. On the CPU the attention itself is torch's fused flash kernel; elsewhere, or
-where that is missing, three torch operations.
+Its cost follows density: a query tile costs one gather of its keys and one attention over them, for all heads that
+share the tile. On the CPU the attention is torch's fused flash kernel. Elsewhere, and where torch has no such kernel,
+the attention is a few torch operations.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from .block_plan import CausalRun, PrefillPlan, TileBatch
+from .block_plan import PrefillPlan
+from .host_tiles import CausalRun, TileBatch, host_tiles
 from .threads import for_each
 
 LN_2 = math.log(2)
 LOG2_E = 1 / LN_2
-_FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def run(
@@ -33,7 +34,7 @@ def run(
 
     Args:
         q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D]. out: [tokens, Hq, D], lse: float32
-        [tokens, Hq], base 2; both are contiguous and written whole, whatever they held.
+        [tokens, Hq], base 2; both are contiguous and fully overwritten.
         sm_scale: factor on q . k.
     """
     q = q.contiguous()
@@ -41,6 +42,7 @@ def run(
     out.zero_()
     lse.fill_(-torch.inf)
     for number, block_plan in enumerate(plan.passes):
+        walk = host_tiles(block_plan)
         layouts = {heads: _HeadLayout(heads, group, q.shape[1], q.device) for heads in block_plan.head_groups}
 
         def run_tiles(tiles: TileBatch, layouts: dict = layouts, merge: bool = number > 0) -> None:
@@ -49,12 +51,12 @@ def run(
                 tiles.forget()
 
         if q.device.type != "cpu":
-            for tiles in block_plan.batches:
+            for tiles in walk.batches:
                 run_tiles(tiles)
             continue
-        for causal in block_plan.causal_runs if _FUSED is not None else []:
+        for causal in walk.causal_runs if FUSED is not None else []:
             _run_causal(q, k_cache, v_cache, causal, layouts[causal.heads], sm_scale, out, lse, number > 0)
-        for_each(run_tiles, block_plan.scattered if _FUSED is not None else block_plan.batches)
+        for_each(run_tiles, walk.scattered if FUSED is not None else walk.batches)
 
 
 def _run_causal(
@@ -68,30 +70,33 @@ def _run_causal(
     lse: torch.Tensor,
     merge: bool,
 ) -> None:
-    """Plain causal attention of many rows at once, which is what the fused kernel does best."""
+    """Plain causal attention of many rows at once, which the fused kernel does best.
+
+    The kernel's causal mask is aligned at the first row, so the keys before the run's first row are a second call.
+    """
     m = run.q_rows.stop - run.q_rows.start
-    at = run.q_rows if heads.all_q else (run.q_rows, heads.q_heads)
-    by_head = q[at].transpose(0, 1)[None]  # [1, heads, m, D]
+    selection = run.q_rows if heads.all_q else (run.q_rows, heads.q_heads)
+    by_head = q[selection].transpose(0, 1)[None]  # [1, heads, m, D]
     k, v = (heads.take_kv(cache, run).to(q.dtype) for cache in (k_cache, v_cache))
     prefix = k.shape[2] - m
-    own = [t[:, :, prefix:].repeat_interleave(heads.per_kv, dim=1) for t in (k, v)]
-    o, s = _FUSED(by_head, *own, 0.0, True, attn_mask=None, scale=sm_scale)
+    chunk_kv = [t[:, :, prefix:].repeat_interleave(heads.per_kv, dim=1) for t in (k, v)]
+    o, s = FUSED(by_head, *chunk_kv, 0.0, True, attn_mask=None, scale=sm_scale)
     s = s.float() * LOG2_E
     if prefix:
         packed = by_head.unflatten(1, (-1, heads.per_kv)).flatten(2, 3)  # [1, kv, per_kv * m, D]
-        before, its_s = _attend(packed, k[:, :, :prefix], v[:, :, :prefix], None, sm_scale)
-        o, s = merge_state(o, s, before.reshape(o.shape), its_s.reshape(s.shape))
+        prefix_o, prefix_s = attend(packed, k[:, :, :prefix], v[:, :, :prefix], None, sm_scale)
+        o, s = merge_state(o, s, prefix_o.reshape(o.shape), prefix_s.reshape(s.shape))
     o, s = o[0].transpose(0, 1), s[0].transpose(0, 1)
     if merge:
-        o, s = merge_state(out[at], lse[at], o, s)
-    out[at], lse[at] = o.to(out.dtype), s
+        o, s = merge_state(out[selection], lse[selection], o, s)
+    out[selection], lse[selection] = o.to(out.dtype), s
 
 
 class _HeadLayout:
-    """How the heads of a tile lie over the KV heads: `kv` rows of `per_kv` query heads each.
+    """How the query heads of a tile share KV heads: `kv` KV heads, each for `per_kv` query heads.
 
-    Where every KV head in use serves the same number of the tile's heads, they are computed together, so that
-    K and V are gathered once for a group; otherwise each query head brings its own copy of its KV head.
+    If every KV head serves the same number of the tile's query heads, these are computed together, so that K and V
+    are gathered once for a GQA group. Otherwise each query head brings its own copy of its KV head.
     """
 
     def __init__(self, heads: tuple[int, ...], group: int, num_heads: int, device: torch.device) -> None:
@@ -109,18 +114,18 @@ class _HeadLayout:
         )
 
     def index(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [B, m] -> int64 [B, kv, per_kv * m], rows of q seen as [tokens * heads, D].
+        """rows [B, m] -> int64 [B, kv, per_kv * m], rows of q viewed as [tokens * heads, D].
 
-        Heads that share K and V become further rows over them.
+        Query heads that share a KV head become further rows over it.
         """
         index = rows[:, None, :] * self.num_heads + self.q_heads[:, None]
         return index.view(len(rows), -1, self.per_kv * rows.shape[1])
 
     def take_kv(self, cache: torch.Tensor, tiles: TileBatch | CausalRun) -> torch.Tensor:
-        """The keys or values of `tiles`: [B, kv, n, D]. A view where they lie side by side in the pool."""
+        """The keys or values of `tiles`: [B, kv, n, D]. A view of the cache if they lie side by side in it."""
         if tiles.kv_slice is not None:
-            taken = cache[None, tiles.kv_slice]
-            return (taken if self.kv_heads is None else taken[:, :, self.kv_heads]).transpose(1, 2)
+            view = cache[None, tiles.kv_slice]
+            return (view if self.kv_heads is None else view[:, :, self.kv_heads]).transpose(1, 2)
         slots = tiles.kv_slots if tiles.kv_slots.dim() == 2 else tiles.kv_slots[None]
         if self.kv_heads is None:
             return cache.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
@@ -143,12 +148,12 @@ def _run_tiles(
     index = heads.index(tiles.q_rows)
     packed = q.view(-1, q.shape[2]).index_select(0, index.flatten()).view(*index.shape, -1)
     k, v = heads.take_kv(k_cache, tiles), heads.take_kv(v_cache, tiles)
-    full, parts = tiles.num_unmasked, []
-    if full:
-        parts.append(_attend(packed, k[:, :, :full], v[:, :, :full], None, sm_scale))
-    if k.shape[2] > full:
+    num_unmasked, parts = tiles.num_unmasked, []
+    if num_unmasked:
+        parts.append(attend(packed, k[:, :, :num_unmasked], v[:, :, :num_unmasked], None, sm_scale))
+    if k.shape[2] > num_unmasked:
         mask = tiles.additive_mask.repeat(1, heads.per_kv, 1)[:, None]
-        o, s = _attend(packed, k[:, :, full:], v[:, :, full:], mask, sm_scale)
+        o, s = attend(packed, k[:, :, num_unmasked:], v[:, :, num_unmasked:], mask, sm_scale)
         if (empty := tiles.empty_rows) is not None:
             empty = empty.repeat(1, heads.per_kv)[:, None]
             o, s = o.masked_fill(empty[..., None], 0), s.masked_fill(empty, -torch.inf)
@@ -162,30 +167,31 @@ def _run_tiles(
     rows_lse.index_copy_(0, index, s)
 
 
-def _attend(
+def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sm_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B, H, m, D]; k, v [B, H, n, D]; mask additive [B, 1, m, n] -> o like q and lse float32 [B, H, m], base 2."""
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if _FUSED is not None and q.device.type == "cpu":
+    if FUSED is not None and q.device.type == "cpu":
         mask = None if mask is None else mask.to(q.dtype)
-        o, s = _FUSED(q, k, v, 0.0, False, attn_mask=mask, scale=sm_scale)
+        o, s = FUSED(q, k, v, 0.0, False, attn_mask=mask, scale=sm_scale)
         return o, s.float() * LOG2_E
     scores = torch.matmul(q.float() * (sm_scale * LOG2_E), k.float().transpose(-1, -2))
     if mask is not None:
         scores = scores + mask
-    top = scores.amax(dim=-1, keepdim=True).clamp_min(-1e30)  # finite, so that an empty row gives no NaN
-    weights = torch.exp2(scores - top)
-    total = weights.sum(dim=-1, keepdim=True)
-    o = torch.matmul(weights.to(v.dtype), v).float() / total
-    return o, (top + total.log2()).squeeze(-1)
+    # The maximum stays finite, so that an empty row gives no NaN.
+    row_max = scores.amax(dim=-1, keepdim=True).clamp_min(-1e30)
+    weights = torch.exp2(scores - row_max)
+    row_sum = weights.sum(dim=-1, keepdim=True)
+    o = torch.matmul(weights.to(v.dtype), v).float() / row_sum
+    return o, (row_max + row_sum.log2()).squeeze(-1)
 
 
 def merge_state(
     o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join two partial attentions over disjoint keys. o [..., D], lse [...] base 2; as FlashInfer's merge_state."""
-    weight_b = torch.sigmoid((lse_b - lse_a) * LN_2).nan_to_num_(nan=0.0)  # NaN: both of them empty
-    wide = torch.promote_types(o_a.dtype, torch.float32)
-    o = torch.lerp(o_a.to(wide), o_b.to(wide), weight_b[..., None].to(wide))
+    """Join two partial attentions over disjoint keys: o [..., D], lse [...] base 2, as in FlashInfer's merge_state."""
+    weight_b = torch.sigmoid((lse_b - lse_a) * LN_2).nan_to_num_(nan=0.0)  # NaN where both are empty
+    wide_dtype = torch.promote_types(o_a.dtype, torch.float32)
+    o = torch.lerp(o_a.to(wide_dtype), o_b.to(wide_dtype), weight_b[..., None].to(wide_dtype))
     return o, torch.logaddexp2(lse_a, lse_b)

@@ -13,15 +13,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "sglang_mminfer.modality.segments": ("Modality", "ModalityMap", "Segment", "VisionGrid"),
-    "sglang_mminfer.patterns.spec": (
-        "AShape",
-        "Boundary2D",
-        "Dense",
-        "Grid",
-        "QBoundary",
-        "TriShape",
-        "VerticalSlash",
-    ),
+    "sglang_mminfer.patterns.a_shape": ("AShape",),
+    "sglang_mminfer.patterns.boundary": ("Boundary2D", "QBoundary"),
+    "sglang_mminfer.patterns.dense": ("Dense",),
+    "sglang_mminfer.patterns.dilated": ("Dilated",),
+    "sglang_mminfer.patterns.grid": ("Grid",),
+    "sglang_mminfer.patterns.tri_shape": ("TriShape",),
+    "sglang_mminfer.patterns.vertical_slash": ("VerticalSlash",),
     "sglang_mminfer.patterns.mask": ("pattern_mask",),
     "sglang_mminfer.head_config": ("HeadConfig",),
     "sglang_mminfer.prefill": ("SparsePrefillWithPagedKVCacheWrapper",),
@@ -36,6 +34,7 @@ __all__ = [  # noqa: RUF022 - grouped by room
     "AShape",
     "Boundary2D",
     "Dense",
+    "Dilated",
     "Grid",
     "QBoundary",
     "TriShape",
@@ -48,16 +47,14 @@ __all__ = [  # noqa: RUF022 - grouped by room
 if TYPE_CHECKING:
     from sglang_mminfer.head_config import HeadConfig
     from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
+    from sglang_mminfer.patterns.a_shape import AShape
+    from sglang_mminfer.patterns.boundary import Boundary2D, QBoundary
+    from sglang_mminfer.patterns.dense import Dense
+    from sglang_mminfer.patterns.dilated import Dilated
+    from sglang_mminfer.patterns.grid import Grid
     from sglang_mminfer.patterns.mask import pattern_mask
-    from sglang_mminfer.patterns.spec import (
-        AShape,
-        Boundary2D,
-        Dense,
-        Grid,
-        QBoundary,
-        TriShape,
-        VerticalSlash,
-    )
+    from sglang_mminfer.patterns.tri_shape import TriShape
+    from sglang_mminfer.patterns.vertical_slash import VerticalSlash
     from sglang_mminfer.prefill import SparsePrefillWithPagedKVCacheWrapper
 
 

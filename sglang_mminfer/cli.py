@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -118,6 +119,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 """Each adds its own arguments and the default `run`, which takes the arguments and returns the exit status. Only the
 command that was asked for does so: the doctor must run where the others cannot even be imported."""
 
+TOOLS = ("httpx", "imageio_ffmpeg", "jinja2", "matplotlib", "openai", "rich", "tokenizers")
+"""Modules that the extra [tools] brings. Every command but the doctor uses some of them, and most only late: a search
+that has run for an hour must not find out then that it cannot draw."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit status."""
@@ -130,6 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     words = sys.argv[1:] if arguments is None else arguments
     asked = next((word for word in words if not word.startswith("-")), None)
+    missing = [name for name in TOOLS if importlib.util.find_spec(name) is None]
+    if missing and asked in COMMANDS and asked != "doctor":
+        print(
+            f"mminfer {asked}: needs {', '.join(missing)}, not installed here: pip install 'sglang-mminfer[tools]'",
+            file=sys.stderr,
+        )
+        return 1
     for name, (text, add) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name == asked:

@@ -21,6 +21,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.serving.backend_entry:add_choice",
         "argparse accepts an attention backend only by this list.",
         essential=True,
+        when=("load",),
     ),
     Hook(
         "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS",
@@ -28,18 +29,21 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.serving.backend_entry:create_backend",
         "The scheduler builds attention backends by name from this registry.",
         essential=True,
+        when=("load",),
     ),
     Hook(
         "sglang.srt.server_args.ServerArgs.add_cli_args",
         "after",
         "sglang_mminfer.serving.flags:add_cli_args",
         "The flags --mminfer-config and --mminfer-audit; SGLang has no way for a plugin to declare one.",
+        when=("load",),
     ),
     Hook(
         "sglang.srt.server_args.ServerArgs.from_cli_args",
         "around",
         "sglang_mminfer.serving.flags:from_cli_args",
         "ServerArgs takes only its own fields from the command line; this carries the flags over.",
+        when=("load",),
     ),
     Hook(
         "handle_model_specific_adjustments",
@@ -49,6 +53,7 @@ HOOKS: tuple[Hook, ...] = (
         "backend for speculative decoding. This step is the first that knows flags, CUDA graphs and model, "
         "and comes before SGLang's own checks by backend name.",
         essential=True,
+        when=("load",),
     ),
     Hook(
         "handle_model_capability_adjustments",
@@ -56,14 +61,16 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.serving.launch:check_result",
         "Some models make SGLang replace the attention backend; that must not go unseen.",
         essential=True,
+        when=("load",),
     ),
     Hook(
         "sglang.srt.server_args.ServerArgs.resolve_once",
         "before",
-        "sglang_mminfer.mends.asked:note",
+        "sglang_mminfer.serving.hooks:note",
         "Hooks on SGLang's model code are given no arguments of the server, and must leave servers without mminfer "
         "alone. Every process resolves or publishes its arguments before, and both go through this method.",
         essential=True,
+        when=("load",),
     ),
     Hook(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
@@ -189,6 +196,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.serving.ffmpeg:decode_without_ffmpeg",
         "SGLang takes decord if torchcodec cannot be imported, but torchcodec looks for FFmpeg's libraries "
         "only with the first video: without them every video request fails.",
+        when=("mminfer", "cpu"),
     ),
     Hook(
         "sglang.srt.utils.hf_transformers.config.HfModelConfigParser.parse",
@@ -216,6 +224,7 @@ HOOKS: tuple[Hook, ...] = (
         "The first step that knows whether the arguments ask for the CPU; SGLang chooses a platform before. And the "
         "defaults that a CPU needs, before SGLang reads the model's dtype or picks a device; the platform's own "
         "apply_server_args_defaults comes too late for both.",
+        when=("load",),
     ),
     *cpu_platform.HOOKS,
 )
@@ -224,15 +233,16 @@ _registered = False
 
 
 def register() -> None:
-    """Entry point of group `sglang.srt.plugins`: installs `HOOKS`. A second call does nothing."""
+    """Entry point of group `sglang.srt.plugins`: declares `HOOKS` and installs those that every server needs. A second
+    call does nothing."""
     global _registered
     if _registered:
         return
     try:
-        on_cpu = cpu_platform.selected()
-        for hook in HOOKS:
-            if on_cpu or hook not in cpu_platform.HOOKS:  # those come with `cpu_platform.use`
-                hooks.install(hook)
+        hooks.declare(HOOKS)
+        hooks.install("load")
+        if cpu_platform.selected():  # else with `cpu_platform.use`
+            hooks.install("cpu")
     except Exception:
         logger.exception(
             "sglang-mminfer could NOT be registered, so SGLang will not know the attention backend "

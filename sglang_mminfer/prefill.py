@@ -1,7 +1,7 @@
-"""The sparse prefill wrapper: FlashInfer's plan/run contract, with a modality map and a pattern for each head.
+"""The sparse prefill wrapper: FlashInfer's plan/run contract, plus a modality map and a pattern for each head.
 
-Works without SGLang. Shapes, names and the base-2 LSE are those of FlashInfer's
-BatchPrefillWithPagedKVCacheWrapper, so that its `merge_state` composes with what `run` returns.
+It works without SGLang. Shapes, names and the base-2 LSE are those of FlashInfer's
+BatchPrefillWithPagedKVCacheWrapper, so FlashInfer's `merge_state` can merge what `run` returns.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from sglang_mminfer.kernels import executors, reference
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
 
 
 class SparsePrefillWithPagedKVCacheWrapper:
-    """Prefill attention of a ragged batch over a paged KV cache, each query head with its own sparse pattern.
+    """Prefill attention of a ragged batch over a paged KV cache, with a sparse pattern for each query head.
+
+    The method is MMInference's modality-aware permuted sparse attention (ICML 2025, arXiv 2504.16083).
 
     Args:
-        float_workspace_buffer: as in FlashInfer; kept for the contract, no executor needs it yet.
+        float_workspace_buffer: as in FlashInfer; no executor uses it.
         kv_layout: "NHD": pages of [page_size, Hkv, D]; or "HND": pages of [Hkv, page_size, D].
         backend: "torch" (any device), "triton" (NVIDIA GPUs), "flashinfer" (the same plan on FlashInfer's own
             wrappers: a cross-check), "reference" (float64, the oracle), or "auto": triton on a GPU, else torch.
         block_q, block_k: rows of a query tile and keys of a key tile.
 
     Raises:
-        ValueError: a layout or backend that does not exist.
+        ValueError: if there is no such layout or backend, or a block has no rows.
     """
 
     def __init__(
@@ -69,45 +71,45 @@ class SparsePrefillWithPagedKVCacheWrapper:
         kv_data_type: torch.dtype | str | None = None,
         dense_below: int = 0,
     ) -> None:
-        """Lay out one batch. The rows of request i are the last of its keys (bottom-right causal).
+        """Plan one batch. The rows of request i are the last of its keys (bottom-right causal).
 
         Args:
-            qo_indptr: int32 [batch + 1], rows of q by request.
-            paged_kv_indptr: int32 [batch + 1], paged_kv_indices: int32 [pages in use],
-            paged_kv_last_page_len: int32 [batch]: the page table in CSR form.
+            qo_indptr: int32 [batch + 1], where the rows of each request begin in q.
+            paged_kv_indptr: int32 [batch + 1]; paged_kv_indices: int32 [pages in use];
+                paged_kv_last_page_len: int32 [batch]. The page table in CSR form.
             num_qo_heads, num_kv_heads, head_dim_qk, page_size: shapes of q and of the cache.
             modality_maps: one for each request, at least as long as its keys.
-            head_patterns: one for each query head; a single one, or a list of one, is for all heads.
-            sm_scale: factor on q . k. Default: 1 / sqrt(head_dim_qk).
+            head_patterns: one for each query head; a single pattern, or a list of one, applies to all heads.
+            sm_scale: the factor on q . k. Default: 1 / sqrt(head_dim_qk).
             q_data_type, kv_data_type: checked against the tensors given to `run`; kv defaults to q's.
             dense_below: rows at absolute positions below this see every key.
 
         Raises:
-            ValueError: naming the argument, what came and what was expected.
+            ValueError: naming the argument, what was expected and what came.
         """
-        qo = _int_vector("qo_indptr", qo_indptr)
-        kv = _int_vector("paged_kv_indptr", paged_kv_indptr)
-        last = _int_vector("paged_kv_last_page_len", paged_kv_last_page_len)
-        batch = len(qo) - 1
-        _expect(batch >= 0 and qo[0] == 0, "qo_indptr", "batch + 1 values from 0 on", str(qo[:8]))
-        _expect(qo == sorted(qo), "qo_indptr", "values that do not decrease", str(qo[:8]))
-        _expect(len(kv) == batch + 1, "paged_kv_indptr", f"{batch + 1} values", str(len(kv)))
+        row_starts = _int_vector("qo_indptr", qo_indptr)
+        page_starts = _int_vector("paged_kv_indptr", paged_kv_indptr)
+        last_page_len = _int_vector("paged_kv_last_page_len", paged_kv_last_page_len)
+        batch = len(row_starts) - 1
+        _expect(batch >= 0 and row_starts[0] == 0, "qo_indptr", "batch + 1 values from 0 on", str(row_starts[:8]))
+        _expect(row_starts == sorted(row_starts), "qo_indptr", "values that do not decrease", str(row_starts[:8]))
+        _expect(len(page_starts) == batch + 1, "paged_kv_indptr", f"{batch + 1} values", str(len(page_starts)))
         _expect(
-            kv[0] == 0 and kv == sorted(kv),
+            page_starts[0] == 0 and page_starts == sorted(page_starts),
             "paged_kv_indptr",
             "values from 0 on that do not decrease",
-            str(kv[:8]),
+            str(page_starts[:8]),
         )
         _expect_int_vector("paged_kv_indices", paged_kv_indices)
         _expect(
-            len(paged_kv_indices) >= kv[-1],
+            len(paged_kv_indices) >= page_starts[-1],
             "paged_kv_indices",
-            f"at least {kv[-1]} values",
+            f"at least {page_starts[-1]} values",
             str(len(paged_kv_indices)),
         )
-        lowest, highest = map(int, paged_kv_indices[: kv[-1]].aminmax()) if kv[-1] else (0, -1)
+        lowest, highest = map(int, paged_kv_indices[: page_starts[-1]].aminmax()) if page_starts[-1] else (0, -1)
         _expect(lowest >= 0, "paged_kv_indices", "values >= 0", str(lowest))
-        _expect(len(last) == batch, "paged_kv_last_page_len", f"{batch} values", str(len(last)))
+        _expect(len(last_page_len) == batch, "paged_kv_last_page_len", f"{batch} values", str(len(last_page_len)))
         for name, value in (("page_size", page_size), ("num_kv_heads", num_kv_heads), ("head_dim_qk", head_dim_qk)):
             _expect(isinstance(value, int) and value >= 1, name, "an integer >= 1", repr(value))
         _expect(
@@ -123,8 +125,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
             f"{batch} maps, one for each request",
             str(len(modality_maps)),
         )
-        several = isinstance(head_patterns, Sequence) and not isinstance(head_patterns, str)
-        patterns: list[Any] = list(head_patterns) if several else [head_patterns]  # type: ignore[arg-type]
+        is_list = isinstance(head_patterns, Sequence) and not isinstance(head_patterns, str)
+        patterns: list[Any] = list(head_patterns) if is_list else [head_patterns]  # type: ignore[arg-type]
         for i, pattern in enumerate(patterns):
             name = f"head_patterns[{i}]"
             _expect(isinstance(pattern, HeadPattern), name, "a pattern or a boundary", repr(pattern))
@@ -143,16 +145,16 @@ class SparsePrefillWithPagedKVCacheWrapper:
         requests = []
         lane = torch.arange(page_size, device=paged_kv_indices.device)
         for i in range(batch):
-            pages = paged_kv_indices[kv[i] : kv[i + 1]].long()
-            rows = qo[i + 1] - qo[i]
+            pages = paged_kv_indices[page_starts[i] : page_starts[i + 1]].long()
+            rows = row_starts[i + 1] - row_starts[i]
             if len(pages):
                 _expect(
-                    1 <= last[i] <= page_size,
+                    1 <= last_page_len[i] <= page_size,
                     f"paged_kv_last_page_len[{i}]",
                     f"1 to {page_size}",
-                    str(last[i]),
+                    str(last_page_len[i]),
                 )
-            kv_len = (len(pages) - 1) * page_size + last[i] if len(pages) else 0
+            kv_len = (len(pages) - 1) * page_size + last_page_len[i] if len(pages) else 0
             _expect(
                 rows <= kv_len,
                 f"qo_indptr[{i + 1}]",
@@ -165,14 +167,14 @@ class SparsePrefillWithPagedKVCacheWrapper:
             _expect(modality_map.length >= kv_len, name, expected, str(modality_map.length))
             slots = (pages[:, None] * page_size + lane).flatten()[:kv_len]
             if rows:
-                requests.append(RequestChunk(modality_map, kv_len - rows, kv_len, qo[i], slots))
+                requests.append(RequestChunk(modality_map, kv_len - rows, kv_len, row_starts[i], slots))
         self._requests = {r.row_start: r for r in requests}
-        self._row_starts = qo
+        self._row_starts = row_starts
         self._patterns = patterns
         self._shape = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
         self._sm_scale, self._dtypes, self._num_pages = sm_scale, dtypes, highest + 1
         self._planner = BatchPlanner(
-            requests, qo[-1], dense_below=dense_below, block_q=self._block_q, block_k=self._block_k
+            requests, row_starts[-1], dense_below=dense_below, block_q=self._block_q, block_k=self._block_k
         )
         self._last_plan = None
 
@@ -188,15 +190,18 @@ class SparsePrefillWithPagedKVCacheWrapper:
         """Attention of the planned batch.
 
         Args:
-            q: [tokens, Hq, D]. paged_kv_cache: (k, v), each [pages, page_size, Hkv, D] (NHD), or one tensor
-                [pages, 2, page_size, Hkv, D]; for HND the page and head axes swap.
-            out: [tokens, Hq, D] and lse: float32 [tokens, Hq], written whole if given.
+            q: [tokens, Hq, D].
+            paged_kv_cache: (k, v), each [pages, page_size, Hkv, D], or one tensor [pages, 2, page_size, Hkv, D]. For
+                HND the page_size and Hkv axes swap.
+            out: [tokens, Hq, D], optional; the answer is written into it.
+            lse: float32 [tokens, Hq], optional; the LSE is written into it.
 
         Returns:
             out, or (out, lse) if return_lse. lse is base 2. A row without keys gives 0 and -inf.
 
         Raises:
-            RuntimeError: before `plan`. ValueError: a shape or dtype that differs from the plan's.
+            RuntimeError: before `plan`.
+            ValueError: for a shape or dtype that differs from the plan's.
         """
         if self._planner is None:
             raise RuntimeError("SparsePrefillWithPagedKVCacheWrapper.run: call plan() first")
@@ -214,21 +219,24 @@ class SparsePrefillWithPagedKVCacheWrapper:
         _expect(lse.shape == q.shape[:2], "lse", f"the shape {tuple(q.shape[:2])}", str(tuple(lse.shape)))
         _expect(lse.dtype == torch.float32, "lse", "the dtype torch.float32", str(lse.dtype))
         self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale)
-        # Executors write contiguous outputs; what the caller gives may be a part of something larger.
-        written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (out, lse)]
+        # Executors write contiguous outputs; the caller's tensors may be views of larger ones.
+        outputs = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (out, lse)]
         execute = EXECUTORS[executors.name_for(self.backend, q.device)]
-        execute(q, k_cache, v_cache, self._last_plan, self._sm_scale, *written)
-        for given, whole in zip((out, lse), written):
-            if whole is not given:
-                given.copy_(whole)
+        execute(q, k_cache, v_cache, self._last_plan, self._sm_scale, *outputs)
+        for target, contiguous in zip((out, lse), outputs):
+            if contiguous is not target:
+                target.copy_(contiguous)
         return (out, lse) if return_lse else out
 
     @property
     def density(self) -> torch.Tensor:
-        """float64 [Hq]: visited pairs over causal pairs of the batch, by head. 1 is dense.
+        """float64 [Hq]: visited pairs over causal pairs of the batch, for each head. 1 is dense.
 
-        A visited pair is a (row, key) at or below the diagonal in a visited tile, wanted by the pattern or not.
-        Of estimated patterns it is known after `run`.
+        A pair (row, key) is visited if it lies at or below the diagonal in a visited tile, whether the pattern asks
+        for it or not. The density of estimated patterns is known only after `run`.
+
+        Raises:
+            RuntimeError: before `plan`.
         """
         plan = self._current_plan()
         causal = sum(r.causal_pairs for r in self._requests.values())
@@ -237,7 +245,12 @@ class SparsePrefillWithPagedKVCacheWrapper:
         return plan.visited_by_row.sum(dim=0).double() / causal
 
     def visited_mask(self, request: int, head: int) -> torch.Tensor:
-        """bool [Lq, Lk]: what `head` really visits of request `request`. Quadratic; for small inputs."""
+        """bool [Lq, Lk]: the pairs that `head` visits in request number `request`. For small inputs: Lq * Lk bytes.
+
+        Raises:
+            RuntimeError: before `plan`.
+            ValueError: if there is no such request or head.
+        """
         plan = self._current_plan()
         for name, value, count in (("request", request, len(self._row_starts) - 1), ("head", head, self._shape[0])):
             _expect(0 <= value < count, name, f"0 to {count - 1}", repr(value))

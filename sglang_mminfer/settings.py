@@ -1,7 +1,7 @@
-"""Every flag and environment variable of this package: its default, its meaning, and since when it is there.
+"""Every flag and environment variable of this package: its default, its meaning, and the version that brought it.
 
-`SETTINGS` is the list, for people too: docs/settings.md is made of it (`python -m sglang_mminfer.settings`). Nobody
-else reads a variable whose name begins with SGLANG_MMINFER. Only the standard library is imported here.
+`SETTINGS` lists them, and docs/settings.md is made from the list (`python -m sglang_mminfer.settings`). No other module
+reads a variable whose name begins with SGLANG_MMINFER. This module imports the standard library only.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from typing import Any, Literal
 
 BACKEND_NAME = "mminfer"
 
+PREFIX = "SGLANG_MMINFER_"
+"""With which the name of every variable of ours begins."""
+
 TESTED_SGLANG = ">=0.5.23,<0.5.24"
-"""The versions of SGLang that the tests were run with, as in pyproject.toml."""
+"""The versions of SGLang that the tests were run with; the same specifier as in pyproject.toml."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing that a user may say.
+    """One setting.
 
     Attributes:
-        variable: its environment variable.
-        flag: the server's flag for it, which wins over the variable; "" where there is none.
-        default: what holds if nobody says it, as one would type it.
-        meaning: what it does, and what it may be.
+        variable: the environment variable.
+        flag: the server's flag, which wins over the variable; "" if there is none.
+        default: the value if neither is set, as one would type it.
+        meaning: what the setting does, and its values.
         since: the version of this package that brought it.
-        internal: set by our own commands for the servers that they start, and by nobody else.
+        internal: only our own commands set it, for the servers that they start.
     """
 
     variable: str
@@ -40,7 +43,11 @@ class Setting:
     internal: bool = False
 
     def read(self, environ: Mapping[str, str] | None = None) -> str:
-        """What the environment says, "" where it says nothing."""
+        """The variable's value, "" if it is not set.
+
+        Args:
+            environ: the environment; None for that of this process.
+        """
         return (os.environ if environ is None else environ).get(self.variable, "")
 
 
@@ -48,35 +55,37 @@ CONFIG = Setting(
     "SGLANG_MMINFER_CONFIG",
     "default",
     "What every head does: the name of a built-in head config (`default`, `dense`, `baseline_*`) or the path of a JSON "
-    'file. `--json-model-override-args \'{"mminfer_config": "..."}\'` says it, too, behind flag and variable.',
+    'file. `--json-model-override-args \'{"mminfer_config": "..."}\'` names one, too; flag and variable win over it.',
     flag="--mminfer-config",
 )
 AUDIT = Setting(
     "SGLANG_MMINFER_AUDIT",
     "0",
-    "The share of requests, 0 to 1, of which sampled rows are computed again densely; error and recall of every sparse "
-    "layer go to trace and metrics. Answers stay the same.",
+    "The share of requests, 0 to 1, whose sampled query rows are computed again densely; error and recall of every "
+    "sparse layer go to trace and metrics. Answers stay the same.",
     flag="--mminfer-audit",
 )
 EXECUTOR = Setting(
     "SGLANG_MMINFER_EXECUTOR",
     "auto",
     "Which kernel runs the plans: `auto` (`triton` on a GPU, `torch` elsewhere), `torch`, `triton`, or `flashinfer` "
-    "(the same plans on FlashInfer's kernels, for where Triton is not to be used).",
+    "(the same plans on FlashInfer's kernels, if Triton must not be used).",
 )
 DENSE_HEADS = Setting(
     "SGLANG_MMINFER_DENSE_HEADS",
     "auto",
-    "Where dense heads beside sparse ones run: `stock` (SGLang's backend), `own` (this package's executor), or `auto`: "
-    "on a GPU stock where that is cheap, elsewhere own.",
+    "Where the dense heads of a layer with sparse heads run: `stock` (SGLang's backend), `own` (this package's "
+    "executor), or `auto` (`stock` on a GPU if that is cheap, else `own`).",
 )
 PLAN_BUDGET_MS = Setting(
     "SGLANG_MMINFER_PLAN_BUDGET_MS",
     "200",
-    "Milliseconds that planning one head pattern of a chunk of 8,192 rows may cost, by estimate; beyond it the chunk "
-    "is dense and counted as `plan_budget`. `inf`: no limit.",
+    "Milliseconds that planning one head pattern of a chunk of 8,192 rows may take, by estimate. A chunk above it runs "
+    "dense and is counted as `plan_budget`. `inf`: no limit.",
 )
-PLAN_BUDGET_MB = Setting("SGLANG_MMINFER_PLAN_BUDGET_MB", "256", "The same in megabytes.")
+PLAN_BUDGET_MB = Setting(
+    "SGLANG_MMINFER_PLAN_BUDGET_MB", "256", "Megabytes that the same planning may take, by estimate. `inf`: no limit."
+)
 MENDS = Setting(
     "SGLANG_MMINFER_MENDS",
     "all",
@@ -86,7 +95,8 @@ MENDS = Setting(
 MAX_MEGAPIXELS = Setting(
     "SGLANG_MMINFER_MAX_MEGAPIXELS",
     "100",
-    "How large a picture or a frame may be before it is decoded; at most 178. A larger one is the client's error.",
+    "The most megapixels of a picture or a frame, checked before it is decoded; at most 178. A larger one is the "
+    "client's error.",
 )
 TRACE = Setting(
     "SGLANG_MMINFER_TRACE",
@@ -97,15 +107,15 @@ TRACE = Setting(
 OBSERVERS = Setting(
     "SGLANG_MMINFER_OBSERVERS",
     "",
-    "Observers of attention layers as `module:function=value`, one a line; the function makes an observer of the value "
-    "and a RankInfo. `mminfer inspect` and `mminfer search` work through it.",
+    "Observers of attention layers, one `module:function=value` on each line; the function makes an observer from the "
+    "value and a RankInfo. `mminfer inspect` and `mminfer search` work through it.",
     internal=True,
 )
 SPLIT_VIDEOS = Setting(
     "SGLANG_MMINFER_SPLIT_VIDEOS",
     "",
-    "The switch of the first five mends before SGLANG_MMINFER_MENDS: 0 leaves them out, 1 mends the media of every "
-    "server. Understood for one more release.",
+    "The older switch of the first five mends: `0` switches them off, `1` mends the media of every server, with and "
+    "without mminfer. It works for one more release.",
 )
 
 SETTINGS: tuple[Setting, ...] = (
@@ -125,26 +135,27 @@ SETTINGS: tuple[Setting, ...] = (
 EXECUTOR_CHOICES = ("auto", "torch", "triton", "flashinfer")
 DENSE_HEADS_CHOICES = ("auto", "stock", "own")
 MOST_MEGAPIXELS = 178
-"""More than this PIL itself refuses to open."""
+"""PIL refuses to open larger pictures."""
 
 MODEL_KEY = "mminfer_config"
-"""In a model's config: where --json-model-override-args puts the name of a head config."""
+"""Key in a model's config under which --json-model-override-args puts the name of a head config."""
 
 
 def executor() -> str:
-    """The executor that the environment names for sparse layers, else "auto"."""
+    """The executor for sparse layers: what the variable names, else "auto". Not checked against EXECUTOR_CHOICES."""
     return EXECUTOR.read() or EXECUTOR.default
 
 
 def dense_heads() -> str:
-    """Where dense heads beside sparse ones are to run: one of DENSE_HEADS_CHOICES, if the setting is right."""
+    """Where dense heads beside sparse ones run: what the variable names, else "auto". Not checked."""
     return DENSE_HEADS.read() or DENSE_HEADS.default
 
 
 def dense_heads_on_stock(device: str) -> Literal["never", "cheap", "always"]:
-    """Whether dense heads beside sparse ones go to the stock backend: on a GPU where it is cheap, if nobody says.
+    """When dense heads beside sparse ones run on the stock backend. "cheap": if few heads have to run twice for it.
 
-    On a CPU stock `torch_native` computes rows of a cached prefix again, and our executor does not.
+    The default on a CPU is "never": there the stock backend, `torch_native`, computes the rows of a cached prefix
+    again, and our executor does not.
     """
     choice = dense_heads()
     if choice == "auto":
@@ -153,10 +164,10 @@ def dense_heads_on_stock(device: str) -> Literal["never", "cheap", "always"]:
 
 
 def share_of_requests(text: str) -> float:
-    """argparse type of the audit flag.
+    """The argparse type of the audit flag: a number from 0 to 1.
 
     Raises:
-        argparse.ArgumentTypeError: if it is no number from 0 to 1.
+        argparse.ArgumentTypeError: for any other text.
     """
     try:
         rate = float(text)
@@ -168,16 +179,16 @@ def share_of_requests(text: str) -> float:
 
 
 def audit_rate(environ: Mapping[str, str] | None = None) -> float:
-    """The share of requests to audit, by the environment.
+    """The share of requests to audit that the environment names.
 
     Raises:
-        argparse.ArgumentTypeError: if it names no share.
+        argparse.ArgumentTypeError: if it is no number from 0 to 1.
     """
     return share_of_requests(AUDIT.read(environ) or AUDIT.default)
 
 
 def plan_budget(environ: Mapping[str, str] | None = None) -> tuple[float, float]:
-    """Milliseconds and megabytes that planning one head pattern of a chunk may cost.
+    """(milliseconds, megabytes) that planning one head pattern of a chunk may take.
 
     Raises:
         ValueError: naming the variable that holds no number above 0.
@@ -187,10 +198,10 @@ def plan_budget(environ: Mapping[str, str] | None = None) -> tuple[float, float]
 
 
 def max_megapixels(environ: Mapping[str, str] | None = None) -> float:
-    """How large a picture or a frame may be.
+    """The most megapixels that a picture or a frame may have.
 
     Raises:
-        ValueError: naming the variable that holds no number above 0.
+        ValueError: if the variable holds no number above 0.
     """
     return min(_positive(MAX_MEGAPIXELS, environ), MOST_MEGAPIXELS)
 
@@ -207,7 +218,7 @@ def _positive(setting: Setting, environ: Mapping[str, str] | None) -> float:
 
 
 def is_bad(read: Any) -> bool:
-    """True if the environment says what one of the functions here cannot read."""
+    """Whether `read`, one of the functions above, cannot read what the environment holds."""
     try:
         read()
     except (ValueError, argparse.ArgumentTypeError):
@@ -216,7 +227,7 @@ def is_bad(read: Any) -> bool:
 
 
 def sglang_is_within(versions: str) -> bool:
-    """Whether the SGLang that is installed fits a version specifier."""
+    """Whether the installed SGLang matches a version specifier."""
     from importlib.metadata import version
 
     from packaging.specifiers import SpecifierSet
@@ -225,7 +236,7 @@ def sglang_is_within(versions: str) -> bool:
 
 
 def why_untested() -> str | None:
-    """A sentence if the SGLang that is installed is not one that the tests were run with."""
+    """A sentence if the installed SGLang is no version that the tests were run with, else None."""
     from importlib.metadata import version
 
     if sglang_is_within(TESTED_SGLANG):
@@ -234,7 +245,7 @@ def why_untested() -> str | None:
 
 
 def page() -> str:
-    """The list as a page of the documents."""
+    """The text of docs/settings.md."""
     lines = [
         "# Settings",
         "",

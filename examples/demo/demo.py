@@ -1,14 +1,14 @@
-"""`make demo`: a conversation of videos, text and an image with a real server, beside the same one without mminfer.
+"""`make demo`: a conversation of videos, text and an image with a real server, with mminfer and without.
 
 Three servers get the same conversation through the official OpenAI client, one request at a time:
 
 * stock:    SGLang's own dense attention (torch_native);
-* mminfer:  sparse, with the head config a user gets without asking (`default`);
-* covering: mminfer with a config whose permuted, sparse code path visits everything, so that its answers have to
-  be stock's answers, token by token. It has videos as stock has them (`AS_STOCK`): their true times are others.
+* mminfer:  sparse, with the head config that a user gets by default (`default`);
+* covering: mminfer with a config whose permuted, sparse code path visits everything, so its answers must equal
+  stock's answers, token by token. It takes a video's times as stock does (`AS_STOCK`); the true times differ.
 
-A table grows while they answer; afterwards one picture and one JSON file stand in the output folder. The exit
-status is 0 only if every answer of the covering server is stock's.
+A table grows while the servers answer. At the end one picture and one JSON file are in the output folder. The exit
+status is 0 only if every answer of the covering server equals stock's.
 """
 
 from __future__ import annotations
@@ -43,46 +43,51 @@ from sglang_mminfer.tools.server import Server, ServerError
 
 STOCK, MMINFER, COVERING = "stock", "mminfer", "covering"
 
+COVERING_CONFIG = Path(__file__).resolve().parents[2] / "tests" / "head_configs" / "test_covering_mixed.json"
+
 AS_STOCK = "-video_seconds,-frames_apart"
-"""The mends that the covering server is without, because they change answers: SGLANG_MMINFER_MENDS."""
+"""The covering server's SGLANG_MMINFER_MENDS: it switches off the mends that change answers."""
 
 FPS, SIDE = 10, 448
-"""Of the videos. SGLang samples two frames a second and the model folds them in pairs: a second of video is one
-grid of 16 x 16 tokens."""
+"""Frames per second of the videos, and the side of a frame in pixels. SGLang samples two frames per second, and the
+model merges them in pairs: a second of video is a grid of 16 x 16 tokens."""
 IMAGE = (672, 392)
 WARM_UP_SECONDS = 18  # 4,608 tokens: enough rows for the sparse path of the default config
 
 MODEL: Any = {"layers": 4, "heads": 8, "kv_heads": 2, "head_dim": 64}
-"""Small enough to make on the spot; wide enough for attention, not the decoder of the video, to take the time."""
+"""Small enough to be made here; wide enough that attention takes the time, not the decoding of the video."""
 
 COMMON_FLAGS = (
     *("--context-length", "40960"),
     *("--max-total-tokens", "81920"),
-    *("--enable-cache-report",),  # tokens from cache, in `usage` of every answer
-    *("--sleep-on-idle",),  # a server that waits leaves its core to the one that answers
+    *("--enable-cache-report",),  # `usage` of every answer tells the tokens from the radix cache
+    *("--sleep-on-idle",),  # an idle server leaves its core to the server that answers
 )
 CHUNK = ("--chunked-prefill-size", "2048")
 NO_CHUNK = ("--chunked-prefill-size", "-1")
 
 BYTES_PER_SERVER = 4 << 30
-"""Free memory that a server may need, with some to spare. With less than thrice that they run one by one."""
+"""The memory that a server may need, with some to spare. With less free memory than three servers need, they run one
+after the other."""
 
 MAX_LOGPROB_DIFFERENCE = 1e-3
 
 
 class DemoFailed(Exception):
-    """Something that ends the demo, in words for its user."""
+    """An error that ends the demo; the message is for the user."""
 
 
 @dataclass(frozen=True)
 class Media:
+    """The files of the conversation, and a video for the warm-up."""
+
     video: Path
     second_video: Path
     image: Path
     warm_up: Path
 
     def turns(self) -> list[tuple[str, list[dict[str, Any]]]]:
-        """What the user says: a name for the table, and the parts of the message."""
+        """For each turn of the user: its name in the table, and the parts of its message."""
         return [
             ("video", [_part("video", self.video), _text("What do you see in the video?")]),
             ("text", [_text("How many? Please answer in one word.")]),
@@ -102,7 +107,7 @@ def _part(kind: str, path: Path) -> dict[str, Any]:
 
 @dataclass
 class Answer:
-    """One streamed answer, as the client saw it. Times in seconds."""
+    """One streamed answer, as the client saw it. `ttft` and `total` are in seconds."""
 
     text: str
     token_ids: list[int]
@@ -134,6 +139,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Agreement:
+    """Whether two servers agree on a prompt and its answer."""
+
     prompts_equal: bool
     tokens_equal: bool
     max_logprob_difference: float
@@ -150,7 +157,7 @@ class Agreement:
 
 
 def ask(client: Any, messages: list[dict[str, Any]], max_tokens: int) -> Answer:
-    """One streamed question. The time to first token ends with the first piece of text."""
+    """Ask one question and stream the answer. The time to first token ends with the first piece of text."""
     text = ""
     ids: list[int] = []
     prompt_ids: list[int] = []
@@ -197,13 +204,15 @@ def ask(client: Any, messages: list[dict[str, Any]], max_tokens: int) -> Answer:
 
 @dataclass
 class Row:
+    """A row of the table: one turn, answered by each server."""
+
     name: str
     answers: dict[str, Answer] = field(default_factory=dict)
     agreement: Agreement | None = None
 
 
 class Screen:
-    """The table and what is being waited for: drawn anew all the time on a terminal, line by line elsewhere."""
+    """The table, and what the demo waits for. A terminal shows both live; any other output gets them line by line."""
 
     HEARTBEAT = 15.0
 
@@ -232,7 +241,7 @@ class Screen:
 
     @contextlib.contextmanager
     def wait(self, label: str) -> Iterator[None]:
-        """Shown with its seconds until the block ends."""
+        """Show `label` and the seconds of the wait until the block ends."""
         self.note(label, "")
         if not self.console.is_terminal:
             self.console.print(f"{label} …", highlight=False)
@@ -278,8 +287,8 @@ class Screen:
     @staticmethod
     def _cells(row: Row) -> list[str | Text]:
         stock, sparse = row.answers.get(STOCK), row.answers.get(MMINFER)
-        shown = stock or sparse
-        cells: list[str | Text] = [f"{shown.prompt_tokens:,}" if shown else ""]
+        first_answer = stock or sparse
+        cells: list[str | Text] = [f"{first_answer.prompt_tokens:,}" if first_answer else ""]
         cells += [f"{answer.cached_tokens:,}" if answer else "" for answer in (stock, sparse)]
         cells.append(f"{sparse.new_tokens:,}" if sparse else "")
         cells.append(f"{sparse.density:.2f}" if sparse and sparse.density is not None else "")
@@ -289,7 +298,7 @@ class Screen:
         return cells
 
     def _beat(self) -> None:
-        """Elsewhere than on a terminal, a long wait says now and then that it is still one."""
+        """If the output is no terminal, print a line now and then during a long wait."""
         while not self._closed.wait(self.HEARTBEAT):
             with self._lock:
                 waits = list(self._waits.items())
@@ -324,7 +333,7 @@ class Settings:
 
 
 class Demo:
-    """Everything the demo makes and runs; `run` returns the exit status."""
+    """All that the demo makes and runs. `run` returns the exit status."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings, self.console = settings, console
@@ -366,14 +375,14 @@ class Demo:
     # Servers
 
     def _groups(self) -> list[list[str]]:
-        """Names of the servers that are up at the same time."""
+        """The servers' names, in groups that run at the same time."""
         import psutil
 
-        everyone = [STOCK, MMINFER, COVERING]
+        names = [STOCK, MMINFER, COVERING]
         one_by_one = self.settings.one_by_one
         if one_by_one is None:
-            one_by_one = psutil.virtual_memory().available < len(everyone) * BYTES_PER_SERVER
-        return [[name] for name in everyone] if one_by_one else [everyone]
+            one_by_one = psutil.virtual_memory().available < len(names) * BYTES_PER_SERVER
+        return [[name] for name in names] if one_by_one else [names]
 
     def _server(self, name: str, model: Path) -> Server:
         logs = self.out / "logs"
@@ -395,7 +404,7 @@ class Demo:
         )
 
     def _start(self, group: list[str], model: Path, stack: contextlib.ExitStack) -> None:
-        """Starts the servers of a group side by side. Whatever ends the wait ends all of them."""
+        """Start the servers of a group side by side. An error or Ctrl-C during the wait ends all of them."""
         failures: list[BaseException] = []
         cancelled = threading.Event()
 
@@ -450,7 +459,7 @@ class Demo:
         messages: list[dict[str, Any]] = []
         for row, (kind, parts) in zip(self.rows, media.turns()):
             messages.append({"role": "user", "content": parts})
-            for name in group:  # one after the other: nobody computes while another is timed
+            for name in group:  # one after the other: no server computes while another is timed
                 with self.screen.wait(f"asking {name}: {kind}"):
                     row.answers[name] = answer = self._ask(name, clients[name], messages)
                     answer.records = self._records(name, answer)
@@ -461,11 +470,15 @@ class Demo:
                         f"  {answer.prompt_tokens:,} tokens, {answer.cached_tokens:,} from cache, first token after "
                         f"{answer.ttft:.2f} s:{answer.text}"
                     )
-            # Everybody gets the same history: stock's.
+            # All servers get the same history: stock's answers.
             messages.append({"role": "assistant", "content": row.answers[STOCK].text})
 
     def _ask(self, name: str, client: Any, messages: list[dict[str, Any]]) -> Answer:
-        """One question; whatever goes wrong on the way is told with the end of the server's log."""
+        """Ask one question.
+
+        Raises:
+            DemoFailed: the request failed; the message has the end of the server's log.
+        """
         import openai
 
         try:
@@ -489,7 +502,7 @@ class Demo:
     # Results
 
     def _draw(self, model: Path) -> Path:
-        """The picture. Its map is made again from the last prompt's own token ids and the grids of the files."""
+        """Draw the picture. Its modality map is made from the last prompt's token ids and the grids of the files."""
         from sglang_mminfer import AShape, Boundary2D, Grid, Modality
         from sglang_mminfer.families.maps import reader_of
         from sglang_mminfer.tools.figures import conversation_figure, map_of_prompt, save, turn_of_records
@@ -552,7 +565,8 @@ class Demo:
             )
         say(
             f"covering = stock?: the same tokens, log-probabilities as close as shown, with the config "
-            f"{self.settings.covering}, which skips nothing, and with a video's times as stock has them ({AS_STOCK})."
+            f"{HeadConfig.load(self.settings.covering).name}, which skips nothing, and with a video's times as stock "
+            f"has them ({AS_STOCK})."
         )
         say(
             f"With the sparse config {same} of {turns} answers are stock's. This model's weights are random, so what a "
@@ -595,7 +609,7 @@ def _hf_config(model: Path) -> Any:
 
 
 def _shown(command: Sequence[str]) -> str:
-    """A command as one would type it: the program by its name."""
+    """A command as a user would type it: the program without its folder."""
     return shlex.join([Path(command[0]).name, *command[1:]])
 
 
@@ -614,7 +628,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=30, help="length of each video; a second is 256 tokens")
     parser.add_argument("--max-tokens", type=int, default=12, help="length of each answer")
     parser.add_argument("--config", default="default", help="head config of the sparse server")
-    parser.add_argument("--covering", default="test_covering_mixed", help="head config that skips nothing")
+    parser.add_argument("--covering", default=str(COVERING_CONFIG), help="head config that skips nothing")
     parser.add_argument(
         "--one-by-one",
         action=argparse.BooleanOptionalAction,

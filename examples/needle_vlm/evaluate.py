@@ -1,11 +1,12 @@
-"""Accuracy of a needle model by length, in this process: dense, and under a mask that damages rows in the middle.
+"""Accuracy of a needle model by length, in this process: dense, and under a mask that damages the rows of media.
 
     python examples/needle_vlm/evaluate.py examples/needle_vlm/video video
     python examples/needle_vlm/evaluate.py examples/needle_vlm/video video --mask tri-shape --lengths 1024 2048 4096
     python examples/needle_vlm/evaluate.py examples/needle_vlm/video video --files 5   # through mp4 and processor
 
-"tri-shape": text rows see everything, vision rows a sink and a local window. Plain needles survive it, because only the
-question's rows look for them. A relay does not: its own row has to find the needle that it names.
+With the mask "tri-shape", text rows see everything, and vision rows see a sink and a local window. Plain needles
+survive it, because only the question's rows look for them. Relays do not, because a relay's own row must find the
+needle that the relay names.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     make = task.video_conversation if options.task == "video" else task.mixed_conversation
-    # Other drawings of the signs than those that were trained with.
+    # The signs are drawn otherwise than in training.
     bank_seed = 1000 + options.seed
     if options.files:
         return through_files(options, make, bank_seed)
@@ -56,24 +57,26 @@ def main() -> int:
     for length in options.lengths:
         random = np.random.default_rng((options.seed, length))
         right: dict[str, list[bool]] = defaultdict(list)
-        tokens, begun = [], time.monotonic()
+        tokens, start = [], time.monotonic()
         while sum(len(values) for values in right.values()) < options.questions:
-            # Files have 2 frames a second, so a pair of them lasts a second.
+            # The default interval of 1 second is that of files, which have 2 frames per second.
             conversation = make(length // 16, options.needles, random)
             item = sequence.build(conversation, vocabulary, bank_seed=bank_seed)
             mask = None
             if options.mask == "tri-shape":
                 mask = score.tri_shape(score.vision_rows(item, vocabulary), options.sink, options.local)[None, None]
-            far = score.far_relays(item, options.local)
+            is_far = score.far_relays(item, options.local)
             tokens.append(len(item.ids))
-            for good, turn in zip(score.answered(model, item, vocabulary, mask), conversation.turns):
+            for is_right, turn in zip(score.answered(model, item, vocabulary, mask), conversation.turns):
                 name = "plain"
                 if turn.relay:
-                    name = "relay far" if far[task.KEYS.index(turn.question)] else "relay near"
-                right[name].append(bool(good))
+                    name = "relay far" if is_far[task.KEYS.index(turn.question)] else "relay near"
+                right[name].append(bool(is_right))
         figures = {name: [sum(values), len(values)] for name, values in sorted(right.items())}
-        shares = "  ".join(f"{name} {100 * good / count:.1f} % of {count}" for name, (good, count) in figures.items())
-        print(f"{options.mask}  {np.mean(tokens):.0f} tokens  {shares}  ({time.monotonic() - begun:.0f} s)", flush=True)
+        shares = "  ".join(
+            f"{name} {100 * is_right / count:.1f} % of {count}" for name, (is_right, count) in figures.items()
+        )
+        print(f"{options.mask}  {np.mean(tokens):.0f} tokens  {shares}  ({time.monotonic() - start:.0f} s)", flush=True)
         if options.json:
             with options.json.open("a") as file:
                 line = {
@@ -89,7 +92,7 @@ def main() -> int:
 
 
 def through_files(options: argparse.Namespace, make: Any, bank_seed: int) -> int:
-    """The whole way: H.264 and PNG files, sampled as a server does, the checkpoint's processor, transformers' model."""
+    """The accuracy through H.264 and PNG files, a server's sampling, the checkpoint's processor and transformers."""
     from sglang_mminfer.testing.oracle import HFOracle
 
     oracle = HFOracle(options.checkpoint, mm_process_config=MM_PROCESS_CONFIG)
@@ -101,9 +104,9 @@ def through_files(options: argparse.Namespace, make: Any, bank_seed: int) -> int
         for _ in range(options.files):
             conversation = make(length // 16, options.needles, random, questions=4)
             with tempfile.TemporaryDirectory() as folder:
-                said = media_files.messages(conversation, folder, bank_seed=bank_seed)
+                chat = media_files.messages(conversation, folder, bank_seed=bank_seed)
                 for i, turn in enumerate(conversation.turns):
-                    answer = oracle.answer(said[: 2 * i + 1], max_new_tokens=2)
+                    answer = oracle.answer(chat[: 2 * i + 1], max_new_tokens=2)
                     assert answer.text.strip() in digits or answer.text, answer
                     right["relay" if turn.relay else "plain"].append(answer.text == turn.answer)
                 tokens.append(len(answer.prompt_ids))

@@ -1,4 +1,4 @@
-"""Which questions a needle model answers right, in this process and under any mask."""
+"""Which questions a needle model answers correctly, in this process and under any mask."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from sglang_mminfer.tools.needles import sequence, task
 
 
 def vision_rows(item: sequence.Sequence, vocabulary: sequence.Vocabulary) -> torch.Tensor:
-    """bool [tokens]: the rows that hold a picture."""
+    """bool [tokens]: True for the rows of images and videos."""
     ids = torch.from_numpy(item.ids)
     return (ids == vocabulary.video_pad) | (ids == vocabulary.image_pad)
 
 
 def tri_shape(vision: torch.Tensor, sink: int, local: int) -> torch.Tensor:
-    """bool [tokens, tokens]: text rows see all before them, the others a sink and a local window.
+    """bool [tokens, tokens]: text rows see everything before them, vision rows see a sink and a local window.
 
-    Plain needles survive it, because only the question's rows look for them; a relay's own row does not find the needle
-    that it names."""
-    place = torch.arange(len(vision))
-    far = place[:, None] - place[None]
-    return (far >= 0) & ((far < local) | (place[None] < sink) | ~vision[:, None])
+    Plain needles survive this mask, because only the question's rows look for them. Relays do not: a relay's own row
+    does not find the needle that the relay names.
+    """
+    position = torch.arange(len(vision))
+    distance = position[:, None] - position[None]
+    return (distance >= 0) & ((distance < local) | (position[None] < sink) | ~vision[:, None])
 
 
 @torch.no_grad()
 def answered(
     model: Any, item: sequence.Sequence, vocabulary: sequence.Vocabulary, mask: torch.Tensor | None
 ) -> np.ndarray:
-    """bool [questions]: right, over the whole vocabulary, with the right answers of earlier turns before it."""
+    """bool [questions]: whether each answer is right, among all tokens of the vocabulary.
+
+    Each question follows the right answers of the earlier turns.
+    """
     embeddings = model.model.language_model.embed_tokens(torch.from_numpy(item.ids))
     vision = torch.from_numpy(item.vision)
     for start in range(0, len(item.windows), 128):
@@ -48,7 +52,7 @@ def answered(
 
 
 def far_relays(item: sequence.Sequence, local: int) -> dict[int, bool]:
-    """For each relay, by the index of its key: whether the needle that it names lies beyond the local window."""
+    """The index of a relay's key -> whether the needle that the relay names lies outside the local window."""
     tokens = {int(left): int(token) for token, left, *_ in item.needles}
     return {
         int(left): int(token) - tokens[int(right)] >= local for token, left, right, _, relay in item.needles if relay

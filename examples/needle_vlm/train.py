@@ -1,11 +1,11 @@
-"""Trains a small Qwen2.5-VL to find needles, on one processor core, and writes it as a needle_model.
+"""Trains a small Qwen2.5-VL to find needles, on one CPU core, and writes its checkpoint.
 
     python examples/needle_vlm/train.py video --out NEW_FOLDER
     python examples/needle_vlm/train.py mixed --out NEW_FOLDER --start-from examples/needle_vlm/video --words-from-cards
 
-Each step is a batch of fresh conversations (sglang_mminfer/evaluation/needles/task.py), drawn from the seed, the
-step's number and the place in the curriculum alone. The state (weights, optimizer, place in the curriculum) is kept in
-OUT.state; the same command goes on where it was stopped.
+Each step is a batch of new conversations (sglang_mminfer/tools/needles/task.py), which depend only on the seed, the
+step and the level of the curriculum. OUT.state keeps weights, optimizer and level, so the same command continues where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ from sglang_mminfer.testing import needle_model
 from sglang_mminfer.tools.needles import pictures, sequence, task
 
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Pairs of frames. One picture with one needle comes first: a start with four of them never got anywhere."""
+"""Pairs of frames at each level. The first level is one picture with one needle: training that started with four
+pictures never learned."""
 MOST_NEEDLES = 12
 PASS = 0.9
-"""Accuracy, of plain needles and of relays, that leads to the next level."""
+"""The accuracy, of plain needles and of relays, that leads to the next level."""
 MEMORY = 0.95
+"""The weight of earlier steps in the running accuracy."""
 BANK = 1024
-"""Haystack windows in memory, drawn anew every BANK_STEPS steps."""
+"""How many haystack windows are in memory. They are drawn anew every BANK_STEPS steps."""
 BANK_STEPS = 250
 SEEN_EMPTY = 0.1
-"""Share of the windows without a card that train the vision tower. The others only pass through it, which is cheap."""
+"""The share of windows without a card that train the vision tower. The others pass through it without gradients, which
+is cheap."""
 
 
 CARDS = 24
-"""Whose mean token becomes a needle word's embedding."""
+"""How many cards are averaged for a needle word's embedding."""
 
 
 class Helpers(nn.Module):
-    """Linear readers of hidden states for the auxiliary losses. Not part of the needle_model."""
+    """Linear readers of hidden states for the auxiliary losses. They are not part of the model."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -57,6 +60,8 @@ class Helpers(nn.Module):
 
 @dataclass
 class Progress:
+    """How far training has come. `plain` and `relay` are running accuracies; `at_level` counts steps."""
+
     step: int = 0
     level: int = 0
     at_level: int = 0
@@ -66,7 +71,7 @@ class Progress:
 
 
 class Bank:
-    """Windows of haystack, so that not every step draws its own frames."""
+    """Haystack windows, which many steps share because drawing frames is slow."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.epoch = seed, -1
@@ -99,23 +104,23 @@ def batch(
     vocabulary: sequence.Vocabulary,
     bank: Bank,
 ) -> list[sequence.Sequence]:
-    """About `tokens` tokens of conversations of one length: most of them of this level, others of a lower one."""
+    """Conversations of one length, about `tokens` tokens in all. Most batches are of this level, others of a lower."""
     if level and random.random() < 0.3:
         level = int(random.integers(level))
     pairs = LEVELS[level]
     if level > 1:
         pairs = int(random.integers(LEVELS[level - 1] + 1, pairs + 1))
     make = task.video_conversation if kind == "video" else task.mixed_conversation
-    built: list[sequence.Sequence] = []
-    room = tokens
-    while room > 0:
+    conversations: list[sequence.Sequence] = []
+    tokens_left = tokens
+    while tokens_left > 0:
         needles = 1 if level == 0 else int(random.integers(2, min(MOST_NEEDLES, 2 * LEVELS[level]) + 1))
         conversation = make(pairs, needles, random, interval=spacing)
-        built.append(sequence.build(conversation, vocabulary, bank.hay, random))
-        room -= max(len(built[-1].ids), len(built[0].ids))
-        if room < len(built[-1].ids) // 2:
+        conversations.append(sequence.build(conversation, vocabulary, bank.hay, random))
+        tokens_left -= max(len(conversations[-1].ids), len(conversations[0].ids))
+        if tokens_left < len(conversations[-1].ids) // 2:
             break
-    return built
+    return conversations
 
 
 def losses(
@@ -125,7 +130,7 @@ def losses(
     vocabulary: sequence.Vocabulary,
     random: np.random.Generator,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Named losses; and for each question whether it was answered right, and whether it was about a relay."""
+    """The losses by name; for each question, whether the answer is right, and whether it is about a relay."""
     length = max(len(item.ids) for item in group)
     ids = torch.full((len(group), length), vocabulary.pad)
     positions = torch.zeros(3, len(group), length, dtype=torch.int64)
@@ -134,7 +139,7 @@ def losses(
         positions[:, i, : len(item.ids)] = torch.from_numpy(item.positions)
 
     def joined(name: str, offset_columns: int) -> torch.Tensor:
-        """Rows of all sequences, their first columns turned to places in the flat batch."""
+        """The rows of all sequences. Their first columns, which are tokens, become indices into the flat batch."""
         parts = []
         for i, item in enumerate(group):
             rows = getattr(item, name).copy()
@@ -150,28 +155,28 @@ def losses(
     if len(vision):
         windows = sequence.normalized(np.concatenate([item.windows for item in group]))
         corners = torch.from_numpy(np.concatenate([item.corners for item in group]))
-        learned = torch.from_numpy(
+        is_trained = torch.from_numpy(
             np.concatenate([item.carded for item in group]) | (random.random(len(windows)) < SEEN_EMPTY)
         )
         cells = torch.empty(len(windows), 16, embeddings.shape[-1])
         with torch.no_grad():
-            if not learned.all():
-                cells[~learned] = network.encode_windows(model, windows[~learned], corners[~learned]).view(
+            if not is_trained.all():
+                cells[~is_trained] = network.encode_windows(model, windows[~is_trained], corners[~is_trained]).view(
                     -1, 16, embeddings.shape[-1]
                 )
-        if learned.any():
-            trained = network.encode_windows(model, windows[learned], corners[learned])
-            cells = cells.index_put((learned.nonzero()[:, 0],), trained.view(-1, 16, embeddings.shape[-1]))
+        if is_trained.any():
+            trained_cells = network.encode_windows(model, windows[is_trained], corners[is_trained])
+            cells = cells.index_put((is_trained.nonzero()[:, 0],), trained_cells.view(-1, 16, embeddings.shape[-1]))
         embeddings = embeddings.index_put((vision,), cells.flatten(0, 1))
     states = network.run_layers(model, embeddings.view(len(group), length, -1), positions)
     first, middle, last = (state.flatten(0, 1) for state in (states[1], states[-2], states[-1]))
 
     digits = torch.tensor([vocabulary.digit[digit] for digit in task.DIGITS])
-    everything = torch.arange(model.lm_head.weight.shape[0])
-    logits = network.answer_logits(model, last[answers[:, 1]], everything)
-    ends = network.answer_logits(model, last[answers[:, 1] + 1], everything)
+    vocabulary_ids = torch.arange(model.lm_head.weight.shape[0])
+    logits = network.answer_logits(model, last[answers[:, 1]], vocabulary_ids)
+    ends = network.answer_logits(model, last[answers[:, 1] + 1], vocabulary_ids)
     target = digits[answers[:, 2]]
-    found = {
+    named_losses = {
         "answer": functional.cross_entropy(logits, target),
         "end": functional.cross_entropy(ends, torch.full((len(ends),), vocabulary.done[0])),
         "signs": functional.cross_entropy(helpers.left(embeddings[needles[:, 0]]), needles[:, 1])
@@ -179,24 +184,25 @@ def losses(
         "relay": functional.cross_entropy(helpers.digit(rms(first[needles[:, 0]])), needles[:, 3]),
         "key": functional.cross_entropy(helpers.answer(rms(middle[answers[:, 0]])), answers[:, 2]),
     }
-    return found, (logits.argmax(-1) == target), answers[:, 3].bool()
+    return named_losses, (logits.argmax(-1) == target), answers[:, 3].bool()
 
 
 def rms(state: torch.Tensor) -> torch.Tensor:
     return state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6)
 
 
-# How much each loss counts, at the start and in the last part of the run.
+# The weight of each loss: at first, and in the last part of the run.
 WEIGHTS = {"answer": (1.0, 1.0), "end": (0.1, 0.1), "signs": (1.0, 0.1), "relay": (1.0, 0.3), "key": (0.5, 0.0)}
 
 
 @torch.no_grad()
 def words_from_cards(model: Any, vocabulary: sequence.Vocabulary, seed: int) -> None:
-    """Gives every needle word the mean token of a card that shows the same: the video model then knows text needles."""
+    """Set the embedding of every needle word to the mean token of cards with the same needle: a model that was trained
+    on videos then knows needles in text."""
     random = np.random.default_rng((seed, 2))
     weight = model.model.language_model.embed_tokens.weight
     hay = pictures.haystack(2 * CARDS, pictures.TILE, seed)
-    every = torch.arange(CARDS)
+    pairs = torch.arange(CARDS)
     for word in task.NEEDLE_WORDS:
         frames, cells = hay.copy(), random.integers(16, size=CARDS)
         for pair, cell in enumerate(cells):
@@ -205,7 +211,7 @@ def words_from_cards(model: Any, vocabulary: sequence.Vocabulary, seed: int) -> 
         tokens = network.encode_windows(
             model, sequence.normalized(pictures.patches(frames)), torch.zeros(CARDS, 2, dtype=torch.int64)
         )
-        weight[vocabulary.needle(word)] = tokens.view(CARDS, 16, -1)[every, torch.from_numpy(cells)].mean(0)
+        weight[vocabulary.needle(word)] = tokens.view(CARDS, 16, -1)[pairs, torch.from_numpy(cells)].mean(0)
 
 
 def main() -> int:
@@ -243,21 +249,21 @@ def main() -> int:
     )
     state_file = options.out.with_name(options.out.name + ".state")
     if state_file.exists():
-        kept = torch.load(state_file, weights_only=True)
-        model.load_state_dict(kept["model"])
-        helpers.load_state_dict(kept["helpers"])
-        optimizer.load_state_dict(kept["optimizer"])
-        progress = Progress(**kept["progress"])
+        saved = torch.load(state_file, weights_only=True)
+        model.load_state_dict(saved["model"])
+        helpers.load_state_dict(saved["helpers"])
+        optimizer.load_state_dict(saved["optimizer"])
+        progress = Progress(**saved["progress"])
         print(f"goes on at step {progress.step}", flush=True)
     elif options.start_from:
         import transformers
 
-        old = transformers.AutoModelForImageTextToText.from_pretrained(options.start_from, dtype=torch.float32)
-        model.load_state_dict(old.state_dict())
+        start_model = transformers.AutoModelForImageTextToText.from_pretrained(options.start_from, dtype=torch.float32)
+        model.load_state_dict(start_model.state_dict())
         if options.words_from_cards:
             words_from_cards(model, vocabulary, options.seed)
 
-    def keep() -> None:
+    def save_state() -> None:
         fresh = state_file.with_name(state_file.name + ".new")
         torch.save(
             {
@@ -271,17 +277,17 @@ def main() -> int:
         os.replace(fresh, state_file)
 
     bank = Bank(options.seed)
-    started, before = time.monotonic(), progress.seconds
-    shown: dict[str, list[float]] = {}
+    started, seconds_before = time.monotonic(), progress.seconds
+    logged: dict[str, list[float]] = {}
     while progress.step < options.steps:
         random = np.random.default_rng((options.seed, 0, progress.step))
         bank.at(progress.step)
         group = batch(options.task, progress.level, options.tokens, tuple(options.spacing), random, vocabulary, bank)
-        found, right, relay = losses(model, helpers, group, vocabulary, random)
+        named_losses, right, relay = losses(model, helpers, group, vocabulary, random)
         share = progress.step / options.steps
-        late = max(0.0, (share - 0.6) / 0.4)
-        loss = sum(value * (WEIGHTS[name][late > 0]) for name, value in found.items())
-        rate = options.lr * min(1.0, (progress.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * late)))
+        decay = max(0.0, (share - 0.6) / 0.4)
+        loss = sum(value * (WEIGHTS[name][decay > 0]) for name, value in named_losses.items())
+        rate = options.lr * min(1.0, (progress.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * decay)))
         for settings in optimizer.param_groups:
             settings["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
@@ -291,29 +297,29 @@ def main() -> int:
         optimizer.step()
         progress.step += 1
         progress.at_level += 1
-        progress.seconds = before + time.monotonic() - started
+        progress.seconds = seconds_before + time.monotonic() - started
         for name, mask in (("plain", ~relay), ("relay", relay)):
             if mask.any():
-                new = float(right[mask].float().mean())
-                setattr(progress, name, MEMORY * getattr(progress, name) + (1 - MEMORY) * new)
-                shown.setdefault(name, []).append(new)
-        for name, value in found.items():
-            shown.setdefault("loss " + name, []).append(float(value.detach()))
+                accuracy = float(right[mask].float().mean())
+                setattr(progress, name, MEMORY * getattr(progress, name) + (1 - MEMORY) * accuracy)
+                logged.setdefault(name, []).append(accuracy)
+        for name, value in named_losses.items():
+            logged.setdefault("loss " + name, []).append(float(value.detach()))
         passed = progress.plain > PASS and (progress.relay > PASS or progress.level == 0)
         if passed and progress.at_level >= 30 and progress.level + 1 < len(LEVELS):
             progress.level, progress.at_level, progress.plain, progress.relay = progress.level + 1, 0, 0.0, 0.0
             print(f"step {progress.step}: level {progress.level}, {LEVELS[progress.level]} pairs", flush=True)
         if progress.step % options.log_every == 0:
-            means = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in sorted(shown.items()))
+            means = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in sorted(logged.items()))
             print(
                 f"{progress.step}/{options.steps}  {progress.seconds:.0f} s  {LEVELS[progress.level]} pairs  "
                 f"lr {rate:.1e}  norm {float(norm):.2f}  {means}",
                 flush=True,
             )
-            shown = {}
+            logged = {}
         if progress.step % 100 == 0:
-            keep()
-    keep()
+            save_state()
+    save_state()
     needle_model.save_checkpoint(model, processor, options.out)
     print(f"wrote {options.out} after {progress.seconds:.0f} s", flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""The GPU executor: one Triton kernel that walks a BlockPlan, whatever pattern made it."""
+"""The GPU executor: one Triton kernel that runs any BlockPlan, whatever pattern made the plan."""
 
 import os
 

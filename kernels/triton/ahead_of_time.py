@@ -1,9 +1,9 @@
-"""Compiles the kernels for cards that are not here and says what each build costs: registers, spills, shared memory.
+"""Compiles the kernels for GPUs that this machine lacks, and prints the registers, spills and shared memory of each.
 
     python -m sglang_mminfer.kernels.triton.ahead_of_time
 
-Needs no GPU: Triton brings NVIDIA's assembler. Spilled registers and a missing tensor core instruction are what
-makes a kernel slow without making it wrong, so the tests hold every build to having neither.
+This needs no GPU: Triton brings NVIDIA's assembler. Spilled registers and missing tensor core instructions make a
+kernel slow without making it wrong, so a test checks that no build has either.
 """
 
 from __future__ import annotations
@@ -27,12 +27,18 @@ from .tile_attention import tile_attention
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = ("fp16", "bf16")
-BLOCK_K = 64  # keys of a tile, as the planner makes them
+BLOCK_K = 64  # keys of a key tile; the planner's default
 
 
 @dataclass(frozen=True)
 class Build:
-    """One compiled kernel. `spills`: bytes stored and loaded; `shared`: bytes of shared memory of a program."""
+    """One compiled kernel.
+
+    registers:    of a thread.
+    spills:       bytes stored to and loaded from local memory.
+    shared:       bytes of shared memory of a program.
+    tensor_cores: the tensor core instruction that the kernel uses most.
+    """
 
     kernel: str
     capability: int
@@ -56,7 +62,7 @@ class Build:
 def compile_build(
     capability: int, dtype: str, head_dim: int, merge: bool, chosen: Configuration | None = None
 ) -> Build:
-    """Compile the attention kernel as the launcher would on a card of that capability, for 7 query heads a KV head."""
+    """Compile the attention kernel as the launcher would on a GPU of this capability, for 7 query heads a KV head."""
     chosen = chosen or configuration(head_dim, capability)
     constants = {
         "GROUP": 7,
@@ -74,7 +80,7 @@ def compile_build(
 
 
 def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
-    """The two kernels of the estimate, likewise."""
+    """Compile the two kernels of the estimate as their launcher would on a GPU of this capability."""
     chosen = estimate.configuration(head_dim, capability)
     constants = {
         "GROUP": 7,
@@ -99,7 +105,7 @@ def _compiled(
     chosen: Configuration,
     variant: str = "",
 ) -> Build:
-    def kind(name: str) -> str:
+    def argument_type(name: str) -> str:
         if name in constants:
             return "constexpr"
         if name in ("q", "k_cache", "v_cache", "out"):
@@ -111,8 +117,8 @@ def _compiled(
         return "i32" if name in _SCALARS or name.startswith("stride") else "*i32"
 
     names = kernel.arg_names
-    signature = {name: kind(name) for name in names}
-    # As at run time: tensors start on 16 bytes, and strides are multiples of 16 elements.
+    signature = {name: argument_type(name) for name in names}
+    # The launcher's tensors begin at multiples of 16 bytes, and their strides are multiples of 16 elements.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
@@ -121,22 +127,22 @@ def _compiled(
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen.options)
     registers, spills = _assembler_report(built.asm["ptx"])
-    found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", built.asm["ptx"])
-    cores = max(set(found), key=found.count) if found else "no tensor cores"
+    instructions = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", built.asm["ptx"])
+    tensor_cores = max(set(instructions), key=instructions.count) if instructions else "no tensor cores"
     name = variant + kernel.fn.__name__
-    return Build(name, capability, dtype, head_dim, chosen, registers, spills, built.metadata.shared, cores)
+    return Build(name, capability, dtype, head_dim, chosen, registers, spills, built.metadata.shared, tensor_cores)
 
 
 def _assembler_report(ptx: str) -> tuple[int, int]:
-    """(registers of a thread, bytes of spill stores and loads) as the assembler tells them."""
+    """(registers of a thread, bytes of spill stores and loads), as the assembler reports them."""
     (architecture,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         command = [_assembler(architecture), "-v", f"--gpu-name={architecture}", str(path), "-o", f"{path}.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     return registers, spills
 
 
@@ -148,7 +154,7 @@ def _assembler(architecture: str) -> str:
 
 
 def builds() -> Iterator[Build]:
-    """Everything the launcher may ask for."""
+    """Every build that the launchers may ask for."""
     for capability, dtype, head_dim, merge in product(CAPABILITIES, DTYPES, HEAD_DIMS, (False, True)):
         yield compile_build(capability, dtype, head_dim, merge)
     for capability, dtype, head_dim in product(CAPABILITIES, DTYPES, HEAD_DIMS):

@@ -1,9 +1,10 @@
 """The estimate of vertical_slash in one go: the last queries against all keys, for all heads that need it.
 
-MInference (2407.02490) algorithm 1 sums the attention of the last queries by column and by diagonal. Nothing of
-the size queries x keys is written: a first kernel finds each row's LSE, a second one computes the weights again,
-tile by tile, and sums them both ways where they are. No atomics: a tile's diagonals are 64 of its own block and
-64 of the next one's, which the program that walks the tiles carries along, so that sums are the same every time.
+MInference (arXiv 2407.02490) algorithm 1 sums the attention of the last queries by column and by diagonal. No
+[queries, keys] matrix is written: a first kernel computes each row's LSE; a second kernel computes the weights again,
+tile by tile, and sums each tile both ways on chip. There are no atomics, so the sums are the same every time: a tile
+adds to the 64 diagonals of its own block and to the 64 of the next block, and the program that walks the tiles
+carries the latter along.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from . import interpreted
 from .configurations import Configuration
 
 BLOCK = 64  # rows of the estimate, at most, and keys of a tile
-PROGRAMS = 1024  # enough for every multiprocessor to have several
+PROGRAMS = 1024  # enough that every multiprocessor has several
 
 
 @triton.jit
@@ -27,8 +28,8 @@ def _scores(q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num
     key = tile * BLOCK_N + lanes
     in_keys = key < num_keys
     slot = tl.load(slots + key, mask=in_keys, other=0).to(tl.int64)
-    at = k_head + slot[:, None] * stride_k + dims[None, :]
-    k = tl.load(at, mask=in_keys[:, None] & (dims < HEAD_DIM)[None, :], other=0.0).to(q_tile.dtype)
+    offsets = k_head + slot[:, None] * stride_k + dims[None, :]
+    k = tl.load(offsets, mask=in_keys[:, None] & (dims < HEAD_DIM)[None, :], other=0.0).to(q_tile.dtype)
     scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale
     rows = tl.arange(0, BLOCK_N)
     visible = (key[None, :] < first_frontier + rows[:, None]) & (rows < num_rows)[:, None]
@@ -37,11 +38,11 @@ def _scores(q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num
 
 @triton.jit
 def _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, BLOCK_N):
-    """The head of this program and its queries, [BLOCK_N, BLOCK_D]."""
+    """The head of this program, and the head's queries [BLOCK_N, BLOCK_D]."""
     head = tl.load(heads + number)
     rows = tl.arange(0, BLOCK_N)
-    at = q + rows[:, None].to(tl.int64) * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
-    return head, tl.load(at, mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    offsets = q + rows[:, None].to(tl.int64) * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
+    return head, tl.load(offsets, mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -65,13 +66,13 @@ def row_lse(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (head number, part): lse[head number, part, row], base 2, over the keys of one part."""
+    """Program (head number, part) writes lse[head number, part, row], base 2, over the keys of this part."""
     number, part = tl.program_id(0), tl.program_id(1)
     dims, rows = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     head, q_tile = _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, BLOCK_N)
     k_head = k_cache + (head // GROUP).to(tl.int64) * stride_k_head
-    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    running_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_N], tl.float32)
     stop = tl.minimum((part + 1) * tiles_each, tl.cdiv(num_keys, BLOCK_N))
     for tile in range(part * tiles_each, stop):
         # fmt: off
@@ -79,12 +80,12 @@ def row_lse(
             q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num_rows, scale, dims, HEAD_DIM, BLOCK_N
         )
         # fmt: on
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
-        top = new_top
-    some = total > 0
-    value = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        running_sum = running_sum * tl.exp2(running_max - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+        running_max = new_max
+    has_keys = running_sum > 0
+    value = tl.where(has_keys, running_max + tl.log2(tl.where(has_keys, running_sum, 1.0)), float("-inf"))
     tl.store(lse + (number * tl.num_programs(1) + part) * BLOCK_N + rows, value)
 
 
@@ -112,22 +113,23 @@ def masses(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (head number, part): the sums of one part of the keys.
+    """Program (head number, part) sums the weights of one part of the keys.
 
-    columns [heads, tiles * BLOCK_N]. diagonals [heads, tiles + 1, BLOCK_N]: entry (b, j) is the one at distance
-    first_frontier - 1 - b * BLOCK_N + j. carried [heads, parts, BLOCK_N]: what a part adds to the block after it.
+    columns:   [heads, tiles * BLOCK_N], the sum of each column.
+    diagonals: [heads, tiles + 1, BLOCK_N], entry (b, j) is the sum at distance first_frontier - 1 - b * BLOCK_N + j.
+    carried:   [heads, parts, BLOCK_N], what a part adds to the block after it.
     """
     number, part = tl.program_id(0), tl.program_id(1)
     dims, rows, lanes = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N)
     head, q_tile = _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, BLOCK_N)
     k_head = k_cache + (head // GROUP).to(tl.int64) * stride_k_head
-    row_lse_ = tl.load(lse + number * BLOCK_N + rows)
+    row_lses = tl.load(lse + number * BLOCK_N + rows)
     tiles = tl.cdiv(num_keys, BLOCK_N)
     stop = tl.minimum((part + 1) * tiles_each, tiles)
-    # Row i meets distance j of a tile's own block at key i - j, and that of the next block at key i - j + BLOCK_N.
-    back = rows[:, None] - lanes[None, :]
-    own = back >= 0
-    at = tl.where(own, back, back + BLOCK_N)
+    # Row i meets entry j of the tile's own block at lane i - j, and entry j of the next block at lane i - j + BLOCK_N.
+    own_lane = rows[:, None] - lanes[None, :]
+    in_own_block = own_lane >= 0
+    skewed_lane = tl.where(in_own_block, own_lane, own_lane + BLOCK_N)
     carry = tl.zeros([BLOCK_N], tl.float32)
     for tile in range(part * tiles_each, stop):
         # fmt: off
@@ -135,17 +137,17 @@ def masses(
             q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num_rows, scale, dims, HEAD_DIM, BLOCK_N
         )
         # fmt: on
-        weights = tl.exp2(scores - row_lse_[:, None])
+        weights = tl.exp2(scores - row_lses[:, None])
         tl.store(columns + (number * tiles + tile).to(tl.int64) * BLOCK_N + lanes, tl.sum(weights, 0))
-        skewed = tl.gather(weights, at, 1)
-        block = carry + tl.sum(tl.where(own, skewed, 0.0), 0)
+        skewed = tl.gather(weights, skewed_lane, 1)
+        block = carry + tl.sum(tl.where(in_own_block, skewed, 0.0), 0)
         tl.store(diagonals + (number * (tiles + 1) + tile).to(tl.int64) * BLOCK_N + lanes, block)
-        carry = tl.sum(tl.where(own, 0.0, skewed), 0)
+        carry = tl.sum(tl.where(in_own_block, 0.0, skewed), 0)
     tl.store(carried + (number * tl.num_programs(1) + part) * BLOCK_N + lanes, carry)
 
 
 def configuration(head_dim: int, capability: int) -> Configuration:
-    """How to compile both kernels. Not tuned: what compiles without spilling registers."""
+    """How to compile both kernels. Not tuned: this compiles without spilling registers."""
     return Configuration(BLOCK, num_warps=8, num_stages=2)
 
 
@@ -157,19 +159,20 @@ def estimate(
     first_frontier: int,
     sm_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention mass of every column and diagonal, from a few queries that follow each other.
+    """Attention mass of every column and diagonal, from a few successive queries.
 
     Args:
-        q: [rows, Hq, D], at most 64 rows; k_cache: [slots, Hkv, D]; slots: int32 [keys], the cache row of every
-            key; heads: int32, the query heads to estimate; the last dimension of q and k_cache has stride 1.
-        first_frontier: keys that the first row sees; each row sees one more than the row before it, and the
-            last one sees all. sm_scale: factor on q . k.
+        q: [rows, Hq, D], at most 64 rows. k_cache: [slots, Hkv, D]; its last dimension has stride 1.
+        slots: int32 [keys], the cache row of every key. heads: int32, the query heads to estimate.
+        first_frontier: how many keys the first row sees. Each row sees one key more than the row before it, and the
+            last row sees all keys.
+        sm_scale: factor on q . k.
 
     Returns:
-        float32 [heads, keys] twice: mass by column, and by distance back from the causal frontier.
+        float32 [heads, keys] twice: mass by column, and mass by distance back from the causal frontier.
 
     Raises:
-        ValueError: more rows than that.
+        ValueError: q has more than 64 rows.
     """
     num_rows, num_heads, head_dim = q.shape
     if num_rows > BLOCK:
@@ -198,7 +201,7 @@ def estimate(
     grid = (count, parts)
     row_lse[grid](q, k_cache, slots, heads, partial, *scalars, sm_scale * LOG2_E, **shapes, **options)
     lse = torch.logsumexp(partial / LOG2_E, dim=1) * LOG2_E
-    lse = lse.masked_fill(lse.isneginf(), 0)  # rows that are not there
+    lse = lse.masked_fill(lse.isneginf(), 0)  # rows beyond those of q
     masses[grid](
         q, k_cache, slots, heads, lse, columns, diagonals, carried, *scalars, sm_scale * LOG2_E, **shapes, **options
     )

@@ -1,4 +1,4 @@
-"""The Triton executor: hands a PrefillPlan to the kernel, one launch for each pass."""
+"""The Triton executor: runs a PrefillPlan with one launch of the kernel for each pass."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def run(
     Args:
         q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D], float16, bfloat16 or float32; the last dimension
         of each has stride 1. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2; both are contiguous and
-        written whole.
+        fully overwritten.
         sm_scale: factor on q . k.
-        chosen: how to compile the kernel. Default: what `configurations.py` has for the card.
+        chosen: how to compile the kernel. Default: what `configurations.py` has for the GPU.
 
     Raises:
-        ValueError: tensors on no GPU (outside the interpreter), or a head dim or tile that does not compile.
+        ValueError: q is not on a GPU (outside Triton's interpreter), or the head dim or the size of the key tiles
+        does not compile.
     """
     if not (q.is_cuda or interpreted()):
         raise ValueError(f"q: the triton executor needs a GPU (or TRITON_INTERPRET=1 to check it), got {q.device}")
@@ -61,7 +62,7 @@ def _launch(
     options: dict[str, int] = {}
     block_m = max(16, triton.next_power_of_2(plan.block_q))
     if interpreted():
-        block_m = max(16, block_m // 2)  # two strips, so that the tests see them
+        block_m = max(16, block_m // 2)  # two strips, so that the tests cover strips
     else:
         major, minor = torch.cuda.get_device_capability(q.device)
         chosen = chosen or configuration(head_dim, 10 * major + minor)
@@ -86,9 +87,9 @@ def _launch(
         plan.block_indptr,
         plan.block_indices,
         plan.num_full,
-        plan.num_picked,
-        plan.picked_start,
-        plan.hidden_lanes,
+        plan.num_gathered,
+        plan.gathered_start,
+        plan.excluded_lanes,
         plan.keys.kv_slots,
         plan.keys.kv_pos,
         q.stride(0),
@@ -108,7 +109,7 @@ def _launch(
         BLOCK_N=max(16, triton.next_power_of_2(plan.block_k)),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_K=plan.block_k,
-        WORDS=plan.hidden_lanes.shape[1],
+        WORDS=plan.excluded_lanes.shape[1],
         MERGE=merge,
         **options,
     )

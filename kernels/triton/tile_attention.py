@@ -1,9 +1,9 @@
-"""The kernel: one program is one query tile and one of the heads that share it.
+"""The attention kernel. A program computes one query tile, or a strip of it, for one of the heads that share the tile.
 
-Flash attention forward (Dao 2023, algorithm 1) over the key tiles that the plan lists for the query tile. Keys
-are found through the plan's slot table, so that neither the permutation nor the page table costs a second look.
-Full tiles run without any mask; partial ones compare positions; picked ones also leave out hidden lanes. No
-atomics: a pass visits a (row, head) once, and later passes join by LSE what stands in `out`.
+The kernel is the forward pass of FlashAttention-2 (Dao 2023, algorithm 1) over the key tiles that the plan lists for
+the query tile. The plan's slot table finds the keys, so permutation and page table together cost one lookup. Full
+tiles run without a mask, partial tiles compare positions, and gathered tiles leave out excluded lanes as well. There
+are no atomics: a pass visits a (row, head) once, and later passes join their result by LSE with what `out` holds.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(cache, slots, stride_slot, dims, in_tile, in_head, ALL_LANES: tl.constexpr, ALL_DIMS: tl.constexpr):
-    """[BLOCK_N, BLOCK_D] rows of one head of the cache. Lanes and dims beyond the tile and the head are 0."""
-    at = cache + slots[:, None] * stride_slot + dims[None, :]
+    """[BLOCK_N, BLOCK_D]: rows of one head of the cache. Lanes beyond the tile and dims beyond the head are 0."""
+    offsets = cache + slots[:, None] * stride_slot + dims[None, :]
     if ALL_LANES and ALL_DIMS:
-        return tl.load(at)
-    return tl.load(at, mask=in_tile[:, None] & in_head[None, :], other=0.0)
+        return tl.load(offsets)
+    return tl.load(offsets, mask=in_tile[:, None] & in_head[None, :], other=0.0)
 
 
 @triton.jit
-def online_softmax(scores, top, total, acc, v, MAY_BE_EMPTY: tl.constexpr):
-    """One step over scores [BLOCK_M, BLOCK_N], base 2 and scaled: new maximum, sum and accumulator of each row."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen no key yet has the maximum -inf.
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MAY_BE_EMPTY else new_top
+def online_softmax(scores, running_max, running_sum, acc, v, MAY_BE_EMPTY: tl.constexpr):
+    """One step over scores [BLOCK_M, BLOCK_N], base 2 and scaled: the new maximum, sum and accumulator of each row."""
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    # The maximum of a row that has seen no key yet is -inf, and -inf - (-inf) would be NaN.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MAY_BE_EMPTY else new_max
     weights = tl.exp2(scores - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = total * decay + tl.sum(weights, 1)
+    decay = tl.exp2(running_max - shift)
+    running_sum = running_sum * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new_top, total, acc
+    return new_max, running_sum, acc
 
 
 @triton.jit
 def visit(
     block,
-    bits_at,
+    lanes_row,
     q,
     q_stop,
-    top,
-    total,
+    running_max,
+    running_sum,
     acc,
     k_head,
     v_head,
@@ -49,7 +49,7 @@ def visit(
     stride_v,
     kv_slots,
     kv_pos,
-    hidden_lanes,
+    excluded_lanes,
     scale,
     lanes,
     dims,
@@ -58,11 +58,14 @@ def visit(
     BLOCK_K: tl.constexpr,
     WORDS: tl.constexpr,
     MASKED: tl.constexpr,
-    PICKED: tl.constexpr,
+    GATHERED: tl.constexpr,
     ALL_LANES: tl.constexpr,
     ALL_DIMS: tl.constexpr,
 ):
-    """One key tile: q [BLOCK_M, BLOCK_D] against the keys `block * BLOCK_K + lane` of the plan's table."""
+    """One key tile: q [BLOCK_M, BLOCK_D] against the keys `block * BLOCK_K + lane` of the plan's table.
+
+    lanes_row: the row of `excluded_lanes` for this visit, used only if the tile is gathered.
+    """
     key = block * BLOCK_K + lanes
     slots = (tl.load(kv_slots + key) if ALL_LANES else tl.load(kv_slots + key, mask=in_tile, other=0)).to(tl.int64)
     k = load_tile(k_head, slots, stride_k, dims, in_tile, in_head, ALL_LANES, ALL_DIMS).to(q.dtype)
@@ -71,13 +74,13 @@ def visit(
     if MASKED:
         pos = tl.load(kv_pos + key) if ALL_LANES else tl.load(kv_pos + key, mask=in_tile, other=2147483647)
         visible = pos[None, :] < q_stop[:, None]
-        if PICKED:
-            word = tl.load(hidden_lanes + bits_at * WORDS + lanes // 32, mask=in_tile, other=0)
+        if GATHERED:
+            word = tl.load(excluded_lanes + lanes_row * WORDS + lanes // 32, mask=in_tile, other=0)
             visible = visible & (((word >> (lanes % 32)) & 1) == 0)[None, :]
         scores = tl.where(visible, scores, float("-inf"))
     elif not ALL_LANES:
         scores = tl.where(in_tile[None, :], scores, float("-inf"))
-    return online_softmax(scores, top, total, acc, v, MASKED)
+    return online_softmax(scores, running_max, running_sum, acc, v, MASKED)
 
 
 @triton.jit
@@ -95,9 +98,9 @@ def tile_attention(
     block_indptr,
     block_indices,
     num_full,
-    num_picked,
-    picked_start,
-    hidden_lanes,
+    num_gathered,
+    gathered_start,
+    excluded_lanes,
     kv_slots,
     kv_pos,
     stride_q,
@@ -120,62 +123,61 @@ def tile_attention(
     WORDS: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Program number * STRIPS + strip: BLOCK_M rows of the tile work_tiles[number], for the head work_heads[number].
+    """Program work * STRIPS + strip: BLOCK_M rows of the query tile work_tiles[work], for the head work_heads[work].
 
-    q, out [tokens, Hq, D]; caches [slots, Hkv, D]; lse float32 [tokens, Hq] base 2, contiguous; the last
-    dimension of every tensor has stride 1. The plan's arrays are as `BlockPlan` says, the order of the work as
-    `work_order.py` does.
+    q, out [tokens, Hq, D]; caches [slots, Hkv, D]; lse float32 [tokens, Hq] base 2, contiguous; the last dimension of
+    every tensor has stride 1. `BlockPlan` documents the plan's arrays, `work_order.py` the order of the work.
     """
-    number, strip = tl.program_id(0) // STRIPS, tl.program_id(0) % STRIPS
-    tile, head = tl.load(work_tiles + number), tl.load(work_heads + number)
+    work, strip = tl.program_id(0) // STRIPS, tl.program_id(0) % STRIPS
+    tile, head = tl.load(work_tiles + work), tl.load(work_heads + work)
     first_row, end_row = tl.load(q_indptr + tile) + strip * BLOCK_M, tl.load(q_indptr + tile + 1)
     if first_row >= end_row:
         return
 
-    rows_at = first_row + tl.arange(0, BLOCK_M)
-    in_rows = rows_at < end_row
-    rows = tl.load(q_rows + rows_at, mask=in_rows, other=0).to(tl.int64)
-    q_stop = tl.load(q_stops + rows_at, mask=in_rows, other=0)
+    row_offsets = first_row + tl.arange(0, BLOCK_M)
+    in_rows = row_offsets < end_row
+    rows = tl.load(q_rows + row_offsets, mask=in_rows, other=0).to(tl.int64)
+    q_stop = tl.load(q_stops + row_offsets, mask=in_rows, other=0)
     lanes, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     in_tile, in_head = lanes < BLOCK_K, dims < HEAD_DIM
     ALL_LANES: tl.constexpr = BLOCK_N == BLOCK_K
     ALL_DIMS: tl.constexpr = BLOCK_D == HEAD_DIM
 
-    q_at = q + rows[:, None] * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
-    q_tile = tl.load(q_at, mask=in_rows[:, None] & in_head[None, :], other=0.0)
+    q_offsets = q + rows[:, None] * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
+    q_tile = tl.load(q_offsets, mask=in_rows[:, None] & in_head[None, :], other=0.0)
     kv_head = (head // GROUP).to(tl.int64)
     k_head, v_head = k_cache + kv_head * stride_k_head, v_cache + kv_head * stride_v_head
 
-    lse_at = lse + rows * NUM_HEADS + head
-    out_at = out + rows[:, None] * stride_o + head.to(tl.int64) * stride_o_head + dims[None, :]
+    lse_offsets = lse + rows * NUM_HEADS + head
+    out_offsets = out + rows[:, None] * stride_o + head.to(tl.int64) * stride_o_head + dims[None, :]
     in_out = in_rows[:, None] & in_head[None, :]
-    if MERGE:  # what earlier passes left is one more key tile, already summed: its weight is exp2(lse)
-        top = tl.load(lse_at, mask=in_rows, other=float("-inf"))
-        total = tl.where(top == float("-inf"), 0.0, 1.0)
-        acc = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32)
+    if MERGE:  # the result of earlier passes counts as one more key tile, already summed, of weight exp2(lse)
+        running_max = tl.load(lse_offsets, mask=in_rows, other=float("-inf"))
+        running_sum = tl.where(running_max == float("-inf"), 0.0, 1.0)
+        acc = tl.load(out_offsets, mask=in_out, other=0.0).to(tl.float32)
     else:
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        running_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, end = tl.load(block_indptr + tile), tl.load(block_indptr + tile + 1)
     masked_from = begin + tl.load(num_full + tile)
-    picked_from = end - tl.load(num_picked + tile)
-    first_hidden = tl.load(picked_start + tile)
+    gathered_from = end - tl.load(num_gathered + tile)
+    first_excluded = tl.load(gathered_start + tile)
 
-    for kind in tl.static_range(3):  # full, partial, picked: three loops, each compiled with the masks it needs
-        start = begin if kind == 0 else (masked_from if kind == 1 else picked_from)
-        stop = masked_from if kind == 0 else (picked_from if kind == 1 else end)
+    for kind in tl.static_range(3):  # full, partial, gathered: three loops, each compiled with its own masks
+        start = begin if kind == 0 else (masked_from if kind == 1 else gathered_from)
+        stop = masked_from if kind == 0 else (gathered_from if kind == 1 else end)
         for i in range(start, stop):
             # fmt: off
-            top, total, acc = visit(
-                tl.load(block_indices + i), first_hidden + i - picked_from, q_tile, q_stop, top, total, acc,
-                k_head, v_head, stride_k, stride_v,
-                kv_slots, kv_pos, hidden_lanes, scale, lanes, dims, in_tile, in_head,
+            running_max, running_sum, acc = visit(
+                tl.load(block_indices + i), first_excluded + i - gathered_from, q_tile, q_stop,
+                running_max, running_sum, acc, k_head, v_head, stride_k, stride_v,
+                kv_slots, kv_pos, excluded_lanes, scale, lanes, dims, in_tile, in_head,
                 BLOCK_K, WORDS, kind > 0, kind == 2, ALL_LANES, ALL_DIMS,
             )
             # fmt: on
 
-    some = total > 0
-    divisor = tl.where(some, total, 1.0)
-    tl.store(out_at, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=in_out)
-    tl.store(lse_at, tl.where(some, top + tl.log2(divisor), float("-inf")), mask=in_rows)
+    has_keys = running_sum > 0
+    divisor = tl.where(has_keys, running_sum, 1.0)
+    tl.store(out_offsets, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=in_out)
+    tl.store(lse_offsets, tl.where(has_keys, running_max + tl.log2(divisor), float("-inf")), mask=in_rows)

@@ -1,9 +1,8 @@
 """The order in which the kernel's programs take up their work.
 
-Two things pull: what runs at the same time should read the same keys, so that they come from the L2 cache, and
-nothing long should start when all else is done. So work of about one length (within a factor of two) goes
-together, the longest first; in it the heads of one KV head, then the tiles in the plan's own order, which is by
-phase and then by position, and innermost the heads that read the very same keys.
+Two goals conflict: neighbouring programs should share keys (L2), and long programs should start first (no tail).
+So programs of about one length (within a factor of two) go together, the longest first. Among those, the heads of
+one KV head go together, then tiles in the plan's own order (by phase, then by position), then the heads of a tile.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ from ..block_plan import BlockPlan
 
 
 def work_order(plan: BlockPlan, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tile and the head of each piece of work, int32 [work] each: every head of every tile once.
+    """The query tile and the head of each piece of work, int32 [work] each: every head of every tile once.
+
+    The order is made once for a plan. Only if `plan.num_work` is None does the host wait for the device.
 
     Args:
-        group: query heads that share a KV head. Made once for a plan, without waiting for the device.
+        group: how many query heads share a KV head.
     """
     key = ("work_order", group)
     if key not in plan.derived:
@@ -27,16 +28,16 @@ def work_order(plan: BlockPlan, group: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def _ordered(plan: BlockPlan, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     device = plan.q_rows.device
-    sizes, first, heads = plan.group_arrays
-    of_tile = plan.q_heads.long()
-    shared_by = sizes[of_tile].long()
-    total = plan.num_work if plan.num_work is not None else int(shared_by.sum())
-    tile = torch.repeat_interleave(torch.arange(plan.num_tiles, device=device), shared_by, output_size=total)
+    sizes, group_start, heads = plan.group_arrays
+    group_of_tile = plan.q_heads.long()
+    shared_by = sizes[group_of_tile].long()
+    num_work = plan.num_work if plan.num_work is not None else int(shared_by.sum())
+    tile = torch.repeat_interleave(torch.arange(plan.num_tiles, device=device), shared_by, output_size=num_work)
     begin = shared_by.cumsum(0) - shared_by
-    head = heads[(first[of_tile[tile]] + torch.arange(total, device=device) - begin[tile])].long()
+    head = heads[(group_start[group_of_tile[tile]] + torch.arange(num_work, device=device) - begin[tile])].long()
     blocks = plan.block_indptr.diff()[tile]
-    length = torch.frexp(blocks.float()).exponent  # the power of two above it
+    length_class = torch.frexp(blocks.float()).exponent  # blocks < 2 ** length_class
     num_heads = max((head for heads in plan.head_groups for head in heads), default=0) + 1
-    key = ((32 - length).long() * num_heads + head // group) * plan.num_tiles + tile
+    key = ((32 - length_class).long() * num_heads + head // group) * plan.num_tiles + tile
     order = (key * num_heads + head).argsort()
     return tile[order].to(torch.int32), head[order].to(torch.int32)

@@ -1,4 +1,4 @@
-"""What `tile_attention` measures, most important first: shapes, patterns at their usual density, conversations."""
+"""The cases of `tile_attention`, most important first: shapes, patterns at usual densities, conversations."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ from dataclasses import dataclass
 from itertools import product
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
-from sglang_mminfer.patterns.spec import (
-    AShape,
-    Boundary2D,
-    Dense,
-    Grid,
-    HeadPattern,
-    QBoundary,
-    TriShape,
-    VerticalSlash,
-)
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.tri_shape import TriShape
+from sglang_mminfer.patterns.vertical_slash import VerticalSlash
 
 HEAD_DIM = 128
 CELLS = 256  # tokens of a frame, 16 x 16
 CHUNK = 8192
 K = 1024
-TARGET = 128 * K  # keys of the cell that the aim is set for
+TARGET = 128 * K  # keys of the cases that the throughput aim is set for
 LENGTHS = (32 * K, 64 * K, 128 * K, 256 * K, 512 * K, 1024 * K)
 SHORT = (2 * K, 4 * K, 8 * K, 16 * K)  # where sparse attention may not pay
 
 TEXT, VIDEO, VISION = Modality.TEXT, Modality.VIDEO, Modality.VISION
-ROW = "grid row"  # one key in sixteen at any length, so it is the one to show over length
+ROW = "grid row"  # one key in sixteen at any length, so its speed-up is plotted against length
 DEFAULT = "grid frame, default config"
 PATTERNS: dict[str, HeadPattern] = {
     ROW: Grid("row", False, False, True, 0, 128, 1024),
@@ -44,21 +40,23 @@ PATTERNS: dict[str, HeadPattern] = {
     ),
     "tri_shape": TriShape(1024, 8192, 128),
     DEFAULT: Grid("frame", True, True, True, 0, 128, 1024),
-    "dense": Dense(),  # the kernel as it is where nothing is left out; not one of the cases
+    "dense": Dense(),  # our kernel with every key visited; not one of the cases
 }
 MEASURED = tuple(name for name in PATTERNS if name != "dense")
 FEW = (ROW, "a_shape", "grid frame")
-WITH_TURNS = ("q-boundary", "2d-boundary")  # these need text among the video
+WITH_TURNS = ("q-boundary", "2d-boundary")  # these patterns need text between the videos
 SHAPES = {"28/4": (28, 4), "32/8": (32, 8), "2/1": (2, 1)}  # query and KV heads
-LAYERS = {"28/4": 28, "32/8": 32, "2/1": 1}  # that share one plan of a static pattern
+LAYERS = {"28/4": 28, "32/8": 32, "2/1": 1}  # how many layers share one plan of a static pattern
 
 
 @dataclass(frozen=True)
 class Case:
-    """The `rows` last queries of a prompt of `tokens`, all heads with one pattern.
+    """The last `rows` queries of a prompt of `tokens` tokens, all heads with one pattern.
 
-    against: what runs beside our kernel: "dense", "flex_attention", "flashinfer", or a name of `baselines.OPTIONAL`.
-    slots: "shuffled", every token anywhere in the pool, the worst that a page table can do; or "ordered".
+    shape:   a key of `SHAPES`.
+    pattern: a key of `PATTERNS`.
+    against: what runs beside our kernel: "dense" or a key of `rivals.AGAINST`.
+    slots:   "shuffled": every token lies anywhere in the pool, the worst case of a page table; or "ordered".
     """
 
     shape: str
@@ -80,15 +78,15 @@ class Case:
 
     @property
     def inputs(self) -> tuple[str, int, int, str]:
-        """Cases where this is equal run on the same tensors."""
+        """Cases with equal values here run on the same tensors."""
         return self.shape, self.tokens, self.rows, self.slots
 
 
 def cases(optional: tuple[str, ...] = ()) -> Iterator[Case]:
-    """All of them, each once, in the order in which they are worth their time.
+    """All cases, each once, the most informative first.
 
     Args:
-        optional: the baselines of others that are installed.
+        optional: those keys of `rivals.OPTIONAL` that are installed.
     """
     yield from dict.fromkeys(_cases(optional))
 
@@ -127,7 +125,7 @@ def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
 
 
 def tiny_cases() -> Iterator[Case]:
-    """For a CPU and Triton's interpreter: they show that the program works."""
+    """Small cases for a CPU and Triton's interpreter: they show that the program works."""
     yield Case("2/1", 512, 64, "grid frame")
     yield Case("2/1", 512, 512, ROW)
     yield Case("2/1", 512, 64, "vertical_slash")
@@ -138,14 +136,14 @@ def conversation(case: Case) -> ModalityMap:
 
 
 def video_map(tokens: int) -> ModalityMap:
-    """One video, with 64 tokens of text after it and what is left, at least as many, before it."""
+    """One video with 64 tokens of text after it; the rest, at least 64 tokens, is text before it."""
     frames = (tokens - 128) // CELLS
     start = tokens - 64 - frames * CELLS
     return ModalityMap([Segment(TEXT, 0, start), _video(start, frames), Segment(TEXT, tokens - 64, tokens)])
 
 
 def turns_map(tokens: int, turn: int = 8192, frames: int = 28) -> ModalityMap:
-    """Turns of `frames` frames of video and text; text is an eighth of a turn. What is left over is text."""
+    """Turns of `turn` tokens: a video of `frames` frames, the rest text (an eighth). Text fills up the last turn."""
     segments: list[Segment] = []
     for start in range(0, tokens - turn + 1, turn):
         video = _video(start + 64, frames)

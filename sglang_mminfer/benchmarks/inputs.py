@@ -1,4 +1,4 @@
-"""q, k and v that look enough like a model's for an estimate of columns and diagonals to mean something."""
+"""q, k and v that resemble a model's closely enough that an estimate of columns and diagonals means something."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from dataclasses import dataclass
 import torch
 
 PEAK = 8.0  # mean score of a query on its own key
-NOISE = 0.5  # standard deviation of what is added to every value of q and k
+NOISE = 0.5  # standard deviation of the noise in every value of q and k
 PERIODS = (2048, 1 << 21)  # tokens in a full turn of the fastest and of the slowest pair of dimensions
-EVERY, HEAVY = 1024, 1.2  # one key in so many is longer by that factor: a column
+EVERY, HEAVY = 1024, 1.2  # one key in EVERY is longer by the factor HEAVY: a column
 
 
 @dataclass
 class Inputs:
-    """q [rows, Hq, D], the last rows of a prompt; keys and values [tokens, Hkv, D] in the order of the prompt, and
-    the caches [tokens, Hkv, D] where token i lies in row slots[i], int64 [tokens]."""
+    """The tensors of one layer for the last rows of a prompt.
+
+    q:                [rows, Hq, D].
+    keys, values:     [tokens, Hkv, D], in the order of the prompt.
+    k_cache, v_cache: [tokens, Hkv, D], the same with token i in row slots[i].
+    slots:            int64 [tokens].
+    out, lse:         [rows, Hq, D] and float32 [rows, Hq], for the result.
+    """
 
     q: torch.Tensor
     keys: torch.Tensor
@@ -35,13 +41,13 @@ class Inputs:
 def make_inputs(
     rows: int, tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: str, slots: str
 ) -> Inputs:
-    """The same values for the same arguments.
+    """Random inputs; the same arguments give the same values.
 
-    q and k are noise on one direction, rotated slowly by position: attention falls off with distance, so that the
+    q and k are noise around one direction, rotated slowly by position. So attention falls off with distance, the
     heaviest diagonals lie side by side, as in a model, and one key in `EVERY` is heavy for all rows.
 
     Args:
-        heads: of q, and of k and v. slots: "shuffled" or "ordered", see `cases.Case`.
+        heads: how many query heads and how many KV heads. slots: "shuffled" or "ordered", see `cases.Case`.
     """
     random = torch.Generator(device).manual_seed(0)
     q = torch.empty(rows, heads[0], head_dim, device=device, dtype=dtype)
@@ -51,21 +57,21 @@ def make_inputs(
         q[:, head] = _rotated(_noise(rows, head_dim, random), turns[tokens - rows :])
     heavy = torch.arange(tokens, device=device) % EVERY == EVERY // 2
     for head in range(heads[1]):
-        own = _noise(tokens, head_dim, random)
-        keys[:, head] = _rotated(torch.where(heavy[:, None], own * HEAVY, own), turns)
+        noise = _noise(tokens, head_dim, random)
+        keys[:, head] = _rotated(torch.where(heavy[:, None], noise * HEAVY, noise), turns)
         values[:, head] = torch.randn(tokens, head_dim, generator=random, device=device)
     if slots == "ordered":
-        where, k_cache, v_cache = torch.arange(tokens, device=device), keys, values
+        slot_of_token, k_cache, v_cache = torch.arange(tokens, device=device), keys, values
     else:
-        where = torch.randperm(tokens, generator=random, device=device)
+        slot_of_token = torch.randperm(tokens, generator=random, device=device)
         k_cache, v_cache = torch.empty_like(keys), torch.empty_like(values)
-        k_cache[where], v_cache[where] = keys, values
+        k_cache[slot_of_token], v_cache[slot_of_token] = keys, values
     lse = torch.empty(rows, heads[0], device=device)
-    return Inputs(q, keys, values, k_cache, v_cache, where, torch.empty_like(q), lse)
+    return Inputs(q, keys, values, k_cache, v_cache, slot_of_token, torch.empty_like(q), lse)
 
 
 def _noise(rows: int, head_dim: int, random: torch.Generator) -> torch.Tensor:
-    """float32 [rows, D]: noise around a direction that gives two of them a scaled score of PEAK."""
+    """float32 [rows, D]: noise around a direction such that two rows have a mean scaled score of PEAK."""
     direction = (PEAK / head_dim**0.5) ** 0.5
     return torch.randn(rows, head_dim, generator=random, device=random.device) * NOISE + direction
 
@@ -78,6 +84,6 @@ def _turns(tokens: int, head_dim: int, device: str) -> torch.Tensor:
 
 
 def _rotated(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    one, two = x.chunk(2, dim=1)
+    first, second = x.chunk(2, dim=1)
     cos, sin = turns.cos(), turns.sin()
-    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)

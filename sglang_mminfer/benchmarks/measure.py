@@ -21,7 +21,7 @@ LONG_MS = 5000.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: median, least and most of `repeats` calls."""
+    """Milliseconds of one call: median, minimum and maximum of `repeats` calls."""
 
     ms: float
     least: float
@@ -30,7 +30,7 @@ class Timing:
 
 
 def timed(work: Callable[[], object], device: str, budget_ms: float = 300.0) -> Timing:
-    """Time of one call of `work`, repeated for about `budget_ms` milliseconds, at most 30 times; see METHOD."""
+    """Time one call of `work`, repeated for about `budget_ms` milliseconds, at most 30 times. See METHOD."""
     times = [_once(work, device)]
     if times[0] < LONG_MS:
         times = [_once(work, device)]
@@ -57,8 +57,12 @@ def _once(work: Callable[[], object], device: str) -> float:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """Milliseconds to make a plan: until the host is free again, until the device is done, and the sum of what
-    the device spent in kernels and copies (None where it cannot be told)."""
+    """What making a plan costs, in milliseconds.
+
+    host_ms:   until the host is free again.
+    wall_ms:   until the device is done.
+    device_ms: the time that the device spends in kernels and copies; None if it cannot be traced.
+    """
 
     host_ms: float
     wall_ms: float
@@ -66,7 +70,7 @@ class PlanCost:
 
 
 def plan_cost(make: Callable[[], object], device: str, repeats: int = 3) -> PlanCost:
-    """Cost of `make`, after a call that is not counted."""
+    """The cost of `make`, the median of `repeats` calls; one call before them is not counted."""
     make()
     host, wall = [], []
     for _ in range(repeats):
@@ -80,7 +84,7 @@ def plan_cost(make: Callable[[], object], device: str, repeats: int = 3) -> Plan
 
 
 def _busy_ms(work: Callable[[], object]) -> float | None:
-    """Milliseconds that the device spends in kernels and copies of one call, gaps left out."""
+    """Milliseconds that the device spends in kernels and copies of one call, without the gaps between them."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -89,7 +93,7 @@ def _busy_ms(work: Callable[[], object]) -> float | None:
             work()
             torch.cuda.synchronize()
         return sum(event.self_device_time_total for event in trace.key_averages()) / 1e3
-    except (RuntimeError, AssertionError):  # no tracing in this container, for one
+    except (RuntimeError, AssertionError):  # a container may not permit tracing
         return None
 
 
@@ -99,7 +103,7 @@ def wait(device: str) -> None:
 
 
 def visited_pairs(plan: PrefillPlan) -> float:
-    """(row, key) pairs of visited tiles, the mean over heads; those above the diagonal included: what is computed."""
+    """(row, key) pairs that the kernel computes, those above the diagonal included; the mean over heads."""
     pairs = 0.0
     for block_plan in plan.passes:
         rows, blocks = block_plan.q_indptr.diff().double(), block_plan.block_indptr.diff().double()
@@ -109,28 +113,30 @@ def visited_pairs(plan: PrefillPlan) -> float:
 
 
 def causal_pairs(rows: int, tokens: int) -> int:
-    """(row, key) pairs at or below the diagonal, for the last `rows` of `tokens`."""
+    """(row, key) pairs at or below the diagonal, for the last `rows` rows of a prompt of `tokens` tokens."""
     return rows * (2 * tokens - rows + 1) // 2
 
 
 def index_bytes(plan: PrefillPlan) -> int:
-    """Of all that the kernel is given beside q, k and v. Call it after a run: some of it is made on first use."""
-    held = [x for own in plan.passes for holder in (own, own.keys) for x in vars(holder).values()]
-    held += [x for several in held if isinstance(several, tuple) for x in several]
-    stores = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in held if isinstance(x, torch.Tensor)}
+    """Bytes of all that the kernel reads beside q, k and v. Call it after a run: some arrays are made on first use."""
+    values = [
+        x for block_plan in plan.passes for holder in (block_plan, block_plan.keys) for x in vars(holder).values()
+    ]
+    values += [x for value in values if isinstance(value, tuple) for x in value]
+    stores = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in values if isinstance(x, torch.Tensor)}
     return sum(store.nbytes() for store in stores.values())
 
 
 def visits(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int64 [visits] three times: the query tile, the key tile, and 0 for full, 1 for partial, 2 for picked."""
+    """int64 [visits] three times: the query tile, the key tile, and the kind: 0 full, 1 partial, 2 gathered."""
     tile, number = plan.visits()
     visited = plan.block_indptr.diff()
-    kind = (number >= plan.num_full[tile]).long() + (number >= (visited - plan.num_picked)[tile]).long()
+    kind = (number >= plan.num_full[tile]).long() + (number >= (visited - plan.num_gathered)[tile]).long()
     return tile, plan.visited_blocks(tile, number), kind
 
 
 def describe_card() -> dict[str, Any]:
-    """The GPU and what drives it, for a result file; empty without one."""
+    """The GPU, CUDA and cuDNN, for a result file; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     card = torch.cuda.get_device_properties(0)

@@ -2,22 +2,22 @@
 
     python -m sglang_mminfer.benchmarks.model_prefill [--tokens 131072 1048576] [--chunk 16384] [--out FILE]
 
-The modules are written in plain torch, not served by SGLang: RMSNorm, QKV with bias, rotary embedding by m-RoPE
-positions of a video, grouped-query attention over a pool of K and V, SwiGLU MLP; bf16, random weights, every layer
-with its own. A prompt is one video between two short texts, prefilled in chunks, each through all layers.
+The model is written in plain torch and is not served by SGLang: RMSNorm, QKV with bias, rotary embedding at the
+m-RoPE positions of a video, grouped-query attention over a pool of K and V, SwiGLU MLP; bf16, random weights of its own
+for every layer. A prompt is one video between two short texts. It is prefilled in chunks, each through all layers.
 
-* Dense is cuDNN's attention (`kernels/benchmarks/baselines.py`) over a pool in the order of the prompt, so it
-  needs no page table. mminfer is `SparsePrefillWithPagedKVCacheWrapper` with the Triton kernel over a shuffled pool,
-  page size 1: one plan for a chunk, made while it is prefilled, its time counted.
-* Long prompts run fewer layers than 28, because 28 dense ones take minutes; all layers have the same shape, and
-  times are scaled by 28 over the layers that ran, except for planning, which is once a chunk for all of them.
-* cuDNN builds a graph for every new length, which a server's kernel would not, and a chunk's two dense calls must
-  be joined, which a kernel with a bottom-right mask does inside: both are left out of dense's time.
-* Norms, rotation and activation are separate kernels here, so that the linear part is slower than a server's, on
-  both sides alike: it makes the speed-up of the whole smaller, not larger.
-* Random weights say nothing about which keys matter. So patterns are static, given by hand; none is estimated.
-* Not measured: embedding, the head's one row of logits, sampling, the scheduler. The vision tower is measured
-  apart, on some frames, and scaled by their number: its attention stays within a frame.
+* Dense is cuDNN's attention (`benchmarks/rivals.py`) over a pool in the order of the prompt, so it needs no page
+  table. mminfer is `SparsePrefillWithPagedKVCacheWrapper` with the Triton kernel over a shuffled pool of page size 1.
+  Each chunk has one plan, made while the chunk is prefilled; its time is counted.
+* Long prompts run fewer layers than 28, because 28 dense layers take minutes. All layers have the same shape, so
+  times are scaled by 28 over the number of layers that ran. Planning is not scaled: all layers of a chunk share a plan.
+* Two costs are left out of dense's time: cuDNN builds a graph for every new length, which a server's kernel would
+  not do; and the two dense calls of a chunk must be joined, which a kernel with a bottom-right mask does inside.
+* Norms, rotation and activation are separate kernels here, so the linear part is slower than a server's, on both
+  sides alike. This makes the total speed-up smaller, not larger.
+* Random weights say nothing about which keys matter. So all patterns are static and set by hand; none is estimated.
+* Not measured: embedding, the last row's logits, sampling, the scheduler. The vision tower is measured separately, on
+  some frames, and scaled by the number of frames, because its attention stays within a frame.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ from sglang_mminfer.benchmarks import rivals as baselines
 from sglang_mminfer.benchmarks.cases import CELLS, video_map
 from sglang_mminfer.benchmarks.inputs import Inputs
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
 from sglang_mminfer.prefill import SparsePrefillWithPagedKVCacheWrapper
 from sglang_mminfer.tools import machine
@@ -48,7 +51,7 @@ from sglang_mminfer.tools import machine
 LAYERS = 28
 MEASURED_LAYERS = {131072: 28, 262144: 28, 524288: 8, 1048576: 4}  # so that all lengths take about five minutes
 CHUNK = 8192
-DENSE_BELOW = 4608  # rows below see everything, as in head_configs/default.json
+DENSE_BELOW = 4608  # rows at lower positions see everything, as in head_configs/default.json
 
 Timed = Callable[[str], AbstractContextManager[None]]
 AttendStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,7 +59,7 @@ AttendStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the language model; defaults are Qwen2.5-VL-7B's."""
+    """The shape of the language model; the defaults are those of Qwen2.5-VL-7B."""
 
     hidden: int = 3584
     intermediate: int = 18944
@@ -64,12 +67,15 @@ class Shape:
     kv_heads: int = 4
     head_dim: int = 128
     theta: float = 1e6
-    mrope: tuple[int, int, int] = (16, 24, 24)  # frequencies that turn with time, row and column
+    mrope: tuple[int, int, int] = (16, 24, 24)  # how many frequencies belong to time, row and column
 
 
 def configs(heads: int) -> dict[str, list[HeadPattern]]:
-    """What mminfer runs: head_configs/default.json's pattern; and one head in four each of four patterns, whose
-    density is of the kind the paper has (about 5 % at a million tokens)."""
+    """The head patterns that mminfer runs, by config name.
+
+    default: the pattern of head_configs/default.json in every head.
+    mixed:   four patterns, each in a quarter of the heads, at about the paper's density (5 % at a million tokens).
+    """
     default = Grid("frame", True, True, True, 0, 128, 1024)
     mixed: list[HeadPattern] = [
         Grid("row", False, False, True, 0, 128, 1024),
@@ -84,17 +90,17 @@ def configs(heads: int) -> dict[str, list[HeadPattern]]:
 
 
 class Attention(Protocol):
-    """How a layer attends: over a pool in an order of its own."""
+    """How a layer attends, over a pool whose order the implementation chooses."""
 
-    slots: torch.Tensor  # int64 [tokens]: row of the pool of every position
+    slots: torch.Tensor  # int64 [tokens]: the pool's row of every position
 
     def begin_chunk(self, start: int, stop: int) -> None:
-        """Rows [start, stop) are next, in every layer."""
+        """Announce that every layer will run the rows [start, stop) next."""
 
     def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, timed: Timed) -> torch.Tensor:
         """q [rows, Hq, D], pools [tokens, Hkv, D] with the chunk's keys in them -> [rows, Hq, D].
 
-        `timed("attention")` is for what counts, `timed("left out")` for what an implementation would not need.
+        Inside `timed("attention")` time counts; inside `timed("left out")` runs what a server would not need.
         """
 
 
@@ -117,7 +123,7 @@ class DenseAttention:
 
 
 class SparseAttention:
-    """The plugin's wrapper over a pool in which every token lies anywhere. A chunk's first layer makes the plan."""
+    """The plugin's wrapper over a shuffled pool. The first layer of a chunk makes the plan."""
 
     def __init__(
         self, modality_map: ModalityMap, heads: Sequence[HeadPattern], shape: Shape, device: str, dense_below: int
@@ -160,7 +166,7 @@ class SparseAttention:
 
 
 class Layer:
-    """One decoder layer with random weights. Its K and V go into `k_pool` and `v_pool`, [tokens, Hkv, D]."""
+    """One decoder layer with random weights. It writes K and V to `k_pool` and `v_pool`, [tokens, Hkv, D]."""
 
     def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, device: str, random: torch.Generator) -> None:
         self.shape = shape
@@ -181,7 +187,7 @@ class Layer:
     def run(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, attend: AttendStep
     ) -> torch.Tensor:
-        """x [rows, hidden] -> the same; cos and sin [rows, 1, D / 2]; slots [rows]."""
+        """x [rows, hidden] -> [rows, hidden]; cos and sin [rows, 1, D / 2]; slots [rows]."""
         rows, shape = len(x), self.shape
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         qkv = F.linear(F.rms_norm(x, x.shape[1:], self.norms[0], 1e-6), self.qkv, self.qkv_bias)
@@ -193,45 +199,45 @@ class Layer:
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    one, two = x.chunk(2, dim=2)
-    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=2)
+    first, second = x.chunk(2, dim=2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
 
 
 def mrope(modality_map: ModalityMap, shape: Shape, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """cos and sin, [tokens, 1, D / 2] each, at the (time, row, column) of every token of a map of text and videos."""
-    at = torch.empty(3, modality_map.length, dtype=torch.int64, device=device)
+    """cos and sin, [tokens, 1, D / 2] each, at the m-RoPE position of every token of a map of text and videos."""
+    positions = torch.empty(3, modality_map.length, dtype=torch.int64, device=device)
     position = 0
     for segment in modality_map.segments:
-        grid, own = segment.grid, slice(segment.start, segment.stop)
+        grid, span = segment.grid, slice(segment.start, segment.stop)
         if segment.modality is Modality.TEXT or grid is None:
-            at[:, own] = position + torch.arange(segment.stop - segment.start, device=device)
+            positions[:, span] = position + torch.arange(segment.stop - segment.start, device=device)
         else:
             axes = (torch.arange(size, device=device) for size in (grid.frames, grid.rows, grid.cols))
-            at[:, own] = position + torch.stack([x.flatten() for x in torch.meshgrid(*axes, indexing="ij")])
-        position = int(at[:, own].max()) + 1
+            positions[:, span] = position + torch.stack([x.flatten() for x in torch.meshgrid(*axes, indexing="ij")])
+        position = int(positions[:, span].max()) + 1
     frequency = shape.theta ** (
         -torch.arange(0, shape.head_dim, 2, dtype=torch.float64, device=device) / shape.head_dim
     )
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(shape.mrope))
-    angles = at[axis].T.double() * frequency
-    return tuple(f(angles).to(dtype)[:, None] for f in (torch.cos, torch.sin))
+    angles = positions[axis].T.double() * frequency
+    return tuple(function(angles).to(dtype)[:, None] for function in (torch.cos, torch.sin))
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
-    """Time of named stretches of work, on the device or, where there is none, on the host."""
+    """Times named stretches of work, on the device, or on the host if there is no device."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._stretches: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def __call__(self, where: str, name: str) -> Iterator[None]:
+    def __call__(self, suffix: str, name: str) -> Iterator[None]:
         begin = self._now()
         yield
-        self._stretches.append((name + where, begin, self._now()))
+        self._stretches.append((name + suffix, begin, self._now()))
 
     def _now(self) -> Any:
         if self._device == "cpu":
@@ -241,20 +247,25 @@ class Stopwatch:
         return event
 
     def seconds(self) -> dict[str, float]:
-        """The sum for each name. Waits for the device."""
+        """The total time of each name. Waits for the device."""
         measure.wait(self._device)
-        total: dict[str, float] = {}
+        totals: dict[str, float] = {}
         for name, begin, end in self._stretches:
             took = end - begin if self._device == "cpu" else begin.elapsed_time(end) / 1e3
-            total[name] = total.get(name, 0.0) + took
-        return total
+            totals[name] = totals.get(name, 0.0) + took
+        return totals
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Seconds of one prefill. `attention` is of all layers that ran, `linear` all else in them; `first` is what the
-    first layer of each chunk took longer in attention than the mean of the others: its plan was made there.
-    `hidden` [rows, hidden] is the last chunk's."""
+    """Seconds of one prefill.
+
+    layers:    how many layers ran.
+    attention: attention of these layers, without planning.
+    linear:    everything else in these layers.
+    first:     planning: how much longer attention took in the first layer of each chunk than in the mean other layer.
+    hidden:    [rows, hidden], the output of the last chunk.
+    """
 
     layers: int
     attention: float
@@ -263,7 +274,7 @@ class Prefill:
     hidden: torch.Tensor
 
     def scaled(self, layers: int, planning: bool) -> dict[str, float]:
-        """Seconds of `layers` layers, rounded. `planning`: whether `first` counts; once, not for every layer."""
+        """Seconds of `layers` layers, rounded. With `planning`, `first` counts, too, once for all layers."""
         parts = {name: getattr(self, name) * layers / self.layers for name in ("attention", "linear")}
         if planning:
             parts["planning"] = self.first
@@ -281,7 +292,7 @@ def prefill(
     """Run a prompt through the layers, `chunk` rows at a time.
 
     Args:
-        embeddings: of rows [start, stop), [rows, hidden]. angles: cos and sin of all tokens.
+        embeddings: (start, stop) -> [stop - start, hidden]. angles: cos and sin of all tokens.
     """
     watch, tokens, hidden = Stopwatch(device), len(angles[0]), torch.empty(0)
     for start in range(0, tokens, chunk):
@@ -302,9 +313,9 @@ def prefill(
     parts = {name: spent.get(name, 0.0) for name in ("attention of the first layer", "attention of others")}
     first, others = parts.values()
     linear = spent["all"] - first - others - sum(s for name, s in spent.items() if name.startswith("left out"))
-    each = others / (len(layers) - 1) if len(layers) > 1 else first
-    more = max(first - each, 0.0)
-    return Prefill(len(layers), first + others - more, linear, more, hidden)
+    mean_of_others = others / (len(layers) - 1) if len(layers) > 1 else first
+    planning = max(first - mean_of_others, 0.0)
+    return Prefill(len(layers), first + others - planning, linear, planning, hidden)
 
 
 def measure_length(
@@ -316,7 +327,7 @@ def measure_length(
     device: str,
     dense_below: int = DENSE_BELOW,
 ) -> dict[str, Any]:
-    """Dense and every config of `names` on one prompt of `tokens`."""
+    """Figures of dense attention and of every config in `names`, for one prompt of `tokens` tokens."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     modality_map = video_map(tokens)
     random = torch.Generator(device).manual_seed(0)
@@ -325,32 +336,33 @@ def measure_length(
     noise = torch.randn(chunk + 997, shape.hidden, generator=random, device=device).to(dtype)
 
     def embeddings(start: int, stop: int) -> torch.Tensor:
-        shift = start // chunk % 997  # another piece of the same noise for every chunk: 7.5 GB at a million otherwise
+        shift = start // chunk % 997  # each chunk is another piece of the same noise, which saves 7.5 GB
         return noise[shift : shift + stop - start]
 
     heads = {"dense": [Dense()] * shape.heads} | {name: configs(shape.heads)[name] for name in names}
-    found: dict[str, Any] = {"tokens": tokens, "chunk": chunk, "layers_measured": num_layers, "layers": LAYERS}
+    report: dict[str, Any] = {"tokens": tokens, "chunk": chunk, "layers_measured": num_layers, "layers": LAYERS}
     for name, patterns in heads.items():
         attention: Attention = DenseAttention(tokens, device)
         if name != "dense":
             attention = SparseAttention(modality_map, patterns, shape, device, dense_below)
         warm = tuple(table[: 2 * chunk] for table in angles)
         prefill(layers[:2], embeddings, warm, attention, chunk, device)  # compiles
-        ran = prefill(layers, embeddings, angles, attention, chunk, device)
-        figures: dict[str, Any] = {"seconds": ran.scaled(LAYERS, planning=name != "dense")}
+        measured = prefill(layers, embeddings, angles, attention, chunk, device)
+        figures: dict[str, Any] = {"seconds": measured.scaled(LAYERS, planning=name != "dense")}
         if name != "dense":
-            own, stock = figures["seconds"], found["dense"]["seconds"]
+            sparse, dense = figures["seconds"], report["dense"]["seconds"]
             figures["density"] = round(density(modality_map, patterns, chunk, device, dense_below), 4)
-            figures |= {f"speedup_{part}": round(stock[part] / own[part], 2) for part in ("total", "attention")}
-            figures["planning_share_of_attention"] = round(own["planning"] / own["attention"], 4)
-        found[name] = figures
-    return found
+            figures |= {f"speedup_{part}": round(dense[part] / sparse[part], 2) for part in ("total", "attention")}
+            figures["planning_share_of_attention"] = round(sparse["planning"] / sparse["attention"], 4)
+        report[name] = figures
+    return report
 
 
 def density(
     modality_map: ModalityMap, heads: Sequence[HeadPattern], chunk: int, device: str, dense_below: int
 ) -> float:
-    """Visited over causal pairs of the whole prefill, the mean over heads; of more than 32 chunks every eighth."""
+    """Visited over causal pairs of the whole prefill, the mean over heads. If there are more than 32 chunks, only
+    every eighth is planned."""
     visited = causal = 0.0
     tokens = modality_map.length
     starts = range(0, tokens, chunk)
@@ -368,8 +380,8 @@ def density(
 
 @dataclass(frozen=True)
 class VisionShape:
-    """Of Qwen2.5-VL's tower: 32 blocks, of which 4 attend in a whole frame and the others in windows of 8 x 8
-    patches; 4 patches become a token."""
+    """The shape of Qwen2.5-VL's vision tower: the blocks `whole` attend over whole frames, the other blocks in windows
+    of 8 x 8 patches. 4 patches become a token."""
 
     depth: int = 32
     whole: tuple[int, ...] = (7, 15, 23, 31)
@@ -382,9 +394,9 @@ class VisionShape:
 
 
 def vision_seconds(frames: int, shape: VisionShape, device: str, cells: int = CELLS) -> float:
-    """Seconds for `frames` frames of `cells` tokens through a tower of this shape, one random block's weights for all.
+    """Seconds for `frames` frames of `cells` tokens through a tower of this shape. All blocks share random weights.
 
-    Rotary embedding and the order of the windows are left out: they move little beside the matrix products.
+    Rotary embedding and the order of the windows are left out: both cost little beside the matrix products.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
@@ -415,7 +427,7 @@ def vision_seconds(frames: int, shape: VisionShape, device: str, cells: int = CE
 
 
 def vision(tokens: int, frames: int, shape: VisionShape, device: str) -> dict[str, Any]:
-    """The tower's time for a video of `tokens`, from `frames` frames, and what caching its output takes."""
+    """The tower's time for a video of `tokens` tokens, scaled from `frames` frames, and the size of its output."""
     all_frames = (tokens - 128) // CELLS
     return {
         "seconds": round(vision_seconds(frames, shape, device) * all_frames / frames, 4),
@@ -445,15 +457,15 @@ def main(arguments: list[str] | None = None) -> int:
         shape = Shape(hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, mrope=(2, 3, 3))
         tower = VisionShape(depth=2, whole=(1,), hidden=32, heads=2, intermediate=48, out=64)
         frames, chunk, lengths, dense_below = 1, 512, [2048], 0
-    found: dict[str, Any] = {**machine.describe(), "card": measure.describe_card(), "about": __doc__, "lengths": {}}
+    report: dict[str, Any] = {**machine.describe(), "card": measure.describe_card(), "about": __doc__, "lengths": {}}
     if options.out.exists():
-        found["lengths"] = json.loads(options.out.read_text())["lengths"]
-    found |= {"shape": asdict(shape), "vision_shape": asdict(tower)}
+        report["lengths"] = json.loads(options.out.read_text())["lengths"]
+    report |= {"shape": asdict(shape), "vision_shape": asdict(tower)}
     began = time.monotonic()
     with torch.inference_mode():
         for tokens in lengths:
             name = f"{tokens} tokens, chunks of {chunk}"
-            if name in found["lengths"]:
+            if name in report["lengths"]:
                 continue
             if time.monotonic() - began > 60 * options.minutes:
                 print("Time is up; run again to go on.")
@@ -461,25 +473,29 @@ def main(arguments: list[str] | None = None) -> int:
             layers = options.layers or (2 if options.tiny else MEASURED_LAYERS.get(tokens, 2))
             figures = measure_length(tokens, chunk, layers, shape, options.configs, device, dense_below)
             figures["vision_tower"] = vision(tokens, frames, tower, device)
-            found["lengths"][name] = figures
+            report["lengths"][name] = figures
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
-            print(_said(name, figures), flush=True)
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
+            print(_summary(name, figures), flush=True)
             if device == "cuda":
                 torch.cuda.empty_cache()
     print(f"Results: {options.out}")
     return 0
 
 
-def _said(name: str, figures: dict[str, Any]) -> str:
+def _summary(name: str, figures: dict[str, Any]) -> str:
     lines = [f"{name} ({figures['layers_measured']} of {LAYERS} layers measured)"]
     for config in ("dense", *configs(4)):
         if config not in figures:
             continue
-        own = figures[config]
-        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in own["seconds"].items())
-        more = f"; {own['speedup_total']:.2f} x dense at density {own['density']:.1%}" if "density" in own else ""
-        lines.append(f"  {config}: {parts}{more}")
+        measured = figures[config]
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in measured["seconds"].items())
+        speedup = (
+            f"; {measured['speedup_total']:.2f} x dense at density {measured['density']:.1%}"
+            if "density" in measured
+            else ""
+        )
+        lines.append(f"  {config}: {parts}{speedup}")
     return "\n".join([*lines, f"  vision tower, once: {figures['vision_tower']['seconds']:.2f} s"])
 
 

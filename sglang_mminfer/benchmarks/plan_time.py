@@ -1,12 +1,17 @@
-"""What planning one chunk costs: the last of a conversation, config `default`, on one core.
+"""What planning one chunk costs: the last chunk of a conversation, config `default`, on one core.
 
     python -m sglang_mminfer.benchmarks.plan_time [--before REVISION] [--case NAME ...] [--out FILE.json]
 
-Each case is planned in a process of its own, by the files here and by those of an earlier git revision, if one is
-named. `first_ms` is the processor's time for the first chunk, which also reads the map; `plan_ms` the median of the
-chunks after it, and `clock_ms` the same by the clock; `peak_mb` what the first one added to the process's memory;
-`visits` the (query tile, key tile) pairs of the plan. `estimate_ms` and `estimate_mb` are what the budget takes it to
-cost, and `decide_ms` what that estimate costs; `sparse` is what a server would do with the default budget.
+Each case is planned in a process of its own, by the files of this checkout and, with --before, by those of an earlier
+git revision. The figures of a case are:
+
+    first_ms                  processor time of the first planning, which also reads the map
+    plan_ms, clock_ms         processor time and wall-clock time of a later planning of the same chunk, medians
+    peak_mb                   how much the first planning added to the process's peak memory
+    visits, query_tiles       (query tile, key tile) pairs and query tiles of the plan
+    estimate_ms, estimate_mb  the cost that the planning budget estimates
+    decide_ms                 processor time of that estimate
+    sparse                    whether a server with the default budget would plan the chunk
 """
 
 from __future__ import annotations
@@ -25,7 +30,8 @@ from sglang_mminfer.tools import machine
 
 CHUNK = 8192
 
-# media, tokens of text before each, then of each medium: frames, tokens between frames, rows, columns.
+# The kind and the number of media, tokens of text before each; then, for each medium: frames, tokens between frames,
+# rows, columns.
 CASES: dict[str, tuple[str, int, int, int, int, int, int]] = {
     "250 images of 4 tokens": ("image", 250, 3, 1, 0, 2, 2),
     "4,000 images of 4 tokens": ("image", 4000, 3, 1, 0, 2, 2),
@@ -102,15 +108,21 @@ print(json.dumps({name: round(value, 2) if type(value) is float else value for n
 
 
 def measure(root: Path | None, case: str, timeout_s: float, repeats: int = 5) -> dict[str, Any]:
-    """Figures of one case in a fresh process. `root` holds sglang_mminfer; None: the one that is installed."""
-    own = {} if root is None else {"PYTHONPATH": str(root)}
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **own}
+    """Figures of one case, measured in a fresh process.
+
+    Args:
+        root: the folder that holds sglang_mminfer; None takes the installed package.
+    """
+    path_settings = {} if root is None else {"PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **path_settings}
     arguments = [sys.executable, "-c", PROGRAM, json.dumps([CASES[case], CHUNK, repeats])]
     try:
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True, timeout=timeout_s)
+        finished = subprocess.run(
+            arguments, env=environment, capture_output=True, text=True, check=True, timeout=timeout_s
+        )
     except subprocess.TimeoutExpired:
         return {"over_s": timeout_s}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ STYLES = {"28/4": "-", "32/8": "--"}
 
 
 def draw(results: Path) -> list[Path]:
-    """Writes `NAME_length.png` and `NAME_density.png` beside the file; the paths of what there was data for."""
+    """Draw NAME_length.png and NAME_density.png beside the result file, if it has data. Returns their paths."""
     cases = [case for case in json.loads(results.read_text())["cases"].values() if "speedup" in case]
     written = []
     for name, plot in (("length", _against_length), ("density", _against_density)):
@@ -81,8 +81,8 @@ def _against_length(cases: list[dict[str, Any]]) -> Figure:
 def _against_density(cases: list[dict[str, Any]]) -> Figure:
     figure, (ax,) = _figure(1)
     for number, shape in enumerate(sorted({c["shape"] for c in cases})):
-        own = [c for c in cases if c["shape"] == shape]
-        x, y = [c["density"] for c in own], [c["tflops_on_visited_tiles"] for c in own]
+        of_shape = [c for c in cases if c["shape"] == shape]
+        x, y = [c["density"] for c in of_shape], [c["tflops_on_visited_tiles"] for c in of_shape]
         ax.scatter(x, y, s=22, marker=MARKS[number], alpha=0.8, label=f"ours, {shape} heads, visited tiles")
     dense = sorted(c["tflops_dense"] for c in cases if c["tokens"] >= 131072)
     if dense:

@@ -1,4 +1,4 @@
-"""The results of `tile_attention` as lines, a Markdown table, and answers to what was aimed for."""
+"""The results of `tile_attention` as lines and as Markdown tables, and whether they meet the aims."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ COLUMNS = {  # heading: (figure, how to write it)
 
 
 def line(name: str, figures: dict[str, Any]) -> str:
-    """One case while the run goes on."""
+    """One case as a line, printed while the run goes on."""
     if "error" in figures:
         return f"{name}: FAILED: {figures['error'].splitlines()[0]}"
     if "not_applicable" in figures:
         return f"{name}: not applicable: {figures['not_applicable']}"
-    said = f"{name}: {figures['sparse_ms']:.3f} ms, {figures['tflops_on_visited_tiles']:.0f} TFLOP/s"
-    said += f" at density {figures['density']:.1%}"
+    text = f"{name}: {figures['sparse_ms']:.3f} ms, {figures['tflops_on_visited_tiles']:.0f} TFLOP/s"
+    text += f" at density {figures['density']:.1%}"
     if "speedup" in figures:
-        return said + f", {figures['speedup']:.2f} x dense, plan {figures['plan_wall_ms']:.2f} ms"
-    return said + f", {figures['speedup_over_other']:.2f} x the other"
+        return text + f", {figures['speedup']:.2f} x dense, plan {figures['plan_wall_ms']:.2f} ms"
+    return text + f", {figures['speedup_over_other']:.2f} x the other"
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Everything that was measured, and what was aimed for."""
-    cases = found["cases"].values()
+def markdown(results: dict[str, Any]) -> str:
+    """All measured cases and the aims, as Markdown."""
+    cases = results["cases"].values()
     good = [c for c in cases if "speedup" in c]
     text = ["## Against dense", "", _row(["heads", "keys", "rows", "pattern", *COLUMNS]), _row(["---"] * 14)]
     for case in sorted(good, key=lambda c: (c["shape"], c["tokens"], c["rows"], c["pattern"], c["slots"])):
         pattern = case["pattern"] + ("" if case["slots"] == "shuffled" else f" ({case['slots']} slots)")
         cells = [case["shape"], f"{case['tokens']:,}", f"{case['rows']:,}", pattern]
-        text.append(_row(cells + [_cell(case.get(figure), form) for figure, form in COLUMNS.values()]))
+        text.append(_row(cells + [_cell(case.get(figure), format_spec) for figure, format_spec in COLUMNS.values()]))
     others = [c for c in cases if "speedup_over_other" in c]
     if others:
         text += [
@@ -60,7 +60,7 @@ def markdown(found: dict[str, Any]) -> str:
         text += ["", "## Aims", "", _row(["aim", "measured", "met"]), _row(["---"] * 3)]
         text += [_row(answer) for answer in aimed]
     for kind in ("error", "not_applicable"):
-        text += [f"\n{kind}: {name}: {c[kind].splitlines()[0]}" for name, c in found["cases"].items() if kind in c]
+        text += [f"\n{kind}: {name}: {c[kind].splitlines()[0]}" for name, c in results["cases"].items() if kind in c]
     return "\n".join([*text, ""])
 
 
@@ -68,12 +68,12 @@ def _row(cells: list[str] | tuple[str, ...]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _cell(value: float | None, format_spec: str) -> str:
+    return "" if value is None else format_spec.format(value)
 
 
 def aims(cases: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(aim, what was measured, "yes" or "no") for each aim that the cases tell something of."""
+    """(aim, what was measured, whether the aim is met: "yes" or "no"), for each aim that has cases."""
     answers = []
 
     def answer(aim: str, measured: str, met: bool) -> None:
@@ -90,27 +90,25 @@ def aims(cases: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         aim = "at least 450 TFLOP/s on visited tiles at 128K keys, density 5 to 10 %"
         answer(aim, f"{span} ({high['pattern']})", low["tflops_on_visited_tiles"] >= 450)
     longest = [c for c in cases if c["tokens"] == LENGTHS[-1] and c["pattern"] == ROW]
-    if found := best("share_of_ideal", longest, min):
-        figures = f"{found['speedup']:.1f} x at density {found['density']:.1%}: {found['share_of_ideal']:.2f} / density"
-        answer("speed-up over dense at 1M keys at least 0.7 / density", figures, found["share_of_ideal"] >= 0.7)
-    if found := best("plan_share_of_attention", [c for c in cases if c["tokens"] >= TARGET]):
-        figures = f"at most {found['plan_share_of_attention']:.1%} ({found['pattern']}, {found['tokens']:,} keys)"
-        answer(
-            "plan time under 3 % of attention time, from 128K keys", figures, found["plan_share_of_attention"] < 0.03
-        )
+    if case := best("share_of_ideal", longest, min):
+        figures = f"{case['speedup']:.1f} x at density {case['density']:.1%}: {case['share_of_ideal']:.2f} / density"
+        answer("speed-up over dense at 1M keys at least 0.7 / density", figures, case["share_of_ideal"] >= 0.7)
+    if case := best("plan_share_of_attention", [c for c in cases if c["tokens"] >= TARGET]):
+        figures = f"at most {case['plan_share_of_attention']:.1%} ({case['pattern']}, {case['tokens']:,} keys)"
+        answer("plan time under 3 % of attention time, from 128K keys", figures, case["plan_share_of_attention"] < 0.03)
     if short := [c for c in cases if c["tokens"] in SHORT and c["rows"] == c["tokens"]]:
         ahead = [c["tokens"] for c in short if c["speedup_with_plan"] >= 1]
         first = min(ahead, default=None)
         figures = "not reached" if first is None else f"{first:,} tokens, a layer's share of the plan counted"
         answer("break-even with dense at or below 8K tokens", figures, first is not None and first <= 8192)
-    if found := best("index_share_of_kv", [c for c in cases if c["tokens"] == LENGTHS[-1]]):
-        figures = f"at most {found['index_share_of_kv']:.3%} ({found['pattern']}, {found['rows']:,} rows)"
-        answer("index bytes under 2 % of the KV cache's at 1M keys", figures, found["index_share_of_kv"] < 0.02)
+    if case := best("index_share_of_kv", [c for c in cases if c["tokens"] == LENGTHS[-1]]):
+        figures = f"at most {case['index_share_of_kv']:.3%} ({case['pattern']}, {case['rows']:,} rows)"
+        answer("index bytes under 2 % of the KV cache's at 1M keys", figures, case["index_share_of_kv"] < 0.02)
     return answers
 
 
 def draw_if_possible(results: Path) -> None:
-    """The plots beside the result file, or the command that draws them later."""
+    """Draw the plots beside the result file, or print the command that draws them on a machine with matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         print(f"No matplotlib here. Draw later: python -m sglang_mminfer.benchmarks.plots {results}")
         return

@@ -1,4 +1,4 @@
-"""What our kernel is measured against, each on the same inputs and where possible on the same tiles."""
+"""The kernels that ours is measured against, on the same inputs and, where possible, on the same tiles."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from sglang_mminfer.benchmarks.measure import visits
 from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
 from sglang_mminfer.kernels.torch_gather import LOG2_E, merge_state
 
-# Installed or not, by the module that would be imported.
+# Optional baselines and the module that each needs.
 OPTIONAL = {"flashinfer": "flashinfer", "flash_attention_3": "flash_attn_interface"}
-MOST_ELEMENTS = 1 << 31  # of a tensor that is handed to cuDNN: beyond, one KV head at a time
+MOST_ELEMENTS = 1 << 31  # cuDNN takes no larger tensors: beyond this, it gets one KV head at a time
 
-Part = tuple[torch.Tensor, torch.Tensor]  # o [1, Hq, rows, D] and the natural logarithm of the sum [1, Hq, rows]
+Part = tuple[torch.Tensor, torch.Tensor]  # o [1, Hq, rows, D] and lse [1, Hq, rows], base e
 Attend = Callable[..., Part]
 
 
 class NotApplicable(Exception):
-    """A baseline cannot express the case; the text says why."""
+    """A baseline cannot run the case; the message says why."""
 
 
 def installed() -> dict[str, str]:
-    """Each optional baseline: "installed" or "not installed"."""
-    found = {name: importlib.util.find_spec(module) is not None for name, module in OPTIONAL.items()}
-    answer = {name: "installed" if there else "not installed" for name, there in found.items()}
-    answer["cudnn_block_sparse"] = "not compared: " + (
+    """Each optional baseline by name: "installed", "not installed", or why it is not compared."""
+    available = {name: importlib.util.find_spec(module) is not None for name, module in OPTIONAL.items()}
+    states = {name: "installed" if is_there else "not installed" for name, is_there in available.items()}
+    states["cudnn_block_sparse"] = "not compared: " + (
         "cuDNN's front end is installed, but there is no adapter for it here"
         if importlib.util.find_spec("cudnn") is not None
         else "not installed"
     )
-    return answer
+    return states
 
 
 # ---- dense ---------------------------------------------------------------------------------------------------
@@ -46,14 +46,18 @@ def installed() -> dict[str, str]:
 class Dense:
     """Exact causal attention of the last rows of a prompt.
 
-    A whole prompt is one causal call. A chunk is two: all its rows over the prefix without a mask, and over its
-    own keys with a causal one; together they compute each (row, key) pair at or below the diagonal once. `run` is
-    what is timed; the join of the two parts, which a kernel with a bottom-right mask does not need, is not.
+    A whole prompt is one causal call. A chunk is two calls: its rows over the prefix without a mask, and its rows over
+    their own keys with a causal mask. Together they compute each (row, key) pair at or below the diagonal once. Only
+    `run` is timed, not the join of the two parts, which a kernel with a bottom-right mask does not need.
+
+    how:         the kernel, in words.
+    calls:       for each group of KV heads: the call over the prefix, if there is one, then the call over own keys.
+    heads_apart: how many groups of KV heads there are.
     """
 
     how: str
-    calls: tuple[Callable[[], Part], ...]  # of whole heads: the prefix's, then its own
-    heads_apart: int  # the calls of so many KV heads follow each other
+    calls: tuple[Callable[[], Part], ...]
+    heads_apart: int
 
     def run(self) -> list[Part]:
         return [call() for call in self.calls]
@@ -61,19 +65,19 @@ class Dense:
     def joined(self, parts: list[Part]) -> torch.Tensor:
         """[rows, Hq, D], from what `run` returned."""
         per_head = len(parts) // self.heads_apart
-        whole = []
+        outputs = []
         for first in range(0, len(parts), per_head):
             o, lse = parts[first]
             if per_head == 2:
-                own, its_lse = parts[first + 1]
-                o = merge_state(o, lse * LOG2_E, own, its_lse * LOG2_E)[0].to(own.dtype)
-            whole.append(o)
-        o = torch.cat(whole, dim=1) if len(whole) > 1 else whole[0]
+                own_o, own_lse = parts[first + 1]
+                o = merge_state(o, lse * LOG2_E, own_o, own_lse * LOG2_E)[0].to(own_o.dtype)
+            outputs.append(o)
+        o = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
         return o[0].transpose(0, 1)
 
 
 def dense(inputs: Inputs) -> Dense:
-    """Keys and values are read in the order of the prompt, with no page table: in dense's favour."""
+    """Dense attention over keys and values in the order of the prompt, without a page table: in dense's favour."""
     how, attend = _dense_kernel(inputs.q.device.type, inputs.q.dtype, inputs.q.shape[2])
     rows, tokens = len(inputs.q), len(inputs.keys)
     q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.keys, inputs.values))
@@ -98,7 +102,7 @@ def dense(inputs: Inputs) -> Dense:
 
 @cache
 def _dense_kernel(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, Attend]:
-    """The fastest that works here: cuDNN with grouped heads, cuDNN with KV heads repeated, FlashAttention-2."""
+    """The first of these that works here: cuDNN with GQA, cuDNN with repeated KV heads, FlashAttention-2."""
     if device == "cpu":
         return "torch's CPU flash attention", partial(_repeated, _cpu)
     tried = []
@@ -118,7 +122,7 @@ def _dense_kernel(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, 
 
 
 def _probe(attend: Attend, dtype: torch.dtype, head_dim: int) -> float:
-    """Largest difference from plain softmax attention, of the output and of the LSE, grouped heads, causal."""
+    """The largest difference of output and LSE from plain softmax attention, for a small causal case with GQA."""
     random = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, h, 256, head_dim, generator=random, device="cuda").to(dtype) for h in (4, 2, 2))
     scale = head_dim**-0.5
@@ -130,22 +134,22 @@ def _probe(attend: Attend, dtype: torch.dtype, head_dim: int) -> float:
     return float(torch.maximum(difference, (lse - scores.logsumexp(dim=-1)).abs().max()))
 
 
-# Each: q [1, Hq, m, D], k and v [1, Hkv, n, D] -> a Part.
+# The following take q [1, Hq, m, D], k and v [1, Hkv, n, D] and return a Part.
 
 
 def _cudnn(q, k, v, causal: bool, scale: float) -> Part:
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return found[0], found[1].reshape(q.shape[:3])
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return result[0], result[1].reshape(q.shape[:3])
 
 
 def _flash_2(q, k, v, causal: bool, scale: float) -> Part:
-    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return found[0], found[1]
+    result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return result[0], result[1]
 
 
 def _cpu(q, k, v, causal: bool, scale: float) -> Part:
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return found[0], found[1]
+    result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return result[0], result[1]
 
 
 def _repeated(attend: Attend, q, k, v, causal: bool, scale: float) -> Part:
@@ -154,7 +158,7 @@ def _repeated(attend: Attend, q, k, v, causal: bool, scale: float) -> Part:
 
 
 def flash_attention_3(inputs: Inputs, plan: PrefillPlan) -> Callable[[], Any]:
-    """Dense: one call, bottom-right causal."""
+    """Dense attention in one call with a bottom-right causal mask."""
     from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
 
     q, k, v = inputs.q[None], inputs.keys[None], inputs.values[None]
@@ -166,10 +170,12 @@ def flash_attention_3(inputs: Inputs, plan: PrefillPlan) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Gathered:
-    """The rows and keys of a plan's only pass in the order of its tiles, for kernels that know no page table.
+    """The rows and keys of a plan's only pass in the order of its tiles, for kernels without a page table.
 
-    q [Hq, T * block_q, D], the rows of a tile padded with zeros; k, v [Hkv, key tiles * block_k, D];
-    q_stop int32 [T * block_q], 0 for padding; rows int64 [T * block_q], of q, -1 for padding.
+    q:      [Hq, T * block_q, D], the rows of each tile padded with zeros.
+    k, v:   [Hkv, key tiles * block_k, D].
+    q_stop: int32 [T * block_q], 0 for padding.
+    rows:   int64 [T * block_q], the row of the inputs' q; -1 for padding.
     """
 
     q: torch.Tensor
@@ -180,31 +186,31 @@ class Gathered:
 
 
 def only_pass(plan: PrefillPlan) -> BlockPlan:
-    """The plan's pass, if there is one, for all heads, and no key of it is hidden.
+    """The only pass of a plan.
 
     Raises:
-        NotApplicable: otherwise.
+        NotApplicable: the plan has several passes, its heads differ, or some of its tiles are gathered.
     """
     if len(plan.passes) != 1:
         raise NotApplicable(f"the plan has {len(plan.passes)} passes")
     (block_plan,) = plan.passes
     if block_plan.head_groups != (tuple(range(plan.num_heads)),):
         raise NotApplicable("the heads have lists of their own")
-    if int(block_plan.num_picked.sum()):
-        raise NotApplicable("some keys of its tiles are hidden, lane by lane")
+    if int(block_plan.num_gathered.sum()):
+        raise NotApplicable("some keys of its tiles are excluded, lane by lane")
     return block_plan
 
 
 def gathered(inputs: Inputs, plan: BlockPlan) -> Gathered:
     sizes = plan.q_indptr.diff().long()
     lane = torch.arange(plan.block_q, device=sizes.device)
-    there = (lane < sizes[:, None]).flatten()
-    number = (plan.q_indptr[:-1].long()[:, None] + lane).flatten()[there]
-    rows = torch.full_like(there, -1, dtype=torch.int64)
-    rows[there] = plan.q_rows[number].long()
+    is_row = (lane < sizes[:, None]).flatten()
+    number = (plan.q_indptr[:-1].long()[:, None] + lane).flatten()[is_row]
+    rows = torch.full_like(is_row, -1, dtype=torch.int64)
+    rows[is_row] = plan.q_rows[number].long()
     q_stop = torch.zeros_like(rows, dtype=torch.int32)
-    q_stop[there] = plan.q_stop[number]
-    q = inputs.q[rows.clamp_min(0)].masked_fill(~there[:, None, None], 0)
+    q_stop[is_row] = plan.q_stop[number]
+    q = inputs.q[rows.clamp_min(0)].masked_fill(~is_row[:, None, None], 0)
     slots = plan.keys.kv_slots.long()
     k, v = inputs.k_cache[slots], inputs.v_cache[slots]
     q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
@@ -213,27 +219,27 @@ def gathered(inputs: Inputs, plan: BlockPlan) -> Gathered:
 
 @dataclass(frozen=True)
 class Flex:
-    """FlexAttention on the tiles of a plan, over gathered q, k and v; gathering them is not timed."""
+    """FlexAttention on the tiles of a plan, over gathered q, k and v. Gathering them is not timed."""
 
     gathered: Gathered
     block_mask: Any
     run: Callable[[], torch.Tensor]
 
     def output(self, like: torch.Tensor) -> torch.Tensor:
-        """[rows, Hq, D], in the order of q."""
+        """Run it: [rows, Hq, D], in the order of the rows of `like`."""
         out = torch.zeros_like(like)
-        real = self.gathered.rows >= 0
-        out[self.gathered.rows[real]] = self.run()[0].transpose(0, 1)[real]
+        is_row = self.gathered.rows >= 0
+        out[self.gathered.rows[is_row]] = self.run()[0].transpose(0, 1)[is_row]
         return out
 
 
 def flex_attention(inputs: Inputs, plan: PrefillPlan) -> Flex:
-    """Full tiles go without a mask and partial ones by position, as in our kernel."""
+    """FlexAttention with the masks of our kernel: none in full tiles, positions in partial tiles."""
     from torch.nn.attention import flex_attention as flex
 
     block_plan = only_pass(plan)
-    own = gathered(inputs, block_plan)
-    q_stop, kv_pos = own.q_stop, block_plan.keys.kv_pos
+    tensors = gathered(inputs, block_plan)
+    q_stop, kv_pos = tensors.q_stop, block_plan.keys.kv_pos
 
     def visible(batch, head, q_index, kv_index):
         return kv_pos[kv_index] < q_stop[q_index]
@@ -244,10 +250,12 @@ def flex_attention(inputs: Inputs, plan: PrefillPlan) -> Flex:
         *lists[0], *lists[1], BLOCK_SIZE=(block_plan.block_q, block_plan.block_k), mask_mod=visible,
         seq_lengths=(len(q_stop), len(kv_pos)),
     )  # fmt: skip
-    q, k, v = (x[None] for x in (own.q, own.k, own.v))
+    q, k, v = (x[None] for x in (tensors.q, tensors.k, tensors.v))
     on_card = inputs.q.is_cuda
     attend = torch.compile(flex.flex_attention, dynamic=False) if on_card else flex.flex_attention
-    return Flex(own, block_mask, lambda: attend(q, k, v, block_mask=block_mask, scale=inputs.scale, enable_gqa=True))
+    return Flex(
+        tensors, block_mask, lambda: attend(q, k, v, block_mask=block_mask, scale=inputs.scale, enable_gqa=True)
+    )
 
 
 def _lists(tile: torch.Tensor, block: torch.Tensor, plan: BlockPlan, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,14 +268,17 @@ def _lists(tile: torch.Tensor, block: torch.Tensor, plan: BlockPlan, keys: int) 
 
 
 def flashinfer(inputs: Inputs, plan: PrefillPlan) -> Callable[[], Any]:
-    """VariableBlockSparseAttentionWrapper on gathered q, k and v. It has no mask inside a tile, so that partial
-    tiles count whole: the same work, but another answer along the diagonal."""
+    """FlashInfer's VariableBlockSparseAttentionWrapper on gathered q, k and v.
+
+    The wrapper has no mask inside a tile, so partial tiles count as full: the same work, but a different answer along
+    the diagonal.
+    """
     from flashinfer.sparse import VariableBlockSparseAttentionWrapper
 
     block_plan = only_pass(plan)
-    own = gathered(inputs, block_plan)
-    real = own.rows >= 0
-    device, kv_heads = inputs.q.device, own.k.shape[0]
+    tensors = gathered(inputs, block_plan)
+    is_row = tensors.rows >= 0
+    device, kv_heads = inputs.q.device, tensors.k.shape[0]
     key_tiles = len(block_plan.keys.kv_pos) // block_plan.block_k
     mask = torch.zeros(block_plan.num_tiles, key_tiles, dtype=torch.bool, device=device)
     tile, block, _ = visits(block_plan)
@@ -278,17 +289,17 @@ def flashinfer(inputs: Inputs, plan: PrefillPlan) -> Callable[[], Any]:
         mask.expand(kv_heads, -1, -1).contiguous(),
         block_plan.q_indptr.diff().to(torch.int32).expand(kv_heads, -1).contiguous(),
         key_sizes,
-        own.q.shape[0],
+        tensors.q.shape[0],
         kv_heads,
-        own.q.shape[2],
+        tensors.q.shape[2],
         q_data_type=inputs.q.dtype,
         sm_scale=inputs.scale,
     )
-    q = own.q[:, real].contiguous()
-    return lambda: wrapper.run(q, own.k, own.v)
+    q = tensors.q[:, is_row].contiguous()
+    return lambda: wrapper.run(q, tensors.k, tensors.v)
 
 
-# By the name in `Case.against`: makes what is timed.
+# Names for `Case.against`; each function returns the call that is timed.
 AGAINST: dict[str, Callable[[Inputs, PrefillPlan], Callable[[], Any]]] = {
     "flex_attention": lambda inputs, plan: flex_attention(inputs, plan).run,
     "flashinfer": flashinfer,

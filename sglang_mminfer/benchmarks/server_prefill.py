@@ -2,11 +2,11 @@
 
     python -m sglang_mminfer.benchmarks.server_prefill [--tokens 4096 8192 16384 32768] [--out FILE]
 
-Stock dense is measured twice, with chunked prefill and without it, because SGLang's `torch_native` computes
-redundant rows for every chunk. Its figures come from the plugin with the config `dense`, which hands every layer
-to the stock backend and only holds the watch; a server without the plugin's backend is timed from outside beside
-it, to show that this changes nothing. Every prompt is sent once to fill the cache of vision embeddings, and timed
-after the prefix cache was flushed, so that `forward_ms` is the language model alone.
+Stock dense is measured twice, with chunked prefill and without, because SGLang's `torch_native` computes redundant
+rows for every chunk. Its figures come from the plugin with the config `dense`, which hands every layer to the stock
+backend and only measures the time. A server without the plugin's backend is timed from outside as well, to show that
+this changes nothing. Every prompt is sent once to fill the cache of vision embeddings, and is timed after the radix
+cache was flushed, so `forward_ms` is the language model alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sglang_mminfer.tools import machine
 from sglang_mminfer.tools.media import make_video
 from sglang_mminfer.tools.server import Server, shown_wait
 
-FRAME_TOKENS = 256  # 448 x 448 pixels, 28 x 28 of them a token; two frames share theirs
+FRAME_TOKENS = 256  # 448 x 448 pixels, 28 x 28 pixels a token; two frames share these tokens
 SIDE = 448
 CHUNK = 2048
 
@@ -60,8 +60,8 @@ def measure(
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """server -> tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians.
 
-    All servers are up at once and idle but for the one that is asked; they take turns, request by request, so
-    that a machine that slows down or speeds up does so for all of them.
+    All servers run at once, and all but the one that is asked are idle. They take turns, request by request, so a
+    machine that slows down or speeds up does so for all of them.
     """
     longest = max(videos) + 1024
     room = ("--context-length", str(longest), "--max-total-tokens", str(longest + 8192))
@@ -78,7 +78,7 @@ def measure(
             for turn in range(repeats + 1):
                 for name, (server, trace) in servers.items():
                     figure = _ask(server, trace, video)
-                    if turn:  # the first fills the embedding cache
+                    if turn:  # turn 0 fills the embedding cache
                         runs[name].append(figure)
             for name in names:
                 figures[name][tokens] = {key: _median(run[key] for run in runs[name]) for key in runs[name][0]}
@@ -87,7 +87,7 @@ def measure(
 
 
 def _ask(server: Server, trace: Path, video: Path) -> dict[str, Any]:
-    """One prompt, nothing of it in the prefix cache."""
+    """Send one prompt of which nothing is in the radix cache. Returns its figures."""
     server.flush_cache()
     seen = len(read_trace(trace)) if trace.exists() else 0
     content = [
@@ -104,26 +104,26 @@ def _ask(server: Server, trace: Path, video: Path) -> dict[str, Any]:
 
 
 def _sum(records: list[PrefillRecord], prompt_tokens: int, ttft_ms: float) -> dict[str, Any]:
-    ours = [r for r in records if not r.rid.startswith("HEALTH_CHECK")]
-    if ours:
-        computed = sum(r.chunk_len for r in ours)
+    prompt_records = [r for r in records if not r.rid.startswith("HEALTH_CHECK")]
+    if prompt_records:
+        computed = sum(r.chunk_len for r in prompt_records)
         if computed != prompt_tokens:
             raise RuntimeError(f"expected a prefill of {prompt_tokens} tokens in the trace, got {computed}")
-    causal = [(r.prefix_len + 1 + r.seq_len) * r.chunk_len / 2 for r in ours]
-    dense = [1.0 if r.density is None else r.density for r in ours]
+    causal = [(r.prefix_len + 1 + r.seq_len) * r.chunk_len / 2 for r in prompt_records]
+    dense = [1.0 if r.density is None else r.density for r in prompt_records]
     return {
         "prompt_tokens": prompt_tokens,
-        "attn_ms": sum(r.attn_ms for r in ours) if ours else None,
-        "plan_ms": sum(r.plan_ms for r in ours) if ours else None,
-        "forward_ms": sum(r.forward_ms for r in ours) if ours else None,
+        "attn_ms": sum(r.attn_ms for r in prompt_records) if prompt_records else None,
+        "plan_ms": sum(r.plan_ms for r in prompt_records) if prompt_records else None,
+        "forward_ms": sum(r.forward_ms for r in prompt_records) if prompt_records else None,
         "ttft_ms": ttft_ms,
-        "density": sum(d * c for d, c in zip(dense, causal)) / sum(causal) if ours else None,
+        "density": sum(d * c for d, c in zip(dense, causal)) / sum(causal) if prompt_records else None,
     }
 
 
 def _median(values: Iterable[Any]) -> Any:
-    known = [value for value in values if value is not None]
-    return round(median(known), 4) if known else None
+    measured = [value for value in values if value is not None]
+    return round(median(measured), 4) if measured else None
 
 
 def _line(figure: dict[str, Any]) -> str:
@@ -131,7 +131,7 @@ def _line(figure: dict[str, Any]) -> str:
 
 
 def speedups(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[str, float]]]:
-    """By mminfer server and length: over the better of the stock runs, for attention and for the whole forward."""
+    """mminfer server -> tokens -> speed-up of attention and of the whole forward over the better stock server."""
     stock = [results[name] for name in results if name.startswith("stock")]
     return {
         name: {

@@ -1,8 +1,8 @@
-"""Does the kernel, compiled on this machine, give right answers, and how fast is one small case?
+"""Checks the answers of the kernel as compiled on this machine, and times one small case.
 
     python -m sglang_mminfer.benchmarks.smoke [--check-only]
 
-Under compute-sanitizer (`make test-gpu-sanitize`) it is the small case.
+`make test-gpu-sanitize` runs this program under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ SMALL = cases.Case("28/4", 32768, 8192, "a_shape")
 
 
 def check(device: str, dtype: torch.dtype) -> self_check.Answer:
-    """The self-check of the Triton kernel, at the benchmarks' head dim."""
+    """Run the self-check of the Triton kernel at the benchmarks' head dim."""
     return self_check.check(launch.run, device, dtype, cases.HEAD_DIM)
 
 
 def throughput() -> float:
-    """TFLOP/s on visited tiles of SMALL, in bf16."""
+    """TFLOP/s on the visited tiles of SMALL, in bf16."""
     heads = cases.SHAPES[SMALL.shape]
-    given = make_inputs(SMALL.rows, SMALL.tokens, heads, cases.HEAD_DIM, torch.bfloat16, "cuda", SMALL.slots)
-    chunk = RequestChunk(cases.conversation(SMALL), SMALL.tokens - SMALL.rows, SMALL.tokens, 0, given.slots)
+    inputs = make_inputs(SMALL.rows, SMALL.tokens, heads, cases.HEAD_DIM, torch.bfloat16, "cuda", SMALL.slots)
+    chunk = RequestChunk(cases.conversation(SMALL), SMALL.tokens - SMALL.rows, SMALL.tokens, 0, inputs.slots)
     plan = BatchPlanner([chunk], SMALL.rows).plan([cases.PATTERNS[SMALL.pattern]] * heads[0])
-    work = lambda: launch.run(given.q, given.k_cache, given.v_cache, plan, given.scale, given.out, given.lse)  # noqa: E731
+    work = lambda: launch.run(inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse)  # noqa: E731
     flop = measure.visited_pairs(plan) * 4 * cases.HEAD_DIM * heads[0]
     return flop / measure.timed(work, "cuda").ms / 1e9
 

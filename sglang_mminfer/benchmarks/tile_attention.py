@@ -3,15 +3,15 @@
     python -m sglang_mminfer.benchmarks.tile_attention [--minutes 7] [--out FILE]
     python -m sglang_mminfer.benchmarks.tile_attention --tune
 
-Dense is torch's cuDNN attention, the FlashAttention-3 class where FA3 itself is not installed. Most important cases
-come first; the result file is written after each and cases it has are skipped, so that a run that was cut short
-goes on where it stopped. A case that fails is kept with its error and tried again only with --retry. At the end
-comes a table, also as Markdown, and plots where matplotlib is installed.
+Dense is torch's cuDNN attention, which is in FlashAttention-3's class. The most important cases come first. The
+result file is written after each case, and a case that is in it is skipped, so the same command continues a run that
+was cut short. A case that fails is written with its error and tried again only with --retry. At the end the program
+writes a Markdown table, and plots if matplotlib is installed.
 
 --tune times the candidate builds of the kernel instead (`tuning.py`).
 
-`TRITON_INTERPRET=1 ... --tiny` runs very small cases on a CPU: it shows that the program works, and its times
-mean nothing.
+`TRITON_INTERPRET=1 ... --tiny` runs very small cases on a CPU. They show that the program works; their times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESULTS = Path("sglang_mminfer/benchmarks/results")
 
 
 class Bench:
-    """Measures cases one after the other; tensors and the dense time of cases that share them are made once."""
+    """Measures cases one after the other. Successive cases with the same inputs share tensors and the dense time."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -63,8 +63,8 @@ class Bench:
         if case.against == "dense":
             figures |= self._against_dense(case, inputs, figures)
             figures |= _plan_share(case, measure.plan_cost(planned.make, self.device), sparse.ms)
-            own = sparse.ms + figures["plan_wall_ms"] / figures["layers_of_a_plan"]
-            figures["speedup_with_plan"] = figures["dense_ms"] / own
+            with_plan_ms = sparse.ms + figures["plan_wall_ms"] / figures["layers_of_a_plan"]
+            figures["speedup_with_plan"] = figures["dense_ms"] / with_plan_ms
         else:
             figures |= self._against_other(case, inputs, plan, sparse.ms)
         return {key: _short(value) for key, value in figures.items()}
@@ -78,7 +78,7 @@ class Bench:
         return self._inputs
 
     def free(self) -> None:
-        """Give the tensors back."""
+        """Free the tensors."""
         self._inputs = self._dense = self._made_for = None
         gc.collect()
         if self.device == "cuda":
@@ -104,7 +104,7 @@ class Bench:
 
 
 class _Planned:
-    """Makes the plan of a case as a server would: the map is there, the rest is new with every forward."""
+    """Makes the plan of a case as a server does: the map exists already, the rest is new with every forward."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         heads, kv_heads = SHAPES[case.shape]
@@ -113,11 +113,11 @@ class _Planned:
         self._range = (case.tokens - case.rows, case.tokens)
 
     def make(self) -> PrefillPlan:
-        own = self._inputs
-        chunk = RequestChunk(self._map, *self._range, 0, own.slots)
-        plan = BatchPlanner([chunk], len(own.q)).plan(self._heads, own.q, own.k_cache, own.scale)
+        inputs = self._inputs
+        chunk = RequestChunk(self._map, *self._range, 0, inputs.slots)
+        plan = BatchPlanner([chunk], len(inputs.q)).plan(self._heads, inputs.q, inputs.k_cache, inputs.scale)
         for block_plan in plan.passes:
-            work_order(block_plan, self._group)  # the launcher would, at the first layer
+            work_order(block_plan, self._group)  # the launcher makes it in the first layer
         return plan
 
 
@@ -132,18 +132,18 @@ def _tflops(case: Case, density: float, ms: float) -> float:
 
 
 def _index(case: Case, plan: PrefillPlan, inputs: Inputs) -> dict[str, Any]:
-    """Index bytes, of one plan; a static plan is shared by all layers, and an estimated one is gone after its own."""
-    own, kv = measure.index_bytes(plan), inputs.k_cache.nbytes + inputs.v_cache.nbytes
+    """Index bytes of one plan. All layers share a static plan; an estimated plan is dropped after its layer."""
+    plan_bytes, kv_bytes = measure.index_bytes(plan), inputs.k_cache.nbytes + inputs.v_cache.nbytes
     return {
-        "index_bytes": own,
-        "kv_bytes_of_a_layer": kv,
-        "index_share_of_kv": own / (kv * LAYERS[case.shape]),
-        "index_share_of_a_layers_kv": own / kv,
+        "index_bytes": plan_bytes,
+        "kv_bytes_of_a_layer": kv_bytes,
+        "index_share_of_kv": plan_bytes / (kv_bytes * LAYERS[case.shape]),
+        "index_share_of_a_layers_kv": plan_bytes / kv_bytes,
     }
 
 
 def _plan_share(case: Case, cost: measure.PlanCost, attention_ms: float) -> dict[str, Any]:
-    """One plan serves all layers of a forward if it is static, one layer if it is estimated."""
+    """Planning time over attention time. A static plan serves all layers of a forward, an estimated plan one layer."""
     static = is_static(PATTERNS[case.pattern])
     layers = LAYERS[case.shape] if static else 1
     return {
@@ -156,49 +156,49 @@ def _plan_share(case: Case, cost: measure.PlanCost, attention_ms: float) -> dict
 
 
 def _short(value: Any) -> Any:
-    """Five digits are more than a clock tells."""
+    """Floats rounded to five digits, which is more than a clock tells."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def run_cases(chosen: list[Case], device: str, out: Path, minutes: float, retry: bool) -> dict[str, Any]:
-    """Run what `out` does not have yet, and keep it up to date. Returns the whole report."""
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"cases": {}, "runs": []}
+    """Run the cases that the result file `out` lacks, and write `out` after each. Returns all results."""
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"cases": {}, "runs": []}
     began, bench = time.monotonic(), Bench(device)
     about = {**machine.describe(), "card": measure.describe_card(), "baselines": baselines.installed()}
-    found["runs"].append(about | {"timing": measure.METHOD})
+    results["runs"].append(about | {"timing": measure.METHOD})
     for case in chosen:
-        known = found["cases"].get(case.name)
-        if known is not None and not (retry and "error" in known):
+        previous = results["cases"].get(case.name)
+        if previous is not None and not (retry and "error" in previous):
             continue
         if time.monotonic() - began > 60 * minutes:
             print("Time is up; run again to go on.")
             break
         figures = _guarded(bench, case)
-        found["cases"][case.name] = {**asdict(case), **figures, "run": len(found["runs"]) - 1}
+        results["cases"][case.name] = {**asdict(case), **figures, "run": len(results["runs"]) - 1}
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n")
         print(report.line(case.name, figures), flush=True)
         if not _device_is_well(device):
             print("The device takes no more work after this error; run again to go on with the next case.")
             break
     bench.free()
-    return found
+    return results
 
 
 def _guarded(bench: Bench, case: Case) -> dict[str, Any]:
-    """The figures of the case, or what went wrong: one case must not cost the others."""
+    """The figures of the case, or its error: one failing case must not cost the others."""
     try:
         return bench.run(case)
     except baselines.NotApplicable as reason:
         return {"not_applicable": str(reason)}
     except Exception as error:
-        kept = f"{type(error).__name__}: {error}"[:600]
-    bench.free()  # out of the handler: the traceback holds tensors
-    return {"error": kept}
+        message = f"{type(error).__name__}: {error}"[:600]
+    bench.free()  # outside the handler, because the traceback holds tensors
+    return {"error": message}
 
 
 def _device_is_well(device: str) -> bool:
-    """False after an illegal access: the process can then only end."""
+    """False after an illegal memory access, after which the process can only end."""
     try:
         measure.wait(device)
     except RuntimeError:
@@ -224,13 +224,13 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or RESULTS / ("tiny.json" if options.tiny else "gpu_tile_attention.json")
     optional = tuple(name for name, state in baselines.installed().items() if state == "installed")
     chosen = list(tiny_cases() if options.tiny else cases(optional))
-    found = run_cases(chosen, device, out, options.minutes, options.retry)
-    table = report.markdown(found)
+    results = run_cases(chosen, device, out, options.minutes, options.retry)
+    table = report.markdown(results)
     out.with_suffix(".md").write_text(table)
     print(table)
     report.draw_if_possible(out)
-    done = sum(case.name in found["cases"] for case in chosen)
-    failed = sum("error" in figures for figures in found["cases"].values())
+    done = sum(case.name in results["cases"] for case in chosen)
+    failed = sum("error" in figures for figures in results["cases"].values())
     print(f"{done} of {len(chosen)} cases done, {failed} failed. Results: {out}")
     return 0
 

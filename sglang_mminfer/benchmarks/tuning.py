@@ -2,8 +2,8 @@
 
     python -m sglang_mminfer.benchmarks.tile_attention --tune
 
-The result belongs into `kernels/triton/configurations.py`, by hand: what is best is a matter of the card and of
-the version of Triton, so both are in the result file.
+Enter the result into `kernels/triton/configurations.py` by hand. What is fastest depends on the GPU and on Triton's
+version, so both are in the result file.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sglang_mminfer.planning.planner import BLOCK_K, BatchPlanner, RequestChunk
 from sglang_mminfer.tools import machine
 
 HEADS = (28, 4)
-TUNED_ON = (ROW, "a_shape", "grid frame")  # many lines and few, picked tiles and none
+TUNED_ON = (ROW, "a_shape", "grid frame")  # many lines and few, with and without gathered tiles
 
 
 def candidates(head_dim: int) -> Iterator[tuple[str, Configuration, int]]:
-    """(name, how to compile, keys of a key tile); 64 rows where 128 spill registers."""
+    """(name, how to compile, keys of a key tile). Head dim 256 takes 64 rows, because 128 rows spill registers."""
     rows = 64 if head_dim == 256 else 128
     yield "A: one program, 7 stages", Configuration(rows, 8, 7), 64
     yield "B: two programs, 128 registers", Configuration(rows, 8, 4, maxnreg=128), 64
@@ -40,56 +40,56 @@ def candidates(head_dim: int) -> Iterator[tuple[str, Configuration, int]]:
     yield "3 stages, 128 registers", Configuration(rows, 8, 3, maxnreg=128), 64
     yield "3 stages", Configuration(rows, 8, 3), 64
     yield "2 stages", Configuration(rows, 8, 2), 64
-    yield "64 rows, 4 warps, 4 stages", Configuration(64, 4, 4), 64  # two programs without a bound on registers
+    yield "64 rows, 4 warps, 4 stages", Configuration(64, 4, 4), 64  # two programs with no limit on registers
     yield "64 rows, 4 warps, 3 stages", Configuration(64, 4, 3), 64
 
 
 def main(out: Path, device: str, tiny: bool, minutes: float) -> int:
-    """Time them all, head dim 128 first; prints, and writes `out` after each."""
-    found: dict[str, Any] = {**machine.describe(), "card": measure.describe_card(), "timing": measure.METHOD}
-    found |= {"patterns": TUNED_ON, "heads": HEADS, "head_dims": {}}
+    """Time all candidates, head dim 128 first. Prints each and writes `out` after it. Returns the exit status."""
+    report: dict[str, Any] = {**machine.describe(), "card": measure.describe_card(), "timing": measure.METHOD}
+    report |= {"patterns": TUNED_ON, "heads": HEADS, "head_dims": {}}
     tokens, rows = (512, 128) if tiny else (TARGET, CHUNK)
     began = time.monotonic()
     for head_dim in (128,) if tiny else sorted(HEAD_DIMS, key=lambda dim: dim != 128):
-        own: dict[str, Any] = found["head_dims"].setdefault(str(head_dim), {})
+        builds: dict[str, Any] = report["head_dims"].setdefault(str(head_dim), {})
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         inputs = make_inputs(rows, tokens, (2, 1) if tiny else HEADS, head_dim, dtype, device, "shuffled")
         for name, chosen, block_k in candidates(head_dim):
             if time.monotonic() - began > 60 * minutes:
                 break
-            own[name] = {**asdict(chosen), "block_k": block_k, **_timed(inputs, chosen, block_k, device)}
-            print(f"head dim {head_dim}: {name}: {_said(own[name])}", flush=True)
-            _write(out, found)
-        timed = {name: figures["tflops"] for name, figures in own.items() if "tflops" in figures}
+            builds[name] = {**asdict(chosen), "block_k": block_k, **_timed(inputs, chosen, block_k, device)}
+            print(f"head dim {head_dim}: {name}: {_summary(builds[name])}", flush=True)
+            _write(out, report)
+        timed = {name: figures["tflops"] for name, figures in builds.items() if "tflops" in figures}
         if timed:
-            own["best"] = max(timed, key=lambda name: timed[name])
-            print(f"head dim {head_dim}: best: {own['best']}; in use: {_in_use(head_dim, device)}")
-        _write(out, found)
+            builds["best"] = max(timed, key=lambda name: timed[name])
+            print(f"head dim {head_dim}: best: {builds['best']}; in use: {_in_use(head_dim, device)}")
+        _write(out, report)
     print(f"Results: {out}")
     return 0
 
 
 def _timed(inputs: Inputs, chosen: Configuration, block_k: int, device: str) -> dict[str, Any]:
-    """TFLOP/s on visited tiles, of each pattern and of all together; or the error."""
+    """TFLOP/s on visited tiles, for each pattern and for all together, or the error."""
     rows, heads, head_dim = inputs.q.shape
     tokens = len(inputs.keys)
     chunk = RequestChunk(video_map(tokens), tokens - rows, tokens, 0, inputs.slots)
     flop = ms = 0.0
-    each = {}
+    by_pattern = {}
     try:
         for pattern in TUNED_ON:
             plan = BatchPlanner([chunk], rows, block_k=block_k).plan([PATTERNS[pattern]] * heads)
-            given = (inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse)
-            timing = measure.timed(lambda given=given: launch.run(*given, chosen=chosen), device)  # type: ignore[misc]
-            own = measure.visited_pairs(plan) * 4 * head_dim * heads
-            each[pattern] = float(f"{own / timing.ms / 1e9:.5g}")
-            flop, ms = flop + own, ms + timing.ms
-    except Exception as error:  # too much shared memory, for one: a build that does not fit is an answer
+            args = (inputs.q, inputs.k_cache, inputs.v_cache, plan, inputs.scale, inputs.out, inputs.lse)
+            timing = measure.timed(lambda args=args: launch.run(*args, chosen=chosen), device)  # type: ignore[misc]
+            plan_flop = measure.visited_pairs(plan) * 4 * head_dim * heads
+            by_pattern[pattern] = float(f"{plan_flop / timing.ms / 1e9:.5g}")
+            flop, ms = flop + plan_flop, ms + timing.ms
+    except Exception as error:  # a build may need too much shared memory, for example, and that is a result, too
         return {"error": f"{type(error).__name__}: {error}"[:300]}
-    return {"tflops": float(f"{flop / ms / 1e9:.5g}"), "by_pattern": each}
+    return {"tflops": float(f"{flop / ms / 1e9:.5g}"), "by_pattern": by_pattern}
 
 
-def _said(figures: dict[str, Any]) -> str:
+def _summary(figures: dict[str, Any]) -> str:
     return figures["error"].splitlines()[0] if "error" in figures else f"{figures['tflops']:.0f} TFLOP/s"
 
 
@@ -100,6 +100,6 @@ def _in_use(head_dim: int, device: str) -> str:
     return f"{configuration(head_dim, 10 * major + minor)}, {BLOCK_K} keys a tile"
 
 
-def _write(out: Path, found: dict[str, Any]) -> None:
+def _write(out: Path, report: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    out.write_text(json.dumps(report, indent=1) + "\n")

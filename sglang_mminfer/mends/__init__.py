@@ -1,9 +1,10 @@
-"""Mends: faults in how SGLang handles media that a long conversation meets, put right here until they are upstream.
+"""Mends: faults of SGLang's media handling that long conversations meet, repaired here until SGLang repairs them.
 
-`MENDS` is the list, for people too: `mminfer doctor` and the documents print it. A mend acts in servers whose attention
-backend is mminfer, and in no other. `SGLANG_MMINFER_MENDS` switches mends off by name.
+`MENDS` lists them; `mminfer doctor` and docs/mends.md print the list. A mend acts only in servers whose attention
+backend is mminfer. `SGLANG_MMINFER_MENDS` switches mends off by name.
 
-Importing this module costs nothing; what a mend does stands in the module of its name, or with its family.
+Importing this module is cheap: it imports neither SGLang nor torch. The code of a mend stands in this folder or, if it
+is for one family of models, in `families/`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ ALL, NONE = "all", "none"
 
 @dataclass(frozen=True)
 class Mend:
-    """One fault of SGLang and what is done about it.
+    """One fault of SGLang and its repair.
 
     Attributes:
-        name: by which the setting knows it.
-        stock: what SGLang does.
+        name: the mend's name in SGLANG_MMINFER_MENDS.
+        stock: what SGLang does without the mend.
         right: what a server does with the mend.
-        test: the test that sees both.
-        upstream: how it could be mended in SGLang itself; "" where that is no matter of a patch.
-        versions: of SGLang that have the fault, as a version specifier.
+        test: the path of the test that shows both.
+        upstream: the change of SGLang that would replace the mend; "" if no change of SGLang could.
+        versions: the SGLang releases that have the fault, as a version specifier.
     """
 
     name: str
@@ -42,8 +43,8 @@ class Mend:
 MENDS: tuple[Mend, ...] = (
     Mend(
         "separate_videos",
-        "All videos of a Qwen2-VL or Qwen2.5-VL conversation are one item with one hash, so a second video voids the "
-        "cached prefix of the first.",
+        "All videos of a Qwen2-VL or Qwen2.5-VL conversation are one item with one hash, so a second video invalidates "
+        "the cached prefix of the first.",
         "Each video is an item with a hash of its own.",
         "tests/server/test_turns.py",
         "mm_utils.get_new_expanded_mm_items: split items of several videos by their grid rows.",
@@ -51,8 +52,8 @@ MENDS: tuple[Mend, ...] = (
     Mend(
         "internvl_frames",
         "InternVL takes 32 frames of each video whatever --mm-process-config says, leaves a placeholder in the text of "
-        "a prompt with images, and mixes up the hashes of frames and of images behind a video.",
-        "num_frames is obeyed, and each frame is an item with a hash of its own.",
+        "a prompt with images, and mixes up the hashes of a video's frames and of the images after it.",
+        "SGLang's processor obeys num_frames, and each frame is an item with a hash of its own.",
         "tests/server/test_families.py",
         "processors/internvl.py: read num_frames, one item for each frame in the order of the prompt.",
     ),
@@ -65,190 +66,201 @@ MENDS: tuple[Mend, ...] = (
     ),
     Mend(
         "llava_hf_videos",
-        "Hugging Face LLaVA models decode every frame of a video, through torchcodec alone.",
-        "SGLang's decoder reads the file; num_frames frames are taken, 32 if nothing is said.",
+        "Hugging Face LLaVA models decode every frame of a video, and can use no decoder but torchcodec.",
+        "SGLang's decoder reads the file and num_frames frames are used, 32 by default.",
         "tests/server/test_families.py",
         "processors/transformers_auto.py: load videos as other processors do.",
     ),
     Mend(
         "llava_original",
-        "LLaVA in its original form sees the first of several images, and the newline behind an image takes the place "
-        "of the word that follows it.",
-        "All images are seen, no word is lost, and a chunk encodes the images that it holds.",
+        "LLaVA in its original form sees only the first of several images, and the newline token after an image "
+        "replaces the word that follows it.",
+        "The model sees all images, no word is lost, and a chunk encodes only the images that it holds.",
         "tests/server/test_families.py",
         "models/llava.py: lay the prompt out in the processor.",
     ),
     Mend(
         "hash_of_arrangement",
-        "Media of equal patches in another arrangement (a blank page upright and lying, a black video) have one hash, "
-        "so the second is answered from the first one's cache.",
-        "Modality, grid, sizes and seconds are part of the hash.",
+        "Media with equal patches in different arrangements (a blank page upright and on its side, a black image and a "
+        "black video) have the same hash, so the second is answered from the first one's cache.",
+        "The hash also covers modality, grid, sizes and seconds.",
         "tests/unit/mends/test_mends.py",
         "MultimodalDataItem.set_pad_value: hash the grid beside the feature.",
     ),
     Mend(
         "video_seconds",
-        "Qwen2.5-VL's processor is told no frame rate and takes every video for one of 24 frames a second, so "
-        "that time is squeezed twelvefold at 2 frames a second.",
-        "second_per_grid is the time between two grid steps of the file, as the model was trained.",
+        "Qwen2.5-VL's processor is given no frame rate and assumes 24 frames a second, so a video sampled at 2 frames "
+        "a second seems to run twelve times too fast.",
+        "second_per_grid is the real time between two temporal patches, as in the model's training.",
         "tests/unit/mends/test_mends.py",
         "processors/qwen_vl.py: pass video_metadata for qwen2_5_vl, too.",
     ),
     Mend(
         "frames_apart",
         "Qwen2.5-VL's vision blocks with full attention see all frames of a video at once.",
-        "They see their frame, as the model was trained and as SGLang's other Qwen models do it; a long video is "
-        "encoded in a fraction of the time.",
+        "They see one temporal patch at a time, as in training and as in SGLang's other Qwen models; encoding a long "
+        "video takes a fraction of the time.",
         "tests/server/test_hf_equality.py",
         "models/qwen2_5_vl.py: cu_seqlens for each temporal patch, as compute_cu_seqlens_from_grid_numpy makes them.",
     ),
     Mend(
         "placeholder_words",
-        "Words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a question, an answer of the "
-        "history or a tool's result beside media end the server, never come back, or are refused for good.",
-        "Words stay words; only what the chat template wrote is bound to media.",
+        "In a conversation with media, words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a "
+        "question, an earlier answer or a tool's result end the server, leave the request without an answer, or make "
+        "SGLang refuse every further turn.",
+        "Words stay words; only placeholders that the chat template wrote stand for media.",
         "tests/unit/mends/test_mends.py",
         "serving_chat: render with unique placeholders.",
     ),
     Mend(
         "token_ids",
-        "input_ids with media are decoded and encoded again, and ids of an answer sent back (with the media's tokens) "
-        "hang, fail inside, or are refused.",
-        "Ids outside media are never changed; expanded media are found, or refused with a sentence.",
+        "SGLang decodes input_ids with media and encodes the text again. If a client sends back the ids of an answer, "
+        "with the media's tokens in them, the request hangs, fails with an internal error, or is refused.",
+        "Ids outside media never change; media that are already expanded are recognised, or refused with a sentence.",
         "tests/unit/mends/test_mends.py",
         "base_processor: expand placeholders in the ids that came.",
     ),
     Mend(
         "picture_orientation",
-        "The EXIF orientation of a picture is left out: photos lie on their side.",
-        "Pictures are turned as every viewer shows them, pixels and grid.",
+        "SGLang ignores the EXIF orientation of a picture, so photos lie on their side.",
+        "Pixels and grid are those of the picture as every viewer shows it.",
         "tests/unit/mends/test_mends_media.py",
         "base_processor._load_single_item: ImageOps.exif_transpose, and no decoding on the GPU of turned files.",
     ),
     Mend(
         "picture_modes",
-        "Grey of 16 or 32 bits and floats are white or black, and what is transparent shows the colours beneath.",
-        "More than 8 bits are seen as their upper 8, transparent pixels on white.",
+        "Grey pictures of 16 or 32 bits or of floats become white or black, and transparent pixels show their hidden "
+        "colour.",
+        "Deeper grey is scaled to 8 bits, and transparent pixels are seen on white.",
         "tests/unit/mends/test_mends_media.py",
         "base_processor._load_single_item: scale the modes I and F, composite alpha on white.",
     ),
     Mend(
         "odd_sizes",
-        "Nothing bounds a picture, a square made of one, or the frames of a video before they are allocated; videos "
-        "of less than 32 pixels across are an error of the server.",
-        "Sizes are checked before anything is decoded, and the client is told size and limit; small videos are seen.",
+        "SGLang allocates a picture, the square around it, or the frames of a video without checking their size; a "
+        "video less than 32 pixels across is an internal error.",
+        "Sizes are checked before anything is decoded, and the error names size and limit; small videos work.",
         "tests/unit/mends/test_mends_media.py",
         "utils.common.load_image: limits on the header.",
     ),
     Mend(
         "video_frames",
-        "A video given as its frames (data:video/jpeg, a list, an array) is an error of the server, or has no time.",
-        "It is as a file of these frames, at 1 frame a second or the rate that is stated.",
+        "A video given as single frames (data:video/jpeg, a list, an array) is an internal error, or has no timing.",
+        "It is treated like a file of these frames, at the stated rate or 1 frame a second.",
         "tests/unit/mends/test_mends_media.py",
         "utils.common.load_video: a decoder over frames.",
     ),
     Mend(
         "video_options",
-        "fps, max_frames, max_long_side_pixel and all that a request asks of one picture or video is left out.",
-        "Each family does what it can, and refuses the rest by name.",
+        "SGLang drops fps, max_frames, max_long_side_pixel and every other option of a single picture or video.",
+        "Each family applies the options that it supports, and refuses the others by name.",
         "tests/unit/mends/test_mends_media.py",
         "base_processor._load_single_item: keep VideoData.preprocess_kwargs with the decoder.",
     ),
     Mend(
         "media_order",
-        "InternVL's conversation template puts the pictures of a message before its text and its videos.",
-        "They stand where the message has them, as in OpenGVLab's own code.",
+        "InternVL's conversation template moves the pictures of a message before its text and its videos.",
+        "Pictures stay where the message has them, as in OpenGVLab's own code.",
         "tests/unit/mends/test_mends_media.py",
         "parser/conversation.py: internvl-2-5 without image_token_at_prefix.",
     ),
     Mend(
         "media_of_samples",
-        "With n > 1 a request with several pictures is refused, and each answer sees one of several videos.",
+        "With n > 1 SGLang refuses a request with several pictures, and each answer sees only one of several videos.",
         "Each answer sees all media of the request.",
         "tests/unit/mends/test_mends_media.py",
         "io_struct.GenerateReqInput._handle_parallel_sampling: wrap media as text is wrapped.",
     ),
     Mend(
         "sessions",
-        "A turn of a session keeps all media of its parent whatever its offset cuts off, and the server ends; it ends, "
-        "too, when a session is replaced or closed while a turn runs, or a turn with media names no known parent.",
-        "A turn has the media that its offset leaves; one cut in two, or gone with an aborted turn, is a 400 that "
-        "names it.",
+        "A turn of a session keeps all media of its parent even if its offset cuts some of them off, and the server "
+        "ends. It also ends if a session is replaced or closed while a turn runs, or if a turn with media names an "
+        "unknown parent.",
+        "A turn has the media before its offset. A medium that the offset cuts in two, or that was lost with an "
+        "aborted turn, is a 400 that names it.",
         "tests/server/test_sessions.py",
-        "session_controller.Session.create_req: drop items behind the offset, in a copy of the parent's.",
+        "session_controller.Session.create_req: drop items after the offset, in a copy of the parent's media.",
     ),
     Mend(
         "item_checks",
-        "Media that a client sends preprocessed (processor_output, precomputed_embedding) are taken as they are: "
-        "without a grid, with too few rows or numbers that are none they end the server.",
-        "They are held against the prompt and the model first, and refused with a sentence.",
+        "SGLang does not check media that a client preprocessed (processor_output, precomputed_embedding): a missing "
+        "grid, missing rows or values that are no numbers end the server.",
+        "They are checked against the prompt and the model first, and refused with a sentence.",
         "tests/unit/families/test_item_checks.py",
         "base_processor.process_and_combine_mm_data: validate items of clients.",
     ),
     Mend(
         "request_fields",
-        "A token id that the model has no embedding of (-1, or one behind the vocabulary), an empty prompt, or more "
-        "log-probabilities than there are words end the server; lists of media of another length are a 500.",
-        "They are a 400 that names the field.",
+        "A token id outside the vocabulary, an empty prompt, or a request for more log-probabilities than the "
+        "vocabulary has tokens ends the server; a list of media whose length differs from the prompts' is a 500.",
+        "Each is a 400 that names the field.",
         "tests/server/test_odd_fields.py",
-        "TokenizerManager._validate_one_request: hold input_ids against the vocabulary.",
+        "TokenizerManager._validate_one_request: check input_ids against the vocabulary.",
     ),
     Mend(
         "aborts",
-        "An abort that comes while media are loaded is lost, as is a client's leaving: the request runs to its end.",
-        "The request ends there, and nothing of it reaches the scheduler.",
+        "If a client aborts a request or disconnects while SGLang loads its media, the request still runs to its end.",
+        "The request ends at once, and nothing of it reaches the scheduler.",
         "tests/server/test_aborts.py",
-        "TokenizerManager.abort_request: cancel what prepares a request that is not dispatched.",
+        "TokenizerManager.abort_request: cancel the task that prepares a request which is not dispatched yet.",
     ),
 )
 
 
 def named(name: str) -> Mend:
-    """The mend of this name."""
+    """The mend with this name. Raises StopIteration if there is none."""
     return next(mend for mend in MENDS if mend.name == name)
 
 
 class MendsError(ValueError):
-    """`SGLANG_MMINFER_MENDS` says what cannot be understood."""
+    """`SGLANG_MMINFER_MENDS` holds something that is neither `all`, `none` nor names of mends."""
 
 
 @functools.lru_cache
-def _chosen(said: str) -> frozenset[str]:
-    """The names that a setting leaves on.
+def _chosen(setting: str) -> frozenset[str]:
+    """The names of the mends that a value of the setting leaves on.
 
-    "all" or nothing: all. "none": none. "a,b": only these. "-a,-b": all but these.
+    "" or "all": every mend. "none": no mend. "a,b": only these. "-a,-b": all except these.
 
     Raises:
-        MendsError: naming the entry.
+        MendsError: naming the entry that is no name of a mend, or if names to keep and names to leave out are mixed.
     """
-    every = frozenset(mend.name for mend in MENDS)
-    entries = [entry.strip() for entry in said.split(",") if entry.strip()]
+    names = frozenset(mend.name for mend in MENDS)
+    entries = [entry.strip() for entry in setting.split(",") if entry.strip()]
     if entries in ([], [ALL]):
-        return every
+        return names
     if entries == [NONE]:
         return frozenset()
-    if unknown := [entry for entry in entries if entry.removeprefix("-") not in every]:
+    if unknown := [entry for entry in entries if entry.removeprefix("-") not in names]:
         raise MendsError(
-            f"{settings.MENDS.variable}: expected all, none, or names of mends ({', '.join(sorted(every))}), each with "
+            f"{settings.MENDS.variable}: expected all, none, or names of mends ({', '.join(sorted(names))}), each with "
             f"a minus to leave it out; got {unknown[0]!r}"
         )
-    without = frozenset(entry[1:] for entry in entries if entry.startswith("-"))
-    if without and len(without) != len(set(entries)):
+    excluded = frozenset(entry[1:] for entry in entries if entry.startswith("-"))
+    if excluded and len(excluded) != len(set(entries)):
         raise MendsError(
-            f"{settings.MENDS.variable}: expected names to keep, or names to leave out, not both; got {said!r}"
+            f"{settings.MENDS.variable}: expected names to keep, or names to leave out, not both; got {setting!r}"
         )
-    return every - without if without else frozenset(entries)
+    return names - excluded if excluded else frozenset(entries)
 
 
 def active(name: str, environ: Mapping[str, str] | None = None) -> bool:
-    """Whether a mend is switched on and the SGLang that is installed has its fault."""
+    """Whether the setting leaves a mend on and the installed SGLang has the fault.
+
+    Args:
+        name: a name in `MENDS`.
+        environ: the environment; None for that of this process.
+
+    Raises:
+        MendsError: if the setting cannot be read.
+    """
     if settings.SPLIT_VIDEOS.read(environ) == "0" and name in _FIRST:
         return False
     return name in _chosen(settings.MENDS.read(environ)) and _has_fault(named(name).versions)
 
 
 def why_bad() -> str | None:
-    """What is wrong with the setting, None if nothing is."""
+    """The error in SGLANG_MMINFER_MENDS as a sentence, None if the setting is right."""
     try:
         _chosen(settings.MENDS.read())
     except MendsError as error:
@@ -257,10 +269,11 @@ def why_bad() -> str | None:
 
 
 _FIRST = frozenset(mend.name for mend in MENDS[:5])
+"""The mends that SGLANG_MMINFER_SPLIT_VIDEOS switched before SGLANG_MMINFER_MENDS existed."""
 
 
 def active_names() -> list[str]:
-    """Of all mends that are on."""
+    """The names of the mends that are on, in the order of `MENDS`."""
     return [mend.name for mend in MENDS if active(mend.name)]
 
 
@@ -270,18 +283,21 @@ def _has_fault(versions: str) -> bool:
 
 
 def wanted(server_args: Any) -> bool:
-    """Whether a server runs with mminfer, so that its media are mended."""
+    """Whether a server's attention backend is mminfer, so that its media are mended.
+
+    `serving.launch` notes the answer on the arguments as `_mminfer_wanted`. Before that the backend's fields decide.
+    """
     if settings.SPLIT_VIDEOS.read() == "1":
         return True
-    known = getattr(server_args, "_mminfer_wanted", None)
-    if known is not None:
-        return bool(known)
+    noted = getattr(server_args, "_mminfer_wanted", None)
+    if noted is not None:
+        return bool(noted)
     backends = (getattr(server_args, name, None) for name in _BACKEND_FIELDS)
     return settings.BACKEND_NAME in backends
 
 
 def here(name: str) -> bool:
-    """Whether a mend acts in this process, where code that gets no arguments of the server asks."""
+    """Whether a mend acts in this process. For hooks on SGLang's code that are not handed a server's arguments."""
     from sglang.srt.runtime_context import get_server_args
 
     return wanted(get_server_args()) and active(name)
@@ -291,7 +307,7 @@ _BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_att
 
 
 def page() -> str:
-    """The list as a page of the documents."""
+    """The text of docs/mends.md."""
     lines = [
         "# Mends",
         "",

@@ -1,6 +1,7 @@
-"""Requests that are aborted, or whose client leaves, while their media are loaded and prepared.
+"""Ends requests that are aborted, or whose client disconnects, while their media are loaded and prepared.
 
-SGLang tells the scheduler, which does not know the request yet: it comes afterwards, and runs to its end.
+SGLang sends an abort to the scheduler. The scheduler does not know the request yet: the request arrives later, and
+runs to its end.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ logger = logging.getLogger(__name__)
 NAME = "aborts"
 
 _CLIENT = "_mminfer_client"
-"""On the state of a request: who asked, to be asked whether it is still there."""
+"""Attribute of a request's state: the HTTP request, which tells whether its client is still connected."""
 
 _PREPARING = "_mminfer_preparing"
-"""On a tokenizer manager: by rid, the task that prepares a request's media, and its loop."""
+"""Attribute of a tokenizer manager: by request id, the task that prepares the request's media, and its event loop."""
 
-_SECONDS = 1.0  # between two looks whether a client is still there
+_SECONDS = 1.0  # between two checks whether a client is still connected
 
 
 class Aborted(ValueError):
@@ -31,7 +32,7 @@ class Aborted(ValueError):
 
 
 def begin(original: Callable[..., None], self: Any, obj: Any, request: Any = None) -> None:
-    """AROUND TokenizerManager._init_req_state."""
+    """AROUND TokenizerManager._init_req_state: keeps the HTTP request of each new request."""
     if mends.wanted(self.server_args) and mends.active(requests.NAME):
         with requests.readable():
             original(self, obj, request)
@@ -43,7 +44,11 @@ def begin(original: Callable[..., None], self: Any, obj: Any, request: Any = Non
 
 
 async def tokenize(original: Callable[..., Any], self: Any, obj: Any) -> Any:
-    """AROUND TokenizerManager._tokenize_one_request."""
+    """AROUND TokenizerManager._tokenize_one_request.
+
+    Raises:
+        Aborted: as `prepare`.
+    """
     if not mends.wanted(self.server_args) or not mends.active(requests.NAME):
         return await prepare(original, self, obj)
     with requests.readable():
@@ -51,10 +56,10 @@ async def tokenize(original: Callable[..., Any], self: Any, obj: Any) -> Any:
 
 
 async def prepare(original: Callable[..., Any], self: Any, obj: Any) -> Any:
-    """A request with its token ids and media.
+    """Tokenizes a request and prepares its media with SGLang's own method, and watches for its abort meanwhile.
 
     Raises:
-        Aborted: if the request is aborted, or its client has gone, before it is ready for the scheduler.
+        Aborted: if the request is aborted, or its client disconnects, before it is ready for the scheduler.
     """
     if not _acts(self) or not obj.contains_mm_input():
         return await original(self, obj)
@@ -81,11 +86,11 @@ async def prepare(original: Callable[..., Any], self: Any, obj: Any) -> Any:
 
 
 def abort(original: Callable[..., None], self: Any, rid: str = "", abort_all: bool = False) -> None:
-    """AROUND TokenizerManager.abort_request, in whatever thread."""
+    """AROUND TokenizerManager.abort_request, which any thread may call."""
     original(self, rid, abort_all)
-    for one, (task, loop) in list(self.__dict__.get(_PREPARING, {}).items()):
-        if abort_all or one == rid:
-            logger.info("mminfer: request %s is aborted while its media are prepared", one)
+    for prepared_rid, (task, loop) in list(self.__dict__.get(_PREPARING, {}).items()):
+        if abort_all or prepared_rid == rid:
+            logger.info("mminfer: request %s is aborted while its media are prepared", prepared_rid)
             loop.call_soon_threadsafe(task.cancel)
 
 

@@ -15,21 +15,14 @@ from typing import Any
 from sglang_mminfer import mends
 
 _last: Any = None
-_insisted = False
 
 
 def note(server_args: Any) -> None:
-    """BEFORE ServerArgs.resolve_once."""
+    """Remember the arguments that this process resolves or publishes: `serving.hooks.note` calls this before."""
     global _last
     before, _last = for_mminfer(), server_args
     if for_mminfer() != before and (known := sys.modules.get("sglang.srt.utils.hf_transformers.config")):
         known.get_config.cache_clear()  # of another server of this process, which may have read a config otherwise
-
-
-def insist() -> None:
-    """This process uses SGLang's model code as a server with mminfer does, without arguments of a server."""
-    global _insisted
-    _insisted = True
 
 
 def server_args() -> Any:
@@ -39,4 +32,4 @@ def server_args() -> Any:
 
 def for_mminfer() -> bool:
     """True if the arguments of this process name mminfer as their attention backend."""
-    return _insisted or (_last is not None and mends.wanted(_last))
+    return _last is not None and mends.wanted(_last)

@@ -1,7 +1,7 @@
-"""The media of a request that wants several answers (n > 1): all of them for each answer.
+"""The media of a request that wants several answers (n > 1): each answer gets all of them.
 
-SGLang makes a batch of such a request by copying its list of media as if it had one for each prompt: two pictures are
-refused, of two videos each answer gets one, and the frames of a video become videos.
+SGLang makes a batch of such a request and copies its list of media as if the list held one medium for each prompt. So
+it refuses two pictures, gives each answer only one of two videos, and takes the frames of a video for videos.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def generate_request(original: Any, self: Any, obj: Any, *args: Any, **kwargs: A
 
 
 def gather(request: Any) -> None:
-    """Puts the media of one prompt into one entry, if the prompt is to be copied."""
+    """Wraps the media of a single prompt into one entry of a batch, if SGLang will copy the prompt."""
     if _is_batch(request) or not _samples(request) > 1:
         return
     for name in ("image_data", "video_data", "audio_data"):
@@ -36,8 +36,8 @@ def _is_batch(request: Any) -> bool:
 
 
 def _samples(request: Any) -> int:
-    said = getattr(request, "sampling_params", None)
-    if not isinstance(said, dict) or (said.get("beam_width") or 1) > 1:
+    params = getattr(request, "sampling_params", None)
+    if not isinstance(params, dict) or (params.get("beam_width") or 1) > 1:
         return 1
-    count = said.get("n", 1)
+    count = params.get("n", 1)
     return count if isinstance(count, int) else 1

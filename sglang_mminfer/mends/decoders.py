@@ -1,4 +1,4 @@
-"""Videos that quack as SGLang's decoder does: single frames, and a file whose frames are held within bounds."""
+"""Decoders with the interface of SGLang's: a video of single frames, and a file whose frames stay within `limits`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sglang_mminfer.mends import limits, pictures
 
 
 class _Decoder(VideoDecoderWrapper):
-    """What SGLang asks of a decoder, from frames one by one or in batches."""
+    """The interface that SGLang's processors use, on top of one method that reads frames."""
 
     def __init__(self) -> None:
-        # Nothing of the base class, which opens a file.
+        # The base class would open a file here, and would close one of these later.
         self._source = self._source_bytes = self._source_path = self._tmp_path = self._decoder = None
 
     def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
-        """uint8 [frames, height, width, 3]"""
+        """uint8 [frames, height, width, 3]: the frames at `indices`."""
         raise NotImplementedError
 
     def __getitem__(self, index: Any) -> Any:
@@ -29,22 +29,24 @@ class _Decoder(VideoDecoderWrapper):
         return frame if frame.is_cuda else frame.numpy()
 
     def get_frames_at(self, indices: Any) -> Any:
+        """uint8 [frames, height, width, 3]: an array, or a tensor if the frames are on a GPU."""
         frames = self._tensor([int(i) for i in indices])
         return frames if frames.is_cuda else frames.numpy()
 
     def get_frames_as_tensor(self, indices: Any) -> torch.Tensor:
+        """uint8 [frames, height, width, 3]; in pinned memory if there is a GPU and the frames are not on it."""
         frames = self._tensor([int(i) for i in indices])
         return frames.pin_memory() if not frames.is_cuda and torch.cuda.is_available() else frames
 
 
 class Frames(_Decoder):
-    """A video that came as its frames.
+    """A video that came as single frames.
 
     Args:
-        frames: what `read` makes an array of; nothing is decoded before it is asked for.
-        read: uint8 [height, width, 3] of one of `frames`.
-        size: height and width of all of them.
-        fps: frames a second.
+        frames: one object for each frame, of any type that `read` takes. A frame is decoded when it is asked for.
+        read: decodes one of `frames` to uint8 [height, width, 3].
+        size: (height, width) of every frame.
+        fps: frames per second.
     """
 
     def __init__(
@@ -58,29 +60,31 @@ class Frames(_Decoder):
 
     @property
     def avg_fps(self) -> float:
+        """Frames per second."""
         return self._fps
 
     @property
     def frame_shape(self) -> tuple[int, int]:
+        """(height, width) of every frame."""
         return self._size
 
     def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
         limits.check_frames(len(indices), self._size[1], self._size[0])
-        read: dict[int, np.ndarray] = {}
+        latest: dict[int, np.ndarray] = {}  # the frame read last: indices often repeat one
         out = np.empty((len(indices), *self._size, 3), np.uint8)
-        for place, index in enumerate(indices):
-            if index not in read:
-                read = {index: self._read(self._frames[index])}
-            out[place] = read[index]
+        for row, index in enumerate(indices):
+            if index not in latest:
+                latest = {index: self._read(self._frames[index])}
+            out[row] = latest[index]
         return torch.from_numpy(out)
 
 
 class Bounded(_Decoder):
-    """SGLang's decoder, with no more of its frames at a time than `limits` allow.
+    """SGLang's decoder of a file; it holds no more frames at a time than `limits` allow.
 
     Args:
-        inner: the decoder.
-        size: height and width that its frames are resized to as they are decoded; None for as they are.
+        inner: SGLang's decoder.
+        size: (height, width) to which frames are resized as they are decoded; None: they keep their size.
     """
 
     def __init__(self, inner: Any, size: tuple[int, int] | None = None) -> None:
@@ -99,29 +103,32 @@ class Bounded(_Decoder):
 
     @property
     def avg_fps(self) -> float:
+        """Frames per second of the file; 0 if unknown."""
         return float(self._inner.avg_fps or 0.0)
 
     @property
     def source_bytes(self) -> bytes | None:
+        """The file, if SGLang's decoder keeps it."""
         return self._inner.source_bytes
 
     @property
     def whole(self) -> tuple[int, int]:
-        """Height and width in the file."""
+        """(height, width) of the frames in the file."""
         if self._whole is None:
             frame = None if _tells_its_size(self._inner) else self._inner[0]
             self._whole = self._inner.frame_shape if frame is None else (int(frame.shape[0]), int(frame.shape[1]))
-            # decord pads rows to 32 pixels: of narrower frames it says a wrong shape, and cannot copy a batch.
+            # decord pads the rows of frames narrower than 32 pixels, reports a wrong shape, and cannot copy a batch.
             self._one_by_one = frame is not None and frame.shape[2] != 3
         return self._whole
 
     @property
     def frame_shape(self) -> tuple[int, int]:
+        """(height, width) of the frames that are returned."""
         return self._resized or self.whole
 
     def resized(self, height: int, width: int) -> Bounded:
-        """The same video with its frames in another size."""
-        _ = self.whole  # known once, for both
+        """The same video with frames of [height, width]."""
+        _ = self.whole  # read once, so that the copy has it too
         other = copy.copy(self)
         other._resized = (height, width)
         return other
@@ -129,7 +136,7 @@ class Bounded(_Decoder):
     def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
         height, width = self.frame_shape
         limits.check_frames(len(indices), width, height)
-        _ = self.whole
+        _ = self.whole  # sets _one_by_one, which _read needs
         if self._resized in (None, self.whole):
             return self._read(list(indices))
         import torchvision
@@ -137,7 +144,7 @@ class Bounded(_Decoder):
         batch, parts = limits.batch_of(self.whole[1], self.whole[0], len(indices)), []
         for start in range(0, len(indices), batch):
             frames = self._read(list(indices[start : start + batch])).permute(0, 3, 1, 2)
-            # As SGLang resizes frames for Qwen.
+            # SGLang resizes frames for Qwen in the same way.
             smaller = torchvision.transforms.functional.resize(
                 frames, [height, width], interpolation=torchvision.transforms.InterpolationMode.BILINEAR
             )
@@ -152,9 +159,10 @@ class Bounded(_Decoder):
         return torch.from_numpy(np.stack(frames))
 
     def __del__(self) -> None:
-        """Leaves the file open: a decoder of other sizes may read on."""
+        """The file stays open: a copy with another size may still read it."""
 
     def close(self) -> None:
+        """Closes the file."""
         inner = self.__dict__.get("_inner")
         if inner is not None:
             inner.close()
@@ -167,7 +175,7 @@ def _tells_its_size(decoder: Any) -> bool:
 
 
 def shrunk(video: Bounded, longest: int) -> Bounded:
-    """No side of a frame longer than `longest` pixels."""
+    """The video with frames whose longer side has at most `longest` pixels."""
     height, width = video.whole
     new_width, new_height = pictures.shrunk(width, height, longest)
     return video if (new_height, new_width) == (height, width) else video.resized(new_height, new_width)

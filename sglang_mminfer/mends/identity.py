@@ -1,7 +1,7 @@
-"""The identity of a medium: all that decides what a model sees, and not its pixels alone.
+"""The identity of a medium: its hash covers everything that decides what a model sees, not its pixels alone.
 
-SGLang hashes the features, so that two media of equal patches in another arrangement (a blank page upright and
-lying, a black video) are one to the radix cache and to the cache of embeddings.
+SGLang hashes the features. Two media with equal patches in different arrangements (a blank page upright and on its
+side, a black image and a black video) are then the same to the radix cache and to the cache of embeddings.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from sglang_mminfer import mends
 from sglang_mminfer.mends.requests import media_in
 
 KEY = "mminfer_arrangement"
-"""In an item's `model_specific_data`: a digest of all that is no feature, which its hash has yet to take in."""
+"""Key in an item's `model_specific_data`: a digest of everything except the features, not yet mixed into its hash."""
 
-_MOST = 4096  # elements of a value that are read; what is larger is data, not arrangement
+_MOST = 4096  # elements that are read of a value; a larger one is data, and its shape counts
 
 
 def add(output: Any, request: Any) -> None:
-    """Gives the items of a processor's output the digest, and those that SGLang has hashed a new hash.
+    """Gives each item of a processor's output its digest, and a new hash to each item that SGLang has hashed already.
 
-    A hash that the client or a family's own processor brings is left alone: it is of all that counts.
+    A hash that the client or a family's own processor sets stays as it is: it covers everything that counts.
+
+    Args:
+        output: SGLang's MultimodalProcessorOutput; changed in place.
+        request: the GenerateReqInput that it was made for.
     """
     if not mends.active("hash_of_arrangement") or _brings_hashes(request):
         return
@@ -40,35 +44,35 @@ def add(output: Any, request: Any) -> None:
 
 
 def _brings_hashes(request: Any) -> bool:
-    media = [one for kind in ("image", "video", "audio") for one in media_in(request, kind)]
-    return any(isinstance(one, dict) and one.get("hash") is not None for one in media)
+    media = [medium for kind in ("image", "video", "audio") for medium in media_in(request, kind)]
+    return any(isinstance(medium, dict) and medium.get("hash") is not None for medium in media)
 
 
 def set_pad_value(original: Callable[[Any], None], self: Any) -> None:
-    """AROUND MultimodalDataItem.set_pad_value, in whatever process hashes the features."""
+    """AROUND MultimodalDataItem.set_pad_value, in the process that hashes the features."""
     original(self)
     if KEY in self.model_specific_data:
         _mix(self)
 
 
 def _mix(item: Any) -> None:
-    """Takes the digest into the hash, once."""
+    """Mixes the digest into the item's hash, and removes it so that this happens once."""
     digest = item.model_specific_data.pop(KEY)
     mixed = hashlib.sha256(item.hash.to_bytes(8, "big") + digest).digest()
     item.set_hash(int.from_bytes(mixed[:8], "big"))
 
 
 def arrangement(item: Any) -> bytes:
-    """A digest of an item's modality, the shape of its features, and its small values (grids, sizes, seconds)."""
+    """A digest (16 bytes) of an item's modality, its features' shapes, and its small values: grids, sizes, seconds."""
     from sglang_mminfer.modality import items
 
-    told = [item.modality.name, _shape(item.feature)]
+    lines = [item.modality.name, _shape(item.feature)]
     for name, value in sorted(item.model_specific_data.items()):
-        if name == items.KEY:  # a frame that comes twice, or in two videos, is one
+        if name == items.KEY:  # where a raster belongs counts within one request, so it is no part of the identity
             value = [place[3:] for place in value]
         if name != KEY:
-            told.append(f"{name}={_written(value)}")
-    return hashlib.sha256("\n".join(told).encode()).digest()[:16]
+            lines.append(f"{name}={_written(value)}")
+    return hashlib.sha256("\n".join(lines).encode()).digest()[:16]
 
 
 def _shape(value: Any) -> str:
@@ -78,7 +82,7 @@ def _shape(value: Any) -> str:
 
 
 def _written(value: Any) -> str:
-    """A value that says how a medium is laid out; of anything else its type."""
+    """The text of a value that says how a medium is laid out; for any other value the name of its type."""
     if isinstance(value, str | int | float | bool | bytes | None):
         return repr(value)
     if hasattr(value, "tolist") and hasattr(value, "shape"):

@@ -1,27 +1,34 @@
-"""How large media may be. Every bound stands here, and is held before anything of that size is allocated."""
+"""How large media may be. Every bound stands here; it is checked before anything of that size is allocated."""
 
 from __future__ import annotations
 
 from sglang_mminfer import settings
 
 RATIO = 200
-"""The longer side over the shorter one, as Qwen's own code has it: of a longer picture nothing is to be seen."""
+"""The largest ratio of the longer side to the shorter one. Qwen's own code has the same limit."""
 
 FRAMES = 1024
-"""That a request may ask of a video; more if the operator's own setting is more."""
+"""Frames that a request may ask for from one video. A larger number in the operator's own setting raises it."""
 
 FRAMES_GIVEN = 4096
-"""Of a video that comes as single frames."""
+"""Frames that a video may have if it comes as single frames."""
 
 DECODED_BYTES = 4 << 30
-"""Of the frames of a video that are held at one time."""
+"""Bytes of decoded frames of one video that are held at a time."""
 
 BATCH_BYTES = 256 << 20
-"""Of the frames that are decoded at one time where they are made smaller one by one."""
+"""Bytes of frames in their full size that are decoded at a time before they are made smaller."""
 
 
 def check_size(kind: str, width: int, height: int) -> None:
-    """Raises ValueError for a picture or a frame that is too large, too long or empty; `kind` says which it is."""
+    """Checks a picture or a frame of width x height pixels.
+
+    Args:
+        kind: "image" or "video", for the error.
+
+    Raises:
+        ValueError: if it is empty, has too many pixels, or one side is more than `RATIO` times the other.
+    """
     if width < 1 or height < 1:
         raise ValueError(f"{kind}: expected at least one pixel, got {width} x {height}")
     if width * height > settings.max_megapixels() * 1e6:
@@ -37,7 +44,11 @@ def check_size(kind: str, width: int, height: int) -> None:
 
 
 def check_square(width: int, height: int) -> None:
-    """Raises ValueError for a picture that its model wants in a square, if that square is too large."""
+    """Checks the square into which a model puts a picture of width x height pixels.
+
+    Raises:
+        ValueError: if the square has too many pixels.
+    """
     side = max(width, height)
     if side * side > settings.max_megapixels() * 1e6:
         raise ValueError(
@@ -47,7 +58,11 @@ def check_square(width: int, height: int) -> None:
 
 
 def check_frames(count: int, width: int, height: int) -> None:
-    """Raises ValueError for more frames than may be held at one time."""
+    """Checks how many frames of width x height pixels, in 8-bit RGB, are held at a time.
+
+    Raises:
+        ValueError: if they take more than `DECODED_BYTES`.
+    """
     if count * width * height * 3 > DECODED_BYTES:
         raise ValueError(
             f"video: {count} frames of {width} x {height} pixels are {count * width * height * 3 / 2**30:.1f} GiB, and "
@@ -57,5 +72,5 @@ def check_frames(count: int, width: int, height: int) -> None:
 
 
 def batch_of(width: int, height: int, most: int) -> int:
-    """How many frames of a size to decode at one time, no more than `most`."""
+    """How many frames of a size to decode at a time: as `BATCH_BYTES` allows, 1 to `most`."""
     return max(1, min(most, BATCH_BYTES // max(1, width * height * 3)))

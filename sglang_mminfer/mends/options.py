@@ -1,8 +1,8 @@
-"""What a request asks of one picture or video: how many frames, how large. Honoured, or refused by name.
+"""Options that a request sets for one picture or video: how many frames, how large. Applied, or refused by name.
 
-In chat they stand in the part's `image_url` or `video_url`; for /generate and Engine in a dictionary in place of the
-file: {"url": FILE, "fps": 1}. SGLang keeps the few that it knows and its processors read none of them. What /generate
-takes in such a dictionary is checked by SGLang itself, before: a string for "url", and names that it knows.
+In chat they stand in the part's `image_url` or `video_url`. For /generate and Engine they stand in a dictionary in
+place of the file: {"url": FILE, "fps": 1}; SGLang itself checks such a dictionary first, and takes only a string for
+"url" and option names that it knows. SGLang keeps a few of these options, and its processors read none of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang_mminfer.mends import limits
 logger = logging.getLogger(__name__)
 
 ATTRIBUTE = "mminfer_options"
-"""On what SGLang loads: the options that came with it."""
+"""Attribute of a loaded picture or video: the options that came with it."""
 
 COUNTS = (
     *("num_frames", "max_frames", "min_frames", "max_long_side_pixel", "max_dynamic_patch", "min_dynamic_patch"),
@@ -30,70 +30,75 @@ _OTHER_NAMES = {"nframes": "num_frames", "total_max_pixels": "total_pixels"}
 _NAMES = frozenset({*COUNTS, *RATES, *_OTHER_NAMES})
 
 ANY_FAMILY = frozenset({"max_long_side_pixel"})
-"""What is done to a picture or a video before its family sees it."""
+"""Options that are applied before a family's processor sees the picture or video, so every family has them."""
 
 _SOURCES = ("url", "image", "video")
 _NOT_OPTIONS = frozenset({*_SOURCES, "detail", "content_hash", "hash", "format", "type"})
 
 
 def of(data: Any, family: Any, kind: str) -> tuple[Any, dict[str, Any]]:
-    """The file of an entry of a request, and what is asked of it.
+    """Splits an entry of a request's media into the file and the checked options.
 
     Args:
         data: a file, SGLang's ImageData or VideoData, or a dictionary.
-        family: the processor's class.
+        family: the processor's class; its REQUEST_OPTIONS names the options that it applies.
         kind: "image" or "video".
 
+    Returns:
+        (file, options). If the mend is off, options is empty and a dictionary comes back as it is.
+
     Raises:
-        ValueError: for an option that the family does not have, or a value that is none, by name.
+        ValueError: naming an option that the family does not apply, or one whose value is wrong.
     """
-    source, given = _parts(data)
+    source, sent = _parts(data)
     if not mends.active("video_options"):
         return (data if isinstance(data, Mapping) else source), {}
     known = ANY_FAMILY | getattr(family, "REQUEST_OPTIONS", {}).get(kind, frozenset())
-    wanted = {}
-    for name, value in given.items():
+    options = {}
+    for name, value in sent.items():
         name = _OTHER_NAMES.get(name, name)
         if name in known or (kind == "video" and name == "fps" and isinstance(source, list | tuple)):
-            wanted[name] = _checked(kind, name, value)
+            options[name] = _checked(kind, name, value)
         elif hasattr(family, "REQUEST_OPTIONS"):
             raise ValueError(f"{kind}: {name}: this model takes {', '.join(sorted(known))}")
         else:
             _warn_once(family.__name__, kind, name)
-    if "num_frames" in wanted and wanted.keys() & {"fps", "max_frames", "min_frames"}:
+    if "num_frames" in options and options.keys() & {"fps", "max_frames", "min_frames"}:
         raise ValueError(f"{kind}: expected num_frames, or fps with max_frames and min_frames, got both")
-    return source, wanted
+    return source, options
 
 
 def on(loaded: Any) -> dict[str, Any]:
-    """The options that a loaded picture or video carries."""
+    """The options that a loaded picture or video carries; {} if it carries none."""
     return dict(getattr(loaded, ATTRIBUTE, {}))
 
 
-def count_of_frames(wanted: Mapping[str, Any], usual: int, total: int, rate: float) -> int:
-    """How many frames to take of a video, from its first to its last.
+def count_of_frames(options: Mapping[str, Any], usual: int, total: int, rate: float) -> int:
+    """How many frames to sample from a video, spread from its first frame to its last.
 
     Args:
-        usual: what the operator says, or the family.
-        total, rate: frames of the file, and frames a second.
+        options: the request's options for this video.
+        usual: the number of frames by the operator's setting, else by the family's default.
+        total: frames in the file.
+        rate: frames per second of the file.
 
     Raises:
-        ValueError: for more than the server takes.
+        ValueError: if the request asks for more frames than `within` allows.
     """
-    if count := wanted.get("num_frames"):
+    if count := options.get("num_frames"):
         return within(count, usual, "num_frames")
-    if fps := wanted.get("fps"):
+    if fps := options.get("fps"):
         seconds = total / rate if math.isfinite(rate) and rate > 0 else 1.0
-        most = within(wanted.get("max_frames", max(usual, limits.FRAMES)), usual, "max_frames")
-        return max(1, min(round(min(seconds * fps, most)), most, total), min(wanted.get("min_frames", 1), total))
-    return min(usual, wanted.get("max_frames", usual))
+        most = within(options.get("max_frames", max(usual, limits.FRAMES)), usual, "max_frames")
+        return max(1, min(round(min(seconds * fps, most)), most, total), min(options.get("min_frames", 1), total))
+    return min(usual, options.get("max_frames", usual))
 
 
 def within(count: int, usual: int, name: str) -> int:
-    """A number of frames that a request asks for.
+    """Returns `count`, the number of frames that a request asks for in its option `name`.
 
     Raises:
-        ValueError: for more than `limits.FRAMES` and the operator's own setting.
+        ValueError: if it exceeds both `limits.FRAMES` and `usual`, the operator's own setting.
     """
     most = max(usual, limits.FRAMES)
     if count > most:
@@ -104,15 +109,15 @@ def within(count: int, usual: int, name: str) -> int:
 def _parts(data: Any) -> tuple[Any, dict[str, Any]]:
     if isinstance(data, Mapping):
         source = next((data[name] for name in _SOURCES if data.get(name) is not None), data)
-        given: dict[str, Any] = {name: value for name, value in data.items() if name not in _NOT_OPTIONS}
-        given.update(given.pop("preprocess_kwargs", None) or {})
+        options: dict[str, Any] = {name: value for name, value in data.items() if name not in _NOT_OPTIONS}
+        options.update(options.pop("preprocess_kwargs", None) or {})
     elif hasattr(data, "url") and hasattr(data, "preprocess_kwargs"):
         source = data.url
-        given = {name: getattr(data, name, None) for name in ("max_long_side_pixel", "max_dynamic_patch")}
-        given.update(data.preprocess_kwargs or {})
+        options = {name: getattr(data, name, None) for name in ("max_long_side_pixel", "max_dynamic_patch")}
+        options.update(data.preprocess_kwargs or {})
     else:
         return data, {}
-    return source, {name: value for name, value in given.items() if value is not None}
+    return source, {name: value for name, value in options.items() if value is not None}
 
 
 def _checked(kind: str, name: str, value: Any) -> Any:
@@ -138,42 +143,47 @@ def _warn_once(family: str, kind: str, name: str) -> None:
 
 
 def carry(original: Any, self: Any, request: Any, raw_request: Any = None) -> Any:
-    """AROUND OpenAIServingChat._convert_to_internal_request: SGLang drops the options that it does not know, and with
-    a conversation template nearly all."""
+    """AROUND OpenAIServingChat._convert_to_internal_request.
+
+    SGLang drops the options that it does not know, and with a conversation template nearly all of them.
+    """
     converted = original(self, request, raw_request)
     if mends.wanted(self.tokenizer_manager.server_args) and mends.active("video_options"):
         body = getattr(raw_request, "_json", None)
-        given = body if isinstance(body, Mapping) else request.model_dump(exclude_none=True)
-        attach(converted[0], given.get("messages") or ())
+        chat = body if isinstance(body, Mapping) else request.model_dump(exclude_none=True)
+        attach(converted[0], chat.get("messages") or ())
     return converted
 
 
 def attach(request: Any, messages: Iterable[Any]) -> None:
-    """Gives the media of a request for generation the options that stand in the messages it was made of."""
+    """Gives each medium of a GenerateReqInput the options of its part in the chat messages.
+
+    Does nothing for a kind of media whose files are not those of the messages, in the same order.
+    """
     from sglang.srt.utils import ImageData, VideoData
 
-    for kind, made in (("image", ImageData), ("video", VideoData)):
+    for kind, data_class in (("image", ImageData), ("video", VideoData)):
         media = getattr(request, f"{kind}_data", None)
-        asked = list(_asked(messages, kind))
-        if not isinstance(media, list) or [_parts(one)[0] for one in media] != [url for url, _ in asked]:
-            continue  # none, or a template that leaves some out or puts them in another order
-        moved = False
-        for i, (url, given) in enumerate(asked):
-            before = _parts(media[i])[1]
-            if extra := {name: value for name, value in given.items() if name not in before}:
-                media[i] = made(url=url, **_fields(media[i]), preprocess_kwargs={**before, **extra})
-            moved = moved or "max_dynamic_patch" in {**before, **given}
-        if moved:  # SGLang takes the least of all for each
+        parts = list(_asked(messages, kind))
+        if not isinstance(media, list) or [_parts(medium)[0] for medium in media] != [url for url, _ in parts]:
+            continue  # no media, or a template that leaves some out or changes their order
+        sets_patches = False
+        for i, (url, options) in enumerate(parts):
+            known = _parts(media[i])[1]
+            if added := {name: value for name, value in options.items() if name not in known}:
+                media[i] = data_class(url=url, **_fields(media[i]), preprocess_kwargs={**known, **added})
+            sets_patches = sets_patches or "max_dynamic_patch" in {**known, **options}
+        if sets_patches:  # SGLang would apply the smallest of all to each medium
             setattr(request, f"{kind}_max_dynamic_patch", None)
 
 
 def _fields(medium: Any) -> dict[str, Any]:
-    """What an entry has beside its file and its options."""
+    """The fields of an entry that are neither its file nor its options."""
     return {name: getattr(medium, name) for name in ("detail", "content_hash") if getattr(medium, name, None)}
 
 
 def _asked(messages: Iterable[Any], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The file and the options of each medium of a kind, in order."""
+    """The file and the options of each medium of a kind, in the order of the messages."""
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in content if isinstance(content, list) else ():
@@ -183,7 +193,9 @@ def _asked(messages: Iterable[Any], kind: str) -> Iterator[tuple[str, dict[str, 
             if not isinstance(value, Mapping):
                 yield str(value), {}
                 continue
-            given = {name: one for name, one in value.items() if name not in _NOT_OPTIONS and one is not None}
-            for name in given.keys() - _NAMES:  # of other servers, or of those to come
+            options = {
+                name: setting for name, setting in value.items() if name not in _NOT_OPTIONS and setting is not None
+            }
+            for name in options.keys() - _NAMES:  # options that other servers, or later ones, may have
                 _warn_once("SGLang", kind, str(name)[:100])
-            yield str(value.get("url")), {name: one for name, one in given.items() if name in _NAMES}
+            yield str(value.get("url")), {name: setting for name, setting in options.items() if name in _NAMES}

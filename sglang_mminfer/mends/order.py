@@ -1,9 +1,9 @@
-"""InternVL's pictures where the message has them.
+"""InternVL's pictures stay where the message has them.
 
-SGLang's conversation template puts the pictures of a message before all else of it. OpenGVLab's own code does not:
-`InternVLChatModel.chat` puts each picture where its <image> stands in the question, and the chat template of the
-released "-HF" checkpoints writes the parts of a message in their order. A system message or an answer with a picture
-stays refused: no InternVL was trained with one.
+SGLang's conversation template moves the pictures of a message before everything else in it. OpenGVLab's own code does
+not: `InternVLChatModel.chat` puts each picture where its <image> stands in the question, and the chat template of the
+released "-HF" checkpoints writes the parts of a message in their order. SGLang still refuses a system message or an
+answer with a picture: no InternVL was trained with one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def apply_template(original: Any, self: Any, request: Any, is_multimodal: bool) 
         and mends.active("media_order")
     ):
         _register()
-        manager._chat_template_name = OURS  # of this server alone, from now on
+        manager._chat_template_name = OURS  # this server's only: the stock template stays as it is
     return original(self, request, is_multimodal)
 
 

@@ -1,7 +1,7 @@
-"""Pictures as every viewer shows them: upright, in 8-bit RGB, what is transparent on white.
+"""Pictures as every viewer shows them: upright, 8-bit RGB, transparent pixels on white.
 
-SGLang asks PIL for "RGB" and takes what comes: photos lie on their side, more than 8 bits of grey are white or black,
-and what is transparent shows the colours beneath, which are whatever the program that wrote the file left there.
+SGLang asks PIL for "RGB" and uses the result. So photos lie on their side, grey of more than 8 bits becomes white or
+black, and transparent pixels show their hidden colour, which may be anything that the writing program left there.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sglang_mminfer.mends import limits, options
 if TYPE_CHECKING:
     from PIL import Image
 
-ORIENTATION = 0x0112
+ORIENTATION = 0x0112  # the EXIF tag
 WHITE = (255, 255, 255)
 
 _JPEG = "/9j/"
-"""How base64 of every JPEG file begins; SGLang takes it for a path."""
+"""How the base64 text of every JPEG file begins. SGLang takes such a text for a path."""
 
 _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 
@@ -35,47 +35,54 @@ def load(
     audio_sample_rate: int | None = None,
     discard_alpha_channel: bool = True,
 ) -> Any:
-    """In place of BaseMultimodalProcessor._load_single_item for a picture: RGB, upright.
+    """Replaces BaseMultimodalProcessor._load_single_item for a picture.
 
     Args:
-        original: SGLang's own, which still gets JPEG files that a GPU decodes, and all that no mend is for.
+        original: SGLang's method. It still loads JPEG files that a GPU decodes, and everything that needs no mend.
         family: the processor's class.
+        data, modality, frame_count_limit, audio_sample_rate, discard_alpha_channel: as for SGLang's method.
+
+    Returns:
+        A PIL image, upright, in RGB; or what `original` returns.
 
     Raises:
-        ValueError: for what is no picture, or is larger than `limits` allow; before it is decoded.
+        ValueError: if it is no picture, or larger than `limits` allow. Sizes are checked before anything is decoded.
     """
-    source, wanted = options.of(data, family, "image")
+    source, request_options = options.of(data, family, "image")
     picture = source if _is_picture(source) else opened(source)
     if picture is None:
         return original(data, modality, frame_count_limit, audio_sample_rate, discard_alpha_channel)
     if mends.active("odd_sizes"):
         limits.check_size("image", *picture.size)
-    # Other colours than RGB come off the GPU with another number of channels, and nothing there turns a picture.
-    if not wanted and picture.format == "JPEG" and picture.mode == "RGB" and not _turned(picture):
+    # The GPU decoder turns no picture, and returns another number of channels for any mode but RGB.
+    if not request_options and picture.format == "JPEG" and picture.mode == "RGB" and not _turned(picture):
         from sglang.srt.utils import common
 
         file = _file_of(picture)
         if file and common.is_jpeg_with_cuda(file, family.gpu_image_decode):
             return original(file, modality, frame_count_limit, audio_sample_rate, discard_alpha_channel)
-    # Some families have a way of their own with what is transparent.
-    own_way = not discard_alpha_channel or family.smart_rgb_conversion
-    picture = shown(picture, wanted, flat=not own_way)
-    if own_way:
+    # Some families treat transparent pixels in a way of their own.
+    keeps_alpha = not discard_alpha_channel or family.smart_rgb_conversion
+    picture = shown(picture, request_options, flat=not keeps_alpha)
+    if keeps_alpha:
         return original(picture, modality, frame_count_limit, audio_sample_rate, discard_alpha_channel)
     return picture
 
 
 def as_file(family: Any, data: Any, *, squared: bool = False) -> Any:
-    """A picture for code that decodes by itself and looks at nothing but pixels: the file as it came where that is
-    right, else another of the same picture; a PIL image for a PIL image.
+    """A picture for code that decodes files itself and looks at pixels only.
 
     Args:
-        squared: whether the family puts it into a square.
+        squared: whether the family puts the picture into a square.
+
+    Returns:
+        The file as it came, if its pixels are already right; else a BMP file with the right pixels. A PIL image gives a
+        PIL image.
 
     Raises:
-        ValueError: as `load`.
+        ValueError: as `load`; also if the square is too large.
     """
-    source, wanted = options.of(data, family, "image")
+    source, request_options = options.of(data, family, "image")
     picture = source if _is_picture(source) else opened(source)
     if picture is None:
         return data
@@ -84,39 +91,47 @@ def as_file(family: Any, data: Any, *, squared: bool = False) -> Any:
         if squared:
             limits.check_square(*picture.size)
     file = _file_of(picture)
-    plain = picture.mode == "RGB" and "transparency" not in picture.info and not _turned(picture)
-    if plain and not wanted and picture is not source:
+    pixels_are_right = picture.mode == "RGB" and "transparency" not in picture.info and not _turned(picture)
+    if pixels_are_right and not request_options and picture is not source:
         return file
-    seen = shown(picture, wanted)
+    shown_picture = shown(picture, request_options)
     if picture is source:
-        return seen
-    other = BytesIO()
-    seen.save(other, "BMP")
-    return other.getvalue()
+        return shown_picture
+    bmp = BytesIO()
+    shown_picture.save(bmp, "BMP")
+    return bmp.getvalue()
 
 
 def snapshot(original: Callable[..., Any], family: Any, data: Any, modality: Any) -> Any:
-    """In place of MediaArtifactCacheMixin.snapshot_media_source: what SGLang keeps of a picture to decode it later.
+    """Replaces MediaArtifactCacheMixin.snapshot_media_source: what SGLang keeps of a picture to decode it later.
 
-    With the options that came with it; and a PIL image upright, because its hash knows nothing of EXIF.
+    The snapshot also carries the picture's options. A PIL image is turned upright first, because SGLang's hash of it
+    does not cover EXIF.
     """
     import dataclasses
 
     from sglang.srt.utils import ImageData
 
-    source, wanted = options.of(data, family, "image")
+    source, request_options = options.of(data, family, "image")
     if _is_picture(source):
         return original(load(original, family, data, modality), modality)
-    kept = original(source, modality)
-    return dataclasses.replace(kept, data=ImageData(url=kept.data, preprocess_kwargs=wanted)) if wanted else kept
+    stored = original(source, modality)
+    return (
+        dataclasses.replace(stored, data=ImageData(url=stored.data, preprocess_kwargs=request_options))
+        if request_options
+        else stored
+    )
 
 
-def shown(picture: Image.Image, wanted: dict[str, Any], flat: bool = True) -> Image.Image:
-    """A picture as it is meant to be seen, in RGB.
+def shown(picture: Image.Image, request_options: dict[str, Any], flat: bool = True) -> Image.Image:
+    """A picture as a viewer shows it, in RGB.
 
     Args:
-        wanted: the options that came with it; it carries them on.
-        flat: False to keep what is transparent, in whatever mode.
+        request_options: the options that came with the picture; the result carries them.
+        flat: False: transparent pixels stay, in the mode that the picture has.
+
+    Raises:
+        ValueError: if it cannot be decoded.
     """
     try:
         picture.load()
@@ -130,15 +145,15 @@ def shown(picture: Image.Image, wanted: dict[str, Any], flat: bool = True) -> Im
             picture = on_white(picture)
     if flat and picture.mode != "RGB":
         picture = picture.convert("RGB")
-    if longest := wanted.get("max_long_side_pixel"):
+    if longest := request_options.get("max_long_side_pixel"):
         picture = smaller(picture, longest)
-    if wanted:
-        picture.mminfer_options = wanted  # type: ignore[attr-defined]
+    if request_options:
+        picture.mminfer_options = request_options  # type: ignore[attr-defined]
     return picture
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Turned and mirrored as its EXIF says."""
+    """The picture, turned and mirrored as its EXIF orientation says."""
     from PIL import ImageOps
 
     if not _turned(picture):
@@ -151,20 +166,20 @@ def _turned(picture: Image.Image) -> bool:
 
 
 def orientation(picture: Image.Image) -> int:
-    """1 to 8, as EXIF counts. A PNG may say it behind its pixels, and is decoded."""
+    """The EXIF orientation, 1 (upright) to 8. A PNG may store it after its pixels, so a PNG is decoded here."""
     try:
-        said = picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken EXIF says nothing; PIL has an error for each way of being broken
+        value = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # PIL raises a different error for each kind of broken EXIF
         return 1
-    return said if said in range(1, 9) else 1
+    return value if value in range(1, 9) else 1
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as grey of 8; any other picture as it is.
+    """Grey of more than 8 bits as 8-bit grey; any other picture as it is.
 
-    What is white: of 16 bits 65,535, so that their upper 8 bits are what is seen. 32-bit integers and floats do not
-    say it, and take the least of 255, 65,535 and the largest 32-bit integer that no value exceeds; floats also 1.
-    Less than 0, and what is no number, is black.
+    For 16 bits white is 65,535, so the upper 8 bits are kept. Files of 32-bit integers or floats do not say which value
+    is white. It is then the least of 1 (floats only), 255, 65,535 and 2**31 - 1 that no value exceeds; if a value
+    exceeds all of them, the largest value is white. Values below 0 and NaN are black.
     """
     import numpy as np
     from PIL import Image
@@ -174,24 +189,24 @@ def eight_bit(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture)
     if picture.mode.startswith("I;16"):
         return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
-    scaled = np.nan_to_num(values.astype(np.float64), nan=0.0).clip(0)
-    most = float(scaled.max(initial=0.0))
-    for levels in (1.0, 255.0, 65535.0, 2.0**31 - 1):
-        if most <= levels and (levels > 1 or picture.mode == "F"):
+    grey = np.nan_to_num(values.astype(np.float64), nan=0.0).clip(0)
+    largest = float(grey.max(initial=0.0))
+    for white in (1.0, 255.0, 65535.0, 2.0**31 - 1):
+        if largest <= white and (white > 1 or picture.mode == "F"):
             break
     else:
-        levels = most
-    steps = {1.0: 255.0, 255.0: 1.0, 65535.0: 1 / 256}.get(levels, 255.0 / levels)
-    return Image.fromarray((scaled * steps + (0.5 if levels == 1.0 else 0.0)).clip(0, 255).astype(np.uint8))
+        white = largest
+    scale = {1.0: 255.0, 255.0: 1.0, 65535.0: 1 / 256}.get(white, 255.0 / white)
+    return Image.fromarray((grey * scale + (0.5 if white == 1.0 else 0.0)).clip(0, 255).astype(np.uint8))
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """Over white where it is transparent; in any mode if nothing is."""
+    """The picture over white in RGB, if it has transparent pixels; else as it is."""
     from PIL import Image
 
     if picture.mode not in _ALPHA and "transparency" not in picture.info:
         return picture
-    if picture.mode in ("La", "RGBa"):  # alpha is multiplied in: undone first
+    if picture.mode in ("La", "RGBa"):  # premultiplied alpha is undone first
         picture = picture.convert(picture.mode.upper())
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, (*WHITE, 255))
@@ -199,7 +214,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def smaller(picture: Image.Image, longest: int) -> Image.Image:
-    """No side longer than `longest` pixels."""
+    """The picture, made smaller if its longer side has more than `longest` pixels."""
     from PIL import Image
 
     width, height = shrunk(*picture.size, longest)
@@ -207,7 +222,7 @@ def smaller(picture: Image.Image, longest: int) -> Image.Image:
 
 
 def shrunk(width: int, height: int, longest: int) -> tuple[int, int]:
-    """A width and a height in the same relation, no more than `longest`."""
+    """(width, height) in the same proportion, both at most `longest`."""
     if max(width, height) <= longest:
         return width, height
     scale = longest / max(width, height)
@@ -221,15 +236,15 @@ def _is_picture(source: Any) -> bool:
 
 
 def is_file(data: Any) -> bool:
-    """Whether it has yet to be decoded: bytes, or SGLang's ImageData around them."""
+    """Whether a picture is still a file in memory (bytes, or SGLang's ImageData around bytes), not yet decoded."""
     return isinstance(getattr(data, "url", data), bytes)
 
 
 def opened(source: Any) -> Image.Image | None:
-    """The picture of a file, its header read and no more; None for what SGLang has to judge.
+    """Opens a file and reads its header only; None for a source that is neither text nor bytes, which SGLang judges.
 
     Raises:
-        ValueError: if it is no picture, or if PIL finds it too large.
+        ValueError: if it cannot be read, is no picture, or PIL finds it too large.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -250,13 +265,13 @@ def opened(source: Any) -> Image.Image | None:
 
 
 def _file_of(picture: Image.Image) -> bytes:
-    """What a picture that is not yet decoded was opened from; nothing of one that is no file's."""
+    """The bytes that an undecoded picture was opened from; b"" for a picture that came from no file."""
     file = getattr(picture, "fp", None)
     return file.getvalue() if isinstance(file, BytesIO) else b""
 
 
 def _bytes_of(source: str | bytes) -> bytes:
-    """A file that came as SGLang lets it come: itself, a path, a URL, base64."""
+    """The bytes of a file that came in any form SGLang takes: bytes, a path, a URL, base64."""
     import pybase64
     from sglang.srt.multimodal.cache.identity import _read_media_bytes
 
@@ -266,5 +281,5 @@ def _bytes_of(source: str | bytes) -> bytes:
 
 
 def _named(source: Any) -> str:
-    said = source.decode(errors="replace") if isinstance(source, bytes) else str(source)
-    return repr(said if len(said) <= 60 else f"{said[:60]}...")
+    text = source.decode(errors="replace") if isinstance(source, bytes) else str(source)
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")

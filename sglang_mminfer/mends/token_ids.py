@@ -1,8 +1,8 @@
-"""Prompts of token ids with media: ids outside the media stay what they are, and expanded media are found again.
+"""Prompts of token ids with media: ids outside media never change, and media that are already expanded are recognised.
 
-SGLang decodes such a prompt and tokenizes the text anew, which need not give the same ids, and takes each of a medium's
-tokens for a placeholder if the ids are those of an answer (`prompt_token_ids`) sent back. Here the prompt becomes text
-in which everything but media is a mark (`verbatim`), with one placeholder for each medium.
+SGLang decodes such a prompt and tokenizes the text again, which may give other ids. If a client sends back the ids of
+an answer (`prompt_token_ids`), SGLang also takes each token of a medium for a placeholder. Here the prompt becomes a
+text with one placeholder for each medium and a mark (see `verbatim`) for everything else.
 """
 
 from __future__ import annotations
@@ -19,34 +19,43 @@ from sglang_mminfer.mends import requests, verbatim
 _KINDS = ("image", "video")
 
 _TOKENS_OF_MEDIA = ("vision_start_token_id", "vision_end_token_id", "img_start_token_id", "img_end_token_id")
-"""Attributes of SGLang's processors: tokens around a medium, by which they find it."""
+"""Attributes of SGLang's processors that hold the tokens around a medium, by which they find it."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a prompt: ids that are no media's, or `name`, a token or word by which a processor finds media."""
+    """A part of a prompt.
+
+    Attributes:
+        ids: token ids outside media; () if `name` is set.
+        name: a token or word by which the processor finds media; "" if `ids` is set.
+    """
 
     ids: tuple[int, ...] = ()
     name: str = ""
 
     def text(self) -> str:
+        """The name, or a mark for the ids."""
         return self.name or verbatim.ids(self.ids)
 
 
 def as_text(processor: Any, prompt: Any, request: Any) -> Any:
-    """A prompt of ids as text with marks, which the processor's tokenizer turns into the same ids; text as it is.
+    """A prompt of ids as a text that the processor's tokenizer turns into the same ids; a text comes back as it is.
+
+    The prompt stays a list of ids if the mend is off, if the client preprocessed the media, or if the processor prefers
+    ids.
 
     Raises:
-        ValueError: for an id that is none of the vocabulary, and for placeholders that are not as many as the media.
+        ValueError: for an id outside the vocabulary, or for tokens of media that the family cannot tell apart.
     """
     prompt = _with_marks_resolved(processor, prompt, request)
     if not isinstance(prompt, list) or not mends.active("token_ids"):
         return prompt
     requests.check_ids(prompt, vocabulary_of(processor))
     media = {kind: requests.media_in(request, kind) for kind in _KINDS}
-    if any(processor._is_preprocessed_input(one) for of_kind in media.values() for one in of_kind):
+    if any(processor._is_preprocessed_input(medium) for media_of_kind in media.values() for medium in media_of_kind):
         return prompt  # SGLang takes the ids as they are
-    counts = {kind: len(of_kind) for kind, of_kind in media.items()}
+    counts = {kind: len(media_of_kind) for kind, media_of_kind in media.items()}
     if processor.prefer_tokenized_input:
         return _collapsed_ids(prompt, set(_placeholders(processor)), sum(counts.values()))
     pieces = _split(processor, prompt)
@@ -60,7 +69,7 @@ def _text(pieces: Sequence[Piece]) -> str:
 
 
 def _with_marks_resolved(processor: Any, prompt: Any, request: Any) -> Any:
-    """A prompt that SGLang has tokenized itself, marks and all, for a processor that prefers ids."""
+    """Resolves the marks of a text that SGLang tokenized itself, for a processor that prefers ids."""
     text = getattr(request, "text", None)
     if not isinstance(prompt, list) or not isinstance(text, str) or not verbatim.has_marks(text):
         return prompt
@@ -68,28 +77,28 @@ def _with_marks_resolved(processor: Any, prompt: Any, request: Any) -> Any:
 
 
 def vocabulary_of(processor: Any) -> int:
-    """Rows of the model's embedding."""
+    """Rows of the model's token embedding."""
     text = processor.hf_config.get_text_config() if hasattr(processor.hf_config, "get_text_config") else None
     sizes = [getattr(config, "vocab_size", None) for config in (text, processor.hf_config)]
     return int(next((size for size in sizes if size), len(processor._tokenizer)))
 
 
 def _placeholders(processor: Any) -> Mapping[int, tuple[str, ...]]:
-    """The ids of placeholders, and the kinds of media that each stands for; a processor may say it by `media_tokens`.
+    """The ids of the processor's placeholders and the kinds of media that each stands for; {} if they are words.
 
-    None where placeholders are words. A token that stands around media has no kind.
+    A processor may say it by `media_tokens`. A token that stands around media has no kind.
     """
-    own = getattr(processor, "media_tokens", None)
-    if own is not None:
-        return own
-    found: dict[int, tuple[str, ...]] = {}
+    media_tokens = getattr(processor, "media_tokens", None)
+    if media_tokens is not None:
+        return media_tokens
+    kinds: dict[int, tuple[str, ...]] = {}
     for kind in _KINDS:
         token = getattr(processor.mm_tokens, f"{kind}_token_id", None)
         if token is None and kind == "image":
             token = getattr(processor.hf_config, "image_token_index", None)
         if token is not None:
-            found[int(token)] = (*found.get(int(token), ()), kind)
-    return found
+            kinds[int(token)] = (*kinds.get(int(token), ()), kind)
+    return kinds
 
 
 def _kinds_of_names(processor: Any) -> dict[str, tuple[str, ...]]:
@@ -98,7 +107,7 @@ def _kinds_of_names(processor: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _split(processor: Any, prompt: Sequence[int]) -> list[Piece]:
-    """The prompt in pieces, one for each token by which the processor finds media."""
+    """The prompt in pieces, one piece for each token by which the processor finds media."""
     tokenizer = processor._tokenizer
     added = tokenizer.added_tokens_decoder
     around = {int(token) for name in _TOKENS_OF_MEDIA if (token := getattr(processor, name, None)) is not None}
@@ -114,7 +123,7 @@ def _split(processor: Any, prompt: Sequence[int]) -> list[Piece]:
 
 
 def _with_words(tokenizer: Any, run: list[int], words: Sequence[str]) -> list[Piece]:
-    """Ordinary ids in pieces, cut at placeholders that are words. A token that is a word's only in part is cut."""
+    """Ids in pieces, cut at placeholders that are words. A token that is only partly in a word is encoded again."""
     parts = tokenizer.convert_ids_to_tokens(run) if words else []
     text = "".join(parts)
     if not any(word in text for word in words):
@@ -123,32 +132,32 @@ def _with_words(tokenizer: Any, run: list[int], words: Sequence[str]) -> list[Pi
     for part in parts:
         ends.append(ends[-1] + len(part))
     pieces: list[Piece] = []
-    token = at = 0
+    token = position = 0
 
-    def upto(stop: int) -> None:
-        """The tokens from `at` to `stop` in the text."""
-        nonlocal token, at
-        whole: list[int] = []
+    def add_until(stop: int) -> None:
+        """Adds a piece with the text from `position` to `stop`."""
+        nonlocal token, position
+        ids: list[int] = []
         while token < len(run) and ends[token + 1] <= stop:
-            if at == ends[token]:
-                whole.append(run[token])
+            if position == ends[token]:
+                ids.append(run[token])
             else:
-                whole += _encoded(tokenizer, text[at : ends[token + 1]])
-            at, token = ends[token + 1], token + 1
-        if at < stop:
-            whole += _encoded(tokenizer, text[at:stop])
-            at = stop
-        if whole:
-            pieces.append(Piece(ids=tuple(whole)))
+                ids += _encoded(tokenizer, text[position : ends[token + 1]])
+            position, token = ends[token + 1], token + 1
+        if position < stop:
+            ids += _encoded(tokenizer, text[position:stop])
+            position = stop
+        if ids:
+            pieces.append(Piece(ids=tuple(ids)))
 
-    while (found := min(((i, w) for w in words if (i := text.find(w, at)) >= 0), default=None)) is not None:
-        start, word = found
-        upto(start)
+    while (match := min(((i, w) for w in words if (i := text.find(w, position)) >= 0), default=None)) is not None:
+        start, word = match
+        add_until(start)
         pieces.append(Piece(name=word))
-        at = start + len(word)
-        while token < len(run) and ends[token + 1] <= at:
+        position = start + len(word)
+        while token < len(run) and ends[token + 1] <= position:
             token += 1
-    upto(len(text))
+    add_until(len(text))
     return pieces
 
 
@@ -157,24 +166,26 @@ def _encoded(tokenizer: Any, part: str) -> list[int]:
 
 
 def collapsed(pieces: Sequence[Piece], counts: Mapping[str, int], kinds: Mapping[str, tuple[str, ...]]) -> list[Piece]:
-    """One placeholder for each medium: runs of them, as an answer's ids have, become one.
+    """The pieces with one placeholder for each medium: a run of equal placeholders becomes one.
+
+    A run stays as it is where the prompt already has as many placeholders as media.
 
     Args:
-        counts: media of each kind.
-        kinds: what each placeholder stands for.
+        counts: the request's media of each kind.
+        kinds: the kinds that each placeholder stands for.
     """
     out: list[Piece] = []
-    found = Counter(piece.name for piece in pieces)
+    occurrences = Counter(piece.name for piece in pieces)
     for piece in pieces:
         expected = sum(counts[kind] for kind in kinds.get(piece.name, ()))
-        if out and piece.name in kinds and piece == out[-1] and found[piece.name] != expected:
+        if out and piece.name in kinds and piece == out[-1] and occurrences[piece.name] != expected:
             continue
         out.append(piece)
     return out
 
 
 def _collapsed_ids(prompt: list[int], placeholders: set[int], media: int) -> list[int]:
-    """The same, for a processor that takes ids."""
+    """As `collapsed`, for a processor that takes ids."""
     if sum(token in placeholders for token in prompt) == media:
         return prompt
     return [token for token, run in groupby(prompt) for token in ([token] if token in placeholders else run)]

@@ -1,4 +1,4 @@
-"""Videos in every form that clients send them, and within bounds."""
+"""Videos in every form that clients send, within bounds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 FPS = 1.0
-"""Of frames that come without a rate."""
+"""Frames per second of single frames that come without a rate."""
 
 _FRAMES_URL = "data:video/jpeg;base64,"
-"""vLLM's way of sending frames: their base64 behind it, with commas between."""
+"""How vLLM's clients send frames: this prefix, then the base64 of each frame, separated by commas."""
 
 ACCEPTED = (
     "a video is a file, a URL, base64 of a file, data:video/jpeg;base64,FRAME,FRAME,..., or a list of frames of one "
@@ -33,36 +33,44 @@ def load(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """In place of BaseMultimodalProcessor._load_single_item for a video: a decoder, whatever came.
+    """Replaces BaseMultimodalProcessor._load_single_item for a video.
 
     Args:
-        original: SGLang's own.
+        original: SGLang's method.
         family: the processor's class.
+        data, modality: as for SGLang's method.
+
+    Returns:
+        A decoder with SGLang's interface; or what `original` returns, if that is no decoder.
 
     Raises:
-        ValueError: for what is no video, or is larger than `limits` allow.
+        ValueError: if it is no video, or larger than `limits` allow.
     """
-    source, wanted = options.of(_as_list(data), family, "video")
+    source, request_options = options.of(_as_list(data), family, "video")
     if mends.active("video_frames") and (frames := frames_in(source)) is not None:
-        # As in vLLM and in Qwen's own service: who sends frames says with fps at which rate they were taken.
-        video = as_video(frames, wanted.pop("fps", FPS))
+        # With frames, fps is the rate at which they were taken, as in vLLM and in Qwen's own service.
+        video = as_video(frames, request_options.pop("fps", FPS))
     else:
         passed_on = source if hasattr(family, "REQUEST_OPTIONS") or isinstance(data, dict) else data
         video = original(passed_on, modality, *args, **kwargs)
     if not hasattr(video, "get_frames_as_tensor"):
         return video
-    if mends.active("odd_sizes") or wanted.get("max_long_side_pixel"):
-        video = _bounded(video, wanted.get("max_long_side_pixel"))
-    if wanted:
-        setattr(video, options.ATTRIBUTE, wanted)
+    if mends.active("odd_sizes") or request_options.get("max_long_side_pixel"):
+        video = _bounded(video, request_options.get("max_long_side_pixel"))
+    if request_options:
+        setattr(video, options.ATTRIBUTE, request_options)
     return video
 
 
 def as_video(frames: Sequence[Any], fps: float) -> Any:
-    """SGLang's decoder over frames: as a file of them at this rate.
+    """A decoder with SGLang's interface over single frames.
+
+    Args:
+        frames: uint8 [frames, height, width, 3], or a sequence of pictures in the forms that `ACCEPTED` lists.
+        fps: frames per second.
 
     Raises:
-        ValueError: for frames that are none, too many, or of several sizes.
+        ValueError: if there are no frames or too many, if one is no picture, or if their sizes differ.
     """
     from sglang_mminfer.mends.decoders import Frames
 
@@ -82,7 +90,7 @@ def as_video(frames: Sequence[Any], fps: float) -> Any:
 
 
 def _bounded(video: Any, longest: int | None) -> Any:
-    """Checked, and with its frames made smaller where that is asked for."""
+    """The video after a check of its first frame's size, with smaller frames if `longest` asks for them."""
     from sglang_mminfer.mends.decoders import Bounded, shrunk
 
     bounded = Bounded(video)
@@ -94,7 +102,7 @@ def _bounded(video: Any, longest: int | None) -> Any:
         height, width = bounded.whole
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # each decoder has errors of its own
+    except Exception as error:  # each decoder raises errors of its own
         raise ValueError(
             f"video: its first frame cannot be decoded: {type(error).__name__}: {str(error)[:200]}"
         ) from error
@@ -107,7 +115,7 @@ def _as_list(data: Any) -> Any:
 
 
 def frames_in(source: Any) -> Sequence[Any] | None:
-    """The frames of a video that comes as such; None for a file.
+    """The frames of a video that came as single frames or as an array; None for a file.
 
     Raises:
         ValueError: for an array that is no video.
@@ -126,10 +134,10 @@ def _is_array(value: Any) -> bool:
 
 
 def _channels_last(frames: Any) -> Any:
-    """uint8 [frames, height, width, 3] of an array or tensor with its channels anywhere usual.
+    """uint8 [frames, height, width, 3] from an array or tensor with its channels last or second.
 
     Raises:
-        ValueError: for other shapes and types.
+        ValueError: for any other shape or type.
     """
     import numpy as np
 
@@ -144,7 +152,7 @@ def _channels_last(frames: Any) -> Any:
 
 
 def _size(frame: Any, index: int) -> tuple[int, int]:
-    """Height and width of one frame as it is shown, its header read and no more."""
+    """(height, width) of one frame as it is shown; only the header of a file is read."""
     if _is_array(frame):
         height, width = _picture_of(frame).shape[:2]
         return height, width
@@ -156,7 +164,7 @@ def _size(frame: Any, index: int) -> tuple[int, int]:
 
 
 def _read(frame: Any) -> np.ndarray:
-    """uint8 [height, width, 3] of one frame."""
+    """uint8 [height, width, 3]: one frame, decoded."""
     import numpy as np
 
     if _is_array(frame):

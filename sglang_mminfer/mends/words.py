@@ -1,7 +1,7 @@
 """Words of a conversation that look like placeholders of media stay words.
 
-A chat template writes a placeholder for each medium; SGLang then looks for placeholders in the finished prompt, where a
-user's "how do I use the <video> tag?" cannot be told from one. So such words are marked before the template runs.
+A chat template writes a placeholder for each medium, and SGLang then looks for placeholders in the finished prompt.
+There a user's "how do I use the <video> tag?" looks the same. So such words are marked before the template runs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PLACEHOLDERS = (
     *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
     *("<<<__IMG_PLACEHOLDER__>>>", "<<<__VID_PLACEHOLDER__>>>", "<<<__IMG_CONTEXT_PLACEHOLDER__>>>"),
 )
-"""What families and SGLang itself take for media. Marking too many does no harm: a word that is no special token is
-tokenized as it would have been, and one that is, as the words that were meant."""
+"""Words that families or SGLang itself take for media. A mark too many does no harm: a marked word that is no special
+token gives the same ids as without the mark, and a special token's name gives the ids of its letters."""
 
 _MEDIA_PARTS = frozenset({"image_url", "video_url", "audio_url", "input_audio", "input_image", "input_video"})
 
@@ -59,34 +59,33 @@ def _type_of(part: Any) -> Any:
 
 
 def pattern_of(processor: Any) -> re.Pattern[str]:
-    """What is marked for a processor: the placeholders of all families, its own special tokens of media, and the
-    characters of marks."""
+    """Matches what is marked: all families' placeholders, the processor's media tokens, and the characters of marks."""
     tokens = getattr(processor, "mm_tokens", None)
-    own = [getattr(tokens, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+    media_tokens = [getattr(tokens, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
     names: list[str] = []
     tokenizer = getattr(processor, "_tokenizer", None)
     if tokenizer is not None:
         added = tokenizer.added_tokens_decoder
-        names = [str(added[token]) for token in own if token in added]
+        names = [str(added[token]) for token in media_tokens if token in added]
     return _compiled(tuple(sorted(set(names))))
 
 
 @functools.lru_cache
-def _compiled(own: tuple[str, ...]) -> re.Pattern[str]:
-    longest_first = sorted({*PLACEHOLDERS, *own}, key=len, reverse=True)
+def _compiled(names: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted({*PLACEHOLDERS, *names}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) + f"|[{verbatim.RESERVED}]+")
 
 
 def _guarded(value: Any, pattern: re.Pattern[str]) -> Any:
-    """A copy of a message, or a part of one, with its words marked; media stay as they are."""
+    """A copy of a message, or of a part of one, in which words are marked and media stay as they are."""
     if isinstance(value, str):
         return pattern.sub(lambda word: verbatim.words(word[0]), value)
     if isinstance(value, list | tuple):
-        return [_guarded(one, pattern) for one in value]
+        return [_guarded(item, pattern) for item in value]
     if isinstance(value, dict):
         if value.get("type") in _MEDIA_PARTS:
             return value
-        return {key: _guarded(one, pattern) for key, one in value.items()}
+        return {key: _guarded(item, pattern) for key, item in value.items()}
     fields = getattr(type(value), "model_fields", None)
     if fields is None or _type_of(value) in _MEDIA_PARTS:
         return value

@@ -1,4 +1,4 @@
-"""What every family reads from SGLang's media items (modality, spans, grid rows) and the error they share."""
+"""What all families read from SGLang's media items (modality, spans of tokens, grids), and the error they share."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Place(NamedTuple):
 
 
 class GeometryError(ValueError):
-    """The media of a request cannot be laid out; the request runs dense, counted under `reason`.
+    """The media of a request do not add up, so the request runs dense, counted under `reason`.
 
     Attributes:
-        reason: a short slug: "no_offsets", "bad_offsets", "empty_span", "out_of_range_offsets",
+        reason: a dense_reason: "no_offsets", "bad_offsets", "empty_span", "out_of_range_offsets",
             "overlapping_offsets", "grid_mismatch", "zero_frames", "unknown_modality", "moving_offsets" or
             "unreadable".
-        repeated: True where `cached_map` raises the same failure again, so that a log names it once.
+        repeated: True if `cached_map` raises a failure again that it raised before, so that a log has it once.
     """
 
     def __init__(self, reason: str, message: str, repeated: bool = False) -> None:
@@ -55,14 +55,15 @@ class GeometryError(ValueError):
 
 
 class Span(NamedTuple):
-    """Tokens [start, stop) of one media placeholder, and the words an error calls it by."""
+    """Tokens [start, stop) of one media placeholder, and the name that errors give it."""
 
     start: int
     stop: int
     name: str
 
 
-# By name, so that SGLang is not imported. What a model hears is text to the map: patterns are about rasters.
+# Keys are the names of SGLang's Modality, so that SGLang is not imported. The map counts audio as text: it has no
+# raster, and patterns are about rasters.
 _MODALITIES = {
     "IMAGE": Modality.IMAGE,
     "MULTI_IMAGES": Modality.IMAGE,
@@ -72,7 +73,14 @@ _MODALITIES = {
 
 
 def modality_of(item: Any, index: int) -> Modality:
-    """The modality of one item, TEXT for audio."""
+    """The modality of one item, TEXT for audio.
+
+    Args:
+        index: the item's index in the request, for the error.
+
+    Raises:
+        GeometryError: "unknown_modality".
+    """
     name = getattr(item.modality, "name", item.modality)
     modality = _MODALITIES.get(str(name).upper())
     if modality is None:
@@ -83,7 +91,7 @@ def modality_of(item: Any, index: int) -> Modality:
 
 
 def data_of(item: Any) -> Mapping[str, Any]:
-    """The model's own values of an item (grids and the like)."""
+    """The values that a model's processor adds to an item (grids and the like)."""
     return getattr(item, "model_specific_data", None) or {}
 
 
@@ -124,7 +132,7 @@ def places_of(item: Any, name: str) -> list[Place]:
 
 
 def media_of(items: Iterable[Any]) -> list[list[Any]]:
-    """The items of each medium: one, or those of all its frames or tiles."""
+    """The items of each medium: a list of one item, or of one item for each frame or tile."""
     media: list[list[Any]] = []
     for number, group in groupby(items, key=_number_of):
         same = list(group)
@@ -141,7 +149,7 @@ def _number_of(item: Any) -> int | None:
 
 
 def extents_of(items: Iterable[Any]) -> list[tuple[int, int, list[Any]]]:
-    """From the first token to behind the last, and the items, of each medium that says where it stands."""
+    """(first token, token after the last, items) of each medium whose items have offsets."""
     extents = []
     for medium in media_of(items):
         offsets = [offset for item in medium for offset in offsets_of(item, "item")]
@@ -152,7 +160,11 @@ def extents_of(items: Iterable[Any]) -> list[tuple[int, int, list[Any]]]:
 
 
 def offsets_of(item: Any, name: str) -> tuple[tuple[int, int], ...]:
-    """The (first, last) pairs of an item as plain integers, whatever holds them; () if there are none."""
+    """The (first, last) pairs of an item as plain integers, whatever type holds them; () if it has none.
+
+    Raises:
+        GeometryError: "bad_offsets".
+    """
     offsets = getattr(item, "offsets", None)
     try:
         return () if offsets is None else tuple((whole(first), whole(last)) for first, last in offsets)
@@ -163,9 +175,16 @@ def offsets_of(item: Any, name: str) -> tuple[tuple[int, int], ...]:
 
 
 def spans_of(item: Any, name: str) -> list[Span]:
-    """The spans of one item. SGLang's ends are inclusive, ours are not."""
+    """The spans of one item. SGLang's offsets include the last token, spans do not.
+
+    Args:
+        name: what errors call the item.
+
+    Raises:
+        GeometryError: "moving_offsets", "no_offsets", "bad_offsets", "out_of_range_offsets" or "empty_span".
+    """
     if "pre_chunked_input_ids" in data_of(item):
-        # EVS drops video tokens after the metadata is made: whatever the offsets say now will not hold.
+        # EVS drops video tokens after the offsets are computed, so the offsets will be wrong.
         raise GeometryError("moving_offsets", f"{name}: its tokens move during embedding (EVS)")
     offsets = offsets_of(item, name)
     if not offsets:
@@ -183,10 +202,10 @@ def spans_of(item: Any, name: str) -> list[Span]:
 
 
 def whole(value: Any) -> int:
-    """A whole number, whatever holds it.
+    """The value as an int.
 
     Raises:
-        TypeError, ValueError: if it is none.
+        TypeError, ValueError: if it is no whole number.
     """
     try:
         return operator.index(value)
@@ -198,7 +217,7 @@ def whole(value: Any) -> int:
 
 
 def grid_rows(value: Any) -> list[tuple[int, int, int]] | None:
-    """[[t, h, w], ...] from a tensor, an array or lists, or a bare [t, h, w]; None if it is none of them."""
+    """[(t, h, w), ...] from a tensor, an array or lists of rows, or from a single [t, h, w]; None if it is neither."""
     try:
         rows = [row.tolist() if hasattr(row, "tolist") else row for row in value]
         if len(rows) == 3 and not any(isinstance(row, list | tuple) for row in rows):
@@ -209,7 +228,11 @@ def grid_rows(value: Any) -> list[tuple[int, int, int]] | None:
 
 
 def one_segment(frames: list[Span], rows: int, cols: int, modality: Modality) -> tuple[Segment, str]:
-    """The segment of a medium whose frames are `frames`, what stands between them included, and its name.
+    """The segment of one medium, which includes the tokens between its frames, and the name of its first frame.
+
+    Args:
+        frames: the span of each frame, in the order of the prompt.
+        rows, cols: the grid of a frame, in tokens.
 
     Raises:
         GeometryError: "overlapping_offsets".

@@ -1,4 +1,4 @@
-"""Sets of token positions as runs, so that planning costs what the segments and frames cost, not what the tokens do."""
+"""Sets of token positions as runs: the cost of planning grows with the number of runs, not the number of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Bools = NDArray[np.bool_]
 
 
 class Runs:
-    """A set of positions as half-open runs [starts[i], stops[i]): ascending, disjoint, none empty. int64."""
+    """A set of positions as half-open runs [starts[i], stops[i]), ascending, disjoint, none of them empty. int64."""
 
     def __init__(self, starts: ArrayLike, stops: ArrayLike) -> None:
         self.starts: Ints = np.asarray(starts, dtype=np.int64)
@@ -21,24 +21,24 @@ class Runs:
 
     @classmethod
     def span(cls, start: int, stop: int) -> Runs:
-        """All positions from `start` to `stop` - 1."""
+        """The positions from `start` to `stop` - 1; empty if `start` >= `stop`."""
         return cls([start], [stop]) if start < stop else cls([], [])
 
     @classmethod
     def points(cls, positions: Ints) -> Runs:
-        """The given positions, ascending."""
+        """The given positions, which ascend and are distinct, each in a run of its own."""
         return cls(positions, positions + 1)
 
     @cached_property
     def before(self) -> Ints:
-        """Members before each run, and in all: [runs + 1]."""
+        """int64 [runs + 1]: how many members lie before each run; the last value counts all members."""
         return np.concatenate([[0], np.cumsum(self.stops - self.starts)])
 
     def __len__(self) -> int:
         return int(self.before[-1])
 
     def rank(self, positions: ArrayLike) -> Ints:
-        """How many members lie below each position."""
+        """int64, the shape of `positions`: how many members lie below each position."""
         positions = np.asarray(positions, dtype=np.int64)
         if not len(self.starts):
             return np.zeros_like(positions)
@@ -47,27 +47,27 @@ class Runs:
         return np.where(run < 0, 0, self.before[run] + inside)
 
     def select(self, index: ArrayLike) -> Ints:
-        """The members number `index`, counted from 0."""
+        """int64, the shape of `index`: the members with these ranks, counted from 0."""
         index = np.asarray(index, dtype=np.int64)
         run = np.searchsorted(self.before, index, side="right") - 1
         return self.starts[run] + index - self.before[run]
 
     def has(self, positions: Ints) -> Bools:
-        """Which of the positions are members."""
+        """bool [positions]: which of the positions are members."""
         if not len(self.starts):
             return np.zeros(len(positions), dtype=np.bool_)
         run = np.searchsorted(self.starts, positions, side="right") - 1
         return (run >= 0) & (positions < self.stops[run])
 
     def members(self) -> Ints:
-        """All of them, ascending."""
+        """int64 [members]: all members, ascending."""
         return expand(self.starts, self.stops - self.starts)
 
     def clip(self, start: int, stop: int) -> Runs:
         """The members from `start` to `stop` - 1."""
         starts, stops = np.maximum(self.starts, start), np.minimum(self.stops, stop)
-        some = starts < stops
-        return Runs(starts[some], stops[some])
+        nonempty = starts < stops
+        return Runs(starts[nonempty], stops[nonempty])
 
     def __and__(self, other: Runs) -> Runs:
         return self._combined(other, np.logical_and)
@@ -79,16 +79,19 @@ class Runs:
         return self._combined(other, np.greater)
 
     def _combined(self, other: Runs, keep: Callable[[Bools, Bools], Bools]) -> Runs:
-        """Between two neighbouring ends of runs, all positions are alike: decide for the first of them."""
+        """The positions for which `keep`(is in self, is in other) holds.
+
+        Membership changes only at the ends of runs, so `keep` decides at each end for all positions up to the next end.
+        """
         ends = np.sort(np.concatenate([self.starts, self.stops, other.starts, other.stops]), kind="stable")
-        kept = keep(self.has(ends), other.has(ends))
-        starts = kept & ~np.concatenate([[False], kept[:-1]])
-        stops = ~kept & np.concatenate([[False], kept[:-1]])
+        is_member = keep(self.has(ends), other.has(ends))
+        starts = is_member & ~np.concatenate([[False], is_member[:-1]])
+        stops = ~is_member & np.concatenate([[False], is_member[:-1]])
         return Runs(ends[starts], ends[stops])
 
 
 def expand(starts: Ints, counts: Ints) -> Ints:
-    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
+    """The ranges from starts[i] to starts[i] + counts[i] - 1, one after another. int64 [sum of counts]."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(starts - (ends - counts), counts) + np.arange(total)

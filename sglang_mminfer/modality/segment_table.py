@@ -1,4 +1,4 @@
-"""The segments of a map as arrays, so that what asks about all of them is arithmetic and no loop."""
+"""The segments of a map as arrays, so that a question about all of them is arithmetic, not a loop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ CODES = {"text": 0, "image": 1, "video": 2}
 
 @dataclass(frozen=True)
 class SegmentTable:
-    """One row for each segment. int64 where nothing else is said.
+    """One row for each segment. int64 [segments], unless said otherwise.
 
-    start, stop: positions. code: the modality, by `CODES`. frames, rows, cols: the grid's, 0 where there is none.
-    raster: bool, the grid's. frame_starts: [frames of all grids], ascending. first_frame: [segments + 1], where each
-    segment's frames begin among them.
+    Attributes:
+        start, stop: token positions.
+        code: the modality, by `CODES`.
+        frames, rows, cols: of the segment's grid; 0 if it has no grid.
+        raster: bool [segments], `VisionGrid.raster`; False if it has no grid.
+        frame_starts: [frames of all grids], ascending: the first token of each frame.
+        first_frame: [segments + 1]: the index in `frame_starts` at which each segment's frames begin.
     """
 
     start: Ints
@@ -35,9 +39,10 @@ class SegmentTable:
 
     @classmethod
     def of(cls, segments: Sequence[Any]) -> SegmentTable:
+        """The table of the segments of a map."""
         grids = [segment.grid for segment in segments]
 
-        def column(values: Iterable[int]) -> Ints:  # from a generator: no list of them, which garbage collection walks
+        def column(values: Iterable[int]) -> Ints:  # a generator: the garbage collector would walk a list
             return np.fromiter(values, dtype=np.int64)
 
         frames = column(grid.frames if grid else 0 for grid in grids)
@@ -54,7 +59,7 @@ class SegmentTable:
         )
 
     def has_cells(self, stride: str) -> Bools:
-        """The segments whose tokens have a cell under `stride`, "frame" or "row"."""
+        """bool [segments]: which segments' tokens have a cell under `stride`, "frame" or "row"."""
         return (self.frames > 0) & (self.raster | (stride == "frame"))
 
 

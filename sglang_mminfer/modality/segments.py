@@ -1,7 +1,7 @@
 """The modality map: which tokens of one conversation are text, image or video, and where the frames lie.
 
-All positions are absolute token indices in the whole prompt of ONE request, cached prefix included and
-what later chunks will bring included too. Stops are exclusive.
+Every position is an index into the whole prompt of ONE request: the cached prefix and the chunks still to come are
+included. Stops are exclusive.
 """
 
 from __future__ import annotations
@@ -35,11 +35,17 @@ class Modality(StrEnum):
 class VisionGrid:
     """The raster of one image or video, in language-model tokens (after the vision tower's merger).
 
-    A frame is `rows * cols` contiguous tokens in row-major order. Frames may be apart (timestamps between
-    them), so `frame_starts` holds the absolute position of every frame's first token, ascending.
+    A frame is `rows * cols` contiguous tokens in row-major order. Other tokens, such as timestamps, may lie between
+    frames.
 
-    `raster` is False for a tower that merges tokens as it likes: its frames (or clips) are alike in length and in
-    nothing else, so `rows` is 1, the frame stride works, and for the row stride the tokens have no cell.
+    Attributes:
+        frames, rows, cols: integers >= 1.
+        frame_starts: the position of every frame's first token, ascending.
+        raster: False for a vision tower whose tokens have no rows and columns. Its frames (or clips) have equal lengths
+            and nothing else in common: `rows` is 1, and tokens have a cell for the frame stride only.
+
+    Raises:
+        ValueError: naming the field that does not fit the others.
     """
 
     frames: int
@@ -75,20 +81,25 @@ class VisionGrid:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, cols): tokens of two grids can share a cell only where these are equal."""
+        """(rows, cols). Tokens of two grids can share a cell only if the shapes are equal."""
         return self.rows, self.cols
 
     def has_cells(self, stride: str) -> bool:
-        """True if `stride` ("frame" or "row") gives the tokens a cell."""
+        """Whether tokens have a cell under `stride`, "frame" or "row"."""
         return self.raster or stride == "frame"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, stop) of one modality. `grid` is None for text, or where the model does not tell it.
+    """Tokens [start, stop) of one modality.
 
-    Tokens of a vision segment that lie in no frame (separators, timestamps) are members of the segment
-    without a cell.
+    Tokens of a vision segment outside its frames (separators, timestamps) belong to the segment and have no cell.
+
+    Attributes:
+        grid: None for text, and for media whose grid the model does not tell.
+
+    Raises:
+        ValueError: if the range is empty, the modality is VISION, or the grid does not fit.
     """
 
     modality: Modality
@@ -106,20 +117,20 @@ class Segment:
             return
         if self.modality is Modality.TEXT:
             raise ValueError(f"Segment [{self.start}, {self.stop}): a text segment has no grid")
-        first, last = self.grid.frame_starts[0], self.grid.frame_starts[-1] + self.grid.cells
-        if first < self.start or last > self.stop:
+        first, end = self.grid.frame_starts[0], self.grid.frame_starts[-1] + self.grid.cells
+        if first < self.start or end > self.stop:
             raise ValueError(
                 f"Segment [{self.start}, {self.stop}): its grid of {self.grid.frames} x {self.grid.rows} x "
-                f"{self.grid.cols} tokens covers [{first}, {last})"
+                f"{self.grid.cols} tokens covers [{first}, {end})"
             )
 
 
 @dataclass(frozen=True)
 class ModalityMap:
-    """One conversation as a sorted list of segments without gaps or overlaps, from position 0 on.
+    """One conversation as a sorted list of segments that cover it from position 0 without gaps or overlaps.
 
     Raises:
-        ValueError: naming the first segment that overlaps its neighbour or leaves a gap.
+        ValueError: naming the first segment that overlaps the segment before it or leaves a gap.
     """
 
     segments: tuple[Segment, ...]
@@ -129,9 +140,9 @@ class ModalityMap:
         position = 0
         for i, segment in enumerate(self.segments):
             if segment.start != position:
-                kind = "overlaps the one before" if segment.start < position else "leaves a gap"
+                fault = "overlaps the one before" if segment.start < position else "leaves a gap"
                 raise ValueError(
-                    f"ModalityMap.segments[{i}]: expected a start of {position}, got {segment.start} ({kind})"
+                    f"ModalityMap.segments[{i}]: expected a start of {position}, got {segment.start} ({fault})"
                 )
             position = segment.stop
 
@@ -145,21 +156,22 @@ class ModalityMap:
 
     @cached_property
     def has_vision(self) -> bool:
+        """Whether any segment is image or video."""
         return any(segment.modality is not Modality.TEXT for segment in self.segments)
 
     @cached_property
     def first_vision(self) -> int:
-        """Position of the first image or video token; the map's length where there is none."""
+        """Position of the first image or video token; the map's length if it has none."""
         return next((s.start for s in self.segments if s.modality is not Modality.TEXT), self.length)
 
     @cached_property
     def segment_ids(self) -> torch.Tensor:
-        """int32 [length]: the index in `segments` of each token's segment."""
+        """int32 [length]: the index in `segments` of the segment that holds each token."""
         lengths = torch.tensor([s.stop - s.start for s in self.segments], dtype=torch.int64)
         return torch.repeat_interleave(torch.arange(len(self.segments), dtype=torch.int32), lengths)
 
     def members(self, modality: Modality) -> torch.Tensor:
-        """bool [length]: the tokens that `modality` covers."""
+        """bool [length]: which tokens `modality` covers."""
         flags = torch.tensor([modality.covers(s.modality) for s in self.segments], dtype=torch.bool)
         return flags[self.segment_ids.long()] if self.segments else flags
 
@@ -169,20 +181,24 @@ class ModalityMap:
         return SegmentTable.of(self.segments)
 
     def runs(self, modality: Modality) -> Runs:
-        """The positions that `modality` covers."""
+        """The positions whose modality `modality` covers."""
         table = self.table
         covered = np.isin(table.code, codes_of(modality))
-        # Segments leave no gaps, so a run begins and ends where its neighbour is of another kind.
+        # Segments leave no gaps, so a run begins or ends at each segment whose neighbour is not covered.
         starts = covered & ~np.concatenate([[False], covered[:-1]])
         stops = covered & ~np.concatenate([covered[1:], [False]])
         return Runs(table.start[starts], table.stop[stops])
 
     def on_phase(self, stride: str, phase: int) -> Runs:
-        """The positions whose cell is `phase`; `stride` as in `cells`."""
+        """The positions whose cell is `phase`.
+
+        Args:
+            stride: as in `cells`.
+        """
         table = self.table
         in_frame = stride == "frame"
-        lines = table.rows * table.cols if in_frame else table.cols
-        chosen = np.flatnonzero(table.has_cells(stride) & (phase < lines))
+        cell_counts = table.rows * table.cols if in_frame else table.cols
+        chosen = np.flatnonzero(table.has_cells(stride) & (phase < cell_counts))
         frames = table.frames[chosen]
         starts = table.frame_starts[expand(table.first_frame[chosen], frames)]
         if in_frame:
@@ -192,9 +208,10 @@ class ModalityMap:
         return Runs.points(np.repeat(starts, rows) + row * np.repeat(cols, rows) + phase)
 
     def cells(self, stride: str) -> torch.Tensor:
-        """int32 [length]: the cell of each token, -1 where it has none (text, separators, no grid, no raster).
+        """int32 [length]: the cell of each token; -1 for a token without one (text, separators, no grid, no raster).
 
-        `stride` "frame": the index in the frame, 0 .. rows*cols-1; "row": the column, 0 .. cols-1.
+        Args:
+            stride: "frame": the cell is the index in the frame, 0 .. rows*cols-1. "row": it is the column, 0 .. cols-1.
         """
         cells = torch.full((self.length,), -1, dtype=torch.int32)
         for segment in self.segments:

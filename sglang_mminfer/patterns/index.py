@@ -1,18 +1,25 @@
 """The common form in which every pattern says what it wants, before it is cut into tiles.
 
-A pattern file turns its pattern into a `PairIndex` for one pair of a row class and a key class; `tiles.py`
-turns that into lists of tiles. Adding a pattern is one function here's shape, and neither the tiling nor any
-executor hears of it.
+`Pattern.index` makes a `PairIndex` for one pair of a row class and a key class; `planning/tiles.py` turns that into
+lists of tiles. Neither the tiling nor any executor knows which pattern it came from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from operator import or_
+from typing import TYPE_CHECKING
 
 from sglang_mminfer.modality.runs import Ints, Runs
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import VerticalSlash
+
+if TYPE_CHECKING:
+    from sglang_mminfer.patterns.estimated import Estimated
+
+TEXT_AFTER_VISION = "text after vision"
+"""The reason why rows see every key that several patterns share."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +60,29 @@ class Scope:
 class PairIndex:
     """What one pattern asks for in one scope. Counts and offsets are in the compact order of the key class.
 
-    sink:       the first keys, for every row.
-    local:      the last keys up to the row's causal frontier.
-    dense_rows: rows that see every key of the class; None for no row.
-    columns:    int64, ascending absolute positions of keys that every row sees; None for none.
-    lines:      through a raster: rows see the keys of their own line; None for none.
-    estimated:  columns and diagonals that only q and k can tell; None for none.
+    sink:      the first keys, for every row.
+    local:     the last keys up to the row's causal frontier.
+    whole:     rows that see every key of the class, by the reason why.
+    columns:   int64, ascending absolute positions of keys that every row sees; None for none.
+    lines:     through a raster: rows see the keys of their own line; None for none.
+    estimated: the pattern itself, where only q and k can tell what more it wants; None for none.
     """
 
     sink: int = 0
     local: int = 0
-    dense_rows: Runs | None = None
+    whole: Mapping[str, Runs] = field(default_factory=dict)
     columns: Ints | None = None
     lines: Lines | None = None
-    estimated: VerticalSlash | None = None
+    estimated: Estimated | None = None
 
-    @property
-    def reach(self) -> int:
-        """Keys that one more query tile would visit, about; columns apart."""
-        found = self.estimated.vertical + self.estimated.slash if self.estimated else 0
-        return self.sink + self.local + found
+    @cached_property
+    def whole_rows(self) -> Runs | None:
+        """Rows that see every key of the class, for whatever reason; None where no reason is named."""
+        return reduce(or_, self.whole.values()) if self.whole else None
+
+    def keys_of_one_more_tile(self, tokens: int) -> int:
+        """How many keys one more query tile would visit in a prompt of so many tokens, about; columns apart."""
+        return self.sink + self.local + (self.estimated.picks(tokens) if self.estimated else 0)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,147 @@
-"""vertical_slash: columns and diagonals picked from the attention of the last queries (MInference algorithm 1).
-
-The only pattern that depends on Q and K, so it is estimated anew for every layer and chunk: all heads with the
-pattern together, wholly on the device, without waiting for it. Tensors that hold what was picked have the same
-size whatever the estimate says; how much of them counts is known on the device only.
-"""
+"""vertical_slash: columns and diagonals picked from the attention of the last queries (MInference algorithm 1)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import pack_lanes
+from sglang_mminfer.kernels.indexing import to_device
+from sglang_mminfer.kernels.triton import interpreted
+from sglang_mminfer.patterns.base import Count, Pattern, Size
+from sglang_mminfer.patterns.estimated import Crossings, Estimated, Evidence, Masses
 from sglang_mminfer.patterns.index import PairIndex, Scope
-from sglang_mminfer.patterns.spec import VerticalSlash
+from sglang_mminfer.patterns.ladder import Prompt
+from sglang_mminfer.patterns.pair import Pair
+
+FORCED_COLUMNS, FORCED_DIAGONALS = 30, 100
+SMALL = ((64, 64), (256, 64), (64, 256), (256, 256), (1000, 100), (100, 800), (500, 700))
+PAPER = ((1000, 1024), (1000, 2048), (1000, 6096), (3500, 100))  # MMInference table 4
+KERNEL_ROWS = 64  # what the GPU's kernel takes at a time
 
 
-def pair_index(pattern: VerticalSlash, scope: Scope) -> PairIndex:
-    return PairIndex(estimated=pattern)
+@dataclass(frozen=True)
+class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
+    """The heaviest `vertical` columns and `slash` diagonals of the attention of the last `last_q` queries, estimated
+    anew for every chunk. The first columns and the nearest diagonals are always kept, inside the budget: at most 30
+    and 100, at most half of it.
+
+    MInference (2407.02490) algorithm 1.
+    """
+
+    vertical: Count
+    slash: Size
+    last_q: Size = 64
+
+    @property
+    def forced_columns(self) -> int:
+        """How many of the first columns are kept whatever they weigh."""
+        return min(FORCED_COLUMNS, (self.vertical + 1) // 2)
+
+    @property
+    def forced_diagonals(self) -> int:
+        """How many of the nearest diagonals are kept whatever they weigh."""
+        return min(FORCED_DIAGONALS, (self.slash + 1) // 2)
+
+    # ---- the exact rule ------------------------------------------------------------------------------------
+
+    def visible(self, pair: Pair) -> torch.Tensor:
+        columns, diagonals = self._heaviest_of(pair)
+        on_diagonal = torch.zeros_like(pair.causal)
+        within = (pair.distance >= 0) & pair.keys
+        on_diagonal[within] = diagonals[pair.distance[within]]
+        return on_diagonal | columns[None, :]
+
+    def _heaviest_of(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        """Heaviest columns (bool over key positions) and diagonals (bool over distances) of the last rows."""
+        columns = torch.zeros(pair.kv_stop, dtype=torch.bool)
+        diagonals = torch.zeros(pair.kv_stop + 1, dtype=torch.bool)
+        last = pair.rows.nonzero().flatten()[-self.last_q :]
+        if len(last) == 0 or not bool(pair.keys.any()):
+            return columns, diagonals
+        if pair.q is None or pair.k is None:
+            raise ValueError("pattern_mask: vertical_slash is estimated, so it needs q [rows, D] and k [kv_stop, D]")
+        q, k = pair.q.flatten(1).float(), pair.k.flatten(1).float()
+        if q.shape[0] != len(pair.q_pos) or k.shape[0] != pair.kv_stop or q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"pattern_mask: expected q [{len(pair.q_pos)}, D] and k [{pair.kv_stop}, D] of one head, "
+                f"got {list(q.shape)} and {list(k.shape)}"
+            )
+        scale = q.shape[1] ** -0.5 if pair.sm_scale is None else pair.sm_scale
+        scores = (q[last] @ k.T) * scale
+        weights = torch.softmax(scores.masked_fill(~pair.causal[last], -torch.inf), dim=-1)
+        weights = weights * pair.keys
+        key_positions = pair.keys.nonzero().flatten()
+        column_mass = weights.sum(dim=0)[key_positions]
+        column_mass[: self.forced_columns] = torch.inf
+        best = column_mass.topk(min(self.vertical, len(key_positions))).indices
+        columns[key_positions[best]] = True
+        within = (pair.distance[last] >= 0) & pair.keys
+        diagonal_mass = torch.zeros(len(key_positions))
+        diagonal_mass.index_add_(0, pair.distance[last][within], weights[within])
+        diagonal_mass[: self.forced_diagonals] = torch.inf
+        diagonals[diagonal_mass.topk(min(self.slash, len(key_positions))).indices] = True
+        return columns, diagonals
+
+    # ---- for planning --------------------------------------------------------------------------------------
+
+    def index(self, scope: Scope) -> PairIndex:
+        return PairIndex(estimated=self)
+
+    def picks(self, tokens: int) -> int:
+        return min(self.vertical, tokens) + min(self.slash, tokens)
+
+    def estimate(self, evidence: Evidence) -> Masses:
+        """Mass of every column and diagonal: float32 [heads, keys of the class] twice, see `masses_of`."""
+        request, scope, device = evidence.request, evidence.scope, evidence.q.device
+        q_pos = evidence.last_rows(self.last_q)
+        first, stop = int(q_pos[0]), int(q_pos[-1]) + 1
+        side_by_side = stop - first == len(q_pos)
+        on_kernel = device.type == "cuda" or interpreted()
+        if on_kernel and scope.keys is None and side_by_side and len(q_pos) <= KERNEL_ROWS:
+            from sglang_mminfer.kernels.triton.estimate import estimate  # Triton: see prefill.py
+
+            (heads,) = to_device(device, np.array(evidence.heads))
+            q = evidence.q[first - request.q_start : stop - request.q_start]
+            masses = estimate(q, evidence.k_cache, request.slots32[:stop], heads, first + 1, evidence.sm_scale)
+            columns, diagonals = (torch.nn.functional.pad(x, (0, request.kv_len - stop)) for x in masses)
+            return columns, diagonals
+        (positions,) = to_device(device, q_pos)
+        positions = positions.long()
+        return masses_of(
+            evidence.q[positions - request.q_start],
+            evidence.k_cache[request.slots],
+            list(evidence.heads),
+            positions,
+            scope.key_members.rank(q_pos + 1).tolist(),
+            evidence.sm_scale,
+            evidence.keys,
+        )
+
+    def select(
+        self, masses: Masses, near: torch.Tensor, far: torch.Tensor, block_k: int
+    ) -> tuple[torch.Tensor, Crossings]:
+        column_mass, diagonal_mass = masses
+        columns = _heaviest(column_mass, self.vertical, self.forced_columns)
+        distances = _heaviest(diagonal_mass, self.slash, self.forced_diagonals)
+        return columns, Diagonals(distances, near, far, block_k)
+
+    # ---- for reports and searches --------------------------------------------------------------------------
+
+    @classmethod
+    def ladder(cls, prompt: Prompt) -> Iterator[tuple[str, Pattern]]:
+        for vertical, slash in (*SMALL, *PAPER):
+            if vertical < prompt.tokens and slash < prompt.tokens // 2:
+                yield f"vertical_slash {vertical} {slash}", cls(vertical, slash)
+
+    @property
+    def label(self) -> str:
+        return f"vs {self.vertical},{self.slash}"
 
 
-def estimate(
+def masses_of(
     q: torch.Tensor,
     k: torch.Tensor,
     heads: list[int],
@@ -55,16 +178,6 @@ def estimate(
     for i, visible in enumerate(frontier):
         diagonals[:, :visible] += weights[:, i, :visible].flip(-1)
     return weights.sum(dim=1), diagonals
-
-
-def select(
-    pattern: VerticalSlash, column_mass: torch.Tensor, diagonal_mass: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns and the diagonals of each head: int64 [heads, most], indices in the class, ascending."""
-    return (
-        _heaviest(column_mass, pattern.vertical, pattern.forced_columns),
-        _heaviest(diagonal_mass, pattern.slash, pattern.forced_diagonals),
-    )
 
 
 def _heaviest(mass: torch.Tensor, count: int, forced: int) -> torch.Tensor:
@@ -109,20 +222,3 @@ class Diagonals:
         distances = torch.nn.functional.pad(self.distances, (0, 1), value=1 << 40)
         nearest = distances.gather(1, number).view(bound.shape)
         return self.far[:, None] - 1 - nearest >= blocks * self.block_k
-
-
-def column_lanes(ranks: torch.Tensor, diagonals: Diagonals, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Visits of gathered columns: whether each of a head's column tiles is visited, and which lanes do not count.
-
-    Args:
-        ranks: int64 [H, V], the columns' indices in the class, ascending.
-
-    Returns:
-        int64 [H, T, C] (1: visited) and int32 [H, T, C, words], packed: a column whose own tile is crossed by a
-        diagonal is visited there.
-    """
-    heads, tiles, lanes = len(ranks), len(diagonals.far), -(-ranks.shape[1] // block_k) * block_k
-    hidden = diagonals.cross(ranks[:, None] // block_k) | (ranks[:, None] >= diagonals.far[:, None])
-    hidden = torch.nn.functional.pad(hidden, (0, lanes - ranks.shape[1]), value=True)
-    hidden = hidden.view(heads, tiles, -1, block_k)
-    return (~hidden).any(dim=3).long(), pack_lanes(hidden)

@@ -16,8 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.boundary import row_classes
-from sglang_mminfer.patterns.spec import Grid, HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern, patterns_of
 from sglang_mminfer.planning.lines import LineOrder
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
 
@@ -32,8 +31,8 @@ BYTES = {"rows": 150, "spans": 150, "keys": 24, "line_visits": 100, "base_visits
 
 def line_strides(heads: Iterable[HeadPattern]) -> tuple[str, ...]:
     """The strides along whose lines any of the heads looks, sorted."""
-    patterns = (pattern for head in heads for row_class in row_classes(head) for _, pattern in row_class.pairs)
-    return tuple(sorted({pattern.stride for pattern in patterns if isinstance(pattern, Grid) and pattern.s}))
+    strides = {pattern.line_stride for head in heads for pattern in patterns_of(head)}
+    return tuple(sorted(stride for stride in strides if stride is not None))
 
 
 def count_work(modality_map: ModalityMap, q_start: int, kv_len: int, stride: str | None) -> dict[str, int]:

@@ -6,10 +6,8 @@ A row that cannot be placed on a raster sees everything, so a chunk behind such 
 from __future__ import annotations
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.boundary import row_classes
+from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
 from sglang_mminfer.patterns.index import Scope
-from sglang_mminfer.patterns.spec import Dense, HeadPattern
-from sglang_mminfer.planning.tiles import INDEX
 
 
 def lacks_raster(modality_map: ModalityMap) -> bool:
@@ -21,11 +19,8 @@ def leaves_out(head: HeadPattern, modality_map: ModalityMap, start: int, stop: i
     """Whether some of the rows [start, stop) are not told to see everything. Windows do not count, however wide."""
     for row_class in row_classes(head):
         for keys, pattern in row_class.pairs:
-            if isinstance(pattern, Dense):
-                continue
             scope = Scope(modality_map, stop, row_class.rows, keys, row_class.text_rule)
-            index = INDEX[type(pattern)](pattern, scope)
-            rows = scope.row_members.clip(start, stop)
-            if len(rows if index.dense_rows is None else rows - index.dense_rows):
+            rows, whole = scope.row_members.clip(start, stop), pattern.index(scope).whole_rows
+            if len(rows if whole is None else rows - whole):
                 return True
     return False

@@ -17,14 +17,12 @@ import torch
 from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.threads import one_thread
-from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
-from sglang_mminfer.patterns import vertical_slash
-from sglang_mminfer.patterns.boundary import row_classes
+from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
+from sglang_mminfer.patterns.estimated import Estimated, Evidence, Masses, column_lanes
 from sglang_mminfer.patterns.index import Scope
-from sglang_mminfer.patterns.spec import Dense, HeadPattern, VerticalSlash
 from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
-from sglang_mminfer.planning.tiles import FULL, PARTIAL, PICKED, ChunkTiler, EstimatedVisits, TilePass
+from sglang_mminfer.planning.tiles import FULL, GATHERED, PARTIAL, ChunkTiler, EstimatedVisits, TilePass
 
 BLOCK_Q, BLOCK_K = 128, 64
 
@@ -63,7 +61,7 @@ def _any_map(length: int) -> ModalityMap:
 
 def is_static(head: HeadPattern) -> bool:
     """True if the pattern's tiles do not depend on q and k."""
-    return not any(isinstance(p, VerticalSlash) for c in row_classes(head) for _, p in c.pairs)
+    return not any(isinstance(pattern, Estimated) for pattern in patterns_of(head))
 
 
 class BatchPlanner:
@@ -133,7 +131,7 @@ class BatchPlanner:
         planned = tuple(head for head, pattern in enumerate(heads) if pattern is not None)
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
         without = [r for r in range(len(self.requests)) if r not in with_map]
-        items = [(r, planned, self._tiles_of(r, Dense())) for r in without if planned]
+        items = [(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
         items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
         keys = self._keys.table()
         levels: list[list[tuple[HeadTiles, Tiles]]] = []
@@ -209,9 +207,9 @@ class Tiles:
 
     q_rows, q_stop: int32 [rows]; rows_per_tile: int32 [T].
     start, count: int64 [E], ranges of key tiles; ends: int64 [T, 4]: a tile's full ranges begin at ends[t, 0],
-    its partial ones at ends[t, 1], its picked ones at ends[t, 2], and end at ends[t, 3].
-    hidden: int32 [picked ranges, words], the lanes of each that do not count.
-    most: the most full, partial and picked ranges of a tile. room: the sum of `count`, or a bound on it.
+    its partial ones at ends[t, 1], its gathered ones at ends[t, 2], and end at ends[t, 3].
+    excluded: int32 [gathered ranges, words], the lanes of each that do not count.
+    most: the most full, partial and gathered ranges of a tile. room: the sum of `count`, or a bound on it.
     """
 
     num_tiles: int
@@ -221,11 +219,11 @@ class Tiles:
     start: torch.Tensor
     count: torch.Tensor
     ends: torch.Tensor
-    hidden: torch.Tensor
+    excluded: torch.Tensor
     most: tuple[int, int, int]
     room: int
     estimated: tuple[EstimatedTiles, ...] = ()
-    picked_count: torch.Tensor | None = None  # int64 [picked ranges], 0 or 1; None: all 1
+    gathered_count: torch.Tensor | None = None  # int64 [gathered ranges], 0 or 1; None: all 1
 
 
 @dataclass
@@ -244,11 +242,11 @@ class EstimatedTiles:
         visits = self.visits
         return int((-(-visits.far // visits.base.block_k) - visits.sure).max())
 
-    def room(self, distances: int) -> int:
-        """A bound on the full key tiles that so many diagonals cross."""
+    def room(self, ranges: int) -> int:
+        """A bound on the full key tiles that so many crossing ranges have."""
         visits = self.visits
         each = (visits.far - visits.near) // visits.base.block_k + 2
-        return int(np.minimum(distances * each, visits.sure).sum())
+        return int(np.minimum(ranges * each, visits.sure).sum())
 
 
 def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrders, device: torch.device) -> Tiles:
@@ -259,11 +257,11 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
     tile, count = joined([v.tile for v in visits]), joined([v.count for v in visits])
     start = joined([v.start + keys.first_tile(request, v.order) for v in visits])
     kind = joined([np.full(len(v.tile), v.kind) for v in visits])
-    hidden = joined([v.hidden for v in visits if v.hidden is not None], (0, -(-keys.block_k // 32)))
+    excluded = joined([v.excluded for v in visits if v.excluded is not None], (0, -(-keys.block_k // 32)))
     # One number for tile, kind and start: parts are ascending already, which a stable sort makes use of.
     order = ((tile * 3 + kind) * (start.max(initial=0) + 1) + start).argsort(kind="stable")
-    row_of = np.cumsum(kind == PICKED) - 1  # in `hidden`
-    hidden = hidden[row_of[order[kind[order] == PICKED]]]
+    row_of = np.cumsum(kind == GATHERED) - 1  # in `excluded`
+    excluded = excluded[row_of[order[kind[order] == GATHERED]]]
     by_kind = np.bincount(tile * 3 + kind, minlength=3 * num_tiles).reshape(num_tiles, 3)
     ends = np.concatenate([[0], np.cumsum(by_kind)])
     ends = np.stack([ends[:-1:3], ends[1::3], ends[2::3], ends[3::3]], axis=1)
@@ -278,7 +276,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         start[order],
         count[order],
         ends,
-        hidden,
+        excluded,
         *(array for arrays in uploads for array in arrays),
     )
     return Tiles(
@@ -289,7 +287,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         start=parts[0].long(),
         count=parts[1].long(),
         ends=parts[2].long(),
-        hidden=parts[3],
+        excluded=parts[3],
         most=tuple(by_kind.max(axis=0, initial=0).tolist()),
         room=int(count.sum()),
         estimated=tuple(
@@ -302,10 +300,12 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
 def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int) -> tuple[Tiles, KeyTable]:
     """A copy of `tiles` for each head, with what the head's estimate adds, and `keys` with the gathered columns."""
     heads, num_tiles, room = len(estimates.heads), tiles.num_tiles, len(estimates.heads) * tiles.room
-    ranges = [[_padded(tiles, kind)] for kind in (FULL, PARTIAL, PICKED)]  # [heads or 1, T, most] start and count
+    ranges = [[_padded(tiles, kind)] for kind in (FULL, PARTIAL, GATHERED)]  # [heads or 1, T, most] start and count
     before = (tiles.ends[:, 3] - tiles.ends[:, 2]).cumsum(0) - (tiles.ends[:, 3] - tiles.ends[:, 2])
-    lane_rows = before[:, None] + torch.arange(tiles.most[PICKED], device=before.device)
-    hidden = [tiles.hidden[lane_rows.clamp_max(max(len(tiles.hidden) - 1, 0))][None]]  # [heads or 1, T, most, words]
+    lane_rows = before[:, None] + torch.arange(tiles.most[GATHERED], device=before.device)
+    excluded = [
+        tiles.excluded[lane_rows.clamp_max(max(len(tiles.excluded) - 1, 0))][None]
+    ]  # [heads or 1, T, most, words]
     for estimated in tiles.estimated:
         pattern, first = estimated.visits.pattern, int(estimated.visits.tile[0])
         beside = (first, num_tiles - first - len(estimated.visits.tile))  # tiles of other groups: none of this
@@ -314,26 +314,25 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
             """[heads or 1, T', most, ...] -> [heads or 1, T, most, ...]"""
             return torch.nn.functional.pad(x.transpose(1, -1), beside).transpose(1, -1)
 
-        masses = estimates.of(pattern.last_q, estimated.visits.scope)
-        ranks, distances = vertical_slash.select(pattern, *masses)
-        diagonals = vertical_slash.Diagonals(distances, estimated.near, estimated.far, block_k)
-        start, count = diagonals.ranges(estimated.sure)
+        masses = estimates.of(pattern, estimated.visits.scope)
+        columns, crossings = pattern.select(masses, estimated.near, estimated.far, block_k)
+        start, count = crossings.ranges(estimated.sure)
         ranges[FULL].append((placed(start + estimated.first_tile), placed(count)))
-        room += heads * estimated.room(distances.shape[1])
+        room += heads * estimated.room(start.shape[2])
         lanes = torch.arange(estimated.most_partial, device=start.device)
         blocks = (estimated.sure[:, None] + lanes)[None]
-        crossed = diagonals.cross(blocks)
+        crossed = crossings.cross(blocks)
         ranges[PARTIAL].append((placed(blocks + estimated.first_tile), placed(crossed.long())))
         room += heads * blocks.numel()
-        if not ranks.shape[1]:
+        if not columns.shape[1]:
             continue
-        count, lanes_hidden = vertical_slash.column_lanes(ranks, diagonals, block_k)
+        count, lanes_excluded = column_lanes(columns, crossings, block_k)
         column_tiles = torch.arange(heads * count.shape[2], device=start.device).view(heads, 1, -1)
         start = (column_tiles + len(keys.kv_pos) // block_k).expand_as(count)
-        ranges[PICKED].append((placed(start), placed(count)))
-        hidden.append(placed(lanes_hidden))
+        ranges[GATHERED].append((placed(start), placed(count)))
+        excluded.append(placed(lanes_excluded))
         room += count.numel()
-        keys = _with_columns(keys, ranks + estimated.first_tile * block_k, block_k)
+        keys = _with_columns(keys, columns + estimated.first_tile * block_k, block_k)
     starts, counts = (
         torch.cat([pair[i].expand(heads, num_tiles, -1) for of_kind in ranges for pair in of_kind], dim=2)
         for i in range(2)
@@ -341,7 +340,7 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
     sizes = [sum(pair[0].shape[2] for pair in of_kind) for of_kind in ranges]
     first_range = torch.arange(heads * num_tiles, device=starts.device) * sum(sizes)
     ends = [first_range, first_range + sizes[0], first_range + sizes[0] + sizes[1], first_range + sum(sizes)]
-    every_hidden = torch.cat([rows.expand(heads, num_tiles, -1, -1) for rows in hidden], dim=2)
+    all_excluded = torch.cat([rows.expand(heads, num_tiles, -1, -1) for rows in excluded], dim=2)
     return (
         Tiles(
             num_tiles=heads * num_tiles,
@@ -351,10 +350,10 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
             start=starts.flatten(),
             count=counts.flatten(),
             ends=torch.stack(ends, dim=1),
-            hidden=every_hidden.flatten(0, 2),
+            excluded=all_excluded.flatten(0, 2),
             most=(sizes[0], sizes[1], sizes[2]),
             room=room,
-            picked_count=counts[:, :, sum(sizes[:2]) :].flatten(),
+            gathered_count=counts[:, :, sum(sizes[:2]) :].flatten(),
         ),
         keys,
     )
@@ -399,12 +398,12 @@ def _assemble(level: list[tuple[HeadTiles, Tiles]], keys: KeyTable, block_q: int
     blocks = torch.repeat_interleave(start, count, output_size=room) + torch.arange(room, device=device)
     at = reach[ends]
 
-    hidden = torch.cat([t.hidden for t in parts])
-    if any(t.picked_count is not None for t in parts):
-        counts = [torch.ones_like(t.hidden[:, 0]) if t.picked_count is None else t.picked_count for t in parts]
+    excluded = torch.cat([t.excluded for t in parts])
+    if any(t.gathered_count is not None for t in parts):
+        counts = [torch.ones_like(t.excluded[:, 0]) if t.gathered_count is None else t.gathered_count for t in parts]
         visited = torch.cat(counts).bool()
-        row = (visited.cumsum(0) - 1).where(visited, len(hidden))  # those not visited: all to a row at the end
-        hidden = hidden.new_zeros(len(hidden) + 1, hidden.shape[1]).index_copy_(0, row, hidden)
+        row = (visited.cumsum(0) - 1).where(visited, len(excluded))  # those not visited: all to a row at the end
+        excluded = excluded.new_zeros(len(excluded) + 1, excluded.shape[1]).index_copy_(0, row, excluded)
     return BlockPlan(
         keys=keys,
         q_rows=torch.cat([t.q_rows for t in parts]),
@@ -414,8 +413,8 @@ def _assemble(level: list[tuple[HeadTiles, Tiles]], keys: KeyTable, block_q: int
         block_indptr=_indptr(at[:, 3] - at[:, 0]),
         block_indices=blocks.to(torch.int32),
         num_full=(at[:, 1] - at[:, 0]).to(torch.int32),
-        num_picked=(at[:, 3] - at[:, 2]).to(torch.int32),
-        hidden_lanes=hidden,
+        num_gathered=(at[:, 3] - at[:, 2]).to(torch.int32),
+        excluded_lanes=excluded,
         head_groups=tuple(groups),
         block_q=block_q,
         block_k=block_k,
@@ -428,7 +427,7 @@ def _indptr(counts: torch.Tensor) -> torch.Tensor:
 
 
 class Estimates:
-    """Column and diagonal masses of some heads of one request; each scope is computed once.
+    """What estimated patterns pick from, for some heads of one request; each scope is computed once.
 
     Args:
         heads: the query heads, ascending. q: [tokens, Hq, D]; k_cache: [slots, Hkv, D].
@@ -439,38 +438,15 @@ class Estimates:
     ) -> None:
         self.request, self.heads, self.k_cache, self.sm_scale = request, heads, k_cache, sm_scale
         self.q = q[request.row_start : request.row_start + request.num_rows]
-        self._masses: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masses: dict[tuple, Masses] = {}
 
-    def of(self, last_q: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [heads, keys of the class] twice: see `vertical_slash.estimate`."""
-        name = (last_q, scope.rows, scope.keys)
+    def of(self, pattern: Estimated, scope: Scope) -> Masses:
+        """See `Estimated.estimate`."""
+        name = (pattern, scope.rows, scope.keys)
         if name not in self._masses:
-            self._masses[name] = self._estimate(last_q, scope)
+            keys = None
+            if scope.keys is not None:
+                keys = CompactOrder(scope.key_members, 1).positions(self.q.device).long()
+            evidence = Evidence(self.request, scope, self.heads, self.q, self.k_cache, keys, self.sm_scale)
+            self._masses[name] = pattern.estimate(evidence)
         return self._masses[name]
-
-    def _estimate(self, last_q: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-        request, device = self.request, self.q.device
-        rows = scope.row_members.clip(request.q_start, request.kv_len)
-        q_pos = rows.select(np.arange(max(0, len(rows) - last_q), len(rows)))
-        first, stop = int(q_pos[0]), int(q_pos[-1]) + 1
-        side_by_side = stop - first == len(q_pos)
-        if (device.type == "cuda" or interpreted()) and scope.keys is None and side_by_side and len(q_pos) <= 64:
-            from sglang_mminfer.kernels.triton.estimate import estimate  # Triton: see prefill.py
-
-            (heads,) = to_device(device, np.array(self.heads))
-            q = self.q[first - request.q_start : stop - request.q_start]
-            masses = estimate(q, self.k_cache, request.slots32[:stop], heads, first + 1, self.sm_scale)
-            columns, diagonals = (torch.nn.functional.pad(x, (0, request.kv_len - stop)) for x in masses)
-            return columns, diagonals
-        (positions,) = to_device(device, q_pos)
-        positions = positions.long()
-        keys = None if scope.keys is None else CompactOrder(scope.key_members, 1).positions(device).long()
-        return vertical_slash.estimate(
-            self.q[positions - request.q_start],
-            self.k_cache[request.slots],
-            list(self.heads),
-            positions,
-            scope.key_members.rank(q_pos + 1).tolist(),
-            self.sm_scale,
-            keys,
-        )

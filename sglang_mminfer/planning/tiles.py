@@ -12,7 +12,6 @@ on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,30 +21,21 @@ from sglang_mminfer.kernels.block_plan import PAD_POSITION, pack_lanes_on_host
 from sglang_mminfer.modality.runs import Ints, Runs, expand
 from sglang_mminfer.modality.segment_table import codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns import a_shape, dense, grid, tri_shape, vertical_slash
-from sglang_mminfer.patterns.boundary import RowClass, row_classes
+from sglang_mminfer.patterns.boundary import HeadPattern, RowClass, row_classes
+from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape, VerticalSlash
 from sglang_mminfer.planning.lines import LineOrder
 from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
 
-INDEX: dict[type, Callable[..., PairIndex]] = {
-    Dense: dense.pair_index,
-    AShape: a_shape.pair_index,
-    TriShape: tri_shape.pair_index,
-    VerticalSlash: vertical_slash.pair_index,
-    Grid: grid.pair_index,
-}
-
 # How a key tile is visited, and so which mask it needs: none, a comparison of positions, that and a mask of lanes.
-FULL, PARTIAL, PICKED = range(3)
+FULL, PARTIAL, GATHERED = range(3)
 
 
 @dataclass(frozen=True)
 class Visits:
     """Query tile tile[i] visits the key tiles start[i] .. start[i] + count[i] - 1 of `order`.
 
-    hidden: int32 [visits, words], lanes that do not count, packed; for PICKED, whose visits are of one key tile each.
+    excluded: int32 [visits, words], excluded lanes, packed; only for GATHERED, whose visits are of one key tile each.
     """
 
     order: KeyOrder
@@ -53,18 +43,18 @@ class Visits:
     tile: Ints
     start: Ints
     count: Ints
-    hidden: NDArray[np.int32] | None = None
+    excluded: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
 class EstimatedVisits:
-    """Tiles that also visit the columns and diagonals of an estimate: all tiles of one group.
+    """Tiles that also visit what an estimate picks: all tiles of one group.
 
     near, far: keys of the class up to the first and the last row of a tile; sure: the first so many key tiles are
     visible to all of its rows.
     """
 
-    pattern: VerticalSlash
+    pattern: Estimated
     scope: Scope
     base: CompactOrder
     tile: Ints
@@ -104,10 +94,10 @@ class TilePass:
         self.visit(order, FULL, tiles, start, np.minimum(stop, sure))
         self.visit(order, PARTIAL, tiles, np.maximum(start, sure), stop)
 
-    def pick(self, order: KeyOrder, tiles: Ints, blocks: Ints, hidden: NDArray[np.int32]) -> None:
-        """Tile tiles[i] visits key tile blocks[i], of which hidden[i] (packed) does not count."""
+    def gather(self, order: KeyOrder, tiles: Ints, blocks: Ints, excluded: NDArray[np.int32]) -> None:
+        """Tile tiles[i] visits key tile blocks[i], of which excluded[i] (packed) does not count."""
         if len(tiles):
-            self.visits.append(Visits(order, PICKED, tiles, blocks, np.ones_like(blocks), hidden))
+            self.visits.append(Visits(order, GATHERED, tiles, blocks, np.ones_like(blocks), excluded))
 
 
 class ChunkTiler:
@@ -148,7 +138,7 @@ class ChunkTiler:
         if not len(scope.row_members.clip(self.q_start, self.kv_len)):
             return []
         scopes = [replace(scope, keys=keys) for keys, _ in row_class.pairs]
-        pairs = [(s, INDEX[type(p)](p, s)) for s, (_, p) in zip(scopes, row_class.pairs)]
+        pairs = [(s, p.index(s)) for s, (_, p) in zip(scopes, row_class.pairs)]
         bounds = [np.zeros(self.kv_len - self.q_start, dtype=np.int64) for _ in pairs]
         for sees_whole, order in self._groups(scope.row_members, [index for _, index in pairs]):
             if len(order.clip(self.q_start, self.kv_len)):
@@ -162,11 +152,11 @@ class ChunkTiler:
         for index in pairs:
             cut: list[tuple[tuple[bool, ...], Runs]] = []
             for sees_whole, rows in groups:
-                if index.dense_rows is None:
+                if index.whole_rows is None:
                     cut.append(((*sees_whole, False), rows))
                 else:
-                    cut.append(((*sees_whole, False), rows - index.dense_rows))
-                    cut.append(((*sees_whole, True), rows & index.dense_rows))
+                    cut.append(((*sees_whole, False), rows - index.whole_rows))
+                    cut.append(((*sees_whole, True), rows & index.whole_rows))
             groups = cut  # type: ignore[assignment]
         every = (True,) * len(pairs)
         whole = next((rows for sees_whole, rows in groups if sees_whole == every), Runs([], []))
@@ -223,7 +213,7 @@ class ChunkTiler:
         """
         gap, row = order.starts[1:] - order.stops[:-1], order.starts[1:]
         more = self.block_q + sum(
-            self._base_order(scope).keys.rank(row) if whole else index.reach
+            self._base_order(scope).keys.rank(row) if whole else index.keys_of_one_more_tile(self.map.length)
             for whole, (scope, index) in zip(sees_whole, pairs)
         )
         starts_tiles = np.concatenate([[True], gap > more])
@@ -254,8 +244,8 @@ class ChunkTiler:
         whole = in_reach // self.block_k
         out.visit(order, FULL, tiles, np.zeros_like(whole), whole)
         cut = in_reach % self.block_k > 0
-        hidden = np.arange(self.block_k) >= (in_reach % self.block_k)[cut, None]
-        out.pick(order, tiles[cut], whole[cut], pack_lanes_on_host(hidden))
+        excluded = np.arange(self.block_k) >= (in_reach % self.block_k)[cut, None]
+        out.gather(order, tiles[cut], whole[cut], pack_lanes_on_host(excluded))
 
     # ---- rows along the lines of a raster ------------------------------------------------------------------
 
@@ -307,20 +297,20 @@ class ChunkTiler:
         out: TilePass,
     ) -> None:
         """Tile tiles[i], whose rows all see the positions below least[i], visits blocks[i]. Keys in the sink and
-        those that are columns are visited by the first pass already: they are hidden here."""
+        those that are columns are visited by the first pass already: they are excluded here."""
         suspect = order.nearest < first_key
         if lines.skip is not None and lines.skip_keys:
             suspect |= order.touches(lines.skip)
-        picked, full = suspect[blocks], order.farthest[blocks] < least
-        for kind, chosen in ((FULL, full & ~picked), (PARTIAL, ~full & ~picked)):
+        gathered, full = suspect[blocks], order.farthest[blocks] < least
+        for kind, chosen in ((FULL, full & ~gathered), (PARTIAL, ~full & ~gathered)):
             out.visit(order, kind, tiles[chosen], blocks[chosen], blocks[chosen] + 1)
-        tiles, blocks = tiles[picked], blocks[picked]
+        tiles, blocks = tiles[gathered], blocks[gathered]
         distinct = np.flatnonzero(np.bincount(blocks, minlength=order.num_tiles))
         position, line = order.lanes(distinct)
-        hidden = (position < first_key) | (lines.skip_keys & (line == lines.skip)) | (position == PAD_POSITION)
+        excluded = (position < first_key) | (lines.skip_keys & (line == lines.skip)) | (position == PAD_POSITION)
         which = np.searchsorted(distinct, blocks)
-        counts = ~hidden.all(axis=1)[which]
-        out.pick(order, tiles[counts], blocks[counts], pack_lanes_on_host(hidden)[which[counts]])
+        counts = ~excluded.all(axis=1)[which]
+        out.gather(order, tiles[counts], blocks[counts], pack_lanes_on_host(excluded)[which[counts]])
 
     # ---- shared orders -------------------------------------------------------------------------------------
 

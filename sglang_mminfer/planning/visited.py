@@ -7,7 +7,7 @@ import torch
 
 from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import Boundary2D, Grid, HeadPattern, QBoundary
+from sglang_mminfer.patterns.boundary import Boundary, HeadPattern, patterns_of
 
 _RANK = {Modality.TEXT: 0, Modality.IMAGE: 1, Modality.VIDEO: 2}
 
@@ -44,11 +44,11 @@ def visited_rows(plan: PrefillPlan, head: int, rows: torch.Tensor, kv_len: int) 
 def order_of(modality_map: ModalityMap, head: HeadPattern) -> tuple[str, np.ndarray]:
     """In which order a head's pattern lays the tokens out: its name, and int64 [length] the positions in that order.
 
-    Boundaries sort by modality. A grid sorts each image and video by cell, so that what it sees of it is blocks.
+    Boundaries sort by modality. A pattern that reads rasters sorts each image and video by cell, so that it sees
+    blocks of it.
     """
-    patterns = list(head.patterns.values()) if isinstance(head, QBoundary | Boundary2D) else [head]
-    strides = [pattern.stride for pattern in patterns if isinstance(pattern, Grid)]
-    by_modality = isinstance(head, QBoundary | Boundary2D)
+    strides = [stride for pattern in patterns_of(head) if (stride := pattern.raster_stride) is not None]
+    by_modality = isinstance(head, Boundary)
     segment = modality_map.segment_ids.numpy()
     rank = np.array([_RANK[s.modality] for s in modality_map.segments])[segment] if by_modality else 0 * segment
     cell = modality_map.cells(strides[0]).numpy() if strides else 0 * segment

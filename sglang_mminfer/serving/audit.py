@@ -1,17 +1,16 @@
 """Audit in production: for a share of requests, sampled query rows are computed again densely, layer by layer.
 
-What it tells is how far the sparse attention's output is from the dense one given the same q, K and V, and how much
-of the dense attention's mass lies in what was visited. The rows are spread over all modalities and positions of a
-chunk, middle rows as well as last ones, because damage to the middle of a video shows in no last row.
+It measures how far the sparse output is from the dense output for the same q, K and V, and how much of the dense
+attention's mass lies in the visited tiles. The sampled rows are spread over all modalities and positions of a chunk,
+because damage to the middle of a video shows in none of the last rows.
 
-It runs beside the request and never changes an answer. Memory is bounded: keys are taken slab by slab.
+The audit runs beside the request and never changes an answer. Its memory is bounded: it takes keys slab by slab.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,33 +19,36 @@ import numpy as np
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
+from sglang_mminfer.kernels.rows import dense_rows
+from sglang_mminfer.serving.metrics import AuditMetrics
 from sglang_mminfer.serving.observe import LayerView, RequestView
-from sglang_mminfer.serving.trace import AuditMetrics, LayerAudit, PrefillRecord
+from sglang_mminfer.serving.trace import LayerAudit, PrefillRecord
 
 logger = logging.getLogger(__name__)
 
 ROWS = 64
-"""Rows of a chunk that are computed again, at most."""
-
-SLAB_SCORES = 1 << 22
-"""Scores [rows, heads, keys] that are held at a time: 16 MB of them, and as much again for their weights."""
+"""The most rows of a chunk that are computed again."""
 
 
 def chosen(rid: str, rate: float) -> bool:
-    """Whether a request is audited. All ranks, and all chunks of the request, agree."""
+    """Whether a request is audited. All ranks decide alike, and so do all chunks of the request.
+
+    Args:
+        rate: the share of requests, 0 to 1.
+    """
     return _number(rid) < rate * 2.0**64
 
 
 def _number(name: str) -> int:
-    """64 bits, the same in every process."""
+    """64 bits of a hash of `name`, the same in every process."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def sample_rows(request: RequestView, most: int = ROWS) -> np.ndarray:
-    """int64, ascending: positions to audit among the chunk's prompt rows; the same for all layers and ranks.
+    """int64, ascending: positions among the chunk's prompt rows to audit; the same for all layers and ranks.
 
-    Modalities share `most` evenly, so a short text between two videos is looked at too. Those of a modality are
-    drawn one from each of as many equal stretches. The last row is always among them.
+    Modalities share `most` evenly, so a short text between two videos is sampled too. The rows of a modality are cut
+    into equal stretches, and one row of each is drawn. The last row is always in the sample.
     """
     start, stop = request.prefix_len, min(request.seq_len, request.prompt_stop)
     if start >= stop or request.map is None:
@@ -57,66 +59,26 @@ def sample_rows(request: RequestView, most: int = ROWS) -> np.ndarray:
         first, end = max(segment.start, start), min(segment.stop, stop)
         if first < end:
             by_modality.setdefault(segment.modality.value, []).append(np.arange(first, end))
-    members = sorted((np.concatenate(parts) for parts in by_modality.values()), key=len)
-    picked, left = [np.array([stop - 1])], most - 1
-    for number, positions in enumerate(members):  # the smallest first: what it leaves is shared by the others
-        count = min(len(positions), left // (len(members) - number))
-        left -= count
+    modalities = sorted((np.concatenate(parts) for parts in by_modality.values()), key=len)
+    sample, remaining = [np.array([stop - 1])], most - 1
+    for i, positions in enumerate(modalities):  # the smallest first: the others share what it leaves
+        count = min(len(positions), remaining // (len(modalities) - i))
+        remaining -= count
         edges = np.linspace(0, len(positions), count + 1).astype(np.int64)
-        picked.append(positions[draw.integers(edges[:-1], edges[1:])] if count else positions[:0])
-    return np.unique(np.concatenate(picked))
-
-
-def dense_rows(
-    q: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    sm_scale: float,
-    slab_scores: int = SLAB_SCORES,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain causal attention of some rows over the paged keys of their request.
-
-    Args:
-        q: [R, Hq, D], the rows; positions: int64 [R], each sees the keys up to its own position.
-        k_cache, v_cache: [slots, Hkv, D]. slots: int64 [keys], the cache row of every position that is needed.
-        slab_scores: how many scores to hold at a time.
-
-    Returns:
-        o float32 [R, Hq, D] and lse float32 [R, Hq], base 2.
-    """
-    rows, heads, dim = q.shape
-    kv_heads = k_cache.shape[1]
-    by_kv = (q.float() * (sm_scale * math.log2(math.e))).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    packed = by_kv.flatten(1, 2)  # [Hkv, group * R, D]
-    bound = positions.repeat(heads // kv_heads)[:, None]
-    top = packed.new_full((*packed.shape[:2], 1), -torch.inf)
-    total, o = torch.zeros_like(top), torch.zeros_like(packed)
-    size = max(1, slab_scores // (rows * heads))
-    for first in range(0, len(slots), size):
-        some = slots[first : first + size]
-        k, v = (cache[some].float().transpose(0, 1) for cache in (k_cache, v_cache))
-        scores = packed @ k.transpose(1, 2)
-        key = torch.arange(first, first + len(some), device=slots.device)
-        scores.masked_fill_(key > bound, -torch.inf)
-        new_top = torch.maximum(top, scores.amax(dim=-1, keepdim=True))  # finite: every row sees the first key
-        weights = scores.sub_(new_top).exp2_()
-        fade = torch.exp2(top - new_top)
-        total = total * fade + weights.sum(dim=-1, keepdim=True)
-        o = o * fade + weights @ v
-        top = new_top
-    shape = (kv_heads, heads // kv_heads, rows)
-    o = (o / total).view(*shape, dim).permute(2, 0, 1, 3).reshape(rows, heads, dim)
-    return o, (top + total.log2()).view(shape).permute(2, 0, 1).reshape(rows, heads)
+        sample.append(positions[draw.integers(edges[:-1], edges[1:])] if count else positions[:0])
+    return np.unique(np.concatenate(sample))
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one layer did with the sampled rows of a request, on the device.
+class AuditedRows:
+    """How one layer treated the sampled rows of one request. Tensors are on the device.
 
-    error: float32 [Hq], |o - o_dense| / |o_dense| over the rows of each head. recall: float32 [Hq], the share of
-    the dense attention's mass that was visited, mean over the rows.
+    Attributes:
+        layer_id: the layer.
+        first_head: the model's number of the first head here; a rank holds a part of the heads.
+        rows: sampled rows.
+        error: float32 [Hq], |o - o_dense| / |o_dense| over the rows of each head.
+        recall: float32 [Hq], the share of the dense attention's mass in visited tiles, mean over the rows.
     """
 
     layer_id: int
@@ -126,7 +88,7 @@ class Finding:
     recall: torch.Tensor
 
     def summary(self) -> LayerAudit:
-        """On the host; waits for the device."""
+        """The figures as a LayerAudit, on the host. Waits for the device."""
         error, recall = self.error.tolist(), self.recall.tolist()
         return LayerAudit(
             layer=self.layer_id,
@@ -141,37 +103,45 @@ class Finding:
         )
 
 
-def examine(view: LayerView, request: RequestView, positions: np.ndarray) -> Finding:
-    """Compare rows `positions` (of the chunk, absolute) of a sparse layer with dense attention."""
+def examine(view: LayerView, request: RequestView, positions: np.ndarray) -> AuditedRows:
+    """Compares sampled rows of a sparse layer with dense attention.
+
+    Args:
+        view: the layer; its LSE must be there.
+        request: a request of the batch.
+        positions: int64, ascending: absolute positions in the request's chunk.
+    """
     assert view.lse is not None
-    (where,) = to_device(view.q.device, positions)
-    where = where.long()
-    rows = where - request.prefix_len + request.row_start
+    (row_positions,) = to_device(view.q.device, positions)
+    row_positions = row_positions.long()
+    rows = row_positions - request.prefix_len + request.row_start
     slots = request.slots[: int(positions[-1]) + 1]
-    o, lse = dense_rows(view.q[rows], where, view.k_cache, view.v_cache, slots, view.sm_scale)
+    o, lse = dense_rows(view.q[rows], row_positions, view.k_cache, view.v_cache, slots, view.sm_scale)
     norm = o.norm(dim=(0, 2)).clamp_min(torch.finfo(torch.float32).tiny)
     recall = torch.exp2(view.lse[rows] - lse).clamp_max(1.0).mean(dim=0)
-    for head in view.stock_heads:  # dense, by somebody who gives no lse
+    for head in view.stock_heads:  # the stock backend gives no LSE, and its heads are dense
         recall[head] = 1.0
     error = (view.out[rows].float() - o).norm(dim=(0, 2)) / norm
-    return Finding(view.layer_id, view.first_head, len(positions), error, recall)
+    return AuditedRows(view.layer_id, view.first_head, len(positions), error, recall)
 
 
 class Audit:
-    """The observer: audits a share `rate` of the sparse requests, in the layers that run sparse.
+    """The observer that audits sparse layers.
 
     Args:
-        metrics: where the figures are counted too, every rank its own heads; None: nowhere.
+        rate: the share of sparse requests to audit, 0 to 1.
+        metrics: counts the figures too, on every rank for its own heads; None: no metrics.
     """
 
     def __init__(self, rate: float, metrics: AuditMetrics | None = None) -> None:
         self.rate, self.metrics = rate, metrics
-        self._findings: dict[str, list[Finding]] = {}
+        self._findings: dict[str, list[AuditedRows]] = {}
         self._seconds = 0.0
         self._failures = 0
-        self._said = False
+        self._logged = False
 
     def layer(self, view: LayerView) -> None:
+        """Audits the chosen sparse requests of one layer."""
         if view.plan is None or view.lse is None:
             return
         for request in view.requests:
@@ -186,26 +156,27 @@ class Audit:
                 self._seconds += time.perf_counter() - start
 
     def batch_done(self, records: Sequence[PrefillRecord]) -> None:
+        """Adds the batch's figures to its records and to the metrics."""
         findings, self._findings = self._findings, {}
         failures, self._failures = self._failures, 0
         seconds, self._seconds = self._seconds, 0.0
-        start, audited = time.perf_counter(), []
+        start, layer_audits = time.perf_counter(), []
         for record in records:
             try:
                 record.audit = [finding.summary() for finding in findings.get(record.rid, [])] or None
-            except Exception:  # an error of the device comes to light where it is waited for
+            except Exception:  # errors of a GPU show up where the host waits for it
                 self._failed()
-            audited += record.audit or []
+            layer_audits += record.audit or []
         failures, self._failures = failures + self._failures, 0
         seconds += time.perf_counter() - start
         for record in records:
             if record.audit or failures:
                 record.audit_ms, record.audit_failures = seconds * 1e3, failures
         if self.metrics is not None:
-            self.metrics.add(audited, seconds * 1e3 if audited else 0.0, failures)
+            self.metrics.add(layer_audits, seconds * 1e3 if layer_audits else 0.0, failures)
 
     def _failed(self) -> None:
         self._failures += 1
-        if not self._said:
-            self._said = True
+        if not self._logged:
+            self._logged = True
             logger.exception("mminfer: the audit failed; answers are not affected, further failures are only counted")

@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLATFORM_NAME = "mminfer_cpu"
-"""Name of the entry point in group `sglang.srt.platforms`; SGLANG_PLATFORM set to it forces the platform."""
+"""The entry point's name in group `sglang.srt.platforms`; SGLANG_PLATFORM with this value forces the platform."""
 
 MAX_TOTAL_TOKENS = 262_144
 """Default size of the KV pool. SGLang would fill most of the machine's memory, which a small model turns into
 tens of millions of slots whose bookkeeping alone takes seconds and gigabytes."""
 
 MAX_RUNNING_REQUESTS = 64
-"""Default rows of the request table; SGLang's minimum of 2048, times a long context, is 250 MB and more."""
+"""Default rows of the request table; SGLang's minimum of 2048 rows takes 250 MB or more if the context is long."""
 
 MEMORY_SHARE = 0.8
-"""The share of free memory that all ranks of this machine together may plan for weights and KV."""
+"""The share of free memory that all ranks of this machine may use for weights and KV, taken together."""
 
 _CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -51,19 +51,19 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @functools.cache
 def accelerators() -> tuple[str, ...]:
-    """Names of the accelerator kinds that torch can use here; empty on a machine that needs this platform."""
+    """The kinds of accelerators that torch can use here; empty on a machine that needs this platform."""
     import torch
 
-    found = []
+    kinds = []
     if torch.cuda.is_available():
-        found.append("hip" if torch.version.hip is not None else "cuda")
+        kinds.append("hip" if torch.version.hip is not None else "cuda")
     if torch.xpu.is_available():
-        found.append("xpu")
+        kinds.append("xpu")
     for name in ("npu", "musa", "hpu", "mps"):  # modules that a vendor's package adds to torch, mps apart
         module = getattr(torch, name, None)
         if module is not None and module.is_available():
-            found.append(name)
-    return tuple(found)
+            kinds.append(name)
+    return tuple(kinds)
 
 
 def selected(environ: Mapping[str, str] = os.environ) -> bool:
@@ -72,12 +72,12 @@ def selected(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def activate() -> str | None:
-    """Entry point: the platform's class where SGLANG_PLATFORM names it, None elsewhere."""
+    """Entry point: the platform's class if SGLANG_PLATFORM names it, else None."""
     return f"{__name__}.MMInferCpuPlatform" if selected() else None
 
 
 def why_unfit(environ: Mapping[str, str] = os.environ) -> str | None:
-    """None where a device of "cpu" brings this platform, else the reason why it does not, in words."""
+    """Why a device of "cpu" does not bring this platform, in words; None if it does."""
     if selected(environ):
         return None
     if name := environ.get("SGLANG_PLATFORM"):
@@ -87,8 +87,8 @@ def why_unfit(environ: Mapping[str, str] = os.environ) -> str | None:
     allowed = environ.get("SGLANG_PLUGINS")
     if allowed and PLATFORM_NAME not in (name.strip() for name in allowed.split(",")):
         return f"SGLANG_PLUGINS={allowed} leaves it out"
-    if found := accelerators():
-        return f"this machine has an accelerator ({', '.join(found)}); SGLANG_PLATFORM={PLATFORM_NAME} insists"
+    if kinds := accelerators():
+        return f"this machine has an accelerator ({', '.join(kinds)}); SGLANG_PLATFORM={PLATFORM_NAME} insists"
     from sglang.srt.platforms import current_platform
 
     if current_platform.is_out_of_tree() and not is_active():
@@ -126,7 +126,7 @@ def _platform_class() -> type:
             return "cpu"  # the in-tree CPU platform answers with a torch.device, against the interface
 
         def get_device_total_memory(self, device_id: int = 0) -> int:
-            """What this container may use, where it says so, else what the machine has."""
+            """Bytes that this container may use, if it has a limit; else the machine's memory."""
             total = int(psutil.virtual_memory().total)
             try:
                 return min(total, int(_CGROUP_LIMIT.read_text()))
@@ -155,7 +155,7 @@ def __getattr__(name: str) -> Any:
 
 
 def is_active() -> bool:
-    """True in a process whose SGLang runs on this platform."""
+    """Whether SGLang runs on this platform in this process."""
     from sglang.srt import platforms
 
     return isinstance(platforms.current_platform, _platform_class())
@@ -166,9 +166,9 @@ _before: Any = None
 
 
 def use() -> None:
-    """Change this process, and those that are started from it, over to this platform.
+    """Changes this process, and processes that it starts, over to this platform.
 
-    Modules that took the platform by name when they were imported are changed, too.
+    Modules that imported SGLang's platform object by name get the new one, too.
     """
     global _before
     from sglang.srt import platforms
@@ -177,11 +177,11 @@ def use() -> None:
     if not is_active():
         _before = platforms.current_platform
         _change(_before, _platform_class()())
-    _install_hooks()
+    hooks.install("cpu")
 
 
 def leave() -> None:
-    """Undo `use`, for a further engine of this process whose arguments do not ask for the CPU."""
+    """Undoes `use`, for a further engine in this process whose arguments do not ask for the CPU."""
     global _before
     if _before is None:
         return
@@ -207,28 +207,33 @@ def _ranks(cfg: Any) -> int:
 
 
 def default_arguments(cfg: Any) -> dict[str, Any]:
-    """The server arguments a CPU needs and the user left open. `cfg` is any view of ServerArgs."""
+    """The server arguments that a CPU needs and the user left open. `cfg` is any view of ServerArgs."""
     if cfg.device is not None and cfg.device != "cpu":
         return {}
-    wanted: dict[str, tuple[Any, Any]] = {  # field: (what says that the user left it open, our value)
+    defaults: dict[str, tuple[Any, Any]] = {  # field: (its value if the user left it open, our value)
         "device": (None, "cpu"),
         "dtype": ("auto", "float32"),
         "attention_backend": (None, "torch_native"),
         "mm_attention_backend": (None, "sdpa"),
         "sampling_backend": (None, "pytorch"),
         "disable_cuda_graph": (False, True),
-        "sleep_on_idle": (False, True),  # a scheduler that waits would poll, on a core that others need
+        "sleep_on_idle": (False, True),  # an idle scheduler would poll, on a core that others need
         "mem_fraction_static": (None, round(MEMORY_SHARE / _ranks(cfg), 3)),
         "max_total_tokens": (None, MAX_TOTAL_TOKENS),
         "max_running_requests": (None, MAX_RUNNING_REQUESTS),
     }
-    return {field: value for field, (unset, value) in wanted.items() if getattr(cfg, field) == unset}
+    return {field: value for field, (unset, value) in defaults.items() if getattr(cfg, field) == unset}
 
 
 def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
-    """A value for SGLANG_CPU_OMP_THREADS_BIND, or None where SGLang can do without.
+    """A value for SGLANG_CPU_OMP_THREADS_BIND, or None if SGLang needs none.
 
-    Left alone, SGLang gives each rank a NUMA node, and stops where there are more ranks than nodes.
+    By default SGLang gives each rank a NUMA node, and stops if there are more ranks than nodes.
+
+    Args:
+        ranks: scheduler processes on this machine.
+        nodes: NUMA nodes.
+        cores: the cores that this process may use.
     """
     if ranks <= nodes:
         return None
@@ -238,8 +243,10 @@ def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
 
 
 def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Resolution hook: brings the platform where the arguments ask for the CPU, declares `default_arguments`, and
-    binds ranks to cores where SGLang could not."""
+    """Resolution hook: uses the platform if the arguments ask for the CPU, and declares `default_arguments`.
+
+    Also binds ranks to cores where SGLang could not.
+    """
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     cfg = resolving_view(server_args)
@@ -255,8 +262,8 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
 
             declare_resolution(server_args, __name__, device=inspect.unwrap(common.get_device)())
     if is_active():
-        if wanted := default_arguments(cfg):
-            declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **wanted)
+        if defaults := default_arguments(cfg):
+            declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **defaults)
         if cfg.device == "cpu" and _CORES not in os.environ:
             from sglang.srt.utils.common import get_cpu_ids_by_node
 
@@ -268,24 +275,24 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def pin_memory(original: Callable[..., torch.Tensor], self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """AROUND torch.Tensor.pin_memory: there is nothing to pin for where no accelerator exists.
+    """AROUND torch.Tensor.pin_memory: without an accelerator there is nothing to pin memory for.
 
-    SGLang's video decoder and the Qwen, Ernie and other processors pin every frame unless SGLang runs on its
-    own CPU engine, and torch raises. This is the one place that all of them go through.
+    SGLang's video decoder and the processors of Qwen, Ernie and others pin every frame unless SGLang runs its own CPU
+    engine, and torch raises. All of them call this method.
     """
     return original(self, *args, **kwargs) if accelerators() else self
 
 
 def get_device(original: Callable[..., str], device_id: int | None = None) -> str:
-    """AROUND get_device: the CPU, where our platform is active or was for an engine before."""
+    """AROUND get_device: "cpu" if our platform is active, or was active for an earlier engine of this process."""
     return "cpu" if is_active() or not accelerators() else original(device_id)
 
 
 def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND VisionSdpaAttention.forward: the same attention, one sequence of `cu_seqlens` at a time.
 
-    SGLang's own builds a mask of all patches by all patches (and keeps 128 of them): 16 GB for the 131K patches
-    of a video of 32K tokens, although each patch sees only its frame or window.
+    SGLang's code builds a mask of all patches by all patches (and keeps 128 of them): 16 GB for the 131K patches of a
+    video of 32K tokens, although each patch sees only its frame or window.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -307,8 +314,8 @@ def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kw
         rows = starts[lengths == length][:, None] + torch.arange(length)  # [sequences, length]
         q_part, k_part, v_part = (tensor[rows].transpose(1, 2) for tensor in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
-        attended = scaled_dot_product_attention(q_part, k_part, v_part, scale=self.scale, enable_gqa=grouped)
-        out[rows] = attended.transpose(1, 2)
+        out_part = scaled_dot_product_attention(q_part, k_part, v_part, scale=self.scale, enable_gqa=grouped)
+        out[rows] = out_part.transpose(1, 2)
     return out
 
 
@@ -319,6 +326,7 @@ HOOKS: tuple[Hook, ...] = (
         f"{__name__}:pin_memory",
         "SGLang's video decoder and several processors pin frames unless its own CPU engine runs, and torch "
         "raises where there is no accelerator. All of them go through this method.",
+        when=("cpu",),
     ),
     Hook(
         "sglang.srt.utils.common.get_device",
@@ -326,6 +334,7 @@ HOOKS: tuple[Hook, ...] = (
         f"{__name__}:get_device",
         "SGLang names a device only for its own CPU engine or an accelerator and raises elsewhere; InternVL's "
         "processor and the Transformers fallback ask for it.",
+        when=("cpu",),
     ),
     Hook(
         "sglang.srt.layers.attention.vision.VisionSdpaAttention.forward",
@@ -333,17 +342,6 @@ HOOKS: tuple[Hook, ...] = (
         f"{__name__}:attend_by_sequence",
         "SGLang's vision attention on a CPU masks all patches by all patches: memory grows with the square of "
         "the video's length, and a long video ends the scheduler.",
+        when=("cpu",),
     ),
 )
-"""Installed only where this platform is used."""
-
-
-@functools.cache
-def _install_hooks() -> None:
-    """Installs `HOOKS` where the CPU is asked for only after `plugin.register`."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    for hook in HOOKS:
-        if hook.target not in HookRegistry._patched:
-            hooks.install(hook)
-    HookRegistry.apply_hooks()

@@ -1,4 +1,4 @@
-"""Which dense backend stands under ours, and the page size that it needs."""
+"""Which dense backend runs beneath ours, and the page size that it needs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from sglang_mminfer.settings import BACKEND_NAME
 
 PAGE_SIZES: dict[str, tuple[int, ...]] = {"trtllm_mha": (64, 16, 32, 128), "fa4": (128,)}
-"""Of default backends that take these alone, the one first that SGLang sets when it sees the backend's name."""
+"""The page sizes that a default backend takes, if it does not take all. SGLang sets the first one for its name."""
 
 
 def dense_backend_name(server_args: Any, device: str) -> str:
-    """The attention backend that SGLang would run the prefill on if this plugin were not there.
+    """The attention backend that SGLang would use for prefill without this plugin.
 
-    A base backend that the user named beside `--prefill-attention-backend mminfer` is the answer; otherwise
-    SGLang's own choice for this model and device. Where that needs another page size than the user asked for, the
-    next one that takes any page size is used; see `page_size_of_default`.
+    It is the base backend that the user named beside `--prefill-attention-backend mminfer`, else SGLang's own choice
+    for the model and the device. If that choice cannot work with the user's page size, the next backend that takes
+    every page size is used; see `page_size_of_default`.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
 
@@ -28,10 +28,10 @@ def dense_backend_name(server_args: Any, device: str) -> str:
 
 
 def page_size_of_default(server_args: Any, device: str) -> tuple[str, int] | None:
-    """The dense backend that SGLang takes by default, and the page size that it would set for it; None if it leaves
-    the page size alone, the user named one, or the backend is the user's.
+    """(backend, page size) if SGLang's default backend needs a page size that SGLang would set for it, else None.
 
-    SGLang sets page sizes by the backend's name, and sees ours.
+    None if the user named a page size or a dense backend. SGLang sets page sizes by the name of the attention backend,
+    and that name is ours here.
     """
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
@@ -43,7 +43,7 @@ def page_size_of_default(server_args: Any, device: str) -> tuple[str, int] | Non
 
 
 def _default_backend_name(server_args: Any, device: str) -> str:
-    """The base backend of the user, or SGLang's choice, whatever page size it needs."""
+    """The base backend that the user named, else SGLang's choice, whatever page size it needs."""
     from sglang.srt.arg_groups.model_override_base import (
         get_default_attn_backend,
         model_config_of,

@@ -1,7 +1,7 @@
-"""Dense heads of a layer that also has sparse ones, in the form in which the stock backend can run them.
+"""The dense heads of a layer that also has sparse heads, in a form that the stock backend can run.
 
-A dense backend takes as many query heads for each KV head, in order. So dense heads are taken out of q, KV head by
-KV head, and where one has fewer than another, it runs one of them again and the result is dropped.
+A dense backend needs the same number of query heads for each KV head, in order. So the dense heads are gathered from q,
+KV head by KV head. A KV head with fewer dense heads than another runs one of its heads again; that result is dropped.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ from typing import Any
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
-from sglang_mminfer.patterns.spec import Dense, HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.patterns.dense import Dense
 
-# Stock backends that are told the number of heads by the layer alone; others plan with the model's before it runs.
+# Stock backends that read the number of heads from the layer. Others plan with the model's before the layer runs.
 BACKENDS = ("fa3", "fa4", "triton", "torch_native")
-# Running heads again must not cost more than what our kernel loses to the best dense one (about 70 % of its speed).
+# Heads that run again must not cost more than our kernel loses: it has about 70 % of the best dense kernel's speed.
 MOST_REPEATED = 1.4
 
 
 @dataclass(frozen=True)
 class DenseHeads:
-    """Indices of query heads; tensors are int32.
+    """Which query heads the stock backend runs. Tensors are int32, on the device.
 
-    heads, index: the dense heads, the latter on the device. taken: [Hkv * per_kv] heads to give to the stock
-    backend. place: [heads] where each dense head stands in `taken`.
+    Attributes:
+        heads: the dense heads.
+        index: [heads], the same as a tensor.
+        taken: [Hkv * heads per KV head], the heads of q that the stock backend gets, in order.
+        place: [heads], the index in `taken` of each dense head.
     """
 
     heads: tuple[int, ...]
@@ -36,7 +40,13 @@ class DenseHeads:
     place: torch.Tensor
 
     def run(self, stock: Callable[..., torch.Tensor], q: torch.Tensor, layer: Any, out: torch.Tensor) -> None:
-        """Write the dense heads of out [tokens, Hq, D]: stock(q, layer) -> [tokens, heads * D] does the work."""
+        """Writes the dense heads of `out`.
+
+        Args:
+            stock: stock(q, layer) -> [tokens, heads * D], the stock backend's attention.
+            q, out: [tokens, Hq, D].
+            layer: SGLang's RadixAttention; a copy of it with fewer heads goes to `stock`.
+        """
         view = copy.copy(layer)
         view.tp_q_head_num = len(self.taken)
         o = stock(q.index_select(1, self.taken).flatten(1), view)
@@ -47,22 +57,22 @@ class DenseHeads:
 def dense_heads(
     patterns: Sequence[HeadPattern], num_kv_heads: int, device: torch.device, most_repeated: float = MOST_REPEATED
 ) -> DenseHeads | None:
-    """The dense heads among a layer's patterns; None where there are none.
+    """The dense heads among a layer's patterns.
 
-    None also where the heads to run were more than `most_repeated` times the dense ones.
+    None if there are none, or if the stock backend would have to run more than `most_repeated` times as many heads.
     """
     group = len(patterns) // num_kv_heads
     dense = [head for head, pattern in enumerate(patterns) if isinstance(pattern, Dense)]
     if not dense:
         return None
-    of_kv = [[head for head in dense if head // group == kv] for kv in range(num_kv_heads)]
-    per_kv = max(map(len, of_kv))
-    if per_kv * num_kv_heads > most_repeated * len(dense):
+    dense_of_kv = [[head for head in dense if head // group == kv] for kv in range(num_kv_heads)]
+    heads_per_kv = max(map(len, dense_of_kv))
+    if heads_per_kv * num_kv_heads > most_repeated * len(dense):
         return None
-    # A KV head that has none runs any of its heads.
-    taken = [head for kv, own in enumerate(of_kv) for head in _filled(own or [kv * group], per_kv)]
-    place = [taken.index(head) for head in dense]
-    return DenseHeads(tuple(dense), *to_device(device, dense, taken, place))
+    # A KV head without dense heads runs its first head.
+    gathered = [head for kv, heads in enumerate(dense_of_kv) for head in _filled(heads or [kv * group], heads_per_kv)]
+    index_of_dense = [gathered.index(head) for head in dense]
+    return DenseHeads(tuple(dense), *to_device(device, dense, gathered, index_of_dense))
 
 
 def _filled(heads: list[int], count: int) -> list[int]:

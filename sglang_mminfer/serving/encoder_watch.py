@@ -1,9 +1,9 @@
-"""SGLang's cache of vision embeddings, and what it costs where it is too small.
+"""Watches SGLang's cache of vision embeddings, and counts what the vision encoder does again if the cache is too small.
 
-A prompt is prefilled in chunks, and each chunk that has tokens of a video asks for the video's embeddings, all of
-them. SGLang keeps them between chunks in a cache of SGLANG_VLM_CACHE_SIZE_MB (100 unless set: 14,600 tokens of a 7B
-model in bf16). What does not fit is refused without a word, and the vision encoder runs again on the whole video for
-every chunk. `EncoderWatch` sees that happen; `mminfer doctor --video` says it beforehand. SGLang itself stays as it is.
+A prompt is prefilled in chunks, and each chunk with tokens of a video needs all of the video's embeddings. SGLang keeps
+them between chunks in a cache of SGLANG_VLM_CACHE_SIZE_MB (by default 100 MB: 14,600 tokens of a 7B model in bf16). The
+cache silently refuses a larger entry, and the vision encoder runs again on the whole video for every chunk.
+`EncoderWatch` sees this; `mminfer doctor --video` predicts it. SGLang's behaviour does not change.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "SGLANG_VLM_CACHE_SIZE_MB"
-MB = 2**20  # as SGLang counts
+MB = 2**20  # as SGLang counts megabytes
 
 STEP_MB = 64
-"""Suggested sizes are multiples of this: room for an image or two beside a video."""
+"""Suggested cache sizes are multiples of this, which leaves room for an image or two beside a video."""
 
 REMEMBERED = 1024
-"""Refused entries that are remembered, the latest ones: their keys, not their embeddings."""
+"""How many refused entries the watch remembers: the keys of the latest ones, not their embeddings."""
 
 
 def entries_of(items: Sequence[Any]) -> list[tuple[int | None, list[Any]]]:
-    """What SGLang keeps together of items that it encodes together: each entry's key and items.
+    """The cache entries, as (key, items), that SGLang makes of items which it encodes together.
 
-    An item of one span is an entry of its own. Where any item has several (a video with timestamps between its
-    frames), all items of a request and modality are one.
+    An item of one span is an entry of its own. If any item has several spans (a video with timestamps between its
+    frames), all items of the request's modality are one entry.
     """
     if all(len(item.offsets) == 1 or item.is_audio() for item in items):
         return [(item.hash, [item]) for item in items]
@@ -48,18 +48,18 @@ def entries_of(items: Sequence[Any]) -> list[tuple[int | None, list[Any]]]:
 
 
 def tokens_of(items: Iterable[Any]) -> int:
-    """Tokens that stand for these items in their prompts."""
+    """The tokens that stand for these items in their prompts."""
     return sum(stop - start + 1 for item in items for start, stop in item.offsets)
 
 
 def suggested_mb(needed: int) -> int:
-    """A cache size in MB that holds `needed` bytes."""
+    """A size for SGLang's cache, in MB, that holds `needed` bytes."""
     return max(1, math.ceil(needed / (STEP_MB * MB))) * STEP_MB
 
 
 @dataclass(frozen=True)
 class EncodedAgain:
-    """Entries that were encoded although they had been before, and what that took."""
+    """How many entries were encoded although they had been encoded before, and the time that this took."""
 
     times: int = 0
     milliseconds: float = 0.0
@@ -67,13 +67,13 @@ class EncodedAgain:
 
 @dataclass(frozen=True)
 class _Span:
-    """A stretch of time, of the host or of a GPU's stream."""
+    """A stretch of time: two readings of the host's clock, or two events of a GPU stream."""
 
     start: Any
     stop: Any
 
     def seconds(self, wait: bool = False) -> float | None:
-        """None while a GPU is not done with it, unless told to `wait`."""
+        """Its length. None if the GPU has not reached its end yet; with `wait` the host waits for that."""
         if isinstance(self.start, float):
             return self.stop - self.start
         if wait:
@@ -83,7 +83,13 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Encoding:
-    """One run of the encoder: what it made, and when."""
+    """One run of the vision encoder.
+
+    Attributes:
+        entries: the cache entries that it made, as `entries_of` gives them.
+        bytes_per_token: bytes of one token's embedding.
+        span: when it ran.
+    """
 
     entries: list[tuple[int | None, list[Any]]]
     bytes_per_token: int
@@ -91,30 +97,40 @@ class _Encoding:
 
 
 class EncoderWatch:
-    """Counts what the encoder does twice because the cache refused it, and says so once.
+    """Counts entries that the vision encoder makes again because the cache refused them, and warns once.
 
-    Only what a chunk finds in its middle is counted: the same picture in two conversations is encoded twice as
-    well, but no more often than a server without chunks would.
+    An entry counts only if a chunk begins in its middle. The same picture in two conversations may be encoded twice as
+    well, but that also happens to a server without chunks.
     """
 
     def __init__(self) -> None:
         self._refused: OrderedDict[int | None, None] = OrderedDict()
-        self._unread: list[tuple[_Span, float]] = []  # and which share of it was for what had been encoded before
+        self._unread: list[tuple[_Span, float]] = []  # with the share of each that encoded something again
         self._times = 0
-        self._said = False
+        self._warned = False
         self.active = True
 
     def take(self) -> EncodedAgain:
-        """What was not taken before. The time of work that a GPU has not done yet comes with a later call."""
+        """What was counted since the last call.
+
+        The time of work that a GPU has not finished comes with a later call.
+        """
         if not self._times and not self._unread:
             return EncodedAgain()
         times, self._times = self._times, 0
-        known = [(span.seconds(), share) for span, share in self._unread]
-        self._unread = [entry for entry, (seconds, _) in zip(self._unread, known) if seconds is None]
-        return EncodedAgain(times, 1e3 * sum(seconds * share for seconds, share in known if seconds is not None))
+        measured = [(span.seconds(), share) for span, share in self._unread]
+        self._unread = [entry for entry, (seconds, _) in zip(self._unread, measured) if seconds is None]
+        return EncodedAgain(times, 1e3 * sum(seconds * share for seconds, share in measured if seconds is not None))
 
     def timed(self, encode: Callable[[list[Any]], Any], device: torch.device, into: list[_Encoding]) -> Any:
-        """`encode`, which also notes in `into` what it makes. SGLang reads the name and owner of the method."""
+        """Wraps `encode` so that each run of it is appended to `into`.
+
+        Args:
+            encode: the model's method that turns items into embeddings. The wrapper keeps its name and its `__self__`,
+                which SGLang reads.
+            device: where it runs.
+            into: receives an _Encoding for each run.
+        """
 
         @functools.wraps(encode)
         def timed(items: list[Any]) -> Any:
@@ -130,10 +146,11 @@ class EncoderWatch:
         return timed
 
     def done(self, encodings: list[_Encoding], requests: list[tuple[int, int, list[Any]]]) -> None:
-        """A batch has its embeddings.
+        """Called when a batch has its embeddings: counts what was encoded again.
 
         Args:
-            requests: of each one its tokens before the chunk, those of the chunk, and its items.
+            encodings: the encoder's runs for this batch.
+            requests: for each request the tokens before its chunk, the tokens of its chunk, and its items.
         """
         from sglang.srt.managers.mm_schedule import embedding_cache as cache
 
@@ -142,20 +159,20 @@ class EncoderWatch:
         chunk_of = {id(item): (prefix, length) for prefix, length, items in requests for item in items}
         needed = sum(tokens_of(items) for _, _, items in requests)
         for encoding in encodings:
-            encoded = sum(tokens_of(items) for _, items in encoding.entries)
+            tokens_encoded = sum(tokens_of(items) for _, items in encoding.entries)
             for key, items in encoding.entries:
                 if cache.has(key):
                     self._refused.pop(key, None)
                     continue
                 prefix, length = chunk_of[id(items[0])]
                 if key in self._refused and prefix > _first(items):
-                    share = tokens_of(items) / encoded
+                    share = tokens_of(items) / tokens_encoded
                     self._times += 1
                     self._unread.append((encoding.span, share))
-                    if not self._said:
-                        self._said = True
-                        took = share * (encoding.span.seconds(wait=True) or 0.0)
-                        self._say(items, encoding.bytes_per_token, took, prefix, length, needed)
+                    if not self._warned:
+                        self._warned = True
+                        seconds = share * (encoding.span.seconds(wait=True) or 0.0)
+                        self._warn(items, encoding.bytes_per_token, seconds, prefix, length, needed)
                 self._remember(key)
 
     def _remember(self, key: int | None) -> None:
@@ -164,8 +181,16 @@ class EncoderWatch:
         if len(self._refused) > REMEMBERED:
             self._refused.popitem(last=False)
 
-    def _say(self, items: list[Any], bytes_per_token: int, took: float, prefix: int, length: int, needed: int) -> None:
-        """`took`: seconds. `prefix`, `length`: of the chunk. `needed`: tokens that the cache should have room for."""
+    def _warn(
+        self, items: list[Any], bytes_per_token: int, seconds: float, prefix: int, length: int, needed: int
+    ) -> None:
+        """Logs the warning.
+
+        Args:
+            seconds: how long the second encoding took.
+            prefix, length: tokens before the chunk, and of the chunk.
+            needed: tokens that the cache should have room for.
+        """
         from sglang.srt.environ import envs
 
         last, tokens = max(stop for item in items for _, stop in item.offsets), tokens_of(items)
@@ -180,7 +205,7 @@ class EncoderWatch:
             _first(items),
             tokens,
             tokens * bytes_per_token / MB,
-            took,
+            seconds,
             math.ceil(max(0, last + 1 - prefix - length) / max(1, length)),
             ENVIRONMENT,
             suggested_mb(needed * bytes_per_token),
@@ -188,7 +213,7 @@ class EncoderWatch:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """A defect of ours is said once and ends the watch; the request goes on."""
+        """Logs a defect of ours once and ends the watch; the request goes on."""
         try:
             yield
         except Exception:
@@ -198,18 +223,18 @@ class EncoderWatch:
 
 
 def named(items: Sequence[Any]) -> str:
-    """What the items are, in words: "one video", "3 items (image, video)"."""
+    """The items in words: "one video", "3 items (image, video)"."""
     kinds = sorted({item.modality.name.lower() for item in items})
     return f"one {kinds[0]}" if len(items) == 1 else f"{len(items)} items ({', '.join(kinds)})"
 
 
 def _first(items: Sequence[Any]) -> int:
-    """Position of the first token."""
+    """The position of the items' first token."""
     return min(start for item in items for start, _ in item.offsets)
 
 
 def _mark(device: torch.device) -> Any:
-    """This moment: seconds, or an event in the stream of a GPU, which is not waited for."""
+    """This moment: the host's clock in seconds, or an event in the GPU's stream, which the host does not wait for."""
     if device.type == "cpu":
         return time.perf_counter()
     import torch
@@ -220,20 +245,23 @@ def _mark(device: torch.device) -> Any:
 
 
 def _bytes_per_token(result: Any) -> int:
-    """Of what an encoder returns: one tensor, one for each item, or SGLang's result of pruned frames."""
-    one = result[0] if isinstance(result, list) else getattr(result, "embedding", result)
-    return one.shape[-1] * one.element_size()
+    """Bytes of one token's embedding in what an encoder returns.
+
+    The encoder returns one tensor, a list with one tensor for each item, or SGLang's result of pruned frames.
+    """
+    embedding = result[0] if isinstance(result, list) else getattr(result, "embedding", result)
+    return embedding.shape[-1] * embedding.element_size()
 
 
 watch: EncoderWatch | None = None
-"""This process's. Set by our attention backend, so that a server without it is not watched."""
+"""The watch of this process. Our attention backend sets it; without that backend nothing is watched."""
 
 
 def watch_encoder(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """AROUND get_embedding_and_mask, which a batch calls once for each modality. Costs nothing if all is cached.
+    """AROUND get_embedding_and_mask, which SGLang calls once for each modality of a batch.
 
-    What it is called with is SGLang's matter and goes through as it came: where a watched argument is not found, the
-    watch ends, and the call does not.
+    The arguments are SGLang's own matter and are passed on as they came. If one that the watch needs is not there, the
+    watch ends and the call goes on.
     """
     current, encodings = watch, list[_Encoding]()
     if current is None or not current.active:
@@ -246,13 +274,13 @@ def watch_encoder(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
             kwargs["data_embedding_func"] = encode
         else:
             args = tuple(encode if value is watched["data_embedding_func"] else value for value in args)
-    answer = original(*args, **kwargs)
+    result = original(*args, **kwargs)
     if encodings:
         with current.guarded():
             items, sizes = watched["embedding_items"], watched["items_size"]
             spans = zip(sizes, sizes[1:], watched["prefix_length"], watched["extend_length"])
             current.done(encodings, [(prefix, new, items[a:b]) for a, b, prefix, new in spans])
-    return answer
+    return result
 
 
 def _named(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

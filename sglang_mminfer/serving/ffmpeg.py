@@ -1,4 +1,4 @@
-"""Video where FFmpeg's libraries are missing."""
+"""Decodes video with decord where FFmpeg's libraries are missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ logger = logging.getLogger(__name__)
 
 
 def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """AROUND VideoDecoderWrapper.__init__: SGLang's own fallback to decord, taken when it is needed."""
+    """AROUND VideoDecoderWrapper.__init__: falls back to decord if torchcodec finds no FFmpeg libraries.
+
+    SGLang has this fallback for an import of torchcodec that fails, but torchcodec looks for FFmpeg only with the first
+    video.
+    """
     from sglang.srt.utils import video_decoder
 
     from sglang_mminfer.mends import asked

@@ -1,4 +1,4 @@
-"""The server's flags of this package: how SGLang's parser gets them, and how their values reach ServerArgs."""
+"""This package's server flags: how SGLang's parser learns of them, and how their values reach ServerArgs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sglang_mminfer import settings
 
 CONFIG_ATTRIBUTE = "_mminfer_config"
 AUDIT_ATTRIBUTE = "_mminfer_audit"
-"""Where the flags' values ride on ServerArgs. A real field cannot be added from outside; an attribute with an
-underscore is pickled into SGLang's child processes all the same."""
+"""Attributes of ServerArgs that hold the flags' values. A plugin cannot add a dataclass field, but SGLang pickles
+attributes with an underscore into its child processes too."""
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,11 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
 
 
 def config_argument(name: str) -> str:
-    """argparse type of the flag: a bad config is a usage error, found before anything starts."""
+    """The argparse type of --mminfer-config: a bad head config is a usage error, before any process starts.
+
+    Raises:
+        argparse.ArgumentTypeError: if the head config cannot be loaded.
+    """
     from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
     if name:
@@ -59,16 +63,16 @@ def config_argument(name: str) -> str:
 
 
 def audit_rate(server_args: Any, environ: Mapping[str, str] | None = None) -> float:
-    """The share of requests to audit: the flag's, else the environment's, else 0.
+    """The share of requests to audit: the flag's value, else the environment's, else 0.
 
     Raises:
-        argparse.ArgumentTypeError: if the environment names no share.
+        argparse.ArgumentTypeError: if the environment's value is no number from 0 to 1.
     """
     rate = getattr(server_args, AUDIT_ATTRIBUTE, None)
     return settings.audit_rate(environ) if rate is None else rate
 
 
 def without_effect(server_args: Any) -> list[str]:
-    """The flags that a server without mminfer was given."""
-    given = ((settings.CONFIG.flag, CONFIG_ATTRIBUTE), (settings.AUDIT.flag, AUDIT_ATTRIBUTE))
-    return [flag for flag, attribute in given if getattr(server_args, attribute, None)]
+    """The flags of this package that were set. For a server without mminfer, where they do nothing."""
+    flags = ((settings.CONFIG.flag, CONFIG_ATTRIBUTE), (settings.AUDIT.flag, AUDIT_ATTRIBUTE))
+    return [flag for flag, attribute in flags if getattr(server_args, attribute, None)]

@@ -1,8 +1,7 @@
-"""Which head config applies, and where it was named.
+"""Which head config applies, and which setting named it.
 
-A config is named in one of four places; the first that names one wins:
-the flag --mminfer-config, the environment variable SGLANG_MMINFER_CONFIG, `mminfer_config` of the model's
-config (which is where --json-model-override-args puts it), and else the built-in "default".
+The first of these that names a config wins: the flag --mminfer-config; the environment variable SGLANG_MMINFER_CONFIG;
+`mminfer_config` in the model's config, where --json-model-override-args puts it; the built-in "default".
 """
 
 from __future__ import annotations
@@ -25,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConfigChoice:
-    """The name (or path) of a head config and the place that named it."""
+    """A head config that was chosen.
+
+    Attributes:
+        name: a built-in name, or a path.
+        source: the setting that named it, in words.
+    """
 
     name: str
     source: str
@@ -35,15 +39,15 @@ class ConfigChoice:
 
 
 def resolve(server_args: Any, hf_config: Any = None, environ: Mapping[str, str] | None = None) -> ConfigChoice:
-    """The config that applies. An empty name counts as none.
+    """The head config that applies. An empty name counts as none.
 
     Args:
         server_args: SGLang's ServerArgs, or any object; only the flag's value is read.
-        hf_config: the model's transformers config with overrides applied, or None where there is no model.
-        environ: the environment, the process's own if None.
+        hf_config: the model's transformers config with overrides applied, or None without a model.
+        environ: the environment; None for that of this process.
 
     Raises:
-        HeadConfigError: if the model's config names something that is no name.
+        HeadConfigError: if the model's config holds something that is no string.
     """
     if name := getattr(server_args, flags.CONFIG_ATTRIBUTE, None):
         return ConfigChoice(str(name), settings.CONFIG.flag)
@@ -62,11 +66,14 @@ def resolve(server_args: Any, hf_config: Any = None, environ: Mapping[str, str] 
 def load_for_model(
     server_args: Any, hf_config: Any, environ: Mapping[str, str] | None = None
 ) -> tuple[HeadConfig, ConfigChoice]:
-    """The head config that applies, bound to the model, and where it was named.
+    """Loads the head config that applies and binds it to the model.
+
+    Returns:
+        (bound config, choice). Arguments are those of `resolve`.
 
     Raises:
-        HeadConfigError: if it is not there, is malformed or was made for another model; the message begins
-            with the place that named it.
+        HeadConfigError: if it does not exist, is malformed or was made for another model. The message begins with the
+            setting that named it.
     """
     from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
@@ -78,7 +85,7 @@ def load_for_model(
 
 
 def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str) -> str:
-    """The line that a scheduler logs about its configuration."""
+    """The line that a scheduler logs about its head config."""
     return (
         f"mminfer: {choice}: {head_config.describe()}. "
         f"What is not sparse runs on {dense_backend}. Provenance: {head_config.provenance.note}"
@@ -89,7 +96,7 @@ _announced = False
 
 
 def announce_once(runner: Any) -> None:
-    """Log `describe` for a model runner: once per process, and only where the tensor-parallel rank is 0."""
+    """Logs `describe` for a model runner: once in a process, and only on tensor-parallel rank 0."""
     global _announced
     if _announced:
         return
@@ -102,9 +109,9 @@ def announce_once(runner: Any) -> None:
 
 
 def storage_model_name(name: str | None, *args: Any, **kwargs: Any) -> str | None:
-    """AFTER storage_model_name: the name with a digest of the head config, which the KV of a page depends on.
+    """AFTER storage_model_name: the name plus a digest of the head config, because a page's KV depends on the config.
 
-    None, which leaves the name as it is, in a server without mminfer and where every head is dense.
+    Returns None, which leaves SGLang's name as it is, in a server without mminfer and if every head is dense.
     """
     from sglang_mminfer.mends import asked
 

@@ -1,4 +1,4 @@
-"""What a launch with mminfer is held against: `REFUSALS` lists each that can never work, with what to do instead."""
+"""Checks a launch with mminfer. `REFUSALS` lists every launch that can never work, with what to do instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Refusal:
-    """A launch that can never work. `applies` gets a view of the arguments as far as they are resolved."""
+    """A launch that can never work.
+
+    Attributes:
+        name: for tests.
+        applies: whether a launch is one of these; gets a view of ServerArgs, of which SGLang has resolved a part.
+        message: what is wrong and what to do instead, for the user.
+    """
 
     name: str
     applies: Callable[[Any], bool]
@@ -61,7 +67,7 @@ def _full_prefill_graph(cfg: Any) -> bool:
 
 
 def _draft_backend(cfg: Any) -> str | None:
-    """The dense backend if a draft model could run on it, else None."""
+    """The dense backend beneath ours if a draft model could run on it, else None."""
     from sglang.srt.arg_groups.choices import DRAFT_ATTENTION_BACKEND_CHOICES
     from sglang.srt.arg_groups.overrides import record_of
 
@@ -73,17 +79,17 @@ def _needs_draft_backend(cfg: Any) -> bool:
     algorithm = cfg.speculative_algorithm
     return (
         algorithm is not None
-        and str(algorithm).upper() != "NGRAM"  # drafts from the prompt, without a model
+        and str(algorithm).upper() != "NGRAM"  # takes drafts from the prompt, without a model
         and cfg.speculative_draft_attention_backend is None
     )
 
 
 NAMED_STORAGE = ("file", "nixl", "mooncake", "eic", "simm", "mori", "seaweedfs")
-"""Storage backends of HiCache whose keys hold the model's name."""
+"""HiCache storage backends whose keys contain the model's name, to which mminfer adds its head config."""
 
 
 def _media_are_ours(cfg: Any) -> bool:
-    """Whether this package reads or mends media of the model."""
+    """Whether this package has a family for the model, so that it reads or mends the model's media."""
     from sglang_mminfer.families import family_of
 
     return family_of(_model_config(cfg).hf_config) is not None
@@ -247,14 +253,18 @@ REFUSALS: tuple[Refusal, ...] = (
 
 
 def uses_mminfer(server_args: Any) -> bool:
-    """True if the arguments name our backend, for prefill or decode."""
+    """Whether the arguments name our backend, for prefill or for decoding."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
     return settings.BACKEND_NAME in _backends(resolving_view(server_args))
 
 
 def refuse(server_args: Any) -> None:
-    """Raise UnsupportedLaunch with a sentence for every refusal that applies."""
+    """Checks the launch against `REFUSALS`.
+
+    Raises:
+        UnsupportedLaunch: with the message of every refusal that applies.
+    """
     from sglang.srt.arg_groups.overrides import resolving_view
 
     cfg = resolving_view(server_args)
@@ -263,23 +273,33 @@ def refuse(server_args: Any) -> None:
 
 
 def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Resolution hook: see `HOOKS`."""
+    """Resolution hook, see `plugin.HOOKS`: refuses what cannot work, and settles draft backend and page size.
+
+    Notes on the arguments, as `_mminfer_wanted`, whether they name our backend.
+
+    Args:
+        previous: SGLang's own step, which runs afterwards.
+
+    Raises:
+        UnsupportedLaunch: if SGLang lacks what is hooked, or a refusal applies.
+        HeadConfigError: if the head config cannot be used with this model.
+    """
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
-    wanted = uses_mminfer(server_args)
-    server_args._mminfer_wanted = wanted
-    if wanted:
+    with_mminfer = uses_mminfer(server_args)
+    server_args._mminfer_wanted = with_mminfer
+    if with_mminfer:
         hooks.check_installation()
-        if untested := settings.why_untested():
-            logger.warning("mminfer: %s", untested)
+        if warning := settings.why_untested():
+            logger.warning("mminfer: %s", warning)
         refuse(server_args)
         cfg = resolving_view(server_args)
         if _needs_draft_backend(cfg):
             draft = _draft_backend(cfg)
             logger.info("mminfer: the draft model runs on %s.", draft)
             declare_resolution(server_args, __name__, speculative_draft_attention_backend=draft)
-        if page := dense_backend.page_size_of_default(server_args, cfg.device or ""):
-            backend, size = page
+        if default := dense_backend.page_size_of_default(server_args, cfg.device or ""):
+            backend, size = default
             logger.info("mminfer: the page size is %d, as %s needs, which SGLang takes by default here.", size, backend)
             declare_resolution(server_args, __name__, page_size=size)
         if cfg.tokenizer_worker_num > 1:
@@ -297,7 +317,11 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def check_result(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Resolution hook: see `HOOKS`."""
+    """Resolution hook, see `plugin.HOOKS`.
+
+    Raises:
+        UnsupportedLaunch: if SGLang replaced our backend by another one for this model.
+    """
     from sglang.srt.arg_groups.overrides import resolving_view
 
     previous(server_args)

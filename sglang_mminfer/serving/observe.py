@@ -1,8 +1,7 @@
-"""A look into the attention layers of the batch that is being prefilled: for the audit, `mminfer inspect`, the search.
+"""Observers of the attention layers of a prefill batch: the audit, `mminfer inspect` and the search.
 
-An observer is given each layer's q, the paged K and V, and what the layer did, once the layer's answer is there. It
-only reads. Whatever it raises is logged once and counted, and the answer stays what it was. Without an observer
-nothing of this runs.
+After each layer an observer gets the layer's q, the paged K and V, and what the layer did. It only reads. An exception
+in an observer is counted, logged once, and changes no answer. Without observers none of this code runs.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from sglang_mminfer import settings
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 
 if TYPE_CHECKING:
     from sglang_mminfer.serving.trace import PrefillRecord
@@ -30,8 +29,11 @@ logger = logging.getLogger(__name__)
 class RequestView:
     """One request of the batch: rows q[row_start : row_start + chunk_len], positions [prefix_len, seq_len).
 
-    slots: int64 [seq_len], the cache row of every position. prompt_stop: where generated tokens begin.
-    map: None where there are no media. dense_reason: why the request runs dense, None: it runs sparse.
+    Attributes:
+        prompt_stop: tokens of the prompt; generated tokens begin there.
+        map: the modality map; None without media.
+        dense_reason: why the request runs dense; None: it runs sparse.
+        slots: int64 [seq_len], the KV slot of each position.
     """
 
     rid: str
@@ -45,23 +47,31 @@ class RequestView:
 
     @property
     def seq_len(self) -> int:
+        """Tokens up to the end of the chunk."""
         return self.prefix_len + self.chunk_len
 
     @property
     def rows(self) -> slice:
-        """Of q, out and lse."""
+        """The request's rows in q, out and lse."""
         return slice(self.row_start, self.row_start + self.chunk_len)
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """What one layer did for one batch. Nothing in it may be written to, or kept without a copy.
+    """What one layer did for one batch. Observers must not write to it, and must copy what they keep.
 
-    q, out: [tokens, Hq, D]; k_cache, v_cache: [slots, Hkv, D], the batch's own keys included; heads are those of
-    this rank, the first of them is `first_head` of the model's. sm_scale: factor on q . k.
-    plan, lse (float32 [tokens, Hq], base 2): None where the whole layer ran on the stock backend.
-    patterns: what each head is configured to do. stock_heads: those that the stock backend ran beside sparse
-    ones; they are in no pass of the plan, and their lse is -inf.
+    Heads are those of this rank.
+
+    Attributes:
+        first_head: the model's number of the rank's first head.
+        q, out: [tokens, Hq, D].
+        k_cache, v_cache: [slots, Hkv, D]; they hold the batch's own keys and values too.
+        sm_scale: the factor on q . k.
+        patterns: the configured pattern of each head.
+        stock_heads: heads that the stock backend ran beside sparse ones. No pass of the plan has them, and their LSE
+            is -inf.
+        plan: None if the stock backend ran the whole layer.
+        lse: float32 [tokens, Hq], base 2; None like `plan`.
     """
 
     layer_id: int
@@ -79,22 +89,29 @@ class LayerView:
 
     @property
     def num_heads(self) -> int:
+        """Query heads of this rank."""
         return self.q.shape[1]
 
 
 class Observer(Protocol):
-    """Something that looks into layers."""
+    """Reads what attention layers do."""
 
     def layer(self, view: LayerView) -> None:
-        """One layer has run. Called for every layer that is plain causal attention, sparse or not."""
+        """Called after every layer of plain causal attention, sparse or dense."""
 
     def batch_done(self, records: Sequence[PrefillRecord]) -> None:
-        """The batch has run. The records go to trace and metrics after this, with what is added to them here."""
+        """Called after the batch. The records go to trace and metrics afterwards, with what is added to them here."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where an observer works: which rank of the attention's tensor parallelism, and the model's layers."""
+    """Where an observer runs.
+
+    Attributes:
+        rank, ranks: this rank of the attention's tensor parallelism, and their number.
+        num_layers: layers of the model.
+        server_args: SGLang's ServerArgs.
+    """
 
     rank: int
     ranks: int
@@ -103,21 +120,26 @@ class RankInfo:
 
 
 class Observers:
-    """The observers of one runner. False where there are none."""
+    """The observers of one model runner. False if there are none.
+
+    Attributes:
+        failures: exceptions in observers so far.
+    """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._all = list(observers)
         self.failures = 0
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._all)
 
     def add(self, observer: Observer) -> None:
+        """Adds an observer."""
         self._all.append(observer)
 
     def show(self, make: Callable[[], LayerView | None]) -> None:
-        """Show all of them the view that `make` gives; None: there is nothing to see."""
+        """Shows every observer the view that `make` returns; None: there is nothing to show."""
         try:
             view = make()
         except Exception:
@@ -127,24 +149,25 @@ class Observers:
         return None
 
     def batch_done(self, records: Sequence[PrefillRecord]) -> None:
+        """Tells every observer that the batch has run."""
         for observer in self._all:
             self._call(observer, observer.batch_done, records)
 
-    def _call(self, observer: Observer, what: Any, argument: Any) -> None:
+    def _call(self, observer: Observer, method: Any, argument: Any) -> None:
         try:
-            what(argument)
+            method(argument)
         except Exception:
             self._failed(type(observer).__name__)
 
     def _failed(self, what: str) -> None:
         self.failures += 1
-        if what not in self._said:
-            self._said.add(what)
+        if what not in self._logged:
+            self._logged.add(what)
             logger.exception("mminfer: %s failed; answers are not affected", what)
 
 
 def from_environment(rank: RankInfo, environ: Mapping[str, str] | None = None) -> Observers:
-    """The observers that `settings.OBSERVERS` asks for. One that cannot be made is logged, and left out."""
+    """The observers that `settings.OBSERVERS` names. One that cannot be made is logged and left out."""
     observers = Observers()
     for line in settings.OBSERVERS.read(environ).splitlines():
         function, _, value = line.partition("=")

@@ -1,21 +1,29 @@
-"""Does an executor give right answers on this machine? Asked at start-up on a GPU, by `mminfer doctor` and by tests.
+"""Does an executor give right answers on this machine? Runs at start-up on a GPU, in `mminfer doctor` and in tests.
 
-One small chunk of a conversation in a shuffled pool, with full, partial and picked tiles among its visits and two
-passes, against float64. Where the executor compiles its kernels, this is when it does, not in the first request.
+The case is one small chunk of a conversation in a shuffled KV pool. Its plan has two passes and visits full, partial
+and gathered tiles. The answer is compared with float64. Executors that compile kernels do so here, not in the first
+request.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from sglang_mminfer.kernels import reference
+from sglang_mminfer.kernels import executors, reference
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
-from sglang_mminfer.patterns.spec import AShape, Grid, HeadPattern, QBoundary, TriShape
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import HeadPattern, QBoundary
+from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.tri_shape import TriShape
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 LSE_TOLERANCE = 5e-3
@@ -30,7 +38,14 @@ PATTERNS: tuple[HeadPattern, ...] = (
 
 @dataclass(frozen=True)
 class Answer:
-    """Largest differences from float64, of the output and of the base-2 LSE, and whether two runs were equal."""
+    """How far an executor is from the float64 reference.
+
+    Attributes:
+        error: the largest difference of the output.
+        lse_error: the largest difference of the base-2 LSE.
+        repeatable: whether two runs are bitwise equal.
+        within: the largest `error` that is allowed.
+    """
 
     error: float
     lse_error: float
@@ -39,6 +54,7 @@ class Answer:
 
     @property
     def good(self) -> bool:
+        """Whether two runs are equal and the differences are within bounds."""
         return self.repeatable and self.error <= self.within and self.lse_error <= max(self.within, LSE_TOLERANCE)
 
     def __str__(self) -> str:
@@ -54,8 +70,14 @@ def check(
     num_heads: int = 4,
     num_kv_heads: int = 2,
 ) -> Answer:
-    """Run the case on `device` twice. Shapes are the model's, so that what is compiled is what requests need."""
-    frames = VisionGrid(5, 6, 7, tuple(range(90, 300, 42)))  # begins and ends in the middle of a tile
+    """Runs the case twice on `device`.
+
+    Args:
+        run: the executor.
+        dtype: of q, K and V: a key of `TOLERANCE`.
+        head_dim, num_heads, num_kv_heads: the model's shapes, so that the kernels that requests need are compiled.
+    """
+    frames = VisionGrid(5, 6, 7, tuple(range(90, 300, 42)))  # its first and last frames begin and end inside a tile
     chat = ModalityMap(
         [
             Segment(Modality.TEXT, 0, 90),
@@ -70,20 +92,59 @@ def check(
     scale = head_dim**-0.5
     heads = [PATTERNS[head % len(PATTERNS)] for head in range(num_heads)]
 
-    def planned(where: torch.device | str) -> PrefillPlan:
-        chunk = RequestChunk(chat, Q_START, TOKENS, 0, slots.to(where))
+    def planned(target: torch.device | str) -> PrefillPlan:
+        chunk = RequestChunk(chat, Q_START, TOKENS, 0, slots.to(target))
         return BatchPlanner([chunk], len(q)).plan(heads)
 
     exact, exact_lse = torch.empty(q.shape), torch.empty(q.shape[:2])
     reference.run(q.float(), k.float(), v.float(), planned("cpu"), scale, exact, exact_lse)
-    given, plan, found = [x.to(device) for x in (q, k, v)], planned(device), []
+    inputs, plan, outputs = [x.to(device) for x in (q, k, v)], planned(device), []
     for _ in range(2):
         out = torch.full(q.shape, torch.nan, dtype=dtype, device=device)
         lse = torch.full(q.shape[:2], torch.nan, device=device)
-        run(*given, plan, scale, out, lse)
-        found.append((out.float().cpu(), lse.cpu()))
-    (out, lse), again = found
-    # NaN must not pass as small.
+        run(*inputs, plan, scale, out, lse)
+        outputs.append((out.float().cpu(), lse.cpu()))
+    (out, lse), second = outputs
+    # A NaN must not pass as a small difference.
     error, lse_error = (float(x.abs().nan_to_num(torch.inf).max()) for x in (out - exact, lse - exact_lse))
-    repeatable = torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    repeatable = torch.equal(out, second[0]) and torch.equal(lse, second[1])
     return Answer(error, lse_error, repeatable, TOLERANCE[dtype])
+
+
+def why_unfit(runner: Any, executor: str, device: torch.device, ranks: int, dense_backend: str) -> str | None:
+    """Runs the case through the executor before the first request.
+
+    Args:
+        runner: SGLang's model runner; the case has its shapes.
+        executor: a name in `executors.EXECUTORS`.
+        device: where requests run. Nothing is checked on a CPU.
+        ranks: tensor-parallel ranks of the attention.
+        dense_backend: the backend that runs everything if the check fails; for the log.
+
+    Returns:
+        The dense_reason of every request if the check fails, else None.
+    """
+    kv_dtype, model_dtype = getattr(runner, "kv_cache_dtype", None), getattr(runner, "dtype", None)
+    if kv_dtype is not None and model_dtype is not None and kv_dtype != model_dtype:
+        logger.warning(
+            "mminfer: the KV cache stores %s and attention computes in %s, so every request runs dense, on %s. A "
+            "checkpoint may ask for that; --kv-cache-dtype bfloat16 keeps the cache as wide as the model.",
+            kv_dtype,
+            model_dtype,
+            dense_backend,
+        )
+        return "kv_cache_dtype"
+    if device.type == "cpu":
+        return None
+    model = runner.model_config
+    heads = model.num_attention_heads // ranks, model.get_num_kv_heads(ranks)
+    try:
+        answer = check(executors.EXECUTORS[executor], device, runner.dtype, model.head_dim, *heads)
+    except Exception:
+        logger.exception("mminfer: the %s executor does not run here; everything runs dense", executor)
+        return "executor_failed"
+    if answer.good:
+        logger.info("mminfer: the %s executor was checked on %s: %s", executor, device, answer)
+        return None
+    logger.error("mminfer: the %s executor is wrong here (%s); everything runs dense", executor, answer)
+    return "executor_failed"

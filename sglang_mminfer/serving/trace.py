@@ -1,11 +1,10 @@
-"""What the plugin tells about its work: one record per prefill batch and request, as JSON lines and as metrics."""
+"""The trace: one record for each prefill batch and request, in a file of JSON lines."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,13 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 class LayerAudit(msgspec.Struct, kw_only=True):
-    """How far one layer's sparse attention was from dense on sampled rows; see audit.py.
+    """How far one layer's sparse attention was from dense attention on sampled rows; see audit.py.
 
-    first_head, num_heads: the heads that it is about, counted over the whole model: in a file those of one rank, in
-    what `read_trace` gives those of all ranks.
-    error_mean, error_max: |o - o_dense| / |o_dense| over the rows of a head, mean and worst over heads.
-    worst_head: the head of error_max, counted over the whole model. recall_mean, recall_min: share of the dense
-    attention's mass that was visited, mean over a head's rows, mean and worst over heads.
+    Attributes:
+        layer: the layer's number.
+        rows: sampled rows.
+        error_mean, error_max: |o - o_dense| / |o_dense| over a head's rows; mean and maximum over heads.
+        worst_head: the head of error_max, counted over the whole model.
+        recall_mean, recall_min: the share of the dense attention's mass that was visited, mean over a head's rows; mean
+            and minimum over heads.
+        first_head, num_heads: the heads that this covers, counted over the whole model: in a file the heads of one
+            rank, in what `read_trace` returns the heads of all ranks.
     """
 
     layer: int
@@ -39,7 +42,7 @@ class LayerAudit(msgspec.Struct, kw_only=True):
     num_heads: int = 0
 
     def joined(self, other: LayerAudit) -> LayerAudit:
-        """Of the heads of both: the same layer and rows on another rank."""
+        """The figures over the heads of both: `other` has the same layer and rows on another rank."""
         share = other.num_heads / max(self.num_heads + other.num_heads, 1)
         worst = self if self.error_max >= other.error_max else other
         return LayerAudit(
@@ -56,10 +59,13 @@ class LayerAudit(msgspec.Struct, kw_only=True):
 
 
 class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A segment of a modality map: tokens [start, stop); grid: [frames, rows, cols] in tokens, if known.
+    """One segment of a modality map.
 
-    apart: the frames do not follow one another (timestamps between them), so where each begins is not told.
-    raster: False where the tokens of a frame have an order, and no rows and columns.
+    Attributes:
+        start, stop: tokens [start, stop).
+        grid: (frames, rows, cols) in tokens; None if unknown.
+        apart: other tokens, such as timestamps, lie between the frames, so the positions of frames are not recorded.
+        raster: False if the tokens of a frame have no rows and columns.
     """
 
     modality: str
@@ -71,7 +77,7 @@ class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def map_entries(modality_map: ModalityMap) -> list[MapEntry]:
-    """A map as the trace has it."""
+    """A map's segments as trace entries."""
     entries = []
     for segment in modality_map.segments:
         grid, entry = segment.grid, MapEntry(modality=segment.modality.value, start=segment.start, stop=segment.stop)
@@ -86,7 +92,7 @@ def map_entries(modality_map: ModalityMap) -> list[MapEntry]:
 
 
 def map_of_entries(entries: Sequence[MapEntry]) -> ModalityMap:
-    """The map again, without the rasters whose frames stand apart."""
+    """The map of trace entries. Segments whose frames lie apart get no grid."""
     from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 
     segments = []
@@ -101,19 +107,25 @@ def map_of_entries(entries: Sequence[MapEntry]) -> ModalityMap:
 
 
 class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One request in one prefill batch. Lengths in tokens; times in milliseconds, of the whole batch.
+    """One request in one prefill batch. Lengths are in tokens; times are in milliseconds, for the whole batch.
 
-    segments: segments of the request's modality map, 0 without one. sparse_layers: layers that ran sparse.
-    density: visited over causal pairs, mean over those layers and this rank's heads; None where dense.
-    dense_reason: why the request ran dense; None where it ran sparse.
-    density, attn_ms, forward_ms: None and 0 on a GPU without a trace, where nobody waits for the device to know.
-    forward_ms: from the start of planning to the end of the last attention layer, so all of the model but its
-    last MLP and head; the vision tower too, unless SGLang had the embeddings cached, and the audit.
-    map: the request's modality map, with the last chunk of its prompt only.
-    audit: one entry for each sparse layer, if the request is audited. audit_ms: what that took, of the whole
-    batch; not in attn_ms. audit_failures: (request, layer) audits of the batch that failed.
-    encoded_again: media of the batch that the vision encoder ran on once more, because SGLang's embedding cache
-    had refused them; see embedding_cache.py. encoded_again_ms: how long that took, part of forward_ms.
+    On a GPU without a trace, where nobody waits for the device, `density` is None and `attn_ms` and `forward_ms` are 0.
+
+    Attributes:
+        segments: segments of the request's modality map; 0 without a map.
+        sparse_layers: layers that ran sparse.
+        density: visited over causal pairs, mean over those layers and this rank's heads; None if the request ran dense.
+        dense_reason: why the request ran dense; None if it ran sparse.
+        plan_ms, attn_ms: time in planning, and in attention.
+        forward_ms: from the start of planning to the end of the last attention layer: all of the model except its last
+            MLP and its head, with the audit, and with the vision tower unless SGLang had the embeddings cached.
+        map: the request's modality map, only with the last chunk of its prompt.
+        audit: one entry for each sparse layer, if the request is audited.
+        audit_ms: time in audits, not part of attn_ms.
+        audit_failures: audits of a request's layer that failed.
+        encoded_again: media that the vision encoder ran on again, because SGLang's embedding cache had refused them;
+            see encoder_watch.py.
+        encoded_again_ms: the time that took, part of forward_ms.
     """
 
     rid: str
@@ -136,29 +148,44 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def rank_path(path: str | os.PathLike[str], rank: int, data_rank: int = 0) -> str:
-    """The file of a rank of the attention's tensor parallelism, in a group of its data parallelism."""
+    """The trace file of one rank.
+
+    Args:
+        path: the file of rank 0.
+        rank: in the attention's tensor parallelism.
+        data_rank: its group of data-parallel attention.
+    """
     return f"{os.fspath(path)}{f'.dp{data_rank}' if data_rank else ''}{f'.rank{rank}' if rank else ''}"
 
 
 class TraceFile:
-    """Appends records to the file that SGLANG_MMINFER_TRACE names. A file that cannot be written is said once."""
+    """Appends records to a file. If the file cannot be written, that is logged once and tracing stops.
+
+    Args:
+        path: the file; None: no trace.
+    """
 
     def __init__(self, path: str | None) -> None:
         self.path = path
 
     @classmethod
     def from_environment(cls, rank: int = 0, data_rank: int = 0) -> TraceFile:
-        """Rank 0 tells of everything, the others of the audits of their own heads, in FILE.rank1 and so on: ranks
-        that told each other would have to wait for each other, and one that failed would stop them all. With
-        data-parallel attention each group has requests of its own, and those of the second are in FILE.dp1."""
+        """The file that SGLANG_MMINFER_TRACE names, for one rank.
+
+        Rank 0 records everything. The other ranks record the audits of their own heads, in FILE.rank1 and so on: ranks
+        that sent each other their figures would have to wait for each other, and one that failed would stop them all.
+        With data-parallel attention each group has requests of its own; the second group writes FILE.dp1.
+        """
         path = settings.TRACE.read()
         return cls(rank_path(path, rank, data_rank) if path else None)
 
     @property
     def enabled(self) -> bool:
+        """Whether there is a file to write to."""
         return self.path is not None
 
     def append(self, records: list[PrefillRecord]) -> None:
+        """Appends the records, a line each."""
         if self.path is None:
             return
         try:
@@ -171,98 +198,11 @@ class TraceFile:
             self.path = None
 
 
-class Metrics:
-    """The same figures for SGLang's Prometheus endpoint. Made only where SGLang's metrics are on."""
-
-    def __init__(self) -> None:
-        # Imported late: prometheus_client reads SGLang's multiprocess directory when it is first imported.
-        from prometheus_client import Counter
-
-        self._requests = Counter(
-            "sglang:mminfer_prefill_requests",
-            "Requests in prefill batches by how they ran: sparse, or the reason for dense.",
-            labelnames=("ran",),
-        )
-        self._tokens = Counter(
-            "sglang:mminfer_prefill_tokens",
-            "New tokens in prefill batches by how they ran: sparse, or the reason for dense.",
-            labelnames=("ran",),
-        )
-        self._density_tokens = Counter(
-            "sglang:mminfer_density_tokens",
-            "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density. On a GPU only "
-            "with a trace, which waits for it.",
-        )
-        self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
-        self._attn_ms = Counter(
-            "sglang:mminfer_attn_ms",
-            "Milliseconds spent in attention of prefill batches; on a GPU only with a trace, which waits for it.",
-        )
-        self._again = Counter(
-            "sglang:mminfer_encoded_again",
-            "Media that the vision encoder ran on once more, because SGLang's embedding cache had refused them.",
-        )
-        self._again_ms = Counter("sglang:mminfer_encoded_again_ms", "Milliseconds that the encoder spent so.")
-
-    def add(self, records: list[PrefillRecord]) -> None:
-        for record in records:
-            ran = record.dense_reason or "sparse"
-            self._requests.labels(ran).inc()
-            self._tokens.labels(ran).inc(record.chunk_len)
-            if record.density is not None:
-                self._density_tokens.inc(record.density * record.chunk_len)
-        if records:
-            self._plan_ms.inc(records[0].plan_ms)
-            self._attn_ms.inc(records[0].attn_ms)
-            self._again.inc(records[0].encoded_again)
-            self._again_ms.inc(records[0].encoded_again_ms)
-
-
-class AuditMetrics:
-    """The audit's figures for the Prometheus endpoint, by layer. With tensor parallelism every rank adds its own."""
-
-    def __init__(self) -> None:
-        from prometheus_client import Counter  # late: see Metrics
-
-        self._rows, self._error, self._lost = (
-            Counter(f"sglang:mminfer_audit_{name}", text, labelnames=("layer",))
-            for name, text in (
-                ("rows", "Query rows of sparse prefills that were computed again densely, by layer."),
-                ("error_rows", "Relative output error times audited rows: over the rows it is the mean error."),
-                ("lost_rows", "Attention mass not visited times audited rows: 1 minus this over the rows is recall."),
-            )
-        )
-        self._ms = Counter("sglang:mminfer_audit_ms", "Milliseconds spent on audits.")
-        self._failures = Counter("sglang:mminfer_audit_failures", "Audits of a request's layer that failed.")
-
-    def add(self, audited: list[LayerAudit], milliseconds: float, failures: int) -> None:
-        for finding in audited:
-            layer = str(finding.layer)
-            self._rows.labels(layer).inc(finding.rows)
-            self._error.labels(layer).inc(finding.error_mean * finding.rows)
-            self._lost.labels(layer).inc((1.0 - finding.recall_mean) * finding.rows)
-        self._ms.inc(milliseconds)
-        self._failures.inc(failures)
-
-
-@cache
-def metrics() -> Metrics:
-    """This process's. Two-batch overlap makes three attention backends of a process, and a name counts once."""
-    return Metrics()
-
-
-@cache
-def audit_metrics() -> AuditMetrics:
-    """This process's."""
-    return AuditMetrics()
-
-
 def read_trace(path: str | os.PathLike[str]) -> list[PrefillRecord]:
-    """The records of a trace file, and of the groups of data-parallel attention that wrote beside it, with the audits
-    of all ranks.
+    """The records of a trace file and of the other data-parallel groups' files, with the audits of all ranks joined.
 
     Raises:
-        ValueError: naming the file and line that is not a record.
+        ValueError: naming the file and the line that is no record.
     """
     records, data_rank = _read_group(path), 1
     while os.path.exists(rank_path(path, 0, data_rank)):
@@ -275,13 +215,17 @@ def _read_group(path: str | os.PathLike[str]) -> list[PrefillRecord]:
     records = _read(path)
     rank = 1
     while os.path.exists(rank_path(path, rank)):
-        others: dict[tuple[str, int, int], list[list[LayerAudit]]] = {}
+        # By request and chunk, the latest first: `pop` takes the oldest, in the order of rank 0's records.
+        audits_of_rank: dict[tuple[str, int, int], list[list[LayerAudit]]] = {}
         for record in reversed(_read(rank_path(path, rank))):
-            others.setdefault((record.rid, record.prefix_len, record.chunk_len), []).append(record.audit or [])
+            audits_of_rank.setdefault((record.rid, record.prefix_len, record.chunk_len), []).append(record.audit or [])
         for record in records:
-            if record.audit and (same := others.get((record.rid, record.prefix_len, record.chunk_len))):
-                beside = {audit.layer: audit for audit in same.pop()}
-                record.audit = [own.joined(beside[own.layer]) if own.layer in beside else own for own in record.audit]
+            if record.audit and (queue := audits_of_rank.get((record.rid, record.prefix_len, record.chunk_len))):
+                other_heads = {other.layer: other for other in queue.pop()}
+                record.audit = [
+                    audit.joined(other_heads[audit.layer]) if audit.layer in other_heads else audit
+                    for audit in record.audit
+                ]
         rank += 1
     return records
 

@@ -1,7 +1,7 @@
 """m-RoPE positions of Qwen2-VL, Qwen2.5-VL and Qwen3-VL by the rule of the released model code.
 
-Written out here for the oracle: transformers' own has text go on behind a video's rows and columns even where its time
-went further, and SGLang's takes the seconds that it is told.
+The oracle has its own copy of the rule, because both others differ: in transformers, text after a video continues
+behind the video's rows and columns even if its time went further; SGLang takes the seconds that it is told.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a config says about positions.
+    """What a model's config says about positions.
 
     Attributes:
-        image, video: the ids of placeholders.
-        merge: patches along a side of a token.
-        tokens_per_second: positions that a second of a video is long; None where time is counted in steps (Qwen2-VL),
-            and where each step is a picture of its own behind its time in words (Qwen3-VL).
-        steps_apart: whether it is the latter.
+        image, video: the token ids of the placeholders.
+        merge: patches along one side of a token.
+        tokens_per_second: how many positions a second of video takes. None for models that count time in steps
+            (Qwen2-VL) and for models with `steps_apart`.
+        steps_apart: whether each step of a video is a picture of its own, behind its time in words (Qwen3-VL).
     """
 
     image: int
@@ -36,10 +36,10 @@ class Rule:
 
     @classmethod
     def of(cls, config: Any) -> Rule:
-        """Of a config of transformers.
+        """The rule of a model, from its transformers config.
 
         Raises:
-            ValueError: for a model type that this module knows nothing about.
+            ValueError: the model type is not one of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
         """
         kind = config.model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
@@ -63,25 +63,27 @@ def positions(
     """Time, row and column of each token: int64 [3, len(ids)].
 
     Args:
+        ids: the prompt's token ids, with one placeholder for each token of a medium.
         images, videos: grids in the order of the prompt.
-        seconds: of each video, from one step in time to the next; needed where the rule has `tokens_per_second`.
+        seconds: for each video, the seconds from one step in time to the next; needed if the rule has
+            `tokens_per_second`.
 
     Raises:
-        ValueError: if placeholders and grids do not fit.
+        ValueError: placeholders and grids do not fit.
     """
     media = {rule.image: _pictures(images, rule), rule.video: _steps(videos, seconds, rule)}
     word, nothing = torch.zeros(3, 1, dtype=torch.int64), torch.empty(3, 0)
     parts: list[torch.Tensor] = []
-    at = following = 0
-    while at < len(ids):
-        part = next(media[ids[at]], nothing) if ids[at] in media else word
+    token = next_position = 0
+    while token < len(ids):
+        part = next(media[ids[token]], nothing) if ids[token] in media else word
         tokens = part.shape[1]
-        if part is not word and (not tokens or list(ids[at : at + tokens]) != [ids[at]] * tokens):
-            raise ValueError(f"m-RoPE: placeholders from token {at} on do not fit the grids {images} and {videos}")
-        parts.append(part + following)
-        at += tokens
-        following = int(parts[-1].max()) + 1  # text, and what comes next, behind the highest position
-    if any(next(left, None) is not None for left in media.values()):
+        if part is not word and (not tokens or list(ids[token : token + tokens]) != [ids[token]] * tokens):
+            raise ValueError(f"m-RoPE: placeholders from token {token} on do not fit the grids {images} and {videos}")
+        parts.append(part + next_position)
+        token += tokens
+        next_position = int(parts[-1].max()) + 1  # whatever comes next starts after the highest position
+    if any(next(raster, None) is not None for raster in media.values()):
         raise ValueError(f"m-RoPE: the prompt has fewer placeholders than the grids {images} and {videos}")
     return torch.cat(parts, dim=1)
 
@@ -92,7 +94,7 @@ def _pictures(grids: Sequence[Grid], rule: Rule) -> Iterator[torch.Tensor]:
 
 
 def _steps(grids: Sequence[Grid], seconds: Sequence[float], rule: Rule) -> Iterator[torch.Tensor]:
-    """Of each run of placeholders of videos."""
+    """[3, tokens] for each run of video placeholders."""
     if rule.tokens_per_second is not None and len(seconds) != len(grids):
         raise ValueError(f"m-RoPE: expected the seconds of {len(grids)} videos, got {len(seconds)}")
     for i, (steps, height, width) in enumerate(grids):
@@ -101,7 +103,7 @@ def _steps(grids: Sequence[Grid], seconds: Sequence[float], rule: Rule) -> Itera
             for _ in range(steps):
                 yield _raster(torch.zeros(1, dtype=torch.int64), rows, columns)
         elif rule.tokens_per_second is not None:
-            # In fp32, as in the released code: the product is cut to whole numbers, and near one it matters.
+            # In fp32, as in the released code: the product is truncated, so its rounding matters near whole numbers.
             time = torch.arange(steps) * torch.tensor(seconds[i], dtype=torch.float32) * rule.tokens_per_second
             yield _raster(time.long(), rows, columns)
         else:

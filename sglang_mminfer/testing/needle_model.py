@@ -1,7 +1,8 @@
-"""A fresh Qwen2.5-VL that half an hour on one processor core teaches to find needles, with its processor.
+"""An untrained small Qwen2.5-VL, with its processor, that learns to find needles in half an hour on one CPU core.
 
-Like `tiny_model` a complete checkpoint of the real architecture, but made to be trained: a small vocabulary in which
-each needle in a text is one token, and pictures of 112 x 112 that the processor leaves as they are.
+Like `tiny_model`, this makes a complete checkpoint of the real architecture, but one that is meant to be trained: it
+has a small vocabulary in which each needle in a text is one token, and a processor that leaves pictures of 112 x 112
+pixels as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SIZES: dict[str, int] = {
 
 
 def make_processor() -> Any:
-    """Tokenizer, chat template, image and video processor, as one Qwen2_5_VLProcessor."""
+    """A Qwen2_5_VLProcessor: tokenizer, chat template, image and video processor."""
     import transformers
     from tokenizers import AddedToken, pre_tokenizers, trainers
 
@@ -59,7 +60,7 @@ def make_processor() -> Any:
         model_max_length=131072,
         clean_up_tokenization_spaces=False,
     )
-    # One token with the space before it, so that a needle in a text is one row of attention, as a card is.
+    # A needle and the space before it are one token, so that a needle in a text is one row of attention, as a card is.
     tokenizer.add_tokens([AddedToken(word, lstrip=True, normalized=False) for word in NEEDLE_WORDS])
     image = transformers.Qwen2VLImageProcessor(size={"shortest_edge": SMALLEST, "longest_edge": LARGEST_IMAGE})
     video = transformers.Qwen2VLVideoProcessor(
@@ -104,7 +105,7 @@ def make_model(tokenizer: Any, seed: int, **sizes: int) -> Any:
         "patch_size": 14,
         "in_chans": 3,
         "window_size": 112,
-        # None: SGLang shows such a block the whole video, transformers one frame.
+        # Empty, because SGLang lets such a block see the whole video, and transformers only one frame.
         "fullatt_block_indexes": [],
         "tokens_per_second": 2,
     }
@@ -135,7 +136,7 @@ def make_model(tokenizer: Any, seed: int, **sizes: int) -> Any:
 
 
 def save_checkpoint(model: Any, processor: Any, folder: Path) -> None:
-    """Writes a folder that SGLang and transformers load: weights in bf16, config, tokenizer, processor."""
+    """Write a folder that SGLang and transformers can load: weights in bf16, config, tokenizer, processor."""
     import copy
 
     folder.mkdir(parents=True, exist_ok=True)

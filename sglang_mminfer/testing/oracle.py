@@ -1,22 +1,23 @@
-"""What Hugging Face transformers answers to a conversation, to hold a server against, logit by logit.
+"""The answer of Hugging Face transformers to a conversation, to compare a server with, logit by logit.
 
     oracle = HFOracle(path)
     expected = oracle.answer(messages, max_new_tokens=8)
     got = ask(server.client(), messages, max_new_tokens=8)
     assert compare(expected, got).max_difference < 1e-4
 
-Independent of the server: media are read with PIL and PyAV (`oracle_media`); which frames of a video are shown, their
-size and their seconds (`qwen_video`) and m-RoPE positions (`mrope`) follow the released model code, written out here.
-The rest is transformers alone: the checkpoint's own processor, which is told the true frame rate, vision tower,
-language model, KV cache and greedy choice, on dense attention in fp32. No module of SGLang is imported, and none of
-this plugin's models and processors (a test).
+The oracle is independent of the server. PIL and PyAV read the media (`oracle_media`). The choice, size and seconds of
+a video's frames (`qwen_video`) and the m-RoPE positions (`mrope`) follow the released model code, written out here.
+All else is transformers: the checkpoint's processor, which is told the true frame rate, vision tower, language model,
+KV cache and greedy choice, with dense attention in fp32. The oracle imports no module of SGLang and none of this
+plugin's models and processors; a test holds this.
 
-`OracleAnswer.prompt_ids` of both sides should be compared, too: a server that was shown another number of frames has
-other ones.
+`OracleAnswer.prompt_ids` of both sides should be compared, too: they differ if the server was shown another number
+of frames.
 
-Where SGLang 0.5.23 differs from the released code whatever attends in the language model: vision blocks of Qwen2.5-VL
-with full attention see the whole video there, one frame in transformers and in the released code. `frames="joint"`
-shows them the whole video here, too. The tiny checkpoints have no such block by default.
+SGLang 0.5.23 differs from the released code in one respect that has nothing to do with the language model's attention:
+its vision blocks of Qwen2.5-VL with full attention see the whole video; in transformers and in the released code they
+see one frame. `frames="joint"` lets them see the whole video here, too. The tiny checkpoints have no such block by
+default.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class OracleAnswer:
-    """A greedy continuation and what was probable at each of its positions."""
+    """A greedy continuation and the most probable tokens at each of its positions."""
 
     prompt_ids: list[int]
     token_ids: list[int]
     top_logprobs: list[dict[int, float]]
-    """For each generated position: token id to natural log-probability, the most probable ones."""
+    """For each generated position: token id -> natural log-probability, for the most probable tokens."""
     text: str
     cached_tokens: int | None = None
-    """Tokens of the prompt that a server took from its cache; None where there is none."""
+    """How many tokens of the prompt a server took from its radix cache; None for the oracle, which has no cache."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two answers to one conversation are apart."""
+    """How far apart two answers to one conversation are."""
 
     prompt_equal: bool
     tokens_equal: bool
     max_difference: float
-    """Of the log-probabilities, at every position that both reached with the same tokens before it."""
+    """The largest difference of log-probabilities, over the positions before which both have the same tokens."""
     compared_positions: int
 
     def __str__(self) -> str:
@@ -67,14 +68,17 @@ class Comparison:
 
 
 class HFOracle:
-    """Transformers' own model and the checkpoint's own processor, in this process.
+    """Transformers' model and the checkpoint's processor, in this process.
 
     Args:
         path: the checkpoint.
-        attention: "sdpa" or "eager", of transformers.
-        mm_process_config: what the server was given as --mm-process-config.
-        frames: what vision blocks with full attention see: their frame ("apart", transformers' way) or the
-            whole video ("joint", SGLang's way with Qwen2.5-VL).
+        attention: transformers' attention implementation, "sdpa" or "eager".
+        mm_process_config: the server's --mm-process-config.
+        frames: what vision blocks with full attention see: their own frame ("apart", as in transformers) or the
+            whole video ("joint", as in SGLang's Qwen2.5-VL).
+
+    Raises:
+        ValueError: `frames` is neither of these.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class HFOracle:
     def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
         """The model's inputs for the prompt of a conversation: ids, pixels, grids, m-RoPE positions.
 
-        A subclass whose server has other ids for the same prompt adds them as "prompt_ids".
+        If the server has other ids for the same prompt, a subclass adds them as "prompt_ids".
         """
         rendered, images, videos = split_messages(messages)
         text = self.processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
@@ -115,12 +119,12 @@ class HFOracle:
             arguments["videos"] = [video.frames for video in sampled]
             arguments["videos_kwargs"] = {
                 **{key: value for key, value in options.items() if key not in qwen_video.OPTIONS},
-                # The frames are chosen, and this is when they were.
+                # The frames are chosen already; the metadata tells when in the video they are.
                 "do_sample_frames": False,
                 "video_metadata": [video.metadata for video in sampled],
             }
         inputs = self.processor(text=[text], padding=True, return_tensors="pt", **arguments)
-        for name in ("video_metadata", "second_per_grid_ts"):  # the positions have it
+        for name in ("video_metadata", "second_per_grid_ts"):  # the positions hold this already
             inputs.pop(name, None)
         inputs["position_ids"] = mrope.positions(
             inputs["input_ids"][0].tolist(),
@@ -133,27 +137,31 @@ class HFOracle:
 
     @torch.no_grad()
     def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:
-        """The greedy continuation of exactly `max_new_tokens` tokens (an end-of-turn token does not stop it)."""
+        """The greedy continuation: exactly `max_new_tokens` tokens, because an end-of-turn token does not stop it."""
         inputs = self.inputs(messages)
         prompt_ids = inputs.pop("prompt_ids", inputs["input_ids"])[0].tolist()
-        places = inputs.get("position_ids")
+        positions = inputs.get("position_ids")
         token_ids: list[int] = []
-        tops: list[dict[int, float]] = []
+        top_tokens: list[dict[int, float]] = []
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         for i in range(max_new_tokens):
             logprobs = torch.log_softmax(output.logits[0, -1].float(), dim=-1)
             values, ids = logprobs.topk(top_logprobs)
-            tops.append(dict(zip(ids.tolist(), values.tolist())))
+            top_tokens.append(dict(zip(ids.tolist(), values.tolist())))
             token_ids.append(int(logprobs.argmax()))
             if len(token_ids) < max_new_tokens:
                 step = torch.tensor([token_ids[-1:]])
-                # Without positions of its own a model of transformers counts on from the prompt's length.
-                place = {} if places is None else {"position_ids": torch.full((3, 1, 1), int(places.max()) + 1 + i)}
-                output = self.model(input_ids=step, past_key_values=output.past_key_values, use_cache=True, **place)
-        return OracleAnswer(prompt_ids, token_ids, tops, self.decode(token_ids))
+                # Without explicit positions transformers would count on from the prompt's length.
+                step_position = (
+                    {} if positions is None else {"position_ids": torch.full((3, 1, 1), int(positions.max()) + 1 + i)}
+                )
+                output = self.model(
+                    input_ids=step, past_key_values=output.past_key_values, use_cache=True, **step_position
+                )
+        return OracleAnswer(prompt_ids, token_ids, top_tokens, self.decode(token_ids))
 
     def decode(self, token_ids: list[int]) -> str:
-        """The words of an answer."""
+        """The text of an answer."""
         return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
@@ -166,11 +174,11 @@ def ask(
     model: str = "default",
     **extra: Any,
 ) -> OracleAnswer:
-    """The same question to a server, through the official client's chat completions.
+    """Ask a server the same question, through the official client's chat completions.
 
     Args:
-        client: of `Server.client()`, or any OpenAI client whose server is SGLang.
-        extra: further request fields.
+        client: `Server.client()`, or any OpenAI client of an SGLang server.
+        extra: further fields of the request.
     """
     response = client.chat.completions.create(
         model=model,
@@ -183,29 +191,29 @@ def ask(
     )
     choice = response.choices[0].model_dump()
     meta = choice["meta_info"]
-    # Ids come with the raw entries only: the text of a token that is a fragment of a character is lost.
-    tops = [{int(token): float(value) for value, token, _ in row} for row in meta["output_top_logprobs"]]
+    # Only the raw entries have token ids. From its text alone a token that is a fragment of a character is unknown.
+    top_tokens = [{int(token): float(value) for value, token, _ in row} for row in meta["output_top_logprobs"]]
     return OracleAnswer(
         prompt_ids=choice["prompt_token_ids"],
         token_ids=[int(token) for _, token, _ in meta["output_token_logprobs"]],
-        top_logprobs=tops,
+        top_logprobs=top_tokens,
         text=choice["message"]["content"] or "",
         cached_tokens=meta.get("cached_tokens"),
     )
 
 
 def compare(a: OracleAnswer, b: OracleAnswer) -> Comparison:
-    """Compares two answers. Positions after the first different token are left out: they continue other texts.
+    """Compare two answers. Positions after the first different token are left out: they continue different texts.
 
-    A token that only one side lists is less probable on the other than all that it lists, so at least that
-    distance counts.
+    If only one side lists a token, the other side's probability of it is below all that the other side lists, so the
+    distance to the least of those counts.
     """
     largest, positions = 0.0, 0
     for i, (left, right) in enumerate(zip(a.top_logprobs, b.top_logprobs)):
         positions += 1
-        for one, other in ((left, right), (right, left)):
+        for listed, other in ((left, right), (right, left)):
             least = min(other.values(), default=float("-inf"))
-            for token, value in one.items():
+            for token, value in listed.items():
                 distance = abs(value - other[token]) if token in other else max(0.0, value - least)
                 largest = max(largest, distance)
         if a.token_ids[i] != b.token_ids[i]:
@@ -214,13 +222,17 @@ def compare(a: OracleAnswer, b: OracleAnswer) -> Comparison:
 
 
 def _join_frames(tower: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """One attention segment for each picture or video; transformers makes one for each frame."""
+    """A hook: make one attention segment for each picture or video, where transformers makes one for each frame."""
     ends = kwargs["grid_thw"].prod(-1).cumsum(0, dtype=torch.int32)
     return args, {**kwargs, "cu_seqlens": torch.nn.functional.pad(ends, (1, 0))}
 
 
 def split_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Messages for a chat template, and the URLs of images and of videos in their order."""
+    """Messages for a chat template, and the URLs of the images and of the videos in their order.
+
+    Raises:
+        ValueError: a part of a message is no text, image or video.
+    """
     rendered: list[dict[str, Any]] = []
     images: list[str] = []
     videos: list[str] = []

@@ -1,7 +1,7 @@
-"""Media as an oracle sees them: pictures by PIL, videos by PyAV.
+"""Media as an oracle reads them: pictures with PIL, videos with PyAV.
 
-Nothing here is SGLang's, or this plugin's own: an oracle that borrows a server's loaders repeats their mistakes.
-FFmpeg converts 8-bit video to RGB with its default flags, here as in decord, and the bytes are the same (a test).
+No loader here is SGLang's or this plugin's: an oracle that borrows a server's loaders repeats their mistakes. FFmpeg
+converts 8-bit video to RGB with its default flags, here as in decord, so the bytes are the same; a test holds this.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _TIMEOUT = 30
-"""Seconds for a download."""
+"""How many seconds a download may take."""
 
 
 def read_bytes(url: str) -> bytes:
     """The content of an http(s):, file: or data: URL, or of the file with this path.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if a data: URL is not well-formed.
+        OSError: it cannot be read.
+        ValueError: a data: URL is not well-formed.
     """
     scheme, _, rest = url.partition(":")
     if scheme == "data":
@@ -54,12 +54,11 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_picture(url: str) -> Image.Image:
-    """A picture as a viewer shows it: RGB, upright (EXIF), the first frame of an animation, white
-    where it is transparent.
+    """A picture as a viewer shows it: RGB, upright (EXIF), the first frame of an animation, white where transparent.
 
     Raises:
-        OSError: if it cannot be read, or is no picture.
-        ValueError: if its mode has no agreed 8-bit version (32-bit integers above 65,535; floats).
+        OSError: it cannot be read, or it is no picture.
+        ValueError: its mode has no agreed 8-bit version (32-bit integers above 65,535; floats).
     """
     from PIL import Image, ImageOps
 
@@ -72,22 +71,22 @@ def read_picture(url: str) -> Image.Image:
     if picture.mode == "F":
         raise ValueError("picture: a mode with an agreed 8-bit version was expected, got floats (F)")
     if picture.mode in _WITH_ALPHA or "transparency" in picture.info:
-        shown = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
+        with_alpha = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha).convert("RGB")
     return picture.convert("RGB")
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """The high byte of 16-bit grey. Pillow has some 16-bit files as 32-bit integers."""
+    """The high byte of 16-bit grey. Pillow reads some 16-bit files as 32-bit integers."""
     from PIL import Image
 
     values = np.asarray(picture)
-    most = int(values.max(initial=0))
-    if most > 0xFFFF or int(values.min(initial=0)) < 0:
-        raise ValueError(f"picture: grey values from 0 to 65,535 were expected, got up to {most}")
-    # Integers that fit into a byte are one already, unless the file says that it has 16 bits.
-    wide = picture.mode in _SIXTEEN_BITS or most > 0xFF
-    return Image.fromarray((values >> (8 if wide else 0)).astype(np.uint8))
+    largest = int(values.max(initial=0))
+    if largest > 0xFFFF or int(values.min(initial=0)) < 0:
+        raise ValueError(f"picture: grey values from 0 to 65,535 were expected, got up to {largest}")
+    # Integers that fit into a byte are bytes already, unless the file says that it has 16 bits.
+    is_16_bit = picture.mode in _SIXTEEN_BITS or largest > 0xFF
+    return Image.fromarray((values >> (8 if is_16_bit else 0)).astype(np.uint8))
 
 
 # ---- videos ------------------------------------------------------------------------------------------------
@@ -95,14 +94,18 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Video:
-    """A video of a file or a URL."""
+    """A video, read from a file or a URL."""
 
     content: bytes
-    """The file."""
+    """The bytes of the file."""
 
     @cached_property
     def fps(self) -> float:
-        """Frames a second, on average."""
+        """Frames per second, on average.
+
+        Raises:
+            ValueError: the file has no frame rate.
+        """
         with self._opened() as container:
             rate = container.streams.video[0].average_rate
         if not rate:
@@ -110,7 +113,7 @@ class Video:
         return float(rate)
 
     def __len__(self) -> int:
-        """Frames that can be decoded; what a header says about their number does not count."""
+        """How many frames can be decoded. The number in the file's header does not count."""
         return self._length
 
     @cached_property
@@ -121,19 +124,19 @@ class Video:
         """uint8 [len(indices), height, width, 3], upright, in the order of `indices`, which may repeat.
 
         Raises:
-            IndexError: if the video has no such frame.
+            IndexError: the video has no such frame.
         """
-        wanted, last = set(indices), max(indices)
-        found: dict[int, np.ndarray] = {}
+        needed, last = set(indices), max(indices)
+        frames: dict[int, np.ndarray] = {}
         for i, frame in enumerate(self._decoded()):
-            if i in wanted:
-                # A frame that was filmed sideways says so; rotation is in degrees against the clock.
-                found[i] = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+            if i in needed:
+                # A frame filmed sideways has a rotation, in degrees anticlockwise.
+                frames[i] = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
             if i >= last:
                 break
-        if missing := wanted - set(found):
+        if missing := needed - set(frames):
             raise IndexError(f"video: no frame {min(missing)} in a video of {len(self)} frames")
-        return np.stack([found[i] for i in indices])
+        return np.stack([frames[i] for i in indices])
 
     def _opened(self) -> Any:
         import av
@@ -146,5 +149,8 @@ class Video:
 
 
 def open_video(url: str | os.PathLike[str]) -> Video:
-    """A video of an http(s):, file: or data: URL, or a path. Errors: as `read_bytes`; PyAV's when it is decoded."""
+    """A video from an http(s):, file: or data: URL, or from a path.
+
+    Raises what `read_bytes` raises; decoding the video later raises PyAV's errors.
+    """
     return Video(read_bytes(os.fspath(url)))

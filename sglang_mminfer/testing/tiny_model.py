@@ -1,16 +1,16 @@
-"""Tiny random checkpoints of real architectures, made on the spot: nothing has to be downloaded.
+"""Tiny random checkpoints of real architectures, made locally: nothing has to be downloaded.
 
     python -m sglang_mminfer.testing.tiny_model PATH [--arch qwen2_vl] [--layers 4] ...
 
-A checkpoint is complete (config, weights, tokenizer, chat template, image and video processor), so that
-transformers and SGLang load it through the same code as a released one. What it says is nonsense, but not
-degenerate, because a test must be able to see a wrong mask:
+A checkpoint is complete (config, weights, tokenizer, chat template, image and video processor), so transformers and
+SGLang load it through the same code as a released checkpoint. Its answers are nonsense, but they are not degenerate,
+because a test must be able to see a wrong mask:
 
-* queries and keys are drawn wide enough for softmax to be peaked: each row rests on a handful of keys, and
-  dropping one changes the answer;
-* the output layer is nearly blind to everything but whole words, so that a greedy answer is readable, never
-  stops by chance, and reads back to the very tokens that were generated. A later turn therefore finds the
-  whole conversation, answers included, in the radix cache.
+* Queries and keys have a spread that makes softmax peaked: each row depends on a handful of keys, and dropping one
+  of them changes the answer.
+* The output layer mutes all tokens but whole words. So a greedy answer is readable, never stops by chance, and its
+  text encodes to the very tokens that were generated. A later turn therefore finds the whole conversation, answers
+  included, in the radix cache.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "tiny_model.json"
 RECIPE_VERSION = 2
-"""Counts up when the same arguments would make other bytes, so that stale checkpoints are made again."""
+"""Increased when the same arguments make other bytes, so that stale checkpoints are made again."""
 
-# Qwen2.5-VL's special tokens in its own order. Ids follow the byte-level vocabulary, as in the real one.
+# Qwen2.5-VL's special tokens in their order. Their ids follow the byte-level vocabulary, as in the real tokenizer.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -52,7 +52,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# What the model can say. Single words, because each becomes one token (with a space before it).
+# The words of an answer. Single words, because each becomes one token, together with the space before it.
 WORDS = """
 a above across after again air all along always an and animal another any apple are arm around arrow as ask at
 autumn away back bag ball bank bar bare basket be bear beat bed bell below bend beside between big bird bitter
@@ -83,7 +83,7 @@ whistle white wide wind window wing winter wire with wolf woman wood word work w
 yes you young zebra
 """
 
-# What the vocabulary also knows, so that a prompt does not fall apart into letters.
+# Further words of the vocabulary, so that a prompt does not fall apart into letters.
 PROMPT_WORDS = """
 You are a helpful assistant. user system assistant What is this? What do you see in the video? How many? Describe
 the picture. Is that so? And now? Which one came first? Compare both. Where did it go? Tell me more. Why? Who?
@@ -119,46 +119,47 @@ CHAT_TEMPLATE = """\
 PLACEHOLDERS = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
 """What the chat template writes for a picture and for a video."""
 
-# Images and videos shrink to 4 patches and no further: a test wants to count its tokens on its fingers.
+# Images and videos shrink to as little as 4 tokens, so that a test can count its tokens on its fingers.
 MIN_PIXELS = 4 * 28 * 28
 MAX_IMAGE_PIXELS = 1280 * 28 * 28
 MAX_VIDEO_PIXELS = 768 * 28 * 28
 
-# Standard deviation of a row's attention logits: a handful of keys out of a hundred carry a row.
+# Standard deviation of a row's attention logits, chosen so that a handful of keys out of a hundred carry a row.
 ATTENTION_SPREAD = 3.0
-# The same in the vision tower. It need not be peaked, and what it rounds is magnified by all that follows.
+# The same in the vision tower. It need not be peaked, and all later layers magnify its rounding errors.
 VISION_SPREAD = 1.0
-# The same for the logits of words, and how much smaller the logits of everything else are.
+# Standard deviation of the logits of words, and the factor on the logits of all other tokens.
 LOGIT_SPREAD = 2.5
 MUTED = 0.02
-# How many LOGIT_SPREADs the word just said loses, were its embedding all that is left of it at the end.
+# By how many LOGIT_SPREADs the last word's own logit falls, if the hidden state is the word's embedding alone.
 REPULSION = 4.0
-# Of a token embedding, against about 1 for what each layer adds: the last token may not decide alone.
+# Standard deviation of a token embedding, against about 1 for what each layer adds: the last token must not decide
+# the answer alone.
 EMBEDDING_SPREAD = 1.0
 
 
 class Recipe(TypedDict, total=False):
-    """What a tiny model may be asked to be. The values that apply otherwise are in DEFAULTS."""
+    """The arguments of a tiny model. DEFAULTS has their defaults."""
 
     seed: int
-    """Of the weights."""
+    """The random seed of the weights."""
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     hidden: int
-    """Always heads * head_dim; may be given, and is then checked."""
+    """Must equal heads * head_dim if it is given."""
     intermediate: int
-    """Width of the MLP; 0 takes 2 * hidden."""
+    """Width of the MLP; 0 means 2 * hidden."""
     vocab: int
-    """Rows of the embedding; 0 takes what the tokenizer has, rounded up to 64."""
+    """Rows of the embedding; 0 means the size of the tokenizer's vocabulary, rounded up to a multiple of 64."""
     max_positions: int
     vision_depth: int
     vision_hidden: int
     vision_heads: int
     vision_full_blocks: int
-    """Qwen2.5-VL: how many of the last vision blocks see whole pictures in place of windows. None, because
-    SGLang lets them see the whole video where transformers keeps to a frame: not comparable, and quadratic."""
+    """Qwen2.5-VL: how many of the last vision blocks see whole pictures instead of windows. The default is 0, because
+    SGLang lets such blocks see the whole video, and transformers only one frame: not comparable, and quadratic."""
     rope_theta: float
 
 
@@ -180,25 +181,24 @@ DEFAULTS: dict[str, int | float] = {
 
 
 def make_tiny_qwen2_5_vl(path: str | os.PathLike[str], **recipe: Unpack[Recipe]) -> Path:
-    """Writes a tiny random Qwen2.5-VL to the folder `path` and returns it. Keyword arguments: `Recipe`.
+    """Write a tiny random Qwen2.5-VL to the folder `path` and return the folder. Keyword arguments: `Recipe`.
 
-    The same arguments give the same bytes. A folder that already holds this recipe is left alone; one that
-    holds another recipe is made again.
+    The same arguments give the same bytes. A folder that holds the same recipe already is left alone; a folder with
+    another recipe is made again.
 
     Raises:
-        ValueError: for sizes that do not fit each other, and if `path` holds something that this function
-            did not make.
+        ValueError: the sizes do not fit each other, or `path` holds something that this function did not make.
     """
     return _make(path, "qwen2_5_vl", dict(recipe))
 
 
 def make_tiny_qwen2_vl(path: str | os.PathLike[str], **recipe: Unpack[Recipe]) -> Path:
-    """Writes a tiny random Qwen2-VL to the folder `path`. Arguments as for `make_tiny_qwen2_5_vl`."""
+    """Write a tiny random Qwen2-VL to the folder `path`. Arguments and errors are those of `make_tiny_qwen2_5_vl`."""
     return _make(path, "qwen2_vl", dict(recipe))
 
 
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    recipe = dict(given)
+def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
+    recipe = dict(arguments)
     hidden = recipe.pop("hidden", None)
     unknown = sorted(set(recipe) - set(DEFAULTS))
     if unknown:
@@ -228,16 +228,16 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def _make(path: str | os.PathLike[str], arch: str, given: dict[str, Any]) -> Path:
-    recipe = _checked(given)
+def _make(path: str | os.PathLike[str], arch: str, arguments: dict[str, Any]) -> Path:
+    recipe = _checked(arguments)
     return make_checkpoint(path, {"arch": arch, **recipe}, lambda fresh: _write(fresh, arch, recipe))
 
 
 def make_checkpoint(path: str | os.PathLike[str], recipe: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Has `write` fill the folder `path`, unless it holds what the same recipe made before. Returns the folder.
+    """Let `write` fill the folder `path`, unless the folder holds the same recipe already. Returns the folder.
 
     Raises:
-        ValueError: if `path` holds something that was not made here.
+        ValueError: `path` holds something that this function did not make.
     """
     import transformers
 
@@ -248,7 +248,7 @@ def make_checkpoint(path: str | os.PathLike[str], recipe: dict[str, Any], write:
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _recipe(target))):
         raise ValueError(f"{target}: expected an empty folder or a tiny model, found something else")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside the target and moved into place, so that another process never reads half a checkpoint.
+    # Write beside the target, then move into place: another process must never read half a checkpoint.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         fresh = Path(scratch) / "model"
         fresh.mkdir()
@@ -259,7 +259,7 @@ def make_checkpoint(path: str | os.PathLike[str], recipe: dict[str, Any], write:
         try:
             os.replace(fresh, target)
         except OSError:
-            if not _holds(target, recipe):  # somebody else made the same one in the meantime: fine
+            if not _holds(target, recipe):  # another process may have made the same one in the meantime
                 raise
     return target
 
@@ -290,32 +290,32 @@ def _write(path: Path, arch: str, recipe: dict[str, Any]) -> None:
 
 
 def vocabulary_rows(tokenizer: Any) -> int:
-    """Rows of an embedding that holds all tokens: a multiple of 64, as released checkpoints have it."""
+    """Rows of an embedding for all tokens: a multiple of 64, as in released checkpoints."""
     return -(-len(tokenizer) // 64) * 64
 
 
 def save_processor(processor: Any, path: Path) -> None:
-    """Writes a processor with images and video as released checkpoints carry it."""
+    """Write a processor for text, images and videos, with the files of a released checkpoint."""
     processor.save_pretrained(path)
-    # Released checkpoints carry these two files, and some loaders look for nothing else.
+    # Released checkpoints have these two files, and some loaders look for nothing else.
     processor.image_processor.save_pretrained(path)
     video = processor.video_processor.to_dict()
     (path / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2, sort_keys=True) + "\n")
 
 
 def save_model(model: Any, path: Path) -> None:
-    """Writes config and weights, without a progress bar."""
+    """Write config and weights, without a progress bar."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    had_progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model.save_pretrained(path)
     finally:
-        if shown:
+        if had_progress_bar:
             logging.enable_progress_bar()
     for file in path.glob("*.safetensors"):
-        file.chmod(0o644)  # written for its owner alone, unlike everything beside it
+        file.chmod(0o644)  # save_pretrained makes them readable for the owner only
 
 
 def _train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -332,8 +332,8 @@ def _train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
         show_progress=False,
     )
     spaced = [f" {word}" for word in WORDS.split()]
-    # Words of a prompt also stand at the start of a line, without a space. They weigh more, so that their
-    # merges come first whatever else shares their letters.
+    # A word of a prompt may also stand at the start of a line, without a space. Prompt words weigh more, so that
+    # their merges come before those of other words with the same letters.
     prompt = [form for word in PROMPT_WORDS.split() for form in (word, f" {word}") for _ in range(100)]
     tokenizer.train_from_iterator([*spaced, *prompt], trainer)
     state = json.loads(tokenizer.to_str())["model"]
@@ -343,9 +343,9 @@ def _train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE) -> Any:
-    """Qwen2's tokenizer with a small vocabulary. The special tokens follow it in their order, padding first.
+    """Qwen2's tokenizer with a small vocabulary, then the special tokens in their order, the padding token first.
 
-    Without a chat template, give an empty one.
+    An empty `chat_template` means none.
     """
     import transformers
 
@@ -368,7 +368,7 @@ def _processor(arch: str) -> Any:
 
     tokenizer = make_tokenizer()
     image = transformers.Qwen2VLImageProcessor(size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_IMAGE_PIXELS})
-    # `cap_pixels_per_frame` unset is the released default; False says the same without a warning.
+    # Released checkpoints leave `cap_pixels_per_frame` unset; False means the same, without a warning.
     video = transformers.Qwen2VLVideoProcessor(
         size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_VIDEO_PIXELS}, cap_pixels_per_frame=False
     )
@@ -377,7 +377,7 @@ def _processor(arch: str) -> Any:
 
 
 def spoken_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
-    """bool [rows]: the tokens that are a whole word with its space."""
+    """bool [rows]: True for the tokens that are a word of WORDS with the space before it."""
     spoken = torch.zeros(rows, dtype=torch.bool)
     for word in WORDS.split():
         (token,) = tokenizer.encode(f" {word}", add_special_tokens=False)
@@ -402,14 +402,14 @@ def _model(arch: str, recipe: dict[str, Any], rows: int, tokenizer: Any) -> Any:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": float(recipe["rope_theta"]),
-            # The real ones are 16, 24, 24 of 64: time, rows, columns.
+            # Time, rows, columns. The real model has 16, 24, 24 of 64.
             "mrope_section": [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16],
         },
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
         "use_sliding_window": False,
     }
-    # "in_chans" is how released checkpoints say it, and the one SGLang's Qwen2-VL reads.
+    # Released checkpoints call it "in_chans", and SGLang's Qwen2-VL reads this name.
     shared = {"depth": recipe["vision_depth"], "num_heads": recipe["vision_heads"], "patch_size": 14, "in_chans": 3}
     tokens = {
         "image_token_id": ids["<|image_pad|>"],
@@ -442,7 +442,7 @@ def _model(arch: str, recipe: dict[str, Any], rows: int, tokenizer: Any) -> Any:
 
 
 def generation_config(tokenizer: Any) -> Any:
-    """Greedy, with the stop tokens of `make_tokenizer`."""
+    """A GenerationConfig: greedy, with the stop tokens of `make_tokenizer`."""
     import transformers
 
     pad, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
@@ -451,11 +451,15 @@ def generation_config(tokenizer: Any) -> Any:
 
 @torch.no_grad()
 def draw_weights(model: Any, seed: int, spoken: torch.Tensor) -> None:
-    """Gives every weight its value from its name and the seed alone, whatever the order of loading."""
+    """Set every weight to a value that depends on the weight's name and the seed, not on the order of loading.
+
+    Args:
+        spoken: bool [vocabulary], the tokens of an answer, as `spoken_tokens` gives them.
+    """
     for i, (name, weight) in enumerate(sorted(model.named_parameters())):
         generator = torch.Generator().manual_seed(1_000_003 * seed + i)
         noise = torch.randn(weight.shape, generator=generator)
-        if re.search(r"\b(q|k)_norm\.weight$", name):  # undoes the width of q_proj and k_proj; so it is given here
+        if re.search(r"\b(q|k)_norm\.weight$", name):  # it undoes the spread of q_proj and k_proj
             weight.copy_(math.sqrt(ATTENTION_SPREAD) * (1 + 0.1 * noise))
         elif "norm" in name or name.endswith("ln_q.weight"):
             weight.copy_(torch.zeros_like(weight) if name.endswith("bias") else 1 + 0.1 * noise)
@@ -464,22 +468,22 @@ def draw_weights(model: Any, seed: int, spoken: torch.Tensor) -> None:
         elif name.endswith("embed_tokens.weight"):
             weight.copy_(EMBEDDING_SPREAD * noise)
         elif name.endswith("lm_head.weight"):
-            # The logit of a row of unit variance has the standard deviation sqrt(fan in) * spread.
+            # A row of unit variance gets logits of standard deviation sqrt(fan in) * (spread of the weights).
             scale = torch.where(spoken, LOGIT_SPREAD, LOGIT_SPREAD * MUTED) / math.sqrt(weight.shape[1])
             weight.copy_(noise * scale[:, None])
         else:
-            # Experts in one tensor: [experts, out, in].
+            # All experts are one tensor: [experts, out, in].
             fan_in = weight.shape[2] if ".experts." in name and weight.ndim == 3 else weight[0].numel()
             spread = 1.0
             if re.search(r"\b(q|k)_proj\.weight$", name):
                 spread = math.sqrt(ATTENTION_SPREAD)
-            elif name.endswith("qkv.weight"):  # q, k and v of the vision tower, one under the other
+            elif name.endswith("qkv.weight"):  # q, k and v of the vision tower, stacked
                 rows = torch.full((3, weight.shape[0] // 3), math.sqrt(VISION_SPREAD))
                 rows[2] = 1.0
                 weight.copy_(noise * rows.reshape(-1, 1) / math.sqrt(fan_in))
                 continue
             weight.copy_(noise * spread / math.sqrt(fan_in))
-    # A word speaks against itself: an answer does not stay with the first word that leads to itself.
+    # Every word lowers its own logit, so that an answer does not repeat one word for ever.
     embedding = model.get_input_embeddings().weight
     model.lm_head.weight[spoken] -= REPULSION * LOGIT_SPREAD / embedding.shape[1] * embedding[spoken]
 

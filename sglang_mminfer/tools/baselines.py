@@ -1,19 +1,19 @@
-"""Static patterns that the paper compares with (MMInference, table 3), as head configs: every head does the same.
+"""The baselines of the paper (MMInference, table 3) as head configs in which every head has the same pattern.
 
-Two ways to get one. `published(name)` has the paper's numbers, for real models and long prompts; the same stand in
-head_configs/ as baseline_*.json, so that a server takes them by name. `at_density(name, density, map)` gives a
-baseline as much as anything else gets for one prompt, so that small models compare at equal density.
+There are two ways to size a baseline. `published(name)` has the paper's numbers, for real models and long prompts;
+head_configs/ has the same as baseline_*.json, so that a server takes them by name. `at_density(name, density, map)`
+sizes a baseline to a given density on one prompt, so that small models compare patterns at equal density.
 
-Said in our patterns, some are not to the letter what their papers have:
+Our patterns cannot express every baseline to the letter:
 
-* sparse_fixed: the last `local` keys and one column of each frame (Sparse Transformer, "fixed"). Text rows, too: a 2D
-  boundary keeps them from seeing everything, and counts windows in the tokens of one modality.
-* sparse_strided: the last `local` keys and the row's own cell in every frame ("strided"). A text row has no cell; it
-  sees everything.
-* swin: a window of `local` keys that slides with the row, in place of fixed windows that shift from layer to layer.
-  It holds what both of those hold.
-* wrong_phase (no published numbers): lines through a cell that nobody asked for. What a grid is worth when its phase
-  is not the model's.
+* sparse_fixed: the last `local` keys and one column of each frame (Sparse Transformer, "fixed"), for text rows, too:
+  a 2D boundary keeps text rows from seeing everything, and counts windows in the tokens of one modality.
+* sparse_strided: the last `local` keys and the row's own cell in every frame ("strided"). A text row has no cell, so
+  it sees everything.
+* swin: a window of `local` keys that slides with the row, instead of fixed windows that shift from layer to layer.
+  The sliding window contains both.
+* wrong_phase (no published numbers): lines through an arbitrary cell. It shows what a grid is worth if its phase is
+  not the model's.
 """
 
 from __future__ import annotations
@@ -24,27 +24,31 @@ import torch
 
 from sglang_mminfer.head_config import HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import AShape, Boundary2D, Grid, HeadPattern, TriShape, VerticalSlash
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern
+from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.tri_shape import TriShape
+from sglang_mminfer.patterns.vertical_slash import VerticalSlash
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk, is_static
 from sglang_mminfer.tools.figures import plan_of
 
 FRAME = 256
-"""Tokens of a frame, where published numbers depend on them: 182 (LLaVA-Video), 257 (LongVILA), 256 (448 x 448
-pixels in Qwen2.5-VL)."""
+"""Tokens of a frame, for published numbers that depend on it: 256 is a frame of 448 x 448 pixels in Qwen2.5-VL;
+LLaVA-Video has 182 tokens and LongVILA 257."""
 
 PUBLISHED: dict[str, tuple[HeadPattern, str]] = {}
-"""Name -> pattern and where its numbers come from."""
+"""Name -> the pattern, and the source of its numbers."""
 
 
 def _columns(sink: int, local: int, phase: int, h: bool = False) -> Boundary2D:
-    """A window, and one cell of every frame, for rows of every modality."""
+    """Every row sees a window and one cell of every frame, whatever the row's modality."""
     vision, text = Modality.VISION, Modality.TEXT
-    near = AShape(sink, local)
+    window = AShape(sink, local)
     return Boundary2D(
         {
-            (text, text): near,
+            (text, text): window,
             (text, vision): Grid("frame", True, False, False, phase, 0, local),
-            (vision, text): near,
+            (vision, text): window,
             (vision, vision): Grid("frame", True, h, False, phase, 0, local),
         }
     )
@@ -64,9 +68,9 @@ PUBLISHED["minference"] = (
 )
 
 SMALL_SINK = 64
-"""Where density is given: a key tile."""
+"""The sink of baselines that are sized by density: one key tile."""
 
-# What a budget of so many tokens buys; every one visits more with more. `cells`: of a frame.
+# (budget in tokens, cells of a frame) -> pattern. A larger budget visits more.
 _SIZED: dict[str, Callable[[int, int], HeadPattern]] = {
     "a_shape": lambda budget, cells: AShape(SMALL_SINK, budget),
     "tri_shape": lambda budget, cells: TriShape(SMALL_SINK, budget, 64),
@@ -83,7 +87,7 @@ def published(name: str) -> HeadConfig:
     """A baseline with the paper's numbers.
 
     Raises:
-        ValueError: for a name that has none.
+        ValueError: no baseline with published numbers has this name.
     """
     if name not in PUBLISHED:
         raise ValueError(f"no baseline with published numbers is named {name!r}; there are: {', '.join(PUBLISHED)}")
@@ -96,10 +100,10 @@ def published(name: str) -> HeadConfig:
 
 
 def density_of(pattern: HeadPattern, modality_map: ModalityMap, dense_below: int = 0) -> float:
-    """Visited over causal pairs when the whole prompt is prefilled at once, rows below `dense_below` densely.
+    """Visited over causal pairs if the whole prompt is prefilled at once. Rows below `dense_below` are dense.
 
-    An estimated pattern is asked with random queries and keys, whose diagonals lie apart: real ones lie closer, so
-    that a server visits less.
+    An estimated pattern is planned for random queries and keys, whose heavy diagonals lie far apart. Those of a real
+    model lie closer together, so a server visits less.
     """
     length = modality_map.length
     if is_static(pattern):
@@ -113,38 +117,38 @@ def density_of(pattern: HeadPattern, modality_map: ModalityMap, dense_below: int
 
 
 def at_density(name: str, density: float, modality_map: ModalityMap) -> HeadConfig:
-    """A baseline of the density that is nearest to `density` for a prompt, what its window is being what is free.
+    """A baseline whose budget brings its density on a prompt as near as possible to `density`.
 
-    A baseline that visits more with the smallest window already (text rows of a tri-shape see everything) is given
-    with that one; the note in its provenance says what it visits.
+    A baseline may visit more than that with the smallest budget already (text rows of a tri-shape see everything). It
+    gets the smallest budget then, and the note in its provenance says what it visits.
 
     Raises:
-        ValueError: for a name that does not exist, or a density outside 0 .. 1.
+        ValueError: the name does not exist, or the density is not between 0 and 1.
     """
     return sized_for(name, density, modality_map)[0]
 
 
 def sized_for(name: str, density: float, modality_map: ModalityMap) -> tuple[HeadConfig, int]:
-    """`at_density` and the budget that it found, in tokens."""
+    """The baseline of `at_density`, and its budget in tokens."""
     if name not in _SIZED:
         raise ValueError(f"no baseline is named {name!r}; there are: {', '.join(_SIZED)}")
     if not 0 < density < 1:
         raise ValueError(f"density: expected a number between 0 and 1, got {density!r}")
     low, high = 1, max(2, modality_map.length)
-    found = {low: density_of(_pattern(name, low, modality_map), modality_map)}
-    while high - low > 1 and found[low] < density:
+    densities = {low: density_of(_pattern(name, low, modality_map), modality_map)}
+    while high - low > 1 and densities[low] < density:
         middle = (low + high) // 2
-        found[middle] = density_of(_pattern(name, middle, modality_map), modality_map)
-        if found[middle] <= density:
+        densities[middle] = density_of(_pattern(name, middle, modality_map), modality_map)
+        if densities[middle] <= density:
             low = middle
         else:
             high = middle
-    budget = min(found, key=lambda b: (abs(found[b] - density), b))
+    budget = min(densities, key=lambda b: (abs(densities[b] - density), b))
     return with_budget(name, budget, modality_map), budget
 
 
 def with_budget(name: str, budget: int, modality_map: ModalityMap) -> HeadConfig:
-    """A baseline of so many tokens: of its window, or of its columns and of its diagonals."""
+    """A baseline with a budget in tokens: the size of its window, or the number of its columns and of its diagonals."""
     pattern = _pattern(name, budget, modality_map)
     note = (
         f"A baseline for comparisons, not a recommendation: {name}, budget {budget}, planned density "

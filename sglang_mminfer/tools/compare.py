@@ -1,8 +1,9 @@
 """`mminfer compare`: head configs side by side on needle tasks, each in a real SGLang server with the plugin.
 
-For every config: which share of the needles is found (niah.py), what was visited, and how long a prefill took, both
-from the server's trace. One server after the other, one request at a time. The result file is written after every
-config, and a config that stands in it is not run again: the same command goes on where it was stopped.
+For every config it measures which share of the needles is found (`niah`) and, from the server's trace, the density
+and the time of a prefill. Servers run one after the other, and each gets one request at a time. The result file is
+written after every config, and a config that is in the file is not run again, so the same command continues where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -52,19 +53,22 @@ DESCRIPTION = (
 )
 
 CLOSE = 0.1
-"""An estimated pattern's density is fitted to this, relative: only a server can tell what it visits."""
+"""The relative error up to which an estimated pattern's density fits. Only a server can tell what it visits."""
 FITS = 4
-"""Servers that this may take."""
+"""How many servers the fit may take."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A config of the table. `config` is what --mminfer-config gets."""
+    """A row of the table.
+
+    config:   the value of --mminfer-config; empty for a baseline that is sized first.
+    baseline: the baseline to size, if --density is given.
+    """
 
     name: str
     config: str
     baseline: str | None = None
-    """Whose size is to be found, where a density was wished for."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status 0, 1 if a server did not start or did not answer, 2 for wrong arguments."""
+    """Run the command. Returns exit status 0; 1 if a server did not start or did not answer; 2 for wrong arguments."""
     console = wide_console()
 
     def work() -> int:
@@ -107,7 +111,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Comparison:
-    """Raises Refused where the arguments do not make sense, or a result file belongs to other ones."""
+    """One run of the command.
+
+    Raises:
+        Refused: the arguments do not make sense, or the result file belongs to other arguments.
+    """
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console, self.out = options, console, options.out
@@ -130,19 +138,19 @@ class Comparison:
                 continue
             self.result["configs"][entry.name] = self._measure(entry)
             write_json(self.file, self.result)
-        shown = {entry.name: self.result["configs"][entry.name] for entry in self.entries}
-        rows = table_of(shown, self.settings)
+        results = {entry.name: self.result["configs"][entry.name] for entry in self.entries}
+        rows = table_of(results, self.settings)
         (self.out / "compare.md").write_text(markdown(rows))
         self.console.print(rich_table(rows))
         grids = {
-            name: niah.cells([Answer(**answer) for answer in found["answers"]], self.settings)
-            for name, found in shown.items()
+            name: niah.cells([Answer(**answer) for answer in figures["answers"]], self.settings)
+            for name, figures in results.items()
         }
         picture = draw(grids, self.settings, self.out / "compare.png")
         self.console.print(f"written: {self.file}, {self.out / 'compare.md'}, {picture}", highlight=False)
 
     def _begin(self) -> dict[str, Any]:
-        asked = {
+        question = {
             "model": Path(self.options.model_path).name,
             "needles": self.kit.name,
             "settings": json.loads(json.dumps(asdict(self.settings))),
@@ -151,10 +159,10 @@ class Comparison:
             "concurrency": self.options.concurrency,
         }
         if not self.file.exists():
-            return {**provenance("compare"), **asked, "configs": {}}
+            return {**provenance("compare"), **question, "configs": {}}
         try:
             result = json.loads(self.file.read_text())
-            differing = [key for key, value in asked.items() if result[key] != value]
+            differing = [key for key, value in question.items() if result[key] != value]
             configs: dict[str, Any] = result["configs"]
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(f"{self.file}: no result of this command ({error}); name another --out") from None
@@ -163,11 +171,11 @@ class Comparison:
         return {**result, "configs": configs}
 
     def _measure(self, entry: Entry) -> dict[str, Any]:
-        """Asks one config everything. A baseline that is estimated is first fitted to the wished density."""
+        """Ask a server with one config all questions. An estimated baseline is first fitted to the given density."""
         config, budget = entry.config, 0
         if entry.baseline is not None:
-            found, budget = baselines.sized_for(entry.baseline, self.options.density, self._longest_map())
-            config = self._write(found)
+            baseline, budget = baselines.sized_for(entry.baseline, self.options.density, self._longest_map())
+            config = self._write(baseline)
         for fit in range(FITS):
             trace = self.out / "logs" / f"{entry.name}.trace.jsonl"
             trace.parent.mkdir(parents=True, exist_ok=True)
@@ -196,18 +204,18 @@ class Comparison:
         raise AssertionError("the last fit is taken as it is")
 
     def _close(self, visited: float) -> bool:
-        wished = self.options.density
-        return wished is None or not visited or abs(visited / wished - 1) <= CLOSE
+        density = self.options.density
+        return density is None or not visited or abs(visited / density - 1) <= CLOSE
 
     def _warm_up(self, target: Target, trace: Path) -> float:
-        """One prompt of the greatest length, whose time does not count. Returns its density, 0 if it is not known."""
+        """Send one prompt of the greatest length, whose time does not count. Returns its density, 0 if unknown."""
         case = self.settings.cases[-1]
-        said = self.media.messages(case)
-        answered = target.client.chat.completions.create(
-            model=target.model, messages=said[:1], max_tokens=1, temperature=0
+        messages = self.media.messages(case)
+        response = target.client.chat.completions.create(
+            model=target.model, messages=messages[:1], max_tokens=1, temperature=0
         )
         records = read_trace(trace) if trace.exists() else []
-        return density_of_records(r for r in records if r.rid == answered.id) or 0.0
+        return density_of_records(r for r in records if r.rid == response.id) or 0.0
 
     def _longest_map(self) -> Any:
         return kits.prompt_map(self.settings.conversation(self.settings.cases[-1]).conversation, self.kit)
@@ -234,11 +242,11 @@ def entries_of(names: Sequence[str] | None, more: Sequence[str], density: float 
     """The rows of the table.
 
     Raises:
-        Refused: for a name that is neither a config nor a baseline, or a baseline that needs a density.
+        Refused: a name is neither a config nor a baseline, or is a baseline that needs a density.
     """
-    wanted = list(names or ["dense", "default", *(n for n in baselines.NAMES if density or n in baselines.PUBLISHED)])
+    chosen = list(names or ["dense", "default", *(n for n in baselines.NAMES if density or n in baselines.PUBLISHED)])
     entries: dict[str, Entry] = {}
-    for name in [*wanted, *more]:
+    for name in [*chosen, *more]:
         label = unique(Path(name).stem, entries)
         if name not in baselines.NAMES:
             check_config(name)
@@ -253,27 +261,31 @@ def entries_of(names: Sequence[str] | None, more: Sequence[str], density: float 
 
 
 def prefill_figures(answers: Sequence[Answer], records: Sequence[PrefillRecord], length: int) -> dict[str, Any]:
-    """Of conversations of one length: density over all their new rows, and the mean time of their first prompts.
+    """Figures of the conversations of one length.
 
-    forward_ms and attn_ms: the whole forward pass and its attention, summed over the chunks of a prompt; prompt_tokens
-    are those of the same first prompts. None where the trace has no record of them.
+    density:              over all rows that these conversations computed.
+    dense_reasons:        why chunks ran dense.
+    prompt_tokens:        tokens of a first prompt, the mean.
+    forward_ms, attn_ms:  the whole forward pass of a first prompt and its attention, over all its chunks, the mean.
+
+    A figure is None if the trace has no record for it.
     """
-    ours = [a for a in answers if a.length == length and a.error is None]
+    answered = [a for a in answers if a.length == length and a.error is None]
     by_rid: dict[str, list[PrefillRecord]] = {}
     for record in records:
         by_rid.setdefault(record.rid, []).append(record)
-    of_all = [record for answer in ours for record in by_rid.get(answer.request_id, [])]
+    new_rows = [record for answer in answered for record in by_rid.get(answer.request_id, [])]
     first: dict[tuple[str, int], Answer] = {}
-    for answer in ours:
+    for answer in answered:
         first.setdefault((answer.task, answer.seed), answer)
-    starts = [by_rid[a.request_id] for a in first.values() if a.request_id in by_rid]
-    reasons = sorted({record.dense_reason for record in of_all if record.dense_reason})
+    first_prompts = [by_rid[a.request_id] for a in first.values() if a.request_id in by_rid]
+    reasons = sorted({record.dense_reason for record in new_rows if record.dense_reason})
     return {
-        "density": _rounded(density_of_records(of_all), 4),
+        "density": _rounded(density_of_records(new_rows), 4),
         "dense_reasons": reasons,
-        "prompt_tokens": _rounded(_mean([sum(r.chunk_len for r in records) for records in starts]), 0),
-        "forward_ms": _rounded(_mean([sum(r.forward_ms for r in records) for records in starts]), 1),
-        "attn_ms": _rounded(_mean([sum(r.attn_ms for r in records) for records in starts]), 1),
+        "prompt_tokens": _rounded(_mean([sum(r.chunk_len for r in records) for records in first_prompts]), 0),
+        "forward_ms": _rounded(_mean([sum(r.forward_ms for r in records) for records in first_prompts]), 1),
+        "attn_ms": _rounded(_mean([sum(r.attn_ms for r in records) for records in first_prompts]), 1),
     }
 
 
@@ -289,15 +301,15 @@ def _rounded(value: float | None, digits: int) -> float | None:
 
 
 def table_of(configs: dict[str, Any], settings: Settings) -> list[list[str]]:
-    """Rows of cells, the heading first."""
+    """The table as rows of cells, the heading first."""
     tasks = [(task, length) for task in settings.tasks for length in settings.lengths]
     heading = ["config", *(f"density, {length:,}" for length in settings.lengths)]
     heading += [f"{TITLES[task]}, {length:,}" for task, length in tasks]
     heading += [f"prefill ms, {length:,}" for length in settings.lengths] + ["errors"]
     rows = [heading]
-    for name, found in configs.items():
-        figures = [found["by_length"][str(length)] for length in settings.lengths]
-        accuracy = [Cell(**found["accuracy"][task][str(length)]) for task, length in tasks]
+    for name, result in configs.items():
+        figures = [result["by_length"][str(length)] for length in settings.lengths]
+        accuracy = [Cell(**result["accuracy"][task][str(length)]) for task, length in tasks]
         rows.append(
             [
                 name,
@@ -317,9 +329,9 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def rich_table(rows: list[list[str]]) -> Table:
-    shown = Table(title="Needles found, and what it took", title_justify="left")
+    table = Table(title="Needles found, and what it took", title_justify="left")
     for i, name in enumerate(rows[0]):
-        shown.add_column(name.replace(", ", "\n"), justify="right" if i else "left", no_wrap=True)
+        table.add_column(name.replace(", ", "\n"), justify="right" if i else "left", no_wrap=True)
     for row in rows[1:]:
-        shown.add_row(*row)
-    return shown
+        table.add_row(*row)
+    return table

@@ -1,4 +1,4 @@
-"""Where a figure was measured: goes into every result file."""
+"""Describes where figures were measured, for result files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("sglang-mminfer", "sglang", "torch", "transformers", "triton")
 
 
 def describe() -> dict[str, object]:
-    """Machine, versions and command of this process, for a JSON file."""
+    """The machine, the versions of packages and this process's command, as JSON values."""
     import torch
 
     cpu = platform.processor()

@@ -2,7 +2,7 @@
 
     make_video("a.mp4", frames=240, width=448, height=252, fps=24, seed=1)
 
-Frames resemble their neighbours, as frames of a real video do, which is what grid patterns live on.
+Successive frames resemble each other, as in a real video: grid patterns depend on it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Scene:
-    """A lit background with a few discs and boxes that drift and bounce. A pure function of seed and time."""
+    """A background with a few discs and boxes that drift and bounce. A pure function of seed and time."""
 
     SHAPES = 5
 
@@ -29,7 +29,7 @@ class Scene:
         n = self.SHAPES
         self.size = random.uniform(0.08, 0.2, n) * min(width, height)
         self.start = random.uniform(0, 1, (n, 2)) * (width, height)
-        # Pixels a second; a shape crosses the picture in a few seconds.
+        # In pixels per second; a shape crosses the picture in a few seconds.
         self.speed = random.uniform(0.15, 0.5, (n, 2)) * (width, height) * random.choice([-1, 1], (n, 2))
         self.colour = random.uniform(40, 255, (n, 3)).astype(np.float32)
         self.disc = random.random(n) < 0.5
@@ -40,24 +40,26 @@ class Scene:
         self.background = (top * (1 - v) + bottom * v).astype(np.float32)
 
     def frame(self, seconds: float) -> np.ndarray:
-        """uint8 [height, width, 3]."""
+        """The picture at a time: uint8 [height, width, 3]."""
         picture = self.background * np.float32(1 + 0.05 * np.sin(0.7 * seconds))
         extent = np.array([self.width, self.height], dtype=np.float64)
         for i in range(self.SHAPES):
-            # Bouncing between two walls is a triangle wave.
+            # A shape that bounces between two walls moves as a triangle wave.
             x, y = extent - np.abs((self.start[i] + self.speed[i] * seconds) % (2 * extent) - extent)
-            reach = self.size[i] + 1
-            box = np.s_[max(0, int(y - reach)) : int(y + reach) + 2, max(0, int(x - reach)) : int(x + reach) + 2]
+            half_side = self.size[i] + 1
+            box = np.s_[
+                max(0, int(y - half_side)) : int(y + half_side) + 2, max(0, int(x - half_side)) : int(x + half_side) + 2
+            ]
             dx, dy = np.abs(self.x[box] - np.float32(x)), np.abs(self.y[box] - np.float32(y))
             distance = np.hypot(dx, dy) if self.disc[i] else np.maximum(dx, dy)
-            # One pixel of slope at the rim: no flicker as a shape moves by a fraction of a pixel.
+            # The rim is a slope of one pixel, so that a shape that moves by a fraction of a pixel does not flicker.
             cover = np.clip(np.float32(self.size[i] + 0.5) - distance, 0, 1)[..., None]
             picture[box] += cover * (self.colour[i] - picture[box])
         return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 
 
 def video_frames(frames: int, width: int, height: int, fps: float, seed: int = 0) -> Iterator[np.ndarray]:
-    """The frames that `make_video` encodes, uint8 [height, width, 3] each."""
+    """The frames that `make_video` encodes: uint8 [height, width, 3] each."""
     _positive(frames=frames, width=width, height=height, fps=fps)
     scene = Scene(width, height, seed)
     for i in range(frames):
@@ -72,12 +74,12 @@ def make_video(
     fps: float = 24.0,
     seed: int = 0,
 ) -> Path:
-    """Encodes moving shapes to an mp4 file (H.264) and returns its path.
+    """Encode moving shapes as an mp4 file (H.264) and return its path.
 
     Raises:
-        ValueError: for sizes that are not positive, odd ones (H.264 stores colour at half resolution), and a
-            name that does not end in .mp4.
-        OSError: if the file cannot be written.
+        ValueError: a size is not positive, or odd (H.264 stores colour at half resolution), or the name does not end
+            in .mp4.
+        OSError: the file cannot be written.
     """
     _positive(frames=frames, width=width, height=height, fps=fps)
     return write_video(path, video_frames(frames, width, height, fps, seed), width, height, fps)
@@ -86,7 +88,7 @@ def make_video(
 def write_video(
     path: str | os.PathLike[str], frames: Iterable[np.ndarray], width: int, height: int, fps: float
 ) -> Path:
-    """Encodes frames, uint8 [height, width, 3] each, to an mp4 file (H.264). Errors: as `make_video`."""
+    """Encode frames, uint8 [height, width, 3] each, as an mp4 file (H.264). Raises what `make_video` raises."""
     import imageio_ffmpeg
 
     target = Path(path)
@@ -104,8 +106,8 @@ def write_video(
         fps=fps,
         codec="libx264",
         quality=None,
-        # Any key frame within a second, so that sampling far into a long video stays cheap. One thread and
-        # "bitexact" give the same bytes on every run.
+        # A key frame every second, so that sampling far into a long video stays cheap. One thread and "bitexact",
+        # so that every run writes the same bytes.
         output_params=[
             *("-preset", "veryfast", "-crf", "18", "-g", str(max(1, round(fps)))),
             *("-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"),
@@ -128,7 +130,11 @@ def write_video(
 
 
 def make_image(path: str | os.PathLike[str], width: int = 224, height: int = 224, seed: int = 0) -> Path:
-    """Writes one still of moving shapes as a PNG file and returns its path."""
+    """Write one frame of moving shapes as a PNG file and return its path.
+
+    Raises:
+        ValueError: a size is not positive, or the name does not end in .png.
+    """
     from PIL import Image
 
     target = Path(path)
@@ -144,8 +150,8 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     """All frames of a video, uint8 [frames, height, width, 3], and its frames per second.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a video that can be decoded.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no video that can be decoded.
     """
     import decord
 
@@ -157,7 +163,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
         if not len(reader):
             raise ValueError("it has no frames")
         return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
-    except Exception as error:  # decord raises its own error type, and RuntimeError, and others
+    except Exception as error:  # decord raises its own error type, RuntimeError, and others
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{source}: expected a video file that FFmpeg can decode ({source.stat().st_size} bytes): {reason}"

@@ -1,10 +1,10 @@
-"""A real SGLang server in a process of its own, started as a user would, gone for certain afterwards.
+"""A real SGLang server in a process of its own, started as a user would start it, and certain to end.
 
     with Server(path, "--attention-backend", "mminfer", progress=print_wait) as server:
         server.client().chat.completions.create(model=server.model, messages=[...])
 
-The server leads a process group of its own. It is ended when the block ends, whatever ended it: Ctrl-C, an
-exception, the end of the interpreter, or (a small watcher sees to that) the sudden death of this process.
+The server leads a process group of its own. The group ends with the block, whatever ends the block: Ctrl-C, an
+exception, the end of the interpreter, or the sudden death of this process, for which a small watcher waits.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
+
 from sglang_mminfer import settings
 
 Progress = Callable[[float, str], None]
-"""Called during a wait with the seconds it has lasted and the last line of the server's log."""
+"""Called while the server starts, with the seconds since its start and the last line of its log."""
 
 QUIET_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -39,12 +40,12 @@ QUIET_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
-"""What every server gets. Whoever serves a model by its hub name overrides the first two."""
+"""The environment of every server. To serve a model by its hub name, override the first two."""
 
-# Ends a process group as soon as its own standard input closes, which it does when whoever holds it dies.
+# The watcher kills a process group as soon as the watcher's standard input closes: when this process dies.
 WATCHER = 'read _; kill -s KILL -- "-$0" 2>/dev/null'
 
-# Lines of the log that say nothing about how far the start has come.
+# Log lines that say nothing about the progress of the start.
 _NOISE = re.compile(r"GET /health|deprecat|warn", re.IGNORECASE)
 _STAMP = re.compile(r"^\[20\d\d-\d\d-\d\d [\d:]+[^\]]*\] (?:INFO: *)?")
 _PORT_TAKEN = re.compile(r"^.*ERROR.*address already in use", re.MULTILINE)
@@ -52,21 +53,21 @@ _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 class ServerError(RuntimeError):
-    """The server died or did not answer in time. The message ends with the tail of its log."""
+    """The server died or did not answer in time. The message ends with the tail of the server's log."""
 
 
 class Server:
-    """One server; starts with `start()` or the `with` block.
+    """One server; `start()` or the `with` block starts it.
 
     Args:
-        model_path: folder of a checkpoint, or a hub name.
-        *flags: further command-line flags, as one would type them. Model, host and port are added, and
-            `--device cpu` where there is no accelerator and no device is named: SGLang takes a CPU only if asked to.
-        serve: start with `sglang serve` in place of `python -m sglang.launch_server`.
-        log: where its output goes; a temporary file where not given. See `log_path`.
-        env: variables to add; None as a value removes one.
-        timeout: seconds until it has to be healthy.
-        progress: called about twice a second while it starts.
+        model_path: the folder of a checkpoint, or a hub name.
+        *flags: further command-line flags. Model, host and port are added, and `--device cpu` if there is no
+            accelerator and the flags name no device, because SGLang takes a CPU only if it is told to.
+        serve: start with `sglang serve` instead of `python -m sglang.launch_server`.
+        log: the file for the server's output; by default a temporary file, `log_path`.
+        env: environment variables to add; the value None removes a variable.
+        timeout: how many seconds the server has to become healthy.
+        progress: called about twice a second while the server starts.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Server:
         self.timeout = timeout
         self.progress = progress
         self.start_seconds: float | None = None
-        """How long the start took, once it is done."""
+        """How many seconds the start took; None before its end."""
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
         self._env = dict(env or {})
@@ -112,7 +113,7 @@ class Server:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that was started; its children are in the group of this number."""
+        """The id of the server's first process, and of the process group that its children belong to."""
         return self._process.pid if self._process else None
 
     def __enter__(self) -> Server:
@@ -122,10 +123,10 @@ class Server:
         self.stop()
 
     def start(self) -> Server:
-        """Starts the server and waits until it is healthy.
+        """Start the server and wait until it is healthy.
 
         Raises:
-            ServerError: with the tail of the log, if it dies or is not healthy in time.
+            ServerError: the server died or was not healthy in time; the message ends with the tail of its log.
         """
         if self._process is not None:
             raise ServerError(f"the server at {self.url} was started before; make another one")
@@ -137,7 +138,7 @@ class Server:
                 if not self.running:
                     code = self._process.returncode if self._process else None
                     raise ServerError(self._failure(f"died with exit status {code} after {seconds:.0f} s"))
-                if _PORT_TAKEN.search(self.tail(10)):  # SGLang stays alive after this, and deaf
+                if _PORT_TAKEN.search(self.tail(10)):  # SGLang stays alive after this, but does not answer
                     raise ServerError(self._failure(f"could not listen on port {self.port}: it is in use"))
                 if seconds > self.timeout:
                     raise ServerError(self._failure(f"was not healthy within {self.timeout:.0f} s"))
@@ -151,11 +152,12 @@ class Server:
         return self
 
     def stop(self, grace: float = 0.0) -> None:
-        """Ends the server and all that it started. May be called any number of times.
+        """End the server and all processes that it started. May be called any number of times.
 
         Args:
-            grace: seconds that it gets to finish its requests and end by itself. SGLang looks only every five
-                seconds whether it was asked to, and a server of ours has nothing to lose: none by default.
+            grace: how many seconds the server gets to finish its requests and end by itself. The default is 0,
+                because SGLang looks only every five seconds whether it should end, and our servers have nothing to
+                lose.
         """
         process, self._process = self._process, None
         watcher, self._watcher = self._watcher, None
@@ -164,15 +166,15 @@ class Server:
             return
         try:
             if grace > 0 and process.poll() is None:
-                process.terminate()  # the leader alone: it takes the sudden end of its children for a crash
+                process.terminate()  # only the leader: it would take the sudden end of its children for a crash
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(grace)
         finally:  # Ctrl-C during the wait comes here at once
-            # Children can outlive their leader, so the group is asked even when the leader is gone.
+            # Children can outlive their leader, so the group is killed even if the leader is gone.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            while _group_alive(process.pid):  # until the kernel has given back their memory and ports
+            while _group_alive(process.pid):  # until the kernel has freed their memory and ports
                 time.sleep(0.01)
             if watcher is not None:
                 watcher.kill()
@@ -197,23 +199,23 @@ class Server:
         return json.loads(self._request("/server_info"))
 
     def flush_cache(self, timeout: float = 30.0) -> None:
-        """Empties the radix cache. Waits for the server to become idle, because it refuses while it works.
+        """Empty the radix cache. Waits until the server is idle, because a busy server refuses.
 
         Raises:
-            ServerError: if it still refuses after `timeout` seconds.
+            ServerError: the server still refuses after `timeout` seconds.
         """
         until = time.monotonic() + timeout
         while True:
             try:
                 self._request("/flush_cache", method="POST")
                 return
-            except urllib.error.HTTPError as error:
+            except httpx.HTTPStatusError as error:
                 if time.monotonic() > until:
                     raise ServerError(self._failure(f"did not flush its cache: {error}")) from error
             time.sleep(0.1)
 
     def log(self) -> str:
-        """All that the server wrote so far."""
+        """All output of the server so far."""
         try:
             return self.log_path.read_text(errors="replace")
         except FileNotFoundError:
@@ -223,7 +225,7 @@ class Server:
         return "\n".join(self.log().splitlines()[-lines:])
 
     def last_line(self) -> str:
-        """The last line of the log that tells how far the server is, without its time stamp."""
+        """The last line of the log that tells of the server's progress, without its time stamp."""
         for line in reversed(self.tail(200).splitlines()):
             stamp = _STAMP.match(line := _COLOUR.sub("", line))
             if stamp and not _NOISE.search(line):
@@ -231,9 +233,9 @@ class Server:
         return "loading SGLang" if self.running else ""
 
     def _spawn(self) -> None:
-        # What the caller's shell may have set for a server of its own must not leak into this one.
-        ours = {setting.variable for setting in settings.SETTINGS}
-        environment = {k: v for k, v in os.environ.items() if k not in ours} | QUIET_ENVIRONMENT
+        # Our settings in the caller's environment are meant for another server; this one must not inherit them.
+        our_variables = {setting.variable for setting in settings.SETTINGS}
+        environment = {k: v for k, v in os.environ.items() if k not in our_variables} | QUIET_ENVIRONMENT
         for name, value in self._env.items():
             if value is None:
                 environment.pop(name, None)
@@ -250,7 +252,7 @@ class Server:
                 start_new_session=True,
             )
         atexit.register(self.stop)
-        with contextlib.suppress(FileNotFoundError):  # a machine without sh does without the watcher
+        with contextlib.suppress(FileNotFoundError):  # a machine without sh gets no watcher
             self._watcher = subprocess.Popen(
                 ["sh", "-c", WATCHER, str(self._process.pid)],
                 stdin=subprocess.PIPE,
@@ -262,20 +264,17 @@ class Server:
     def _healthy(self) -> bool:
         try:
             self._request("/health", timeout=5.0)
-        except (OSError, urllib.error.URLError):
+        except httpx.HTTPError:
             return False
         return True
 
     def _request(self, path: str, method: str = "GET", timeout: float = 60.0) -> bytes:
-        # No proxy: the address is this machine's.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(self.url + path, method=method)
-        with opener.open(request, timeout=timeout) as answer:
-            return answer.read()
+        # No proxy, because the server is on this machine.
+        return httpx.request(method, self.url + path, timeout=timeout, trust_env=False).raise_for_status().content
 
-    def _failure(self, what: str) -> str:
+    def _failure(self, event: str) -> str:
         return (
-            f"the server {what}.\n  command: {' '.join(self.command)}\n  log: {self.log_path}, which ends with:\n"
+            f"the server {event}.\n  command: {' '.join(self.command)}\n  log: {self.log_path}, which ends with:\n"
             + "\n".join(f"  | {line}" for line in self.tail().splitlines())
         )
 
@@ -288,23 +287,19 @@ def _device(flags: Sequence[str]) -> list[str]:
 
 
 def _group_alive(leader: int) -> bool:
-    try:
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    # pid (name) state parent group ...; the name may hold spaces and brackets.
-                    state, _, group = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:3]
-                    if int(group) == leader and state not in "ZX":
-                        return True
-    except OSError:  # no /proc on this system; SIGKILL has been sent anyway
-        pass
+    """Whether a process of this group still holds memory or ports."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            is_dead = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            if os.getpgid(process.pid) == leader and not is_dead:
+                return True
     return False
 
 
 def _free_port(host: str) -> int:
-    """A port that nobody listens on, below the range that systems give to outgoing connections.
+    """A free port, below the range from which systems take ports for outgoing connections.
 
-    SGLang binds it only when the model is loaded, and by then any client could have been given one of those.
+    SGLang binds the port only when the model is loaded. By then a port of that range could belong to some client.
     """
     for _ in range(100):
         port = random.SystemRandom().randrange(20_000, 30_000)
@@ -316,21 +311,24 @@ def _free_port(host: str) -> int:
 
 @contextlib.contextmanager
 def shown_wait(label: str, stream: Any = None) -> Iterator[Progress]:
-    """A progress callback that keeps one line up to date: label, seconds, last line of the log."""
+    """A progress callback that keeps one line up to date: label, seconds, last line of the log.
+
+    On a stream that is no terminal it prints a line every ten seconds.
+    """
     out = stream if stream is not None else sys.stderr
-    live = out.isatty()
-    last = -10.0
+    is_terminal = out.isatty()
+    last_seconds = -10.0
 
     def show(seconds: float, line: str) -> None:
-        nonlocal last
-        if live:
+        nonlocal last_seconds
+        if is_terminal:
             print(f"\r\x1b[K{label} {seconds:4.0f} s  {line[:90]}", end="", file=out, flush=True)
-        elif seconds - last >= 10:
-            last = seconds
+        elif seconds - last_seconds >= 10:
+            last_seconds = seconds
             print(f"{label} {seconds:4.0f} s  {line[:90]}", file=out, flush=True)
 
     try:
         yield show
     finally:
-        if live:
+        if is_terminal:
             print("\r\x1b[K", end="", file=out, flush=True)

@@ -1,7 +1,7 @@
-"""FlashInfer beside our own kernel on a real card (`make test-gpu`): each is the other's check.
+"""FlashInfer and our own kernel on a real GPU (`make test-gpu`): each checks the other.
 
-FlashInfer compiles what it needs when it is first used (nvcc, some minutes in all), so that few dtypes and head
-dims are tried; the usual ones come first.
+FlashInfer compiles its kernels on first use (nvcc, some minutes in all), so these tests cover few dtypes and head dims,
+the usual ones first.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from support import conversation, halves
 
 
 def why_not() -> str:
-    """Why nothing here can run; empty where it can."""
+    """Why these tests cannot run; empty if they can."""
     if not torch.cuda.is_available():
         return "needs a GPU"
     try:
@@ -67,12 +67,12 @@ LSE = {"rtol": 1e-3, "atol": 5e-3}
 
 
 def within(dtype: torch.dtype) -> dict:
-    """What two kernels may differ by: a few roundings of an output of order 1."""
+    """Assert that two kernels differ by no more than a few roundings of an output of order 1."""
     return dict.fromkeys(("rtol", "atol"), 2e-2 if dtype is torch.bfloat16 else 4e-3)
 
 
 def inputs(dtype: torch.dtype, dim: int, kv_heads: int) -> list[torch.Tensor]:
-    """q of the rows of all chats, k and v of all their tokens, on the CPU."""
+    """q for the rows of all chats, k and v for all their tokens, on the CPU."""
     random = torch.Generator().manual_seed(1)
     rows = sum(LENGTHS) - sum(STARTS)
     shapes = [(rows, len(HEADS), dim), (sum(LENGTHS), kv_heads, dim), (sum(LENGTHS), kv_heads, dim)]
@@ -80,7 +80,7 @@ def inputs(dtype: torch.dtype, dim: int, kv_heads: int) -> list[torch.Tensor]:
 
 
 def planned(q: torch.Tensor, k: torch.Tensor):
-    """The batch of all chats with every pattern, on q's device."""
+    """The plan of a batch of all chats with every pattern, on q's device."""
     pool = torch.randperm(sum(LENGTHS), generator=torch.Generator().manual_seed(9)).split(LENGTHS)
     chunks, row = [], 0
     for chat, start, slots in zip(CHATS, STARTS, pool):
@@ -110,13 +110,13 @@ def test_the_executor_computes_every_pattern_over_prefixes_in_one_batch(backend,
     plan = planned(q, k)
     out, lse = executed(flashinfer_paged.run, q, k, v, plan, backend=backend)
 
-    # The same plan in float32 with plain torch operations; then the oracle, with a plan of its own.
+    # First the same plan in float32 with plain torch operations, then the oracle with a plan of its own.
     near, near_lse = executed(torch_gather.run, q.float(), k.float(), v.float(), plan)
     torch.testing.assert_close(out.float(), near, **within(dtype))
     torch.testing.assert_close(lse, near_lse, **LSE)
     on_host = [x.float() for x in on_host]
     exact, exact_lse = executed(reference.run, *on_host, planned(*on_host[:2]))
-    # The estimate of vertical_slash may fall out otherwise where two columns are as heavy: not compared here.
+    # vertical_slash is not compared here: its estimate may choose differently between equally heavy columns.
     kept = [i for i, head in enumerate(HEADS) if not isinstance(head, VerticalSlash)]
     torch.testing.assert_close(out.float().cpu()[:, kept], exact[:, kept], **within(dtype))
     torch.testing.assert_close(lse.cpu()[:, kept], exact_lse[:, kept], **LSE)
@@ -154,7 +154,7 @@ def test_caches_may_lie_in_memory_as_they_like(backend):
 @pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize(("dtype", "dim"), KINDS[:2])
 def test_an_all_covering_plan_is_flashinfers_causal_attention(dtype, dim, kv_heads, page_size):
-    """Both wrappers, the same arguments: a batch with prefixes, causal at the bottom right."""
+    """Both wrappers get the same arguments: a batch with prefixes, causal at the bottom right."""
     import flashinfer
 
     batch = support.Batch(

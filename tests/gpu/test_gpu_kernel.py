@@ -1,4 +1,4 @@
-"""The Triton kernel on a real card (`make test-gpu`): the dtypes and sizes that the interpreter cannot check."""
+"""The Triton kernel on a real GPU (`make test-gpu`): the dtypes and sizes that the interpreter cannot check."""
 
 from dataclasses import replace
 
@@ -71,7 +71,7 @@ def chunks(device: str, chats=CHATS, starts=STARTS) -> tuple[list[RequestChunk],
 
 
 def inputs(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k and v of that batch, on the card."""
+    """q, k and v of the batch, on the GPU."""
     rows, tokens = sum(chat.length - start for chat, start in zip(CHATS, STARTS)), sum(c.length for c in CHATS)
     shapes = [(rows, heads, head_dim), (tokens, kv_heads, head_dim), (tokens, kv_heads, head_dim)]
     return [random(*shape, dtype=dtype, seed=seed).to(DEVICE) for seed, shape in enumerate(shapes)]
@@ -83,7 +83,7 @@ def planned(heads: list, q: torch.Tensor, k: torch.Tensor) -> PrefillPlan:
 
 
 def ran(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE of the kernel; NaN stood there before."""
+    """Output and LSE of the kernel, in tensors that held NaN before."""
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], torch.nan, device=q.device)
     launch.run(q, k, v, plan, q.shape[2] ** -0.5, out, lse)
@@ -91,7 +91,7 @@ def ran(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan) ->
 
 
 def on_cpu(plan: PrefillPlan) -> PrefillPlan:
-    """The very same plan for an executor on the host: what an estimate found is not estimated again."""
+    """The same plan for an executor on the host. Estimates are not made again."""
 
     def moved(own: BlockPlan) -> BlockPlan:
         tensors = {name: x.cpu() for name, x in vars(own).items() if isinstance(x, torch.Tensor)}
@@ -102,7 +102,7 @@ def on_cpu(plan: PrefillPlan) -> PrefillPlan:
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 attention under the plan, on the host."""
+    """The attention of the plan in float64, on the host."""
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
     wide = (x.float().cpu() for x in (q, k, v))
     reference.run(*wide, on_cpu(plan), q.shape[2] ** -0.5, out, lse)
@@ -142,7 +142,7 @@ def test_static_plans_are_those_of_the_host(name):
     given = inputs(2, 1, 64, torch.bfloat16)
     here, there = (planned([PATTERNS[name]] * 2, *(x.to(device) for x in given[:2])) for device in (DEVICE, "cpu"))
     for own, its in zip(on_cpu(here).passes, there.passes, strict=True):
-        for field in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "num_full", "num_picked"):
+        for field in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "num_full", "num_gathered"):
             assert torch.equal(getattr(own, field), getattr(its, field)), field
         visits = int(own.block_indptr[-1])
         assert torch.equal(own.block_indices[:visits], its.block_indices[:visits])
@@ -151,7 +151,7 @@ def test_static_plans_are_those_of_the_host(name):
 
 @pytest.mark.parametrize("name", [name for name in PATTERNS if name.endswith(("estimated", "slash"))])
 def test_estimates_see_what_those_of_the_host_see(name):
-    """But for ties, and what rounding decides: nearly all pairs are the same."""
+    """Nearly all pairs are the same; ties and rounding decide the others."""
     given = inputs(2, 1, 64, torch.float16)
     plans = [planned([PATTERNS[name]] * 2, *(x.to(device) for x in given[:2])) for device in (DEVICE, "cpu")]
     row = 0
@@ -163,7 +163,7 @@ def test_estimates_see_what_those_of_the_host_see(name):
 
 
 def test_strided_queries_and_caches():
-    """Views into a fused projection and a fused cache give what contiguous copies give, bit by bit."""
+    """Views into a fused projection and a fused cache give the same bits as contiguous copies."""
     heads, kv_heads, head_dim = len(HEADS), 2, 128
     rows, tokens = chunks("cpu")[1], sum(chat.length for chat in CHATS)
     fused = random(rows, (heads + 2 * kv_heads) * head_dim, dtype=torch.float16, seed=1).to(DEVICE)
@@ -215,7 +215,7 @@ def test_pages_through_the_wrapper(page_size, layout):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_planning_and_running_wait_for_nothing(name):
-    """The host runs ahead of the card: no copy back, no size that only the card knows."""
+    """The host runs ahead of the GPU: no copy back, and no size that only the GPU knows."""
     given = inputs(4, 2, 128, torch.bfloat16)
     heads, batch = [PATTERNS[name]] * 4, chunks(DEVICE)
     out, lse = torch.empty_like(given[0]), torch.empty(given[0].shape[:2], device=DEVICE)
@@ -224,7 +224,7 @@ def test_planning_and_running_wait_for_nothing(name):
         plan = BatchPlanner(*batch).plan(heads, *given[:2], 128**-0.5)
         launch.run(*given, plan, 128**-0.5, out, lse)
 
-    forward()  # compiles, which may wait
+    forward()  # the first run compiles, and may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -275,7 +275,7 @@ def test_a_million_keys_in_a_pool_whose_offsets_pass_32_bits(heads):
 
 
 def test_an_estimate_over_a_million_keys():
-    """A planted column and a planted diagonal are found, and the answer is that of the oracle on the same plan."""
+    """The estimate finds a planted column and a planted diagonal, and the answer equals the oracle's on that plan."""
     tokens, rows, dim = 1 << 20, 128, 128
     chat = conversation(64, (4095, 16, 16), 192)
     k, v = (torch.randn(tokens, 1, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))

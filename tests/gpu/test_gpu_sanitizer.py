@@ -20,7 +20,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("check", ["memcheck", "racecheck", "synccheck"])
 def test_the_small_case_is_clean(check):
-    """Tensors are allocated one by one, so that an access beyond one of them is seen."""
+    """Each tensor has an allocation of its own, so that the sanitizer sees any access beyond a tensor."""
     assert TOOL is not None
     program = [sys.executable, "-m", "sglang_mminfer.benchmarks.smoke", "--check-only"]
     done = subprocess.run(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
+from config_files import config_file
 from sglang_mminfer.kernels.reference import masked_attention
 from sglang_mminfer.serving import observe, prompts
-from sglang_mminfer.serving.backend import SparsePrefill, _sparse_class
+from sglang_mminfer.serving.backend import sparse_class
+from sglang_mminfer.serving.sparse_prefill import SparsePrefill
 from sglang_mminfer.serving.trace import PrefillRecord
 
 LAYERS, HEADS, KV_HEADS, D = 2, 8, 2, 16
@@ -87,7 +89,7 @@ def prefill(
     placed = {"attn_tp_rank": rank, "attn_tp_size": ranks, "tp_rank": rank, "tp_size": ranks} if ranks > 1 else {}
     parallel = SimpleNamespace(**(RANKS | placed))
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
-    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config)
+    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config_file(config))
     monkeypatch.setattr("sglang_mminfer.serving.dense_backend.dense_backend_name", lambda *_: "torch_native")
     hf_config = Qwen2_5_VLConfig(
         text_config={
@@ -152,7 +154,7 @@ def layer(number: int, **changed: Any) -> Any:
 
 def run(prefill: Any, forward_batch: Any, **changed: Any) -> list[torch.Tensor]:
     """The answers [rows, HEADS * D] of all layers; `changed`: of the layers."""
-    backend: Any = _sparse_class(Stock)()
+    backend: Any = sparse_class(Stock)()
     backend.mminfer, backend.pool = prefill, prefill.kv_pool
     backend.init_forward_metadata(forward_batch)
     answers = []

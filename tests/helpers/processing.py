@@ -62,9 +62,9 @@ class Processing:
 
         fields = {"attention_backend": "mminfer", "tokenizer_path": _tokenizer_of(path), **fields}
         arguments = ServerArgs(model_path=str(path), **fields)
-        self._context = runtime_context.create_context(arguments, role="tokenizer")
-        self._within = runtime_context.use_context
-        with self._within(self._context):
+        self.context = runtime_context.create_context(arguments, role="tokenizer")
+        self.within = runtime_context.use_context
+        with self.within(self.context):
             self.hf_config = ModelConfig.from_server_args(arguments).hf_config
             hf_processor = get_processor(
                 arguments.tokenizer_path, model_name=str(path), trust_remote_code=arguments.trust_remote_code
@@ -89,7 +89,7 @@ class Processing:
             modalities=None,
             rid="test",
         )
-        with self._within(self._context):
+        with self.within(self.context):
             output = asyncio.run(
                 self.processor.process_mm_data_async(
                     image_data=request.image_data, audio_data=None, input_text=prompt, request_obj=request

@@ -48,7 +48,7 @@ def almost_causal_tiles(draw, num_rows: int):
 
 @st.composite
 def raw_plans(draw):
-    """Plans of no pattern at all: any positions, slots, row bounds, lists and hidden lanes that the contract allows."""
+    """Plans of no pattern at all: any positions, slots, bounds, lists and excluded lanes that the contract allows."""
     groups = ((0, 1, 2, 3), (1, 2), (3,), (0, 2, 3))
     causal = draw(st.booleans())
     num_tiles, num_rows, passes = 6 if causal else draw(st.integers(1, 6)), draw(st.integers(1, 9)), []
@@ -62,25 +62,25 @@ def raw_plans(draw):
     keys = KeyTable(*(torch.tensor(x, dtype=torch.int32) for x in (positions, slots)))
     for _ in range(draw(st.integers(1, 3))):
         plan = {"q_rows": [], "q_stop": [], "q_indptr": [0], "q_heads": [], "block_indptr": [0]}
-        block_indices, num_full, num_picked, hidden = [], [], [], []
+        block_indices, num_full, num_gathered, excluded = [], [], [], []
         for group in draw(st.sampled_from([(0,), (1, 2), (3,)])):  # groups that share no head
             tiles = draw(almost_causal_tiles(num_rows) if causal else raw_tiles(num_rows, num_tiles))
             for rows, stops, listed in tiles:
                 listed = sorted(listed)
-                picked = [b for b in listed if not causal and draw(st.booleans())]
+                gathered = [b for b in listed if not causal and draw(st.booleans())]
                 full = [
                     b
                     for b in listed
-                    if b not in picked and all(p < min(stops) for p in positions[b * BLOCK_K : (b + 1) * BLOCK_K])
+                    if b not in gathered and all(p < min(stops) for p in positions[b * BLOCK_K : (b + 1) * BLOCK_K])
                 ]
                 plan["q_rows"] += rows
                 plan["q_stop"] += stops
                 plan["q_indptr"].append(len(plan["q_rows"]))
                 plan["q_heads"].append(group)
-                block_indices += full + [b for b in listed if b not in full + picked] + picked
+                block_indices += full + [b for b in listed if b not in full + gathered] + gathered
                 num_full.append(len(full))
-                num_picked.append(len(picked))
-                hidden += [[draw(st.booleans()) for _ in range(BLOCK_K)] for _ in picked]
+                num_gathered.append(len(gathered))
+                excluded += [[draw(st.booleans()) for _ in range(BLOCK_K)] for _ in gathered]
                 plan["block_indptr"].append(len(block_indices))
         spare = draw(st.integers(0, 2))  # room that no tile uses
         arrays = {name: torch.tensor(x, dtype=torch.int32) for name, x in plan.items()}
@@ -90,8 +90,8 @@ def raw_plans(draw):
                 **arrays,
                 block_indices=torch.tensor(block_indices + [999] * spare, dtype=torch.int32),
                 num_full=torch.tensor(num_full, dtype=torch.int32),
-                num_picked=torch.tensor(num_picked, dtype=torch.int32),
-                hidden_lanes=pack_lanes(torch.tensor(hidden + [[True] * BLOCK_K] * spare).view(-1, BLOCK_K)),
+                num_gathered=torch.tensor(num_gathered, dtype=torch.int32),
+                excluded_lanes=pack_lanes(torch.tensor(excluded + [[True] * BLOCK_K] * spare).view(-1, BLOCK_K)),
                 head_groups=groups,
                 block_q=num_rows,
                 block_k=BLOCK_K,
@@ -110,15 +110,18 @@ def counted_slots(plan: PrefillPlan, row: int, head: int) -> list[int]:
                 continue
             a, b = block_plan.block_indptr[t : t + 2].tolist()
             listed = block_plan.block_indices[a:b].tolist()
-            first_picked, first = len(listed) - int(block_plan.num_picked[t]), int(block_plan.num_picked[:t].sum())
+            first_gathered, first = (
+                len(listed) - int(block_plan.num_gathered[t]),
+                int(block_plan.num_gathered[:t].sum()),
+            )
             for i in range(*block_plan.q_indptr[t : t + 2].tolist()):
                 if block_plan.q_rows[i] != row:
                     continue
                 for j, block in enumerate(listed):
                     for lane in range(BLOCK_K):
                         key = block * BLOCK_K + lane
-                        if j >= first_picked:
-                            word = int(block_plan.hidden_lanes[first + j - first_picked, lane // 32])
+                        if j >= first_gathered:
+                            word = int(block_plan.excluded_lanes[first + j - first_gathered, lane // 32])
                             if word >> (lane % 32) & 1:
                                 continue
                         if keys.kv_pos[key] < block_plan.q_stop[i]:

@@ -14,21 +14,20 @@ import torch
 from hypothesis import strategies as st
 
 from sglang_mminfer import (
-    AShape,
     Boundary2D,
-    Dense,
     Grid,
     Modality,
     ModalityMap,
     QBoundary,
     Segment,
     SparsePrefillWithPagedKVCacheWrapper,
-    TriShape,
-    VerticalSlash,
     VisionGrid,
     pattern_mask,
 )
 from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
+from sglang_mminfer.patterns.base import Field, Pattern, fields_of, kinds
+from sglang_mminfer.patterns.boundary import patterns_of
+from sglang_mminfer.patterns.estimated import Estimated
 
 TEXT, IMAGE, VIDEO, VISION = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.VISION
 REAL = (TEXT, IMAGE, VIDEO)
@@ -93,25 +92,37 @@ def conversation(*parts: int | tuple) -> ModalityMap:
 
 # ---- head patterns -----------------------------------------------------------------------------------------
 
-# Mostly small, so that something lies between the sink and the window.
-_sink = st.integers(0, 3) | st.integers(0, 14)
-_local = st.integers(1, 4) | st.integers(1, 24)
+# Every kind that there is, its fields drawn within their bounds: a new pattern is held to all properties at once.
 
-dense = st.just(Dense())
-a_shape = st.builds(AShape, _sink, _local)
-tri_shape = st.builds(TriShape, _sink, _local, st.just(0))
-tri_shape_with_tail = st.builds(TriShape, _sink, _local, st.integers(0, 9))
-vertical_slash = st.builds(VerticalSlash, st.integers(0, 12), st.integers(1, 12), st.integers(1, 16))
+
+def values(field: Field, scale: int) -> st.SearchStrategy:
+    """What a field may hold; of numbers mostly small ones, so that something lies between the sink and the window."""
+    if field.choices:
+        return st.sampled_from(field.choices)
+    if field.least is None:
+        return st.booleans()
+    return st.integers(field.least, min(field.least + 3, scale)) | st.integers(field.least, scale)
+
+
+def patterns_of_kind(cls: type[Pattern], scale: int = 20, **fixed: st.SearchStrategy) -> st.SearchStrategy[Pattern]:
+    """Patterns of one class. scale: the largest number; fixed: fields that are drawn otherwise."""
+    drawn = {field.name: values(field, scale) for field in fields_of(cls)}
+    return st.builds(cls, **{**drawn, **fixed})
+
+
+def growing_of_kind(cls: type[Pattern]) -> st.SearchStrategy[Pattern]:
+    """Those of one class that do not look ahead."""
+    return patterns_of_kind(cls, **{name: st.just(0) for name in cls.looks_ahead})
 
 
 def grid(*strides: str) -> st.SearchStrategy[Grid]:
-    flag, stride = st.booleans(), st.sampled_from(strides or ("frame", "row"))
-    return st.builds(Grid, stride, flag, flag, flag, st.integers(0, 3), _sink, _local)
+    return patterns_of_kind(Grid, stride=st.sampled_from(strides))  # type: ignore[return-value]
 
 
-growing = st.one_of(dense, a_shape, tri_shape, grid())  # what a row sees depends on nothing after it
-static = st.one_of(growing, tri_shape_with_tail)
-any_pattern = st.one_of(static, vertical_slash)
+STATIC = {kind: cls for kind, cls in kinds().items() if not issubclass(cls, Estimated)}
+growing = st.one_of([growing_of_kind(cls) for cls in STATIC.values()])  # what a row sees depends on nothing after it
+static = st.one_of([growing, *(patterns_of_kind(cls) for cls in STATIC.values() if cls.looks_ahead)])
+any_pattern = st.one_of([static, *(patterns_of_kind(cls) for kind, cls in kinds().items() if kind not in STATIC)])
 
 
 def q_boundary(patterns: st.SearchStrategy) -> st.SearchStrategy[QBoundary]:
@@ -137,12 +148,8 @@ def heads(patterns: st.SearchStrategy = any_pattern) -> st.SearchStrategy:
     return st.one_of(patterns, patterns, q_boundary(patterns), boundary_2d(patterns))
 
 
-def inner_patterns(head) -> list:
-    return list(head.patterns.values()) if isinstance(head, QBoundary | Boundary2D) else [head]
-
-
 def is_estimated(head) -> bool:
-    return any(isinstance(pattern, VerticalSlash) for pattern in inner_patterns(head))
+    return any(isinstance(pattern, Estimated) for pattern in patterns_of(head))
 
 
 # ---- batches over a paged cache ----------------------------------------------------------------------------
@@ -338,7 +345,7 @@ def part_of_pass(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
     tile = torch.repeat_interleave(tiles, plan.block_indptr.diff())
     number = torch.arange(len(tile), device=keep.device)
     full = number < (plan.block_indptr[:-1] + plan.num_full)[tile]
-    picked = number >= (plan.block_indptr[1:] - plan.num_picked)[tile]
+    gathered = number >= (plan.block_indptr[1:] - plan.num_gathered)[tile]
 
     def count(visits: torch.Tensor) -> torch.Tensor:
         return torch.bincount(tile[visits], minlength=plan.num_tiles).int()
@@ -348,8 +355,8 @@ def part_of_pass(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
         block_indptr=torch.nn.functional.pad(count(keep).cumsum(0), (1, 0)).int(),
         block_indices=plan.block_indices[: len(tile)][keep],
         num_full=count(keep & full),
-        num_picked=count(keep & picked),
-        hidden_lanes=plan.hidden_lanes[: int(picked.sum())][keep[picked]],
+        num_gathered=count(keep & gathered),
+        excluded_lanes=plan.excluded_lanes[: int(gathered.sum())][keep[gathered]],
     )
 
 

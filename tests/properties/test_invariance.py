@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import support
 from sglang_mminfer import (
     AShape,
     Boundary2D,
@@ -27,32 +28,25 @@ from support import (
     VISION,
     Batch,
     D,
-    a_shape,
     alone,
     boundary_2d,
     conversation,
     cut_out,
-    dense,
     grid,
     growing,
+    growing_of_kind,
     maps,
+    patterns_of_kind,
     q_boundary,
     static,
     tile_sizes,
-    tri_shape,
-    tri_shape_with_tail,
 )
 
-GROWING = {
-    "dense": dense,
-    "a_shape": a_shape,
-    "tri_shape": tri_shape,
-    "grid-frame": grid("frame"),
-    "grid-row": grid("row"),
-    "q": q_boundary(growing),
-    "2d": boundary_2d(growing),
-}
-STATIC = GROWING | {"tri_shape-tail": tri_shape_with_tail, "q-tail": q_boundary(static), "2d-tail": boundary_2d(static)}
+GROWING = {kind: growing_of_kind(cls) for kind, cls in support.STATIC.items() if cls is not Grid}
+GROWING |= {"grid-frame": grid("frame"), "grid-row": grid("row")}
+GROWING |= {"q": q_boundary(growing), "2d": boundary_2d(growing)}
+LOOKING_AHEAD = {f"{kind}-ahead": patterns_of_kind(cls) for kind, cls in support.STATIC.items() if cls.looks_ahead}
+STATIC = GROWING | LOOKING_AHEAD | {"q-ahead": q_boundary(static), "2d-ahead": boundary_2d(static)}
 
 kinds = pytest.mark.parametrize("kind", STATIC)
 growing_kinds = pytest.mark.parametrize("kind", GROWING)

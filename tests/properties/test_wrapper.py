@@ -19,6 +19,10 @@ from sglang_mminfer import (
 )
 from sglang_mminfer.kernels.reference import masked_attention
 from sglang_mminfer.kernels.torch_gather import merge_state
+from sglang_mminfer.patterns.base import fields_of, kinds
+from sglang_mminfer.patterns.boundary import patterns_of
+from sglang_mminfer.patterns.index import Scope
+from sglang_mminfer.patterns.pair import Pair
 from sglang_mminfer.planning.tiles import ChunkTiler
 from support import (
     EXECUTORS,
@@ -37,9 +41,9 @@ from support import (
     examples,
     growing,
     heads,
-    inner_patterns,
     is_estimated,
     maps,
+    patterns_of_kind,
     q_boundary,
     static,
     tile_sizes,
@@ -148,6 +152,17 @@ def tile_numbers(members: torch.Tensor, block: int) -> torch.Tensor:
     return torch.where(members, (members.cumsum(0) - 1) // block, -1)
 
 
+def row_tiles_of(group: torch.Tensor, block: int, far: torch.Tensor) -> torch.Tensor:
+    """The tile of every row of a group; -1 for the others. A tile begins anew where more than far[row] positions lie
+    between a row and the one before it."""
+    tiles, tile, rows, previous = torch.full_like(far, -1), 0, 0, 0
+    for row in group.nonzero().flatten().tolist():
+        if rows == block or (rows and row - previous - 1 > far[row]):
+            tile, rows = tile + 1, 0
+        tiles[row], rows, previous = tile, rows + 1, row
+    return tiles
+
+
 def raster_tiles(chat, stride: str, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For every token, line by line through each raster: its tile in this order, its line, its segment's shape.
     -1 where there is no raster. Tiles of different segments have different numbers."""
@@ -167,20 +182,20 @@ def raster_tiles(chat, stride: str, block: int) -> tuple[torch.Tensor, torch.Ten
     return tiles, lines, shapes
 
 
-def pairs_of(chat, head, row_class) -> list[tuple[torch.Tensor, object]]:
-    """(keys of the class, pattern) for each pair that rows of one modality run."""
+def pairs_of(chat, head, row_class) -> list[tuple]:
+    """(keys of the class, the class or None, pattern) for each pair that rows of one modality run."""
     if not isinstance(head, Boundary2D):
         own = head
         if isinstance(head, QBoundary):
             own = next((p for m, p in head.patterns.items() if m.covers(row_class)), Dense())
-        return [(torch.ones(chat.length, dtype=torch.bool), own)]
+        return [(torch.ones(chat.length, dtype=torch.bool), None, own)]
     named = {k: p for (q, k), p in head.patterns.items() if q.covers(row_class)}
     named |= {m: Dense() for m in REAL if not any(k.covers(m) for k in named)}
-    return [(chat.members(k), p) for k, p in named.items()]
+    return [(chat.members(k), k, p) for k, p in named.items()]
 
 
-def whole_rows(chat, pattern, keys: torch.Tensor, text_rule: bool) -> torch.Tensor:
-    """The rows that see every key of a pair."""
+def whole_rows(chat, pattern, keys: torch.Tensor, key_class, text_rule: bool) -> torch.Tensor:
+    """The rows that see every key of a pair. For kinds that are not spelled out here, what the pattern itself says."""
     position = torch.arange(chat.length)
     text_after_vision = chat.members(TEXT) & (position > chat.first_vision)
     if isinstance(pattern, TriShape):
@@ -196,7 +211,33 @@ def whole_rows(chat, pattern, keys: torch.Tensor, text_rule: bool) -> torch.Tens
                 continue
             if segment.grid is None or not (segment.grid.raster or pattern.stride == "frame"):
                 whole[segment.start :] = True
+    elif not isinstance(pattern, Dense):
+        said = pattern.index(Scope(chat, chat.length, keys=key_class, text_rule=text_rule)).whole_rows
+        if said is not None:
+            whole[torch.from_numpy(said.clip(0, chat.length).members())] = True
     return whole
+
+
+def single_keys(chat, pattern, rows: torch.Tensor, keys: torch.Tensor, text_rule: bool) -> torch.Tensor:
+    """What a pattern asks for, key by key: columns are gathered, so that nothing beside them is visited."""
+    n = chat.length
+    return pattern.visible(Pair(chat, 0, n, n, rows, keys, text_rule))
+
+
+def window_of(pattern) -> tuple[int, int]:
+    return getattr(pattern, "sink", 0), getattr(pattern, "local", 0)
+
+
+def windows(window: tuple[int, int], keys: torch.Tensor, row_tiles: torch.Tensor, block: int) -> torch.Tensor:
+    """For rows of one tile the tiles of keys that hold the sink, and those from the first key in the window of its
+    first row on: a window reaches from a tile's first row to its last, whoever's rows lie between."""
+    (sink, local), rank, key_tiles = window, keys.cumsum(0), tile_numbers(keys, block)
+    wanted = torch.zeros(len(keys), len(keys), dtype=torch.bool)
+    for tile in range(int(row_tiles.max()) + 1):
+        rows = row_tiles == tile
+        first_key = max(0, int(rank[rows.nonzero()[0]]) - local)
+        wanted[rows] = keys & ((key_tiles < -(-sink // block)) | (key_tiles >= first_key // block))
+    return wanted
 
 
 def at_most(chat, head, block_q: int, block_k: int) -> torch.Tensor:
@@ -209,21 +250,22 @@ def at_most(chat, head, block_q: int, block_k: int) -> torch.Tensor:
         rows = torch.ones(n, dtype=torch.bool) if row_class is None else chat.members(row_class)
         pairs = pairs_of(chat, head, row_class)
         rights = torch.zeros(n, dtype=torch.int64)  # bit j: sees all keys of pair j
-        for j, (keys, pattern) in enumerate(pairs):
-            rights |= whole_rows(chat, pattern, keys, not isinstance(head, Boundary2D)).long() << j
+        text_rule = not isinstance(head, Boundary2D)
+        for j, (keys, key_class, pattern) in enumerate(pairs):
+            rights |= whole_rows(chat, pattern, keys, key_class, text_rule).long() << j
         for right in rights[rows].unique().tolist():
             group = rows & (rights == right)
-            row_tiles = tile_numbers(group, block_q)
-            for j, (keys, pattern) in enumerate(pairs):
+            far = torch.full((n,), block_q)  # what one more tile would visit
+            for j, (keys, _, pattern) in enumerate(pairs):
+                far += keys.cumsum(0) - keys.long() if right >> j & 1 else sum(window_of(pattern))
+            row_tiles = row_tiles_of(group, block_q, far)
+            for j, (keys, _, pattern) in enumerate(pairs):
                 mine = group[:, None] & keys[None, :] & triangle
                 if right >> j & 1:
                     allowed |= mine
                     continue
-                rank = keys.cumsum(0)
-                window = (rank <= pattern.sink)[None, :] | (rank[:, None] - rank[None, :] < pattern.local)
-                allowed |= rounded(window & mine, row_tiles, tile_numbers(keys, block_k)) & mine
-                if isinstance(pattern, Grid) and pattern.v:
-                    allowed |= mine & (chat.cells(pattern.stride) == pattern.phase)[None, :]
+                allowed |= windows(window_of(pattern), keys, row_tiles, block_k) & mine
+                allowed |= single_keys(chat, pattern, rows, keys, text_rule) & mine
                 if isinstance(pattern, Grid) and pattern.s:
                     tiles_q, lines, shapes = raster_tiles(chat, pattern.stride, block_q)
                     tiles_k, _, _ = raster_tiles(chat, pattern.stride, block_k)
@@ -303,10 +345,13 @@ def test_rows_that_are_not_further_apart_than_their_windows_share_tiles():
 
 
 def covering(n: int) -> st.SearchStrategy:
-    flag = st.booleans()
-    return st.sampled_from(
-        [Dense(), AShape(0, n), AShape(n, 1), TriShape(0, 1, n), VerticalSlash(n * 2, 1, 3), VerticalSlash(0, n * 2, 1)]
-    ) | st.builds(Grid, st.sampled_from(["frame", "row"]), flag, flag, flag, st.integers(0, 3), st.just(0), st.just(n))
+    """By hand, and of every kind with a window those whose window is the whole prompt."""
+    windows = [cls for cls in kinds().values() if any(field.name == "local" for field in fields_of(cls))]
+    return st.one_of(
+        st.sampled_from([Dense(), AShape(n, 1), TriShape(0, 1, n), VerticalSlash(n * 2, 1, 3)]),
+        st.just(VerticalSlash(0, n * 2, 1)),
+        *(patterns_of_kind(cls, local=st.just(n)) for cls in windows),
+    )
 
 
 @settings(max_examples=30)
@@ -474,7 +519,7 @@ def test_strategies_draw_every_kind_of_head():
     @given(st.one_of(heads(), q_boundary(growing), boundary_2d(any_pattern)))
     def collect(head):
         seen.add(type(head))
-        seen.update(type(p) for p in inner_patterns(head))
+        seen.update(type(p) for p in patterns_of(head))
 
     collect()
-    assert seen == {Dense, AShape, TriShape, VerticalSlash, Grid, QBoundary, Boundary2D}
+    assert seen == {*kinds().values(), QBoundary, Boundary2D}

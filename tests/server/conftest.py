@@ -1,4 +1,4 @@
-"""Servers are started once for all tests that need them; few are alive at a time, and none is left behind."""
+"""Each server starts once for all tests that need it. Few servers run at a time, and none outlives the tests."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from sglang_mminfer.tools.server import Server
 NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS]
 
 PROBED = "mixed_internvl"
-"""The server that tests look into; see probe.py."""
+"""The server that loads the probe; see probe.py."""
 
 ORDER = pytest.StashKey[list[str]]()
-"""Servers in the order in which tests come to them."""
+"""Servers in the order in which tests need them."""
 
 OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
-"""Of each test of each family's server."""
+"""The outcome of each test on each family's server."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -119,14 +119,14 @@ def sparse_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(
     request: pytest.FixtureRequest, model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Served]]:
-    """The server of a name in `NAMES`, started if it is not running."""
+    """A function that returns the server with a name in `NAMES`, and starts it if it is not running."""
     root = tmp_path_factory.mktemp("servers")
 
     def make(name: str) -> Served:
         folder = root / name
         folder.mkdir(exist_ok=True)
         trace = folder / "trace.jsonl"
-        for old in folder.glob(f"{trace.name}*"):  # of all ranks
+        for old in folder.glob(f"{trace.name}*"):  # the files of all ranks
             old.unlink()
         if name in FAMILY_SERVERS:
             path, flags = family_server(name, folder)
@@ -134,7 +134,7 @@ def servers(
             path, flags = mixed_server(name, folder)
         else:
             path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
-        # Servers are told by their flags, not by the environment of the tests, that they run on a CPU.
+        # A server learns from its flags that it runs on a CPU, not from the environment of the tests.
         own = ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})
         env = {settings.TRACE.variable: str(trace), "SGLANG_PLATFORM": None, **own}
         if name == PROBED:
@@ -152,7 +152,7 @@ def servers(
 
 @pytest.fixture
 def served(servers: Callable[[str], Served], name: str) -> Served:
-    """The server of the parameter `name`, its cache empty."""
+    """The server that the parameter `name` names, with an empty cache."""
     found = servers(name)
     found.server.flush_cache()
     return found
@@ -160,7 +160,7 @@ def served(servers: Callable[[str], Served], name: str) -> Served:
 
 @pytest.fixture
 def main(servers: Callable[[str], Served]) -> Served:
-    """The server of most tests, its cache empty."""
+    """The server of most tests, with an empty cache."""
     found = servers("main")
     found.server.flush_cache()
     return found
@@ -168,7 +168,7 @@ def main(servers: Callable[[str], Served]) -> Served:
 
 @pytest.fixture(scope="session")
 def references(servers: Callable[[str], Served], media: Media) -> References:
-    """What the sparse config answers, each prompt computed in one piece from nothing, alone."""
+    """Answers of the sparse config to prompts that were computed alone, in one chunk, with nothing cached."""
     one_shot, others = servers("one_shot"), (20, 21, 22, 24, 26, 31, 32)
 
     def answered(prompts: list[list[Message]], label: str) -> Dialogue:

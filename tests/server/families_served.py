@@ -1,4 +1,4 @@
-"""The server of each model family, what it is shown, and what its oracle says to that."""
+"""The server of each model family, the media that it gets, and the answers of its oracle to them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from config_files import config_file
 from families import FAMILIES, Family
 from serving import LAYERS, ROUNDING, Dialogue, Message, Served, assistant, image, text, user, video
 from sglang_mminfer.testing.oracle import OracleAnswer, compare
@@ -26,26 +27,26 @@ FAMILY_SERVERS: dict[str, tuple[Family, int]] = {
 """The family and the number of ranks of each server."""
 
 MIXED_SERVERS = {"mixed_internvl": "internvl", "mixed_llava_video": "llava_video"}
-"""Servers of a config that leaves much out, which mix decoding into chunks and retract requests: the family of each.
-One has SGLang's model class and one ours, and neither has M-RoPE; Qwen2.5-VL, which has it, is the server "main"."""
+"""The family of each server whose config leaves much out, and which mixes decoding into chunks and retracts requests.
+One family has SGLang's model class and one has ours. Neither has M-RoPE; Qwen2.5-VL, which has it, is server "main"."""
 
 MIXED_FLAGS = (
-    *("--attention-backend", "mminfer", "--mminfer-config", "test_a_shape", "--sleep-on-idle"),
+    *("--attention-backend", "mminfer", "--mminfer-config", config_file("test_a_shape"), "--sleep-on-idle"),
     *("--chunked-prefill-size", "96", "--enable-mixed-chunk"),
 )
 
 ALWAYS = {family.module: family.name for family in reversed(FAMILIES) if family.name != "qwen2_5_vl"}.values()
-"""Servers of `make test`: the first of each kind on one rank. Qwen2.5-VL has all other tests of this folder."""
+"""Servers of `make test`: the first of each module on one rank. Other tests of this folder cover Qwen2.5-VL."""
 
 EVERY_SERVER = [
     pytest.param(name, marks=[pytest.mark.server(name), *([] if name in ALWAYS else [pytest.mark.families])])
     for name in FAMILY_SERVERS
 ]
-"""Parameters of a test that runs on every server."""
+"""The parameters of a test that runs on every family's server."""
 
 
 def mixed_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """As `family_server`, of `MIXED_SERVERS`."""
+    """As `family_server`, for a server of `MIXED_SERVERS`."""
     family, _ = FAMILY_SERVERS[MIXED_SERVERS[name]]
     options = ("--mm-process-config", json.dumps({"video": dict(family.video_options)})) if family.video_options else ()
     return family.make(folder / "model"), (*MIXED_FLAGS, *options, *family.flags)
@@ -66,10 +67,8 @@ def family_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def write_config(family: Family, path: Path) -> Path:
-    """The covering config of all patterns that the family allows, with windows of `reach` tokens."""
-    from sglang_mminfer import head_configs
-
-    covering = (Path(head_configs.__file__).parent / "test_covering_mixed.json").read_text()
+    """A config with every pattern that the family allows. Its windows of `reach` tokens leave nothing out."""
+    covering = Path(config_file("test_covering_mixed")).read_text()
     config = json.dumps(json.loads(covering.replace(str(EVERYTHING), str(family.reach))))
     if "row grid" not in family.patterns:
         config = config.replace('"row"', '"frame"')
@@ -79,14 +78,14 @@ def write_config(family: Family, path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Files:
-    """What all families are shown."""
+    """The media that every family gets."""
 
     images: tuple[Path, Path]
     videos: tuple[Path, Path]
     odd: dict[str, Path]
-    """Videos of unusual kinds, all of which can be read."""
+    """Unusual videos that can be read."""
     unreadable: dict[str, Path]
-    """What is no video."""
+    """Paths that hold no video."""
 
 
 def make_files(root: Path) -> Files:
@@ -113,8 +112,8 @@ def make_files(root: Path) -> Files:
             "uneven": uneven,
             "portrait": make_video(root / "portrait.mp4", 10, 96, 160, 4, seed=3),
             "one_frame": make_video(root / "one.mp4", 1, 64, 64, 8, seed=2),
-            # Its seed matters: in some videos two pairs of patches are alike to the ninth digit, and which of them
-            # VideoChat-Flash merges depends on how its scores are rounded.
+            # The seed matters. In some videos the scores of two pairs of patches agree to the ninth digit, and rounding
+            # decides which pair VideoChat-Flash merges.
             "10000_frames": make_video(root / "long.mp4", 10_000, 64, 64, 25, seed=6),
         },
         unreadable={name: root / f"{name}.mp4" for name in ("broken", "words", "missing")},
@@ -123,7 +122,7 @@ def make_files(root: Path) -> Files:
 
 @dataclass(frozen=True)
 class Running:
-    """A family's server, its oracle, and what both are shown."""
+    """A family's server, its oracle, and the media that both get."""
 
     family: Family
     served: Served
@@ -132,7 +131,7 @@ class Running:
     long_video: Path
 
     def ask(self, messages: list[Message], rid: str, expected: OracleAnswer | None = None) -> OracleAnswer:
-        """The server's answer, held against the oracle's and against its own account of it."""
+        """The server's answer, compared with the oracle's and with the server's trace."""
         if expected is None:
             expected = self.oracle.answer(messages)
         got = self.served.ask(messages, len(expected.token_ids), rid=rid)
@@ -145,7 +144,7 @@ class Running:
         return got
 
     def hold(self, expected: OracleAnswer, got: OracleAnswer) -> None:
-        """Asserts that an answer is the expected one."""
+        """Asserts that an answer equals the expected one."""
         assert len(got.prompt_ids) + len(got.token_ids) <= self.family.reach, "longer than what the config covers"
         result = compare(expected, got)
         assert result.prompt_equal and result.tokens_equal and result.max_difference < ROUNDING, str(result)
@@ -153,12 +152,14 @@ class Running:
 
     def rasters(self, rid: str) -> list[str]:
         """The modalities of the segments that have a raster."""
-        (found,) = (r.map for r in self.served.records(rid) if r.map)  # with the last chunk of the prompt only
+        (found,) = (
+            r.map for r in self.served.records(rid) if r.map
+        )  # only the record of the prompt's last chunk has a map
         return [entry.modality for entry in found if entry.grid is not None]
 
     @cached_property
     def turns(self) -> Dialogue:
-        """The four turns of a conversation and the oracle's answers, each of which stands in the next turn's prompt."""
+        """Four turns of a conversation with the oracle's answers. Each answer is part of the next turn's prompt."""
         (first, second), (one, other) = self.files.videos, self.files.images
         messages: list[Message] = []
         dialogue = []

@@ -1,4 +1,4 @@
-"""The servers of a test run: each started once, the next one while the present one is tested, few alive at a time."""
+"""The servers of a test run: each starts once, while the tests of the server before it run; few run at a time."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from serving import Served
 from sglang_mminfer.tools.server import Server
 
 ALIVE = 2
-"""Servers that were asked for and still run, besides the one that is starting. Each takes some 3 GB, nearly all of it
+"""How many servers that tests asked for may run, besides the one that starts. Each takes about 3 GB, most of it
 libraries."""
 
 
 class Fleet:
     """Servers by name.
 
-    A start is a minute of imports of which half leaves a core idle, so the server that is needed next starts in the
+    A start is a minute of imports, and for half of it a core is idle. So the server that is needed next starts in the
     background.
 
     Args:
-        make: a server that has not been started.
-        order: names in the order in which tests come to them.
+        make: makes the server with a name, not started.
+        order: names in the order in which tests need them.
     """
 
     def __init__(self, make: Callable[[str], Served], order: Sequence[str]) -> None:
@@ -33,7 +33,7 @@ class Fleet:
         self._starter = ThreadPoolExecutor(2)
 
     def get(self, name: str) -> Served:
-        """The server of this name, healthy."""
+        """The server with this name, started and healthy."""
         self._asked[name] = None
         self._asked.move_to_end(name)
         while len(self._asked) > ALIVE:
@@ -44,7 +44,7 @@ class Fleet:
         return served
 
     def stop(self) -> None:
-        """Ends all of them."""
+        """Ends all servers."""
         self._starter.shutdown(wait=False, cancel_futures=True)
         for name in list(self._servers):
             self._stop(name)
@@ -56,7 +56,7 @@ class Fleet:
         return self._servers[name]
 
     def _prepare_after(self, name: str) -> None:
-        """Starts the server that tests come to next, unless another one is already ahead."""
+        """Starts the server that tests need next, unless a server that nobody asked for yet already runs."""
         if name not in self._order or any(other not in self._asked for other in self._servers):
             return
         after = self._order[self._order.index(name) + 1 :]
@@ -67,5 +67,5 @@ class Fleet:
         self._asked.pop(name, None)
         served, started = self._servers.pop(name)
         served.server.stop()
-        wait([started])  # a start that was under way ends with an error, unless its process came only now
+        wait([started])  # a pending start ends with an error, unless its process appears only now
         served.server.stop()

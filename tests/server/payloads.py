@@ -1,4 +1,4 @@
-"""What a client may send: anything that JSON can hold, near enough to what is right to get somewhere."""
+"""Payloads that a client may send: any JSON, close enough to a right request that SGLang processes a part of it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ odd = st.one_of(
 
 
 def nested(one: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """One, a list of some, or lists in lists."""
+    """One value, a list of values, or a list of lists."""
     return st.one_of(one, st.lists(one, max_size=3), st.lists(st.lists(one, max_size=2), max_size=2))
 
 
 def files(picture: str, film: str) -> st.SearchStrategy[Any]:
-    """Ways to name a medium, right and wrong. Paths are of files that are there."""
+    """Ways to name a medium, right and wrong. Both paths exist."""
     with open(picture, "rb") as file:
         encoded = base64.b64encode(file.read()).decode()
     with open(film, "rb") as file:
@@ -156,7 +156,7 @@ def generate_bodies(picture: str, film: str, sessions: list[str]) -> st.SearchSt
 
 
 def parts(picture: str, film: str, wrong: bool = True) -> st.SearchStrategy[Any]:
-    """Parts of a chat message, none of them wrong if so asked."""
+    """Parts of a chat message; only right ones if `wrong` is False."""
     name = files(picture, film)
     url = st.one_of(
         name.map(lambda one: {"url": one}),

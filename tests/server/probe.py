@@ -1,6 +1,6 @@
-"""What SGLang's scheduler does, seen from inside: a plugin for SGLang that writes what it sees, a JSON line a batch.
+"""A look inside SGLang's scheduler: a plugin for SGLang that writes JSON lines about each batch.
 
-`install` makes a distribution of it, which servers find on PYTHONPATH.
+`install` makes a distribution of it, which a server finds on its PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 FILE = "SGLANG_MMINFER_TEST_PROBE"
 
 _owner: dict[int, tuple[int, int]] = {}
-"""Slot of the KV pool: the position and token that were last written there, token -1 if it was generated."""
+"""By KV slot: the position and token that were last written there. A generated token is -1."""
 
 
 def install(folder: Path) -> str:
-    """The PYTHONPATH of a server that is to be probed."""
+    """Makes the distribution in `folder`. Returns the PYTHONPATH of a server that loads the probe."""
     info = folder / "sglang_mminfer_probe-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-mminfer-probe\nVersion: 0\n")
@@ -36,7 +36,7 @@ def register() -> None:
 
 
 def look(result: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
-    """AFTER ForwardBatch.init_new: is every earlier position of a request at its own index in its row?"""
+    """AFTER ForwardBatch.init_new: does index p of a request's row hold the slot of position p, for all earlier p?"""
     if result.forward_mode.is_idle():
         return
     table = model_runner.req_to_token_pool.req_to_token
@@ -69,7 +69,7 @@ def look(result: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -
 
 
 def planned(self: Any, forward_batch: Any) -> None:
-    """BEFORE init_forward_metadata."""
+    """BEFORE init_forward_metadata: which requests of the batch have media."""
     if forward_batch.forward_mode.is_extend():
         media = forward_batch.mm_inputs
         _tell(
@@ -82,7 +82,7 @@ def planned(self: Any, forward_batch: Any) -> None:
 
 
 def attended(self: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE forward_extend."""
+    """BEFORE forward_extend: whether the batch still has media at its first layer."""
     if layer.layer_id == 0:
         _tell(kind="layer", media_left=any(media is not None for media in forward_batch.mm_inputs or ()))
 

@@ -1,4 +1,4 @@
-"""The real servers that tests of this folder share, what they are asked, and what must come back."""
+"""The real servers that the tests of this folder share, the conversations they get, and the expected answers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from config_files import config_file
 from sglang_mminfer.serving.trace import PrefillRecord, read_trace
 from sglang_mminfer.testing.oracle import Comparison, Message, OracleAnswer, ask, compare
 from sglang_mminfer.tools.server import Server
 
 LAYERS = 2
 RECIPE = {"layers": LAYERS, "heads": 8, "kv_heads": 2, "head_dim": 16, "vision_full_blocks": 1}
-"""The model of all tests here: 16 heads in all, so that every entry of a cycle in the test configs is used."""
+"""The model of all tests here. Its layers have 16 heads together, so a test config uses every entry of its cycle."""
 
 MEDIUM_TOKENS, MEDIUM_FRAME = 2048, 256
 LONG_TOKENS = 16_384
 
 PAGE = 16
-"""Of the server "paged"."""
+"""The page size of the server "paged"."""
 
 DENSE_BELOW = 200
-"""Of the sparse config: conversations up to this length run dense."""
+"""`dense_below` of the sparse config: conversations up to this length run dense."""
 
 ROUNDING = 1e-4
-"""How far two fp32 sums of the same terms in another order may move a log-probability of this model."""
+"""The most that another order of fp32 sums may change a log-probability of this model."""
 
 TIE = 1e-3
-"""Two words this close in log-probability are a tie, which rounding may decide either way."""
+"""Two tokens whose log-probabilities differ by less are a tie; rounding decides which one comes."""
 
 VOCABULARY = ["river", "stone", "green", "light", "walk", "seven", "winter", "train", "music", "north", "open", "quiet"]
 
@@ -43,17 +44,17 @@ _MMINFER = ("--attention-backend", "mminfer", "--sleep-on-idle")
 _SPARSE = (*_MMINFER, "--mminfer-config", "{sparse}")
 _SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend", "torch_native", "--sleep-on-idle")
 
-# In the order in which tests come to them.
+# In the order in which tests need them.
 FLAGS: dict[str, tuple[str, ...]] = {
-    # All-covering configs: the answers are dense ones, computed on the sparse path.
-    "covering_64": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "64"),
+    # Configs that leave nothing out: the sparse path gives the dense answers.
+    "covering_64": (*_MMINFER, "--mminfer-config", config_file("test_covering_mixed"), "--chunked-prefill-size", "64"),
     "covering_256_no_radix": (
-        *(*_MMINFER, "--mminfer-config", "test_covering"),
+        *(*_MMINFER, "--mminfer-config", config_file("test_covering")),
         *("--chunked-prefill-size", "256", "--disable-radix-cache"),
     ),
-    "covering_mixed_256": (*_MMINFER, "--mminfer-config", "test_covering_mixed", "--chunked-prefill-size", "256"),
-    "covering_off": (*_MMINFER, "--mminfer-config", "test_covering", "--chunked-prefill-size", "-1"),
-    # The sparse config. `one_shot` computes every prompt whole, from nothing: what the others are held against.
+    "covering_256": (*_MMINFER, "--mminfer-config", config_file("test_covering"), "--chunked-prefill-size", "256"),
+    "covering_off": (*_MMINFER, "--mminfer-config", config_file("test_covering"), "--chunked-prefill-size", "-1"),
+    # The sparse config. `one_shot` computes every prompt in one chunk with nothing cached: the reference of the others.
     "one_shot": (
         *(*_SPARSE, "--chunked-prefill-size", "-1"),
         *("--disable-radix-cache", "--disable-overlap-schedule"),
@@ -62,12 +63,12 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *(*_SPARSE, "--chunked-prefill-size", "96", "--tp-size", "2"),
         *("--enable-metrics", "--mminfer-audit", "1"),
     ),
-    # Pages of 16, another backend for decoding, and a small pool into which requests are let too eagerly.
+    # Pages of 16, another backend for decoding, and a small KV pool that admits requests too eagerly.
     "paged": (
         *(*_SPLIT, "--mminfer-config", "{sparse}", "--chunked-prefill-size", "128", "--page-size", str(PAGE)),
         *("--max-total-tokens", "2304", "--schedule-conservativeness", "0.05"),
     ),
-    # Audited: all answers of this server are held against references, so they also show that an audit changes none.
+    # Audited. All its answers are compared with references, which shows that an audit changes no answer.
     "main": (
         *(*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
         *("--mminfer-audit", "1"),
@@ -76,21 +77,19 @@ FLAGS: dict[str, tuple[str, ...]] = {
 
 
 RETRACTS = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "16"}
-"""SGLang's own switch for tests: every 16th step takes a request's KV slots away, if there are two or more."""
+"""SGLang's own switches for tests: every 16th step retracts a request, if two or more run."""
 
 ENVIRONMENT = {
-    # For how many seconds it waits for a medium behind a URL: long enough to abort meanwhile.
+    # Seconds that SGLang waits for a medium behind a URL: long enough to abort meanwhile.
     "main": {"REQUEST_TIMEOUT": "60"},
-    # Here dense heads run on the stock backend, as they do on a GPU.
+    # Dense heads run on the stock backend here, as on a GPU.
     "paged": {**RETRACTS, "SGLANG_MMINFER_DENSE_HEADS": "stock"},
 }
 
 
 def write_sparse_config(path: Path) -> Path:
-    """Every static pattern and boundary, one to a head, with short conversations left dense."""
-    from sglang_mminfer import head_configs
-
-    config = json.loads((Path(head_configs.__file__).parent / "test_mixed_heads.json").read_text())
+    """Writes the sparse config: each static pattern and boundary has a head, and short conversations run dense."""
+    config = json.loads(Path(config_file("test_mixed_heads")).read_text())
     config["defaults"]["dense_below"] = DENSE_BELOW
     path.write_text(json.dumps(config))
     return path
@@ -121,17 +120,17 @@ def assistant(words: str) -> Message:
 
 @dataclass(frozen=True)
 class Media:
-    """Files that conversations are made of."""
+    """The media of the conversations."""
 
     videos: tuple[Path, ...]
     images: tuple[Path, ...]
     medium_video: Path
-    """MEDIUM_TOKENS, MEDIUM_FRAME to a pair of frames."""
+    """Has MEDIUM_TOKENS tokens, MEDIUM_FRAME for each pair of frames."""
     long_video: Path
-    """LONG_TOKENS."""
+    """Has LONG_TOKENS tokens."""
 
     def six_turns(self) -> list[Message]:
-        """The user's part of a conversation with 2 videos and 3 images."""
+        """The user's messages of a conversation with 2 videos and 3 images."""
         first, second, *_ = self.videos
         a, b, c, *_ = self.images
         return [
@@ -144,7 +143,7 @@ class Media:
         ]
 
     def conversation(self, seed: int, turns: int) -> list[Message]:
-        """The user's part of a random conversation; the first turns of a longer one with the same seed."""
+        """The user's messages of a random conversation. With the same seed a longer one begins in the same way."""
         draw = random.Random(seed)
         messages = []
         for _ in range(turns):
@@ -165,21 +164,21 @@ class Media:
 
 
 Dialogue = list[tuple[list[Message], OracleAnswer]]
-"""Prompts, and what is to be answered."""
+"""Prompts and the expected answers."""
 
 
 @dataclass(frozen=True)
 class References:
-    """Prompts and the answers of the sparse config, from a server that computes each whole."""
+    """Prompts and answers of the sparse config, from a server that computes each prompt in one chunk."""
 
     turns: Dialogue
-    """Every turn of a conversation with 2 videos and 3 images."""
+    """The turns of a conversation with 2 videos and 3 images."""
     branches: Dialogue
-    """Two conversations that part after their first turn."""
+    """Two conversations with the same first turn."""
     others: Dialogue
-    """Seven further conversations."""
+    """Seven other conversations."""
     medium: tuple[list[Message], OracleAnswer]
-    """A video of MEDIUM_TOKENS."""
+    """A question about the video of MEDIUM_TOKENS."""
 
     @property
     def batch(self) -> Dialogue:
@@ -188,7 +187,7 @@ class References:
 
 
 def scripted(turns: Sequence[Message], seed: int = 0) -> list[list[Message]]:
-    """The prompt of every turn, where all answers before it are given: nothing depends on what a server says."""
+    """The prompt of every turn. The earlier answers in it are drawn from `seed`, so no prompt depends on a server."""
     draw = random.Random(seed)
     prompts, messages = [], []
     for turn in turns:
@@ -218,7 +217,7 @@ class Served:
     def ask_all(
         self, prompts: Iterable[Sequence[Message]], new_tokens: int = 8, rids: Iterable[str] | None = None
     ) -> list[OracleAnswer]:
-        """All at the same time."""
+        """Asks all prompts at the same time."""
         prompts = list(prompts)
         extras: list[dict[str, str]] = [{"rid": rid} for rid in rids] if rids else [{} for _ in prompts]
         with ThreadPoolExecutor(len(prompts)) as pool:
@@ -228,7 +227,7 @@ class Served:
     def ask_and_leave(
         self, messages: Sequence[Message], new_tokens: int, when: Callable[[], object], rid: str, seconds: float = 60
     ) -> None:
-        """Asks for a stream, reads nothing of it, and closes the connection as soon as `when` is true."""
+        """Asks for a stream, does not read it, and closes the connection as soon as `when` is true."""
         connection = http.client.HTTPConnection(self.server.host, self.server.port, timeout=60)
         body = {
             **{"model": "default", "messages": list(messages), "max_tokens": new_tokens, "stream": True},
@@ -241,7 +240,7 @@ class Served:
             connection.close()
 
     def records(self, rid: str | None = None) -> list[PrefillRecord]:
-        """Of one request, or of all."""
+        """The trace records of one request, or of all."""
         records = read_trace(self.trace) if self.trace.exists() else []
         return [r for r in records if rid is None or r.rid == rid]
 
@@ -251,7 +250,7 @@ class Served:
             return answer.read()
 
     def used_tokens(self) -> int:
-        """Tokens that hold a place in the KV pool, cached ones included."""
+        """Used slots of the KV pool, cached tokens included."""
         (load,) = json.loads(self.get("/v1/loads"))["loads"]
         return int(load["num_used_tokens"])
 
@@ -264,12 +263,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 def difference(a: OracleAnswer, b: OracleAnswer) -> float:
-    """Largest difference in log-probability at positions that both reached with the same tokens before."""
+    """The largest difference in log-probability at positions that both answers reach with the same tokens."""
     return compare(a, b).max_difference
 
 
 def same(a: OracleAnswer, b: OracleAnswer, within: float = ROUNDING) -> Comparison:
-    """Asserts that two answers are one. Returns how they compare."""
+    """Asserts that two answers are equal, apart from ties. Returns how they compare."""
     result = compare(a, b)
     assert result.prompt_equal, f"other prompts: {len(a.prompt_ids)} and {len(b.prompt_ids)} tokens"
     assert result.max_difference <= within, str(result)
@@ -278,7 +277,7 @@ def same(a: OracleAnswer, b: OracleAnswer, within: float = ROUNDING) -> Comparis
 
 
 def is_tie(a: OracleAnswer, b: OracleAnswer) -> bool:
-    """True if the first token in which the answers differ was as probable as the other's on both sides."""
+    """Whether both servers find the first two tokens that differ equally probable; True if no token differs."""
     for x, y, left, right in zip(a.token_ids, b.token_ids, a.top_logprobs, b.top_logprobs):
         if x != y:
             return all(abs(top.get(x, 1e9) - top.get(y, -1e9)) <= TIE for top in (left, right))
@@ -286,5 +285,5 @@ def is_tie(a: OracleAnswer, b: OracleAnswer) -> bool:
 
 
 def ran_sparse(records: Sequence[PrefillRecord]) -> bool:
-    """True if all layers of every record ran on the sparse path."""
+    """Whether all layers ran sparse in every record, and there is one."""
     return bool(records) and all(r.sparse_layers == LAYERS and r.dense_reason is None for r in records)

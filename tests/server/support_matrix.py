@@ -1,9 +1,9 @@
-"""The README's table of model families, made of what their tests did.
+"""The table of model families in docs/families.md, made from the outcomes of their tests.
 
     make support-matrix
 
-which runs tests/server/test_families.py on every server with `--support FILE` and then this module. FILE says for
-each server how each of its tests ended, and where that was.
+runs tests/server/test_families.py on every server with `--support FILE`, and then this module. FILE holds the outcome
+of each test on each server, and a description of the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from families import FAMILIES, Family
 
 Outcomes = Mapping[str, Mapping[str, str]]
-"""For each server the outcome of each test: "passed", "skipped" or "failed"."""
+"""By server and test: "passed", "skipped" or "failed"."""
 
 TESTS: dict[str, tuple[str, ...]] = {
     "images": ("test_an_image", "test_what_is_no_picture_is_the_clients_error"),
@@ -28,13 +28,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "chunked prefill": ("test_every_turn_of_a_conversation", "test_a_long_prompt_is_sparse"),
     "in a batch": ("test_all_turns_at_once",),
 }
-"""Columns, and the tests that each rests on; cases of a test are told by what follows its name."""
+"""By column: the tests on which its "yes" rests. A name covers all cases of its test."""
 
 BEGIN, END = "<!-- support matrix -->", "<!-- /support matrix -->"
 
 
 def table(outcomes: Outcomes) -> str:
-    """The table in Markdown.
+    """The table, in Markdown.
 
     Raises:
         ValueError: naming a family without outcomes, or a test that failed or is missing.
@@ -50,16 +50,16 @@ def table(outcomes: Outcomes) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def written(readme: str, outcomes: Outcomes) -> str:
-    """A README with the table between its two marks.
+def written(page: str, outcomes: Outcomes) -> str:
+    """A page with the table between its two marks.
 
     Raises:
         ValueError: if the marks are not there, or as `table`.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README: expected the marks {BEGIN} and {END}")
+        raise ValueError(f"page: expected the marks {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{table(outcomes)}\n{END}{after}"
 
 
@@ -97,10 +97,10 @@ def _patterns(family: Family) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m support_matrix", description=__doc__)
     parser.add_argument("outcomes", type=Path, help="what the tests wrote")
-    parser.add_argument("readme", type=Path)
+    parser.add_argument("page", type=Path, help="the page that holds the table between its marks")
     options = parser.parse_args(arguments)
     found: dict[str, Any] = json.loads(options.outcomes.read_text())
-    options.readme.write_text(written(options.readme.read_text(), found["servers"]))
+    options.page.write_text(written(options.page.read_text(), found["servers"]))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A request that is aborted, or left by its client, while its media are loaded: it ends, and nobody else notices."""
+"""A request whose client aborts it or disconnects while its media are loaded ends, and no other request notices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving import Media, Served, image, same, text, user, wait_for
 
 
 class Dribbling(ThreadingHTTPServer):
-    """Serves a picture whose bytes come one by one, lest the reader gives up, and its last ones when `released`."""
+    """Serves a picture byte by byte, so that the reader does not give up, and the rest of it after `released`."""
 
     daemon_threads = True
 
@@ -47,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
                 sent += 1
             self.wfile.write(content[sent:])
         except OSError:
-            pass  # the reader has gone
+            pass  # the reader disconnected
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -77,7 +77,7 @@ def send(main: Served, path: str, content: dict[str, Any]) -> http.client.HTTPCo
 
 
 def settled(main: Served, rid: str, slow: Dribbling) -> None:
-    """Lets the picture come, gives the request time to run, and asserts that it did not."""
+    """Serves the rest of the picture, gives the request time to run, and asserts that it did not run."""
     slow.released.set()
     time.sleep(3)
     assert not main.records(rid), "it ran"
@@ -99,7 +99,7 @@ def test_abort_while_media_are_loaded(main: Served, media: Media, slow: Dribblin
     assert f"Request {rid} was aborted" in said
     same(before, main.ask(good))
     settled(main, rid, slow)
-    # The name can be used again.
+    # The request id can be used again.
     assert send(main, "/v1/chat/completions", body(slow.url("b"), rid)).getresponse().status == 200
     assert main.records(rid)
 
@@ -112,14 +112,14 @@ def test_client_leaves_while_media_are_loaded(main: Served, media: Media, slow: 
     connection = send(main, "/v1/chat/completions", body(slow.url("a"), rid, stream=stream))
     wait_for(lambda: slow.asked)
     connection.close()
-    time.sleep(3)  # it looks once a second
+    time.sleep(3)  # the server checks once a second
     same(before, main.ask(good))
     settled(main, rid, slow)
 
 
 @pytest.mark.server("main")
 def test_abort_of_one_among_several(main: Served, slow: Dribbling) -> None:
-    """Others that load at the same time go on."""
+    """Other requests that load at the same time continue."""
     rids = [f"several-{i}" for i in range(3)]
     connections = [send(main, "/v1/chat/completions", body(slow.url(rid), rid)) for rid in rids]
     wait_for(lambda: slow.asked == 3)

@@ -1,4 +1,4 @@
-"""What is wrong is said in one clear sentence, and said early; and it costs nobody else anything."""
+"""Wrong input gets one clear sentence, as early as possible, and harms no other request."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import openai
 import pytest
 import torch
 
+from config_files import config_file
 from serving import Media, Message, Served, image, same, text, user, video
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.serving import prompts
@@ -52,11 +53,11 @@ for arguments in json.loads(sys.argv[1]):
         output.seek(0)
         print(json.dumps([code, output.read().decode()]), flush=True)
 """
-"""The launcher's own main, in a process for each start. What all of them import first is imported once."""
+"""Runs the launcher's own main in a process for each start; what all of them need is imported once."""
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    return json.loads(HeadConfig.load("test_grid_frame").to_json()) | changes
+    return json.loads(HeadConfig.load(config_file("test_grid_frame")).to_json()) | changes
 
 
 def other_model() -> dict[str, Any]:
@@ -82,14 +83,14 @@ BAD_CONFIGS: dict[str, tuple[str | None, str]] = {
     "too many layers": (json.dumps(content(heads=[[A_SHAPE] * 8] * 3)), r"heads: expected 2 layers as in the model"),
     "wrong model": (json.dumps(content(model=other_model())), r"made for another model: layers"),
 }
-"""Name: the file's content (None: no file), and what the launch must say about it."""
+"""By name: the file's content (None: no file), and what the launch must say about it."""
 
 FOUND_BY_THE_PARSER = ("missing", "malformed", "truncated", "unknown key", "bad range", "wrong shape")
 
 
 @pytest.fixture(scope="module")
 def launches(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit status and last line of every launch."""
+    """The exit status and last line of every launch."""
     root = tmp_path_factory.mktemp("bad")
     starts = []
     for name, (written, _) in BAD_CONFIGS.items():
@@ -173,7 +174,7 @@ def test_bad_request_in_a_batch_harms_no_other(
 
 @pytest.mark.server("main")
 def test_shortest_video_is_served(main: Served, tmp_path: Path) -> None:
-    """Two frames fold into one: a grid of a single frame."""
+    """Two frames become one temporal patch, so the grid has a single frame."""
     path = make_video(tmp_path / "two.mp4", 2, 112, 112, 8, seed=9)
     answer = main.ask([user(video(path), text("What is this? " * 20))], rid="two-frames")
     assert len(answer.token_ids) == 8
@@ -206,7 +207,7 @@ BAD_GEOMETRY: dict[str, tuple[list[tuple[tuple[int, int] | None, torch.Tensor]],
     "zero frames": ([((20, 83), torch.tensor([[0, 8, 8]]))], "zero_frames", "expected at least one"),
     "two grids": ([((20, 83), GRID.expand(2, 3))], "grid_mismatch", "got 2 for 1 spans"),
 }
-"""Name: offsets and grids of the videos of a prompt, the reason in the trace, words of the warning."""
+"""By name: offsets and grid of each video in a prompt, the reason in the trace, words of the warning."""
 
 
 def inputs(videos: list[tuple[tuple[int, int] | None, torch.Tensor]]) -> Any:
@@ -226,7 +227,7 @@ def inputs(videos: list[tuple[tuple[int, int] | None, torch.Tensor]]) -> Any:
 
 
 def batch_of(*media_of_requests: Any) -> Any:
-    """What `begin` reads of a ForwardBatch."""
+    """The fields of a ForwardBatch that `begin` reads."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     count = len(media_of_requests)
@@ -244,14 +245,14 @@ def batch_of(*media_of_requests: Any) -> Any:
 
 @pytest.fixture
 def prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A SparsePrefill without a server around it, which writes its trace to `tmp_path`."""
+    """A SparsePrefill without a server; it writes its trace to `tmp_path`."""
     from transformers import AutoConfig
 
     from sglang_mminfer import settings
-    from sglang_mminfer.serving.backend import SparsePrefill
+    from sglang_mminfer.serving.sparse_prefill import SparsePrefill
 
     monkeypatch.setenv(settings.TRACE.variable, str(tmp_path / "trace.jsonl"))
-    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", "test_grid_frame")
+    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", config_file("test_grid_frame"))
     monkeypatch.setattr(
         "sglang.srt.runtime_context.get_parallel",
         lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1, tp_rank=0, tp_size=1),
@@ -273,12 +274,12 @@ def test_media_that_cannot_be_laid_out_run_dense_and_are_counted(
     videos, reason, words = BAD_GEOMETRY[name]
     bad = inputs(videos)
     prefill.begin(batch_of(bad))
-    assert not prefill.takes(torch.empty(LENGTH, 1), SimpleNamespace(), {})  # so the stock backend runs all of it
+    assert not prefill.takes(torch.empty(LENGTH, 1), SimpleNamespace(), {})  # the stock backend runs all of it
     prefill.begin(batch_of(bad))  # the next chunk
     prefill.end()
     records = traced(prefill)
     assert {(r.dense_reason, r.sparse_layers) for r in records} == {(reason, 0)}
-    (warning,) = [r.getMessage() for r in caplog.records if "runs dense" in r.getMessage()]  # once, not per chunk
+    (warning,) = [r.getMessage() for r in caplog.records if "runs dense" in r.getMessage()]  # once, not for each chunk
     assert "request-0" in warning and words in warning
 
 
@@ -286,9 +287,9 @@ def test_media_that_cannot_be_laid_out_run_dense_and_are_counted(
 def test_its_neighbour_in_the_batch_stays_sparse(prefill: Any, name: str) -> None:
     videos, reason, _ = BAD_GEOMETRY[name]
     prefill.begin(batch_of(inputs([GOOD]), inputs(videos)))
-    good, bad = prefill._batch.requests
+    good, bad = prefill.batch.requests
     assert (good.dense_reason, bad.dense_reason) == (None, reason)
-    with_map, without = prefill._batch.planner.requests
+    with_map, without = prefill.batch.planner.requests
     assert with_map.map is good.map and without.map is None  # no map: plain causal attention
 
 

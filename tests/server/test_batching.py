@@ -1,4 +1,4 @@
-"""Sparse, short and text-only requests side by side: each is answered as if it were alone."""
+"""Sparse, short and text-only requests in one batch: each gets the answer that it gets alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def requests(media: Media) -> dict[str, list[Message]]:
 def alone_and_together(
     servers: Callable[[str], Served], media: Media
 ) -> tuple[Served, dict[str, OracleAnswer], dict[str, OracleAnswer]]:
-    """Every request by itself over an empty cache, then all of them at the same time over an empty cache."""
+    """Answers of the requests one by one, then at the same time; both over an empty cache."""
     main, prompts = servers("main"), requests(media)
     alone = {}
     for rid, prompt in prompts.items():
@@ -44,7 +44,7 @@ def test_each_answer_equals_the_same_request_alone(alone_and_together: tuple) ->
 
 
 def test_kinds_of_requests_shared_batches(alone_and_together: tuple) -> None:
-    """Else the test before this one would prove little. A batch's requests have its times in common."""
+    """Without this the test before proves little. Records with equal times are of one batch."""
     main, _, _ = alone_and_together
     batches: dict[float, set[str]] = {}
     for record in main.records():
@@ -77,7 +77,7 @@ def test_nothing_failed_inside(alone_and_together: tuple) -> None:
 
 
 def tokens_only(served: Served, messages: list[Message], new_tokens: int, rid: str) -> list[int]:
-    """A greedy answer, asked for without log-probabilities: SGLang mixes only such requests into its mixed chunks."""
+    """A greedy answer without log-probabilities: SGLang puts only such requests into mixed chunks."""
     response = served.client.chat.completions.create(
         model="default",
         messages=messages,
@@ -89,7 +89,7 @@ def tokens_only(served: Served, messages: list[Message], new_tokens: int, rid: s
 
 
 def test_decoding_in_a_mixed_chunk_is_decoding(servers: Callable[[str], Served], media: Media) -> None:
-    """Rows of requests that decode while others prefill see what they would see in a batch of their own: all."""
+    """Rows of requests that decode while others prefill see every key, as in a decode batch."""
     main, new_tokens = servers("main"), 48
     prompts = [scripted(media.conversation(30 + i, 4), i)[-1] for i in range(6)]
     alone = [main.ask(prompt, new_tokens) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""An embedding model runs its prefill through mminfer as a generating one does."""
+"""An embedding model runs its prefill through mminfer, as a generating model does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from config_files import config_file
 from serving import LAYERS, Media
 from sglang_mminfer import settings
 from sglang_mminfer.serving.trace import read_trace
@@ -17,10 +18,11 @@ from sglang_mminfer.tools.server import Server
 
 
 def test_an_embedding_is_transformers_last_hidden_state(model: Path, media: Media, tmp_path: Path) -> None:
-    """With a config that covers everything, on the sparse path, in chunks."""
+    """The config leaves nothing out; the prompt runs on the sparse path, in chunks."""
     trace, picture = tmp_path / "trace.jsonl", str(media.images[0])
     prompt = "<|vision_start|><|image_pad|><|vision_end|>" + "What do you see?" * 40
-    flags = ("--attention-backend", "mminfer", "--mminfer-config", "test_covering", "--chunked-prefill-size", "64")
+    covering = ("--attention-backend", "mminfer", "--mminfer-config", config_file("test_covering"))
+    flags = (*covering, "--chunked-prefill-size", "64")
     env = {settings.TRACE.variable: str(trace), "SGLANG_PLATFORM": None}
     with Server(model, *flags, "--is-embedding", env=env, log=tmp_path / "server.log", timeout=400) as server:
         body = {"text": prompt, "image_data": picture, "rid": "embedded"}
@@ -41,7 +43,7 @@ def test_an_embedding_is_transformers_last_hidden_state(model: Path, media: Medi
 
 
 def test_it_is_no_generating_model(model: Path) -> None:
-    """Else the test before this one would be one of generation."""
+    """Without this the test before might test a generating model."""
     from sglang.srt.arg_groups.overrides import model_config_of
     from sglang.srt.server_args import ServerArgs
 

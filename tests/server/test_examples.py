@@ -14,7 +14,7 @@ from serving import Media
 from sglang_mminfer.tools.server import Server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NOWHERE = "http://127.0.0.1:9/v1"  # the discard port: nobody listens
+NOWHERE = "http://127.0.0.1:9/v1"  # the discard port, where nobody listens
 
 
 def run(program: str, *arguments: str, keyboard: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -54,7 +54,7 @@ def test_chat_names_a_bad_file(option: str, name: str, message: str, tmp_path: P
     arguments = (option, str(tmp_path / name), "--question", "What is this?")
     done = run("video_chat.py", "--url", NOWHERE, "--model", "any", *arguments)
     assert done.returncode == 1
-    assert done.stderr.endswith(f"error: {tmp_path}/{message}\n")  # decoders have words of their own before it
+    assert done.stderr.endswith(f"error: {tmp_path}/{message}\n")  # decoders print their own messages before it
     assert "Traceback" not in done.stderr
 
 
@@ -89,7 +89,7 @@ def test_chat_with_a_server(model: Path, media: Media) -> None:
         costs = [line for line in done.stdout.splitlines() if "prompt tokens" in line]
         assert len(costs) == 2
         assert "; first token after " in costs[0]
-        # All of the first prompt is in the cache, but for what SGLang computes again: its last token.
+        # The cache holds the first prompt except its last token, which SGLang always computes again.
         first, cached = (int(costs[turn].split()[at].strip("[,").replace(",", "")) for turn, at in ((0, 0), (1, 3)))
         assert cached >= first - 1
 
@@ -99,7 +99,7 @@ def test_chat_with_a_server(model: Path, media: Media) -> None:
         assert typed.stdout.count("prompt tokens") == 1
 
         missing = run("video_chat.py", *common, "--model", "no-such", "--video", video, "--question", "Why?")
-        assert missing.returncode in (0, 1)  # SGLang may answer under any name
+        assert missing.returncode in (0, 1)  # SGLang may answer whatever model is named
         assert "Traceback" not in missing.stderr
 
 

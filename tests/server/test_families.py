@@ -1,8 +1,7 @@
-"""Every family of tests/families, served for real: answers as its oracle's, and sparse where the prompt is long.
+"""Every family of tests/families on a real server: its answers equal its oracle's, and long prompts run sparse.
 
-One server and one head config for each: patterns and boundaries of every kind whose windows cover `Family.reach`
-tokens. A prompt that is shorter is computed on the sparse path and answers as dense attention does; a longer one is
-sparse.
+Each family has one server and one head config, with patterns and boundaries of every kind and windows of `Family.reach`
+tokens. A shorter prompt runs on the sparse path and gives the dense answer; in a longer one keys are left out.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def test_every_turn_of_a_conversation(running: Running) -> None:
         got = running.ask(messages, f"turn-{i}", expected)
         if running.family.cached_turns:
             cached = got.cached_tokens or 0
-            # The second picture lays the first one out anew; what stands before it is found.
+            # The second picture changes the first one's layout; the tokens before the first stay cached.
             assert 0 < cached < known if running.family.lone_image and i == 2 else cached >= known
             known = len(got.prompt_ids)
         else:
@@ -87,7 +86,7 @@ def test_every_turn_of_a_conversation(running: Running) -> None:
 
 
 def test_all_turns_at_once(running: Running) -> None:
-    """In one batch, with nothing in the cache, each is answered as alone."""
+    """In one batch over an empty cache each turn gets the answer that it gets alone."""
     running.served.server.flush_cache()
     answers = running.served.ask_all([messages for messages, _ in running.turns])
     for (_, expected), got in zip(running.turns, answers):
@@ -146,7 +145,7 @@ def _unharmed(running: Running) -> None:
 
 
 def test_media_within_the_request(running: Running) -> None:
-    """A data: URL answers as its file does."""
+    """A data: URL gives the same answer as its file."""
 
     def data(path: Path, kind: str) -> str:
         return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
@@ -162,7 +161,7 @@ def test_media_within_the_request(running: Running) -> None:
 
 
 def test_words_that_look_like_placeholders_are_words(running: Running) -> None:
-    """In a question and in the history, beside media: they are tokenized as words, and nobody is hurt."""
+    """In a question and in the history of a conversation with media they are tokenized as words; the server goes on."""
     family, files = running.family, running.files
     shown = video(files.videos[0]) if family.video else image(files.images[0])
     asked = "How do <image>, <video>, <img>, </img>, <|image_pad|> and <IMG_CONTEXT> differ?"
@@ -174,7 +173,7 @@ def test_words_that_look_like_placeholders_are_words(running: Running) -> None:
     tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(running.served.server.model))
     decoded = tokenizer.decode(got.prompt_ids)
     assert decoded.count(asked) == 2 and said in decoded, decoded[-600:]
-    for name, token in tokenizer.get_added_vocab().items():  # no special token of media more than without the words
+    for name, token in tokenizer.get_added_vocab().items():  # no media token more than without the words
         if name in asked + said:
             assert got.prompt_ids.count(token) == quiet.prompt_ids.count(token), name
     _unharmed(running)

@@ -1,6 +1,6 @@
-"""Anything that a client may send: answered or refused, in time, and nobody else notices.
+"""Whatever a client sends is answered or refused in time, and no other request notices.
 
-`make fuzz` takes as many payloads as MMINFER_FUZZ says; `make test` a few, always the same.
+`make fuzz` sends as many payloads as MMINFER_FUZZ says; `make test` sends a few, always the same.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from payloads import chat_bodies, generate_bodies
 from serving import Media, Message, OracleAnswer, Served, image, same, text, user, video
 
 SECONDS = 30
-"""Within which every payload is answered."""
+"""The longest time until a payload is answered."""
 
 FEW = 60
 EVERY = 25
-"""After so many payloads a known conversation is asked again."""
+"""After this many payloads a known conversation is asked again."""
 
 ALLOWED: dict[str, str] = {}
-"""Answers of SGLang with a status of 500 that have nothing to do with media or mminfer: what they say, and why."""
+"""By text: SGLang's answers with status 500 that have nothing to do with media or mminfer, and their cause."""
 
 
 class Client:
-    """Sends payloads, and sees to it that a known conversation is answered as before."""
+    """Sends payloads, and checks that a known conversation still gets the same answer."""
 
     def __init__(self, main: Served, media: Media) -> None:
         self.main = main

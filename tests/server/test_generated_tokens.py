@@ -1,6 +1,6 @@
-"""Generated tokens see everything, also where they come as prefill: in mixed chunks, after retractions, in sessions.
+"""Generated tokens see every key, also if they come as prefill: in mixed chunks, after retractions, in sessions.
 
-The config leaves much out, so a generated row that followed its pattern would give another answer.
+The config leaves much out, so a generated row that follows its pattern would change the answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EVERY = [pytest.param(name, marks=pytest.mark.server(name)) for name in MIXED_SE
 
 
 def prompts(name: str, media: Media) -> list[list[Message]]:
-    """Of one turn or two, all of several chunks."""
+    """Prompts of one or two turns, each of several chunks."""
     first, second, _ = media.videos
     turns = [
         [user(image(media.images[0]), text("What do you see? " * 6)), user(text("And now? " * 9))],
@@ -50,7 +50,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(servers: Callable[[str], Served], media: Media) -> Callable[[str], Run]:
-    """Every request alone; all together; and all together while others come and are left."""
+    """Every request alone; all at the same time; all at the same time while clients of other requests disconnect."""
     done: dict[str, Run] = {}
 
     def run(name: str) -> Run:
@@ -90,7 +90,7 @@ def test_each_answer_is_that_of_the_request_alone(runs: Callable[[str], Run], na
 
 @pytest.mark.parametrize("name", EVERY)
 def test_generated_rows_are_counted_as_decoding(runs: Callable[[str], Run], name: str) -> None:
-    """In mixed chunks by themselves; behind a retraction beside the rows of their prompt, or by themselves."""
+    """In mixed chunks they are a chunk of their own; after a retraction they also come with rows of their prompt."""
     run = runs(name)
     records = run.records("together") + run.records("again")
     assert any(r.chunk_len == 1 and r.dense_reason == "decode" for r in records), "no chunk was mixed"
@@ -103,7 +103,7 @@ def test_generated_rows_are_counted_as_decoding(runs: Callable[[str], Run], name
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_prompt_has_one_map(runs: Callable[[str], Run], name: str) -> None:
-    """With its last chunk, also where the last chunks have no media."""
+    """The record of its last chunk has the map, also if the last chunks hold no media."""
     run = runs(name)
     for i, answer in enumerate(run.alone):
         records, prompt = run.served.records(f"alone-{i}"), len(answer.prompt_ids)
@@ -141,7 +141,7 @@ PLACEHOLDER = {"main": "<|vision_start|><|video_pad|><|vision_end|>", "mixed_int
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.server(name)) for name in PLACEHOLDER])
 def test_a_turn_of_text_in_a_session_is_sparse(servers: Callable[[str], Served], media: Media, name: str) -> None:
-    """It shares the media of the turn before, whose M-RoPE positions end with that turn's prompt."""
+    """It shares the media of the turn before; their M-RoPE positions end with that turn's prompt."""
     served = servers(name)
     medium: dict[str, Path] = {"video_data": media.videos[0]} if name == "main" else {"image_data": media.images[0]}
     shown = {key: str(path) for key, path in medium.items()}

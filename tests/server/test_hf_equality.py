@@ -1,4 +1,4 @@
-"""Under configs that cover everything, the sparse path answers as Hugging Face transformers does."""
+"""With configs that leave nothing out, the sparse path gives the answers of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import pytest
 from serving import LAYERS, ROUNDING, Dialogue, Media, Message, Served, assistant
 from sglang_mminfer.testing.oracle import HFOracle, OracleAnswer, compare
 
-SERVERS = ["covering_64", "covering_256_no_radix", "covering_mixed_256", "covering_off"]
-"""Chunks of 64, of 256, and none; radix cache on and off; one pattern, and all of them with all boundaries."""
+WIDE = ("covering_256_no_radix", "covering_256")
+SERVERS = [
+    pytest.param(name, marks=[pytest.mark.wide] if name in WIDE else [])
+    for name in ("covering_64", *WIDE, "covering_off")
+]
+"""Chunks of 64, of 256, and none; radix cache on and off. The first has all patterns and boundaries, the others one."""
 
 
 def hold(oracle: HFOracle, turns: list[Message]) -> Dialogue:
@@ -37,7 +41,7 @@ def dialogue(oracle: HFOracle, media: Media) -> Dialogue:
 
 @pytest.fixture(scope="module")
 def batch(oracle: HFOracle, media: Media, dialogue: Dialogue) -> Dialogue:
-    """Eight conversations: the long one, and the last turns of seven others."""
+    """Eight conversations: the long one, and the last turn of each of seven others."""
     others = [media.conversation(seed, 2 + seed % 2) for seed in range(100, 107)]
     return [dialogue[-1], *(hold(oracle, turns)[-1] for turns in others)]
 
@@ -49,7 +53,7 @@ def assert_equal(expected: OracleAnswer, got: OracleAnswer) -> None:
 
 
 def assert_sparse(served: Served, answer: OracleAnswer, rid: str) -> None:
-    """All tokens of a prompt with media that were not cached went through all layers of the sparse path."""
+    """Asserts that all uncached tokens of a prompt with media ran through all layers on the sparse path."""
     records = served.records(rid)
     assert sum(r.chunk_len for r in records) == len(answer.prompt_ids) - (answer.cached_tokens or 0)
     assert {(r.sparse_layers, r.dense_reason) for r in records} == {(LAYERS, None)}

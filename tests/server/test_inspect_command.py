@@ -1,4 +1,4 @@
-"""`mminfer inspect` as a user runs it: two ranks, a video, and what is written of it."""
+"""`mminfer inspect` as a user runs it: two ranks, a video, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
 from sglang_mminfer.tools.inspect import command as inspect_command
 
 HEADS = RECIPE["heads"]
-DRAWN = [(0, 0), (0, 2), (0, 7), (1, 4)]  # an A-shape, a dense head, and two of the other rank: 2D-Boundary, Q-Boundary
+DRAWN = [(0, 0), (0, 2), (0, 7), (1, 4)]  # A-shape and dense; on the other rank 2D-Boundary and Q-Boundary
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -28,7 +28,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def inspected(
     model: Path, media: Media, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """The folder that the command wrote, and what the server had left for it."""
+    """The folder that the command wrote, and a copy of the folder that the server left for it."""
     out, left = tmp_path_factory.mktemp("inspect") / "out", tmp_path_factory.mktemp("left") / "left"
 
     def draw(folder: Path, *arguments: Any, real: Any = inspect_command.draw) -> Path:
@@ -60,7 +60,7 @@ def test_the_map_is_that_of_the_video(inspected: tuple[Path, Path], model: Path)
     assert [s.modality for s in found.segments] == [Modality.TEXT, Modality.VIDEO, Modality.TEXT]
     grid = found.segments[1].grid
     assert grid is not None and grid.frames * grid.cells == found.segments[1].stop - found.segments[1].start
-    # 24 frames of 8 a second are 6 at the 2 that are looked at, in pairs; they are square.
+    # 24 frames at 8 a second give 6 frames at 2 a second, in pairs; frames are square.
     assert grid.frames == 3 and grid.rows == grid.cols > 1
     processor = AutoProcessor.from_pretrained(model)
     content = [{"type": "video", "video": "film"}, {"type": "text", "text": "What is there?"}]
@@ -72,7 +72,7 @@ def test_the_map_is_that_of_the_video(inspected: tuple[Path, Path], model: Path)
 
 
 def test_density_of_every_head_is_that_of_its_pattern(inspected: tuple[Path, Path], sparse_config: Path) -> None:
-    """Of both ranks, whose heads all have other patterns: planned once more here, from the map alone."""
+    """All heads of both ranks have different patterns. The test plans them again from the map alone."""
     left = inspected[1]
     modality_map, config = map_of(left), HeadConfig.load(str(sparse_config))
     chunk = RequestChunk(modality_map, 0, modality_map.length, 0, torch.arange(modality_map.length))

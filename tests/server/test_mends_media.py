@@ -1,4 +1,4 @@
-"""Mends of media on a server: what reaches it by HTTP, and what a client is told."""
+"""Mends of media on a server: what arrives over HTTP, and what a client is told."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def film(url: Path | str, **options: Any) -> dict[str, Any]:
 
 
 def decoded(file: Path) -> list[np.ndarray]:
-    """The frames of a file as they come out of it: H.264 is not lossless."""
+    """The decoded frames of a file, because H.264 is not lossless."""
     import decord
 
     return [frame.asnumpy() for frame in decord.VideoReader(str(file))]
 
 
 def generate(served: Served, **body: Any) -> tuple[int, Any]:
-    """Status and answer of /generate."""
+    """The status and answer of /generate."""
     request = urllib.request.Request(
         f"{served.server.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -78,7 +78,7 @@ def test_photos_stand_upright(main: Served) -> None:
     "options", [{"fps": 1}, {"max_frames": 8}, {"max_long_side_pixel": 56}, {"total_pixels": 1000}, {"nframes": 6}]
 )
 def test_options_of_a_video(main: Served, media: Media, tmp_path: Path, options: dict[str, int]) -> None:
-    """total_pixels and nframes are no fields of SGLang's part."""
+    """SGLang's message part has no fields total_pixels and nframes."""
     path = make_video(tmp_path / "a.mp4", 48, 336, 336, 8, seed=6)
     plain = main.ask([user(film(path), text("What?"))], 1)
     asked = main.ask([user(film(path, **options), text("What?"))], 1)
@@ -87,7 +87,7 @@ def test_options_of_a_video(main: Served, media: Media, tmp_path: Path, options:
 
 
 def test_options_of_generate(main: Served, tmp_path: Path) -> None:
-    """By the names that SGLang takes there."""
+    """Under the option names that SGLang accepts in /generate."""
     path = str(make_video(tmp_path / "a.mp4", 48, 336, 336, 8, seed=6))
     lengths = []
     for options in ({}, {"fps": 1}, {"num_frames": 4}, {"total_max_pixels": 1000}):
@@ -129,7 +129,7 @@ def test_videos_of_frames(main: Served, tmp_path: Path) -> None:
 
 
 def _around(served: Served, answer: Any) -> int:
-    """Tokens that the chat template puts around a message."""
+    """How many tokens the chat template puts around a message."""
     plain = served.ask([user(text("What?"))], 1)
     _, bare = generate(served, text="What?", sampling_params={"max_new_tokens": 1})
     return len(plain.prompt_ids) - bare["meta_info"]["prompt_tokens"]

@@ -1,4 +1,4 @@
-"""The Prometheus endpoint and the trace tell the same story."""
+"""The Prometheus endpoint and the trace give the same figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def figures(served: Served) -> dict[tuple[str, str], float]:
 
 def traced(served: Served) -> dict[tuple[str, str], float]:
     sums: dict[tuple[str, str], float] = defaultdict(float)
-    batches = set()  # by all three times: two batches that share one of them are common, all three are not
+    batches = set()  # by all three times: batches often share one of them, but not all three
     for record in served.records():
         ran = record.dense_reason or "sparse"
         sums["prefill_requests", ran] += 1
@@ -35,7 +35,7 @@ def traced(served: Served) -> dict[tuple[str, str], float]:
 
 @pytest.fixture
 def worked(main: Served, media: Media) -> Served:
-    """Sparse, short and text-only requests are among what it did."""
+    """A server that has run sparse, short and text-only requests."""
     main.ask_all([*scripted(media.six_turns())[-2:], [user(text("Why?"))]])
     return main
 
@@ -52,7 +52,7 @@ AUDIT = re.compile(r'^sglang:mminfer_audit_(\w+?)_total\{layer="(\d+)"\} ([\d.e+
 
 
 def test_every_sparse_layer_is_audited(worked: Served) -> None:
-    """And nothing else is; trace and metrics agree by layer."""
+    """Nothing else is audited; trace and metrics agree for each layer."""
     expected: dict[tuple[str, str], float] = defaultdict(float)
     for record in worked.records():
         assert (record.audit is not None) == (record.dense_reason is None), record
@@ -66,7 +66,7 @@ def test_every_sparse_layer_is_audited(worked: Served) -> None:
     assert {layer for _, layer in expected} == {"0", "1"}
     shown = {(name, layer): float(v) for name, layer, v in AUDIT.findall(worked.get("/metrics").decode())}
     assert shown == pytest.approx(dict(expected), rel=1e-6)
-    assert expected["error_rows", "0"] > 0  # a sparse config does lose something
+    assert expected["error_rows", "0"] > 0  # a sparse config loses something
 
 
 def test_every_figure_explains_itself(worked: Served) -> None:

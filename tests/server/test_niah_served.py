@@ -1,4 +1,4 @@
-"""`mminfer niah` from end to end: a needle model in a real server finds its needles."""
+"""`mminfer niah` from end to end: a needle model on a real server finds its needles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_needle_model_finds_its_needles(tmp_path: Path) -> None:
     assert sum(right) >= 0.9 * 12, found["answers"]
     assert found["errors"] == []
     assert 1024 <= found["prompt_tokens"]["1024"] < 1100
-    # Second turns are asked over cached prefixes.
+    # Second turns have a cached prefix.
     assert all(answer["cached_tokens"] > 1000 for answer in found["answers"] if answer["turn"])
     assert [cell["answered"] for cell in found["over_cached_prefix"]["v-niah"].values()] == [3, 3]
     assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Fields that end a stock server are the client's error here, and the next request is answered."""
+"""Fields that end a stock server are the client's error, and the next request is answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mminfer search` as a user runs it: the real server, a needle model, one small conversation, and what comes out."""
+"""`mminfer search` as a user runs it: a real server, a needle model, one small conversation, and the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = Path(__file__).parents[2] / "examples" / "needle_vlm" / "video"
 
 
 def conversation(folder: Path, seed: int) -> Path:
-    """Two videos of 48 pairs of frames and questions: 800 tokens."""
+    """The file of a conversation of 800 tokens: 48 pairs of frames, and questions."""
     made = task.video_conversation(48, 4, np.random.default_rng(seed), videos=1)
     messages = media_files.messages(made, folder / str(seed))
     path = folder / f"{seed}.json"
@@ -32,7 +32,7 @@ def conversation(folder: Path, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Search:
-    """One that was run: its exit status, the config's file, the folder of what was measured, what was printed."""
+    """A finished search: its exit status, the file of its config, and what it printed."""
 
     code: int
     out: Path
@@ -68,7 +68,7 @@ def test_a_config_and_a_report_come_out(first: Search) -> None:
     assert config.provenance.how == "search" and config.provenance.budget == "mean density 0.7"
     assert config.model is not None and config.model.heads == 4
     rows = [line for line in first.said.splitlines() if "searched" in line or "a_shape" in line or "dense" in line]
-    assert len(rows) == 2 * 5, first.said  # two tables: searched (also at two more densities), a_shape, dense
+    assert len(rows) == 2 * 5, first.said  # two tables; each has searched (at three densities), a_shape and dense
     assert "Mind: No calibration input has an image" in first.said
     assert "Mind: The longest calibration input" in first.said
     page = first.out.with_suffix(".html").read_text()
@@ -81,14 +81,14 @@ def test_a_config_and_a_report_come_out(first: Search) -> None:
 def test_a_second_run_measures_nothing_again(first: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     config, folder = first.out.read_bytes(), first.out.parent
     measured = sorted(first.work.rglob("layer-*.json"))
-    # Phases and candidates of two prompts' three layers, and the finalists on both.
+    # Three layers: phases and candidates, and the finalists on both prompts.
     assert len(measured) == 3 * (1 + 1 + 1 + 1)
     times = {path: path.stat().st_mtime_ns for path in measured}
     monkeypatch.setattr(Server, "start", lambda server: pytest.fail("a server was started for nothing"))
     again = searched(folder)
     assert again.code == 0 and again.out.read_bytes() == config, "the same measurements gave another config"
     assert {path: path.stat().st_mtime_ns for path in measured} == times
-    # What times decided, the same times decide again.
+    # The same tile times give the same config.
     kept = (first.work / "tile_times.json").rename(folder / "other.json")
     again = searched(folder, "--tile-times", str(kept))
     assert again.code == 0 and again.out.read_bytes() == config
@@ -96,7 +96,7 @@ def test_a_second_run_measures_nothing_again(first: Search, monkeypatch: pytest.
 
 
 def test_two_ranks_in_little_memory_find_the_same_config(first: Search) -> None:
-    """Each rank measures its own heads, here one after the other."""
+    """Each rank measures its own heads; with little memory it measures them one after the other."""
     more = ("--tile-times", str(first.work / "tile_times.json"), "--max-memory", "0.03")
     found = searched(first.out.parent, *more, name="ranks", server=("--tp-size", "2"))
     assert found.code == 0

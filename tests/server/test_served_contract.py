@@ -1,6 +1,6 @@
-"""What backend.py takes for granted of SGLang's scheduler, watched from inside of a server that has a hard time.
+"""What backend.py assumes about SGLang's scheduler, checked from inside a server under stress.
 
-It mixes decoding into chunks, retracts requests, serves cached prefixes, and is left by clients.
+The server mixes decoding into chunks, retracts requests, and has cached prefixes; some of its clients disconnect.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def of(seen: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def test_the_row_of_a_request_holds_position_after_position(seen: list[dict[str, Any]]) -> None:
-    """Index p of a row is the slot where position p was written: also behind cached prefixes and retractions."""
+    """Index p of a row holds the slot of position p, also after cached prefixes and retractions."""
     batches = of(seen, "batch")
     assert any(line["prefix"] for line in batches) and any(line["retracted"] for line in batches)
     assert any(line["prefix"] >= line["prompt"] for line in batches)
@@ -39,7 +39,7 @@ def test_the_row_of_a_request_holds_position_after_position(seen: list[dict[str,
 
 
 def test_mixed_batches_come_as_extend_with_decoding_as_rows_of_one(seen: list[dict[str, Any]]) -> None:
-    """So the mode does not tell a generated token from a prompt's, and prompts.py asks the requests."""
+    """So the mode does not tell generated tokens from prompt tokens, and prompts.py asks the requests."""
     assert any(line["mode"] == "MIXED" for line in of(seen, "batch"))
     assert {line["mode"] for line in of(seen, "metadata")} == {"EXTEND"}
 
@@ -50,5 +50,5 @@ def test_media_are_there_for_the_metadata_and_gone_before_the_first_layer(seen: 
 
 
 def test_requests_with_media_keep_them_until_they_are_done(seen: list[dict[str, Any]]) -> None:
-    """Decode rows of a mixed batch have them, too."""
+    """The decode rows of a mixed batch have them too."""
     assert all(line["media"] for line in of(seen, "batch") if line["rid"].startswith(("alone", "together", "again")))

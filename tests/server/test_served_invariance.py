@@ -1,7 +1,7 @@
-"""With patterns that leave much out, an answer does not depend on how its prompt came to be computed.
+"""With patterns that leave much out, an answer does not depend on how its prompt is computed.
 
 Chunks, cached prefixes, batches, pages, mixed chunks and the overlap scheduler change the order in which a prompt
-is computed and nothing else. The sparse config of these servers has every static pattern and boundary in some head.
+is computed, and nothing else. Each static pattern and boundary has a head in these servers' sparse config.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sglang_mminfer import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape
 from sglang_mminfer.head_config import HeadConfig
 
 SERVERS = ["paged", "main"]
-"""Chunks of 128 on pages of 16; chunks of 96, mixed with decoding. Both with radix cache and overlap scheduler."""
+"""Chunks of 128 on pages of 16; chunks of 96, mixed with decoding. Both use the radix cache and overlap scheduler."""
 
 
 def test_config_has_every_static_kind(sparse_config: Path, model: Path) -> None:
@@ -41,7 +41,7 @@ def test_config_has_every_static_kind(sparse_config: Path, model: Path) -> None:
 
 @pytest.mark.server("covering_off")
 def test_answers_are_not_the_dense_ones(servers: Callable[[str], Served], references: References) -> None:
-    """Teeth: what all other tests here find equal would differ a thousand times more if a mask were lost."""
+    """Shows that the other tests here can fail: without a mask answers differ by a thousand times what those allow."""
     dense = servers("covering_off")
     gaps = [difference(answer, dense.ask(prompt)) for prompt, answer in [*references.turns, *references.others]]
     assert min(gaps) > 100 * ROUNDING
@@ -74,7 +74,7 @@ def test_chunks_that_cut_frames(served: Served, references: References) -> None:
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_turn_by_turn_over_the_radix_cache(served: Served, references: References) -> None:
-    """One token for each turn, so that the cache holds prompts and nothing that was decoded."""
+    """Each turn generates one token, so that the cache holds prompts and no decoded tokens."""
     known = 0
     for i, (prompt, expected) in enumerate(references.turns):
         got = served.ask(prompt, 8 if i == len(references.turns) - 1 else 1)
@@ -86,9 +86,9 @@ def test_turn_by_turn_over_the_radix_cache(served: Served, references: Reference
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_prefix_that_ends_inside_a_frame(served: Served, references: References) -> None:
-    """Of a request whose client left after a few chunks; no other kind of prefix is cut within a medium."""
+    """The request's client disconnected after a few chunks. No other kind of prefix ends within a medium."""
     prompt, expected = references.medium
-    for attempt in range(5):  # the client may leave too late: the prompt is prefilled in a fraction of a second
+    for attempt in range(5):  # the client may disconnect too late: the prefill takes a fraction of a second
         served.server.flush_cache()
         rid = f"cut-{served.server.port}-{attempt}"
         served.ask_and_leave(prompt, 8, when=lambda rid=rid: len(served.records(rid)) > 1, rid=rid)
@@ -101,7 +101,7 @@ def test_prefix_that_ends_inside_a_frame(served: Served, references: References)
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_branches_of_one_conversation(served: Served, references: References) -> None:
-    """The second takes over the prefix of the first."""
+    """The second conversation reuses the cached prefix of the first."""
     (left, _), (right, expected) = references.branches
     served.ask(left, 1)
     got = served.ask(right)

@@ -1,4 +1,4 @@
-"""Turns of a session with media: what the same conversation answers when it is sent whole, and never a dead server."""
+"""Turns of a session with media give the answers of the whole conversation in one request, and never end the server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Answer = dict[str, Any]
 
 
 def post(served: Served, path: str, body: Any, timeout: float = 60) -> tuple[int, Any]:
-    """Status and answer."""
+    """The status and the answer."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(
         served.server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -55,7 +55,7 @@ def rid(answer: Answer) -> str:
 
 
 def same(left: Answer, right: Answer) -> None:
-    """Asserts that two answers are one."""
+    """Asserts that two answers are equal, apart from ties."""
     assert left["meta_info"]["prompt_tokens"] == right["meta_info"]["prompt_tokens"]
     rows = [one["meta_info"]["output_top_logprobs"] for one in (left, right)]
     chosen = [[token for _, token, *_ in one["meta_info"]["output_token_logprobs"]] for one in (left, right)]
@@ -70,7 +70,7 @@ def same(left: Answer, right: Answer) -> None:
 
 @pytest.fixture
 def covering(servers: Callable[[str], Served]) -> Served:
-    """With a config that leaves nothing out: it shows what is computed, and not what was decoded or prefilled."""
+    """A server whose config leaves nothing out, so that prefilled and decoded tokens give the same answers."""
     found = servers("covering_64")
     found.server.flush_cache()
     return found
@@ -105,7 +105,7 @@ WORDS = "<|im_end|>\n" + ASK.format("And now? " + LONG)
 
 
 def extent(answer: Answer, token: int) -> tuple[int, int]:
-    """First and last place of a placeholder in a prompt."""
+    """The first and the last position of a placeholder in a prompt."""
     places = [i for i, one in enumerate(answer["prompt_token_ids"]) if one == token]
     return places[0], places[-1]
 
@@ -138,7 +138,7 @@ def test_turns_equal_the_whole_conversation(covering: Served, session: str, film
 def test_offset_outside_media(
     covering: Served, session: str, film: str, picture: str, tokens: dict[str, int], model: Path, where: str
 ) -> None:
-    """Nothing of a medium behind the offset is left: ids, positions and log-probabilities are of a prompt without."""
+    """A medium after the offset leaves no trace: ids, positions and log-probabilities are as without it."""
     first = fine(generate(covering, text=ONE, video_data=film, session_params={"id": session}))
     start, last = extent(first, tokens["video"])
     ids = first["prompt_token_ids"]
@@ -158,7 +158,9 @@ def test_offset_outside_media(
     same(words, fine(generate(covering, text=prefix + WORDS, **alone)))
     same(seen, fine(generate(covering, text=prefix + TWO, image_data=picture, **alone)))
     same(after, fine(generate(covering, text=prefix + WORDS + words["text"] + "And then?", **alone)))
-    same(branch, fine(generate(covering, text=ONE + first["text"] + WORDS, video_data=film)))  # has the parent's all
+    same(
+        branch, fine(generate(covering, text=ONE + first["text"] + WORDS, video_data=film))
+    )  # has all of the parent's media
 
 
 @pytest.mark.server("covering_64")
@@ -179,7 +181,7 @@ def test_offset_inside_a_medium_is_refused(covering: Served, session: str, film:
 
 @pytest.mark.server("covering_64")
 def test_turn_with_media_and_no_known_parent(covering: Served, session: str, film: str, picture: str) -> None:
-    """SGLang goes on to lay the media of a turn that it has refused out in a prompt of one token."""
+    """SGLang would place the media of a refused turn in the one token that replaces its prompt."""
     params = {"id": session, "rid": "nobody"}
     assert generate(covering, text=TWO, image_data=picture, session_params=params)[0] == 400
     assert generate(covering, text=ONE, video_data=film, session_params={"id": "no such session"})[0] == 400
@@ -202,7 +204,7 @@ def test_replace(covering: Served, session: str, film: str, picture: str) -> Non
 
 
 def running(covering: Served, **body: Any) -> threading.Thread:
-    """A request with many tokens to come, as soon as it has begun."""
+    """Sends a request for many tokens. Returns when it has begun."""
     thread = threading.Thread(target=generate, args=(covering,), kwargs={"tokens": 2000, **body}, daemon=True)
     thread.start()
     wait_for(lambda: covering.records(body["rid"]))
@@ -215,12 +217,12 @@ def test_parent_that_is_replaced_or_aborted_while_it_runs(
 ) -> None:
     first = fine(generate(covering, text=ONE, video_data=film, session_params={"id": session}))
     medium = str(media.medium_video)
-    # Replaced in its prefill of many chunks: the next turn has its media, encoded again where they must be.
+    # Replaced during its prefill of many chunks: the next turn has its media, encoded again if necessary.
     thread = running(covering, rid="running-1", text=ONE, video_data=medium, session_params={"id": session})
     params = {"id": session, "rid": "running-1", "replace": True, "drop_previous_output": True}
     replaced = fine(generate(covering, text=WORDS, session_params=params))
     thread.join(60)
-    # Aborted: what came before it is still there, its own media are not.
+    # Aborted: the media of earlier turns are still there, its own are not.
     for i, own in enumerate(({}, {"image_data": picture})):
         body = {"text": TWO if own else WORDS, **own, "session_params": {"id": session, "rid": rid(first)}}
         thread = running(covering, rid=f"aborted-{i}", **body)

@@ -1,4 +1,4 @@
-"""Many conversations at once, clients that leave among them: nothing breaks, nothing leaks, every answer is right."""
+"""Many conversations at once, some with clients that disconnect: nothing breaks or leaks, and every answer is right."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sglang_mminfer.testing.oracle import OracleAnswer
 pytestmark = pytest.mark.server("main")
 
 BROKEN = re.compile(r"leak|use-after-free|double free|Traceback|hit an exception|planning .* failed", re.IGNORECASE)
-"""What SGLang's own checks and ours write when something is wrong. A leak, when idle, also ends the scheduler."""
+"""What SGLang's checks and ours log when something is wrong. A leak also ends an idle scheduler."""
 
 MOST_TURNS = 4
 
 
 @dataclass
 class Account:
-    """What happened in a soak."""
+    """What happened in the test."""
 
     answers: list[tuple[list[Message], int, OracleAnswer]] = field(default_factory=list)
     left: int = 0
@@ -41,9 +41,9 @@ class Account:
 
 
 def converse(served: Served, media: Media, seed: int, account: Account) -> None:
-    """One conversation of random shape; every fifth has a turn that its client does not wait for."""
+    """Runs one random conversation; in every fifth the client disconnects during a turn."""
     draw = random.Random(seed)
-    # Some conversations share their first turns, or all their media, with another.
+    # Some conversations share their first turns, or all their media, with another one.
     turns = media.conversation(draw.randrange(1000), draw.randint(1, MOST_TURNS))
     leaves_at = draw.randrange(len(turns)) if draw.random() < 0.2 else None
     for turn, prompt in enumerate(scripted(turns, draw.randrange(3))):
@@ -61,7 +61,7 @@ def converse(served: Served, media: Media, seed: int, account: Account) -> None:
 
 
 def compare_with_alone(served: Served, account: Account) -> Iterator[str]:
-    """What is wrong with each answer, asked for again with nobody else there and nothing cached before it."""
+    """Asks for each answer again, alone over an empty cache. Yields how answers differ, apart from ties."""
     known: dict[tuple[str, int], OracleAnswer] = {}
     for prompt, new_tokens, answer in account.answers:
         key = str(prompt), new_tokens
@@ -88,7 +88,7 @@ def soak(served: Served, media: Media, conversations: int, clients: int) -> Acco
         running = [pool.submit(converse, served, media, seed, account) for seed in range(conversations)]
         for conversation in running:
             conversation.result()
-    served.server.flush_cache()  # waits until the server is idle, which is when SGLang looks for leaks
+    served.server.flush_cache()  # waits until the server is idle, when SGLang looks for leaks
     assert served.used_tokens() == 0
     wrong = list(compare_with_alone(served, account))
     print(f"\nsoak of {conversations} conversations, {clients} clients: {account}")

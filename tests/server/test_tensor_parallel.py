@@ -1,4 +1,4 @@
-"""Two ranks answer as one, though their heads differ; and so does a server that decodes on another backend."""
+"""Two ranks answer as one rank does, though their heads differ; so does a server that decodes on another backend."""
 
 from __future__ import annotations
 

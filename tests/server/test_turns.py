@@ -1,4 +1,4 @@
-"""A turn costs its own new tokens, whatever came before it and whatever happens to the request on its way."""
+"""A turn computes its own new tokens only, whatever came before it and whatever happens to the request meanwhile."""
 
 from __future__ import annotations
 

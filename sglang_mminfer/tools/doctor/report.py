@@ -55,9 +55,7 @@ def run(
     trust_remote_code: bool = False,
 ) -> int:
     """Print the report; the exit status. `video` needs a model. `trust_remote_code`: as for the server."""
-    from rich.console import Console
-
-    with Console(stderr=True).status("Asking SGLang ..."), _quiet() as problems:
+    with _waiting("Asking SGLang ..."), _quiet() as problems:
         findings = list(examine(model_path, config_name, problems, video, trust_remote_code))
     ok = all(finding.status != "error" for finding in findings)
     if as_json:
@@ -77,13 +75,14 @@ def examine(
     """All findings. `problems` is what SGLang logs as an error meanwhile; see `_quiet`."""
     problems = [] if problems is None else problems
     sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("installed", _versions),
+        ("installed", examine_versions),
         ("plugin", lambda: _plugin(problems)),
+        ("settings", _settings),
         ("mends", _mends),
         ("machine", _machine),
-        ("gpu", _gpu),
+        ("gpu", examine_gpu),
         ("video", _video),
-        ("model", lambda: _model(model_path, config_name, trust_remote_code)),
+        ("model", lambda: examine_model(model_path, config_name, trust_remote_code)),
     ]
     if video is not None and model_path is not None:
         from sglang_mminfer.tools.doctor import video as doctor_video
@@ -111,7 +110,7 @@ def examine(
 # Sections
 
 
-def _versions() -> Iterator[Finding]:
+def examine_versions() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     yield Finding("installed", "python", "ok", host.python_version())
@@ -131,7 +130,7 @@ def _versions() -> Iterator[Finding]:
     for requirement in required:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        installed = _version(requirement.name)
+        installed = version_of(requirement.name)
         if installed and requirement.specifier.contains(installed, prereleases=True):
             fitting += 1
             if requirement.name in _SHOWN:
@@ -153,7 +152,7 @@ def _versions() -> Iterator[Finding]:
                 f'run `pip install "{requirement}"`.',
             )
     yield Finding("installed", "requirements", "ok", f"{fitting} of them fit")
-    optional = [f"{name} {version}" for name in _ALSO if (version := _version(name))]
+    optional = [f"{name} {version}" for name in _ALSO if (version := version_of(name))]
     yield Finding("installed", "kernels of others", "note", ", ".join(optional) or "none")
 
 
@@ -168,17 +167,16 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
                 f"not in group {group}",
                 f"reinstall {DISTRIBUTION}: its metadata is older than its code.",
             )
-    yield from _filters(os.environ.get("SGLANG_PLUGINS"), os.environ.get("SGLANG_PLATFORM"))
+    yield from examine_filters(os.environ.get("SGLANG_PLUGINS"), os.environ.get("SGLANG_PLATFORM"))
 
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-    from sglang.srt.plugins.hook_registry import HookRegistry
 
     from sglang_mminfer import plugin
-    from sglang_mminfer.serving import cpu_platform
+    from sglang_mminfer.serving import cpu_platform, hooks
 
     if settings.BACKEND_NAME in ATTENTION_BACKENDS and settings.BACKEND_NAME in ATTENTION_BACKEND_CHOICES:
         yield Finding("plugin", "attention backend", "ok", f"SGLang knows {settings.BACKEND_NAME!r}")
@@ -191,17 +189,12 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
             f"SGLang did not take the plugin{said}",
             "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
         )
-    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]
+    hooks.install("mminfer")
+    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]  # imports their modules
     missing = [hook.target for hook in gone]
     on_cpu = cpu_platform.selected()
-    unapplied = [
-        hook.target
-        for hook in plugin.HOOKS
-        if hook.kind in ("before", "after", "around")
-        and (on_cpu or hook not in cpu_platform.HOOKS)
-        and hook.target not in missing
-        and hook.target not in HookRegistry._patched
-    ]
+    due = [hook for hook in plugin.HOOKS if hook not in gone and (on_cpu or hook.when != ("cpu",))]
+    unapplied = [hook.target for hook in hooks.unapplied(due)]
     total = len(plugin.HOOKS)
     if missing:
         yield Finding(
@@ -224,7 +217,7 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
         yield Finding("plugin", "hooks", "ok", f"all {total} targets are there")
 
 
-def _filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
+def examine_filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
     allowed = {name.strip() for name in (plugins or "").split(",") if name.strip()}
     if not allowed:
         yield Finding("plugin", "SGLANG_PLUGINS", "ok", "not set, so every plugin is loaded")
@@ -252,6 +245,19 @@ def _filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
             "brings mminfer_cpu",
             "unset it; SGLang finds the hardware without it.",
         )
+
+
+def _settings() -> Iterator[Finding]:
+    """The value of each setting that is set, and the defaults of the others, because a server's --help shows none."""
+    defaults = []
+    for setting in settings.SETTINGS:
+        if value := setting.read():
+            beside = f" ({setting.flag} of a server wins over it)" if setting.flag else ""
+            yield Finding("settings", setting.variable, "ok", f"{value}{beside}")
+        else:
+            defaults.append(f"{setting.variable.removeprefix(settings.PREFIX)}={setting.default}")
+    if defaults:
+        yield Finding("settings", f"{settings.PREFIX}*", "note", f"not set, so default: {', '.join(defaults)}")
 
 
 def _mends() -> Iterator[Finding]:
@@ -323,7 +329,7 @@ def _machine() -> Iterator[Finding]:
         )
 
 
-def _gpu() -> Iterator[Finding]:
+def examine_gpu() -> Iterator[Finding]:
     """The card, and whether the kernel that is compiled for it is right."""
     import torch
 
@@ -366,8 +372,8 @@ _OTHER_EXECUTOR = (
 def _video() -> Iterator[Finding]:
     usable, said = _torchcodec()
     if usable:
-        yield Finding("video", "torchcodec", "ok", f"{_version('torchcodec')}, with FFmpeg's libraries")
-    elif decord := _version("decord"):
+        yield Finding("video", "torchcodec", "ok", f"{version_of('torchcodec')}, with FFmpeg's libraries")
+    elif decord := version_of("decord"):
         import decord as _  # noqa: F401 - present but broken is worse than absent
 
         yield Finding("video", "torchcodec", "note", said)
@@ -382,7 +388,7 @@ def _video() -> Iterator[Finding]:
         )
 
 
-def _model(model_path: str | None, config_name: str | None, trust_remote_code: bool) -> Iterator[Finding]:
+def examine_model(model_path: str | None, config_name: str | None, trust_remote_code: bool) -> Iterator[Finding]:
     from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
     if model_path is None:
@@ -469,7 +475,7 @@ def _bad_config(text: str) -> Finding:
 # Helpers
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -498,7 +504,7 @@ def _torchcodec() -> tuple[bool, str]:
         VideoDecoder(b"\0" * 64)
     except Exception as error:
         if "Could not load libtorchcodec" in str(error):
-            return False, f"{_version('torchcodec')} finds no FFmpeg libraries"
+            return False, f"{version_of('torchcodec')} finds no FFmpeg libraries"
     return True, ""
 
 
@@ -537,7 +543,42 @@ def _quiet() -> Iterator[list[str]]:
 _MARKS = {"ok": "[green]✓[/]", "note": "[dim]·[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
 
 
+def _waiting(words: str) -> contextlib.AbstractContextManager[Any]:
+    """Something that moves on the screen, where `rich` is installed."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        return contextlib.nullcontext()
+    return Console(stderr=True).status(words)
+
+
 def _print(findings: list[Finding], ok: bool) -> None:
+    try:
+        import rich  # noqa: F401
+    except ModuleNotFoundError:
+        _print_plainly(findings, ok)
+    else:
+        _print_in_colour(findings, ok)
+
+
+def _print_plainly(findings: list[Finding], ok: bool) -> None:
+    widths = [max(len(getattr(finding, field)) for finding in findings) for field in ("section", "status", "name")]
+    section = ""
+    for finding in findings:
+        cells = ("" if finding.section == section else finding.section, finding.status, finding.name)
+        section = finding.section
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), finding.text]))
+        if finding.fix:
+            print(" " * (sum(widths) + 6) + f"fix: {finding.fix}")
+    print(_verdict(findings, ok))
+
+
+def _verdict(findings: list[Finding], ok: bool) -> str:
+    wrong = sum(finding.status == "error" for finding in findings)
+    return "All that is needed is fine." if ok else f"{wrong} thing(s) to mend, see the fixes."
+
+
+def _print_in_colour(findings: list[Finding], ok: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -556,7 +597,4 @@ def _print(findings: list[Finding], ok: bool) -> None:
             table.add_row("", "", "", f"[bold]fix:[/] {escape(finding.fix)}")
     console = Console(highlight=False)
     console.print(table)
-    wrong = sum(finding.status == "error" for finding in findings)
-    console.print(
-        "[green]All that is needed is fine.[/]" if ok else f"[red]{wrong} thing(s) to mend, see the fixes.[/]"
-    )
+    console.print(_verdict(findings, ok), style="green" if ok else "red")

@@ -1,13 +1,12 @@
-"""Inside the server: the observer that takes down what chosen heads do with one request, for `mminfer inspect`.
+"""The observer of `mminfer inspect`: inside the server, it records what chosen heads do with one request.
 
-Attention is computed here, where q and K are, and leaves as sums over squares of (query, key) pairs: what is kept does
-not grow with the prompt's square. Of a long prompt some rows are taken, drawn at random from equal stretches: a
-regular step would fall in with the frames.
+Attention is computed in the server, where q and K are. It leaves the server as sums over squares of (query, key)
+pairs, so the record does not grow with the square of the prompt. A long prompt is sampled: one random row from each
+of many equal stretches. Rows at a regular step would always meet the same cells of the frames.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,19 +17,25 @@ import msgspec
 import numpy as np
 import torch
 
+from sglang_mminfer.kernels.rows import SLAB_SCORES, causal_weights
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.visited import order_of, visited_rows
 from sglang_mminfer.serving import audit, observe
 from sglang_mminfer.serving.trace import PrefillRecord
 
-# The observer's value is a folder with a `Request` in it; what was taken down is put there.
+# The observer's value is a folder with a `Request` in it. The record is written to the same folder.
 REQUEST, MAP = "request.json", "map.json"
-SLAB_SCORES = 1 << 22
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True):
-    """What to take down. heads: (layer, head) of the whole model. rows: of the prompt, at most. bins: of a side."""
+    """What to record.
+
+    rid:   the id of the request.
+    heads: (layer, head), numbered over the whole model.
+    rows:  how many rows of the prompt to sample at most.
+    bins:  how many squares lie along a side of the (query, key) matrix at most.
+    """
 
     rid: str
     heads: list[tuple[int, int]]
@@ -39,16 +44,20 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def create(folder: str, rank: observe.RankInfo) -> Capture:
-    """For `settings.OBSERVERS`: the value is the folder with the request."""
+    """The observer's factory for `settings.OBSERVERS`.
+
+    Args:
+        folder: holds the request; the record is written there.
+    """
     path = Path(folder)
     return Capture(msgspec.json.decode((path / REQUEST).read_bytes(), type=Request), path, rank)
 
 
 @dataclass
 class _Side:
-    """One order of the tokens, and what was summed over its squares; float64 [bins, bins]."""
+    """The sums over squares in one order of the tokens, float64 [bins, bins] each."""
 
-    bin_of: torch.Tensor  # int64 [length]: of each position
+    bin_of: torch.Tensor  # int64 [length]: the bin of each position
     mass: torch.Tensor
     lost: torch.Tensor
     visited: torch.Tensor
@@ -57,11 +66,11 @@ class _Side:
 
 @dataclass
 class _Head:
-    """What is taken down of one head; the last lists have an entry for each sampled row."""
+    """The record of one head. The lists hold one tensor for each slab of sampled rows."""
 
     order_name: str
     sides: dict[str, _Side]
-    first_row: int  # below it, tokens came from the cache
+    first_row: int  # tokens before it came from the radix cache
     position: list[torch.Tensor] = field(default_factory=list)
     recall: list[torch.Tensor] = field(default_factory=list)
     error: list[torch.Tensor] = field(default_factory=list)
@@ -70,7 +79,7 @@ class _Head:
 
 @dataclass
 class _Layer:
-    """Sums over the chunks of one layer, for its heads."""
+    """The sums over all chunks of one layer, for each of its heads."""
 
     visited: torch.Tensor
     causal: int = 0
@@ -80,7 +89,7 @@ class _Layer:
 
 
 class Capture:
-    """Takes down one request, as `Request` says, and writes it when its prompt is prefilled."""
+    """Records one request, as `Request` says, and writes the record when the prompt is prefilled."""
 
     def __init__(self, request: Request, folder: Path, rank: observe.RankInfo) -> None:
         self.request, self.folder, self.rank = request, folder, rank
@@ -93,14 +102,14 @@ class Capture:
         self._last = False
 
     def layer(self, view: observe.LayerView) -> None:
-        for own in view.requests:
-            if own.rid == self.request.rid and own.map is not None and not self._done:
-                self._begin(own.map)
-                self._overview(view, own)
+        for request in view.requests:
+            if request.rid == self.request.rid and request.map is not None and not self._done:
+                self._begin(request.map)
+                self._overview(view, request)
                 for layer, head in self.request.heads:
                     if layer == view.layer_id and 0 <= head - view.first_head < view.num_heads:
-                        self._head(view, own, head - view.first_head)
-                self._last = own.seq_len >= own.prompt_stop and own.seq_len >= own.map.length
+                        self._head(view, request, head - view.first_head)
+                self._last = request.seq_len >= request.prompt_stop and request.seq_len >= request.map.length
 
     def batch_done(self, records: Sequence[PrefillRecord]) -> None:
         if self._last and not self._done:
@@ -115,72 +124,71 @@ class Capture:
         edges = np.linspace(0, modality_map.length, count + 1).astype(np.int64)
         self._rows = np.random.default_rng(0).integers(edges[:-1], edges[1:])
 
-    def _overview(self, view: observe.LayerView, own: observe.RequestView) -> None:
-        """Density, error and recall of all heads of the layer, on the few rows that an audit takes."""
-        causal = (own.prefix_len + 1 + own.seq_len) * own.chunk_len // 2
-        whole = torch.full((view.num_heads,), causal, dtype=torch.float64)
-        layer = self._layers.setdefault(view.layer_id, _Layer(torch.zeros_like(whole)))
+    def _overview(self, view: observe.LayerView, request: observe.RequestView) -> None:
+        """Record density, error and recall of all heads of the layer; error and recall on the rows an audit samples."""
+        causal = (request.prefix_len + 1 + request.seq_len) * request.chunk_len // 2
+        all_pairs = torch.full((view.num_heads,), causal, dtype=torch.float64)
+        layer = self._layers.setdefault(view.layer_id, _Layer(torch.zeros_like(all_pairs)))
         layer.causal += causal
         if view.plan is None or view.lse is None:
-            layer.visited += whole
+            layer.visited += all_pairs
             return
-        visited = view.plan.visited_by_row[own.rows].sum(dim=0).double().cpu()
+        visited = view.plan.visited_by_row[request.rows].sum(dim=0).double().cpu()
         visited[list(view.stock_heads)] = causal
         layer.visited += visited
-        rows = audit.sample_rows(own)
+        rows = audit.sample_rows(request)
         if len(rows):
-            found = audit.examine(view, own, rows)
+            audited = audit.examine(view, request, rows)
             zero = torch.zeros(view.num_heads)
-            layer.error = (zero if layer.error is None else layer.error) + found.error.cpu() * found.rows
-            layer.recall = (zero if layer.recall is None else layer.recall) + found.recall.cpu() * found.rows
-            layer.rows += found.rows
+            layer.error = (zero if layer.error is None else layer.error) + audited.error.cpu() * audited.rows
+            layer.recall = (zero if layer.recall is None else layer.recall) + audited.recall.cpu() * audited.rows
+            layer.rows += audited.rows
 
-    def _head(self, view: observe.LayerView, own: observe.RequestView, head: int) -> None:
+    def _head(self, view: observe.LayerView, request: observe.RequestView, head: int) -> None:
         name = (view.layer_id, view.first_head + head)
         device = view.q.device
         if name not in self._heads:
-            self._heads[name] = self._new_head(view.patterns[head], own.prefix_len, device)
-        taken = self._heads[name]
-        everything = torch.arange(own.prefix_len + 1, own.seq_len + 1, device=device)
+            self._heads[name] = self._new_head(view.patterns[head], request.prefix_len, device)
+        record = self._heads[name]
+        all_keys = torch.arange(request.prefix_len + 1, request.seq_len + 1, device=device)
         dense = view.plan is None or head in view.stock_heads
-        per_row = everything if dense or view.plan is None else view.plan.visited_by_row[own.rows, head]
+        per_row = all_keys if dense or view.plan is None else view.plan.visited_by_row[request.rows, head]
         self._visited.setdefault(name, []).append(per_row.cpu())
-        rows = self._rows[(self._rows >= own.prefix_len) & (self._rows < own.seq_len)]
-        size = max(1, SLAB_SCORES // own.seq_len)
-        for first in range(0, len(rows), size):
-            some = torch.from_numpy(rows[first : first + size]).to(device)
-            self._slab(view, own, head, taken, some, dense)
+        rows = self._rows[(self._rows >= request.prefix_len) & (self._rows < request.seq_len)]
+        slab_rows = max(1, SLAB_SCORES // request.seq_len)
+        for first in range(0, len(rows), slab_rows):
+            positions = torch.from_numpy(rows[first : first + slab_rows]).to(device)
+            self._slab(view, request, head, record, positions, dense)
 
     def _slab(
         self,
         view: observe.LayerView,
-        own: observe.RequestView,
+        request: observe.RequestView,
         head: int,
-        taken: _Head,
+        record: _Head,
         position: torch.Tensor,
         dense: bool,
     ) -> None:
-        rows = position - own.prefix_len + own.row_start
+        rows = position - request.prefix_len + request.row_start
         kv = head // (view.num_heads // view.k_cache.shape[1])
-        k, v = view.k_cache[own.slots, kv].float(), view.v_cache[own.slots, kv].float()
-        causal = torch.arange(own.seq_len, device=k.device) <= position[:, None]
-        scores = (view.q[rows, head].float() @ k.T * view.sm_scale).masked_fill_(~causal, -math.inf)
-        weights = torch.softmax(scores, dim=1)
-        seen = causal if dense or view.plan is None else visited_rows(view.plan, head, rows, own.seq_len)
+        k, v = view.k_cache[request.slots, kv].float(), view.v_cache[request.slots, kv].float()
+        causal = torch.arange(request.seq_len, device=k.device) <= position[:, None]
+        weights = causal_weights(view.q[rows, head], k, position, view.sm_scale)
+        seen = causal if dense or view.plan is None else visited_rows(view.plan, head, rows, request.seq_len)
         lost = weights.masked_fill(seen, 0)
-        for side in taken.sides.values():
-            for into, what in (
+        for side in record.sides.values():
+            for sums, values in (
                 (side.mass, weights),
                 (side.lost, lost),
                 (side.visited, seen & causal),
                 (side.causal, causal),
             ):
-                _add(into, what, side.bin_of[position], side.bin_of[: own.seq_len])
+                _add(sums, values, side.bin_of[position], side.bin_of[: request.seq_len])
         o = weights @ v
-        taken.position.append(position.cpu())
-        taken.recall.append((1 - lost.sum(dim=1)).clamp(0, 1).cpu())
-        taken.error.append((view.out[rows, head].float() - o).norm(dim=1).cpu())
-        taken.norm.append(o.norm(dim=1).cpu())
+        record.position.append(position.cpu())
+        record.recall.append((1 - lost.sum(dim=1)).clamp(0, 1).cpu())
+        record.error.append((view.out[rows, head].float() - o).norm(dim=1).cpu())
+        record.norm.append(o.norm(dim=1).cpu())
 
     def _new_head(self, pattern: HeadPattern, first_row: int, device: torch.device) -> _Head:
         assert self._map is not None
@@ -197,16 +205,16 @@ class Capture:
 
     def _write(self) -> None:
         assert self._map is not None
-        for name, taken in self._heads.items():
+        for name, record in self._heads.items():
             arrays: dict[str, Any] = {
-                f"{key}_{what}": getattr(side, what).cpu().numpy()
-                for key, side in taken.sides.items()
-                for what in ("mass", "lost", "visited", "causal")
+                f"{key}_{array_name}": getattr(side, array_name).cpu().numpy()
+                for key, side in record.sides.items()
+                for array_name in ("mass", "lost", "visited", "causal")
             }
-            for what in ("position", "recall", "error", "norm"):
-                arrays[what] = torch.cat(getattr(taken, what)).numpy()
+            for array_name in ("position", "recall", "error", "norm"):
+                arrays[array_name] = torch.cat(getattr(record, array_name)).numpy()
             arrays["visited_by_row"] = torch.cat(self._visited[name]).numpy()
-            arrays["order_name"], arrays["first_row"] = taken.order_name, taken.first_row
+            arrays["order_name"], arrays["first_row"] = record.order_name, record.first_row
             np.savez_compressed(self.folder / f"head-{name[0]}-{name[1]}.npz", **arrays)
         overview = {}
         for number, layer in self._layers.items():
@@ -218,15 +226,15 @@ class Capture:
             }
         if self.rank.rank == 0:
             (self.folder / MAP).write_bytes(msgspec.json.encode(self._map.segments))
-        # Last of all, and whole at once: the other side waits for it.
+        # This file comes last and appears complete, because the command waits for it.
         target = self.folder / f"overview-{self.rank.rank}-of-{self.rank.ranks}.json"
         partial = target.with_suffix(".part")
         partial.write_bytes(msgspec.json.encode(overview))
         os.replace(partial, target)
 
 
-def _add(into: torch.Tensor, values: torch.Tensor, row_bins: torch.Tensor, key_bins: torch.Tensor) -> None:
-    """Sums [R, keys] over squares."""
-    narrow = values.new_zeros(len(values), into.shape[1], dtype=torch.float32)
-    narrow.index_add_(1, key_bins, values.float())
-    into.index_add_(0, row_bins, narrow.double())
+def _add(sums: torch.Tensor, values: torch.Tensor, row_bins: torch.Tensor, key_bins: torch.Tensor) -> None:
+    """Add values [R, keys] to the squares that their rows and keys belong to."""
+    by_key_bin = values.new_zeros(len(values), sums.shape[1], dtype=torch.float32)
+    by_key_bin.index_add_(1, key_bins, values.float())
+    sums.index_add_(0, row_bins, by_key_bin.double())

@@ -1,7 +1,7 @@
-"""`mminfer inspect`: what the heads of a model do with a prompt, or what a server's trace tells of its requests.
+"""`mminfer inspect`: draws what the heads of a model do with a prompt, or what a server's trace tells of its requests.
 
-With a model, a server of the same flags as in production is started, asked once, and stopped; inside it
-`inspect_capture` takes down what is drawn here.
+With a model, the command starts a server with the same flags as in production, sends one prompt, and stops the server.
+Inside the server, `inspect/capture.py` records what is drawn here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ WAIT_S = 600.0
 
 
 class InspectError(Exception):
-    """What a user can mend. The message says how."""
+    """An error that the user can mend. The message says how."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments to `parser`."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model-path", metavar="P", help="a model directory or hub name: a server is started with it")
     source.add_argument("--trace", metavar="FILE", type=Path, help="what SGLANG_MMINFER_TRACE of a server wrote")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command; returns the exit status."""
+    """Run the command. Returns the exit status."""
     try:
         page = from_trace(options) if options.trace else from_model(options)
     except (InspectError, OSError, ValueError) as error:
@@ -73,7 +73,7 @@ def conversation(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The OpenAI messages that the options name.
 
     Raises:
-        InspectError: a file that is not there or holds something else.
+        InspectError: there is nothing to look at, or a file does not exist or holds something else.
     """
     if options.messages is not None:
         try:
@@ -100,20 +100,27 @@ def conversation(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def default_heads(patterns: Sequence[Sequence[Any]], most: int = MOST_HEADS) -> list[tuple[int, int]]:
-    """One (layer, head) of each pattern, from a layer in the middle of those that have it; sparse ones first."""
-    places: dict[Any, list[tuple[int, int]]] = {}
+    """One (layer, head) of each pattern, at most `most`, sparse patterns before dense ones.
+
+    Each is the middle one of all heads with the pattern.
+    """
+    heads_of: dict[Any, list[tuple[int, int]]] = {}
     for layer, row in enumerate(patterns):
         for head, pattern in enumerate(row):
-            places.setdefault(pattern, []).append((layer, head))
-    order = sorted(places, key=lambda pattern: (pattern.kind == "dense", places[pattern][0]))
-    return sorted(places[pattern][len(places[pattern]) // 2] for pattern in order[:most])
+            heads_of.setdefault(pattern, []).append((layer, head))
+    order = sorted(heads_of, key=lambda pattern: (pattern.kind == "dense", heads_of[pattern][0]))
+    return sorted(heads_of[pattern][len(heads_of[pattern]) // 2] for pattern in order[:most])
 
 
 # ---- a model ---------------------------------------------------------------------------------------------------
 
 
 def from_model(options: argparse.Namespace) -> Path:
-    """Starts a server, asks it once, and draws. Returns the page."""
+    """Start a server, send one prompt, and draw. Returns the path of the page.
+
+    Raises:
+        InspectError: the arguments do not make sense, the server failed, or nothing was recorded.
+    """
     from transformers import AutoConfig
 
     from sglang_mminfer.head_config import HeadConfig
@@ -135,7 +142,7 @@ def from_model(options: argparse.Namespace) -> Path:
 
 
 def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Path) -> None:
-    """One prefill in a real server, which leaves what it did in `folder`."""
+    """Prefill the prompt once in a real server, which writes its record and its trace to `folder`."""
     import shlex
 
     from sglang_mminfer import settings
@@ -155,7 +162,7 @@ def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Pa
             shown_wait("starting the server") as progress,
             Server(options.model_path, *flags, env=env, progress=progress) as server,
         ):
-            server.flush_cache()  # the warm-up left the beginning of the chat template there
+            server.flush_cache()  # the warm-up left the chat template's beginning in the radix cache
             server.client().chat.completions.create(
                 model="default", messages=messages, max_tokens=1, temperature=0, extra_body={"rid": RID}
             )
@@ -165,7 +172,7 @@ def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Pa
 
 
 def _wait_for_answer(folder: Path) -> None:
-    """The server answers a moment before the last rank has written."""
+    """Wait until all ranks have written: the server answers a moment before that."""
     until = time.monotonic() + 30
     while not _complete(folder):
         if time.monotonic() > until:
@@ -176,25 +183,25 @@ def _wait_for_answer(folder: Path) -> None:
 
 
 def _overviews(folder: Path) -> list[Path]:
-    """What the ranks wrote, in their order."""
+    """The files that the ranks wrote, in the order of the ranks."""
     return sorted(folder.glob("overview-*.json"), key=lambda path: int(path.stem.split("-")[1]))
 
 
 def _complete(folder: Path) -> bool:
-    found = _overviews(folder)
-    return bool(found) and len(found) == int(found[0].stem.split("-")[3])
+    paths = _overviews(folder)
+    return bool(paths) and len(paths) == int(paths[0].stem.split("-")[3])
 
 
 def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path, title: str) -> Path:
-    """Pictures and page of what a server left in `folder`. Returns the page."""
+    """Draw the pictures and the page of the record in `folder`. Returns the path of the page."""
     from sglang_mminfer.head_config import words_of
     from sglang_mminfer.modality.segments import ModalityMap, Segment
     from sglang_mminfer.planning.visited import order_of
     from sglang_mminfer.tools.figures import save, turn_of_records
     from sglang_mminfer.tools.inspect import figures
     from sglang_mminfer.tools.inspect.capture import MAP
-    from sglang_mminfer.tools.inspect.page import Page
     from sglang_mminfer.tools.inspect.reasons import account, reasons_by_row
+    from sglang_mminfer.tools.page import Page
 
     modality_map = ModalityMap(msgspec.json.decode((folder / MAP).read_bytes(), type=list[Segment]))
     records = [r for r in read_trace(folder / "trace.jsonl") if r.rid == RID]
@@ -235,13 +242,13 @@ def draw(folder: Path, config: Any, heads: Sequence[tuple[int, int]], out: Path,
         )
         path = save(figures.head_figure(data, modality_map), out / f"head-{layer}-{head}.png", dpi=110)
         page.picture(path, f"attention and visited tiles of layer {layer}, head {head}")
-        below = config.defaults.dense_below
-        reasons = reasons_by_row(modality_map, pattern, below, data.visited_by_row, data.first_row, ran_dense)
+        dense_below = config.defaults.dense_below
+        reasons = reasons_by_row(modality_map, pattern, dense_below, data.visited_by_row, data.first_row, ran_dense)
         path = save(figures.rows_figure(data, modality_map, reasons), out / f"rows-{layer}-{head}.png", dpi=110)
         page.picture(path, f"recall and density along the prompt, layer {layer}, head {head}")
         page.table(
             ["why rows saw everything", "rows", "share of the visited pairs"],
-            [[why.reason, why.rows, why.pairs] for why in account(reasons, data.visited_by_row)],
+            [[entry.reason, entry.rows, entry.pairs] for entry in account(reasons, data.visited_by_row)],
         )
     return page.write(out / "inspect.html")
 
@@ -251,10 +258,10 @@ def _load(source: Path, layer: int, head: int, words: str, order: np.ndarray) ->
 
     with np.load(source) as saved:
         squares = {
-            key: {what: saved[f"{key}_{what}"] for what in ("mass", "lost", "visited", "causal")}
+            key: {name: saved[f"{key}_{name}"] for name in ("mass", "lost", "visited", "causal")}
             for key in ("original", "permuted")
         }
-        rows = {what: saved[what] for what in ("position", "recall", "error", "norm", "visited_by_row")}
+        rows = {name: saved[name] for name in ("position", "recall", "error", "norm", "visited_by_row")}
         first = int(saved["first_row"])
         return HeadData(layer, head, words, str(saved["order_name"]), order, squares, **rows, first_row=first)
 
@@ -264,8 +271,8 @@ def _overview(folder: Path) -> tuple[list[int], tuple[np.ndarray, np.ndarray, np
     ranks = [json.loads(path.read_text()) for path in _overviews(folder)]
     layers = sorted(int(layer) for layer in ranks[0])
 
-    def mosaic(what: str) -> np.ndarray:
-        return np.array([[value for rank in ranks for value in rank[str(layer)][what]] for layer in layers])
+    def mosaic(name: str) -> np.ndarray:
+        return np.array([[value for rank in ranks for value in rank[str(layer)][name]] for layer in layers])
 
     return layers, (mosaic("density"), mosaic("recall"), mosaic("error"))
 
@@ -281,18 +288,22 @@ def _chunks(page: Any, records: Sequence[PrefillRecord]) -> None:
 
 
 def from_trace(options: argparse.Namespace) -> Path:
-    """What a trace tells: maps, chunks, density, reasons, audits. It has no attention. Returns the page."""
+    """Draw maps, chunks, density, dense reasons and audits of a trace, which has no attention. Returns the page's path.
+
+    Raises:
+        InspectError: the trace has no such request.
+    """
     from sglang_mminfer.tools.figures import density_of_records, save, turn_of_records
     from sglang_mminfer.tools.inspect import figures
-    from sglang_mminfer.tools.inspect.page import Page
+    from sglang_mminfer.tools.page import Page
 
     by_rid: dict[str, list[PrefillRecord]] = {}
     for record in read_trace(options.trace):
         by_rid.setdefault(record.rid, []).append(record)
     chosen = by_rid if options.rid is None else {k: v for k, v in by_rid.items() if k == options.rid}
     if not chosen:
-        known = ", ".join(list(by_rid)[-5:]) or "none"
-        raise InspectError(f"--trace {options.trace}: no request {options.rid or ''}; the last ones are: {known}")
+        last_rids = ", ".join(list(by_rid)[-5:]) or "none"
+        raise InspectError(f"--trace {options.trace}: no request {options.rid or ''}; the last ones are: {last_rids}")
     options.out.mkdir(parents=True, exist_ok=True)
     page = Page(f"mminfer inspect: {len(chosen)} requests of a trace")
     page.heading("Requests")
@@ -312,7 +323,7 @@ def from_trace(options: argparse.Namespace) -> Path:
         if entries:
             try:
                 turn = turn_of_records("prompt", records)
-            except ValueError:  # taken away and computed again: its chunks do not follow one another
+            except ValueError:  # after a retraction, a request's chunks do not follow each other
                 turn = turn_of_records("prompt", [])
             path = save(figures.map_figure(map_of_entries(entries), turn), options.out / f"map-{number}.png")
             page.picture(path, f"modality map of {rid}")
@@ -339,5 +350,5 @@ def _audits(page: Any, records: Sequence[PrefillRecord]) -> None:
 
 
 def _heads(audit: LayerAudit) -> str:
-    """Of which heads an audit tells: all of the model's, if the trace's rank files are beside it."""
+    """The heads that an audit covers: all heads of the model if the ranks' trace files lie beside this one."""
     return f"{audit.first_head} to {audit.first_head + audit.num_heads - 1}" if audit.num_heads else "of rank 0"

@@ -13,28 +13,51 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.dense import BY_CONFIG
 from sglang_mminfer.tools.figures import COLOURS, VISITED_COLOURS, Turn, draw_map_strip
-from sglang_mminfer.tools.inspect.reasons import REASONS
+from sglang_mminfer.tools.inspect.reasons import (
+    ALL_DENSE,
+    BELOW,
+    MODALITY,
+    PATTERN_REASONS,
+    REASONS,
+    START,
+    TILES,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LEAST = 1e-4
-"""Shares of a row's attention below this are drawn as this."""
+"""Smaller shares of a row's attention are drawn as this one."""
 
-REASON_COLOURS = dict(
-    zip(
-        REASONS,
-        ("#7f7f7f", "#222222", "#17becf", "#aaaaaa", "#bcbd22", "#6a51a3", "#d55e00", "#cc79a7", "#8c564b", "#56b4e9"),
-    )
-)
+REASON_COLOURS = {
+    BELOW: "#7f7f7f",
+    BY_CONFIG: "#222222",
+    MODALITY: "#17becf",
+    ALL_DENSE: "#aaaaaa",
+    START: "#bcbd22",
+    TILES: "#56b4e9",
+    **dict(
+        zip(
+            PATTERN_REASONS,
+            itertools.cycle(("#6a51a3", "#8c564b", "#d55e00", "#cc79a7", "#2ca02c", "#1f77b4", "#e377c2", "#9467bd")),
+        )
+    ),
+}
 ROW_BINS = 160
 
 
 @dataclass(frozen=True)
 class HeadData:
-    """What was taken down of one head; squares float64 [bins, bins], rows of those that were sampled."""
+    """The record of one head.
+
+    words:      the pattern, in words.
+    order:      int64 [length], the positions in the head's own order, named `order_name`.
+    squares:    order ("original" or "permuted") -> name -> sums over squares, float64 [bins, bins].
+    position, recall, error, norm: one value for each sampled row.
+    """
 
     layer: int
     head: int
@@ -47,7 +70,7 @@ class HeadData:
     error: np.ndarray
     norm: np.ndarray
     visited_by_row: np.ndarray
-    """int64: keys visited by each row from `first_row` on; rows before it came from the cache."""
+    """int64: how many keys each row visits, from `first_row` on; earlier rows came from the radix cache."""
     first_row: int = 0
 
     @property
@@ -56,12 +79,12 @@ class HeadData:
 
     @property
     def density(self) -> float:
-        """Visited over causal pairs, of all rows."""
+        """Visited over causal pairs of all rows from `first_row` on."""
         return float(self.visited_by_row.sum() / max(int(self.causal_by_row.sum()), 1))
 
     @property
     def causal_by_row(self) -> np.ndarray:
-        """int64: keys that each of these rows may see."""
+        """int64: how many keys each row from `first_row` on may see."""
         return self.first_row + 1 + np.arange(len(self.visited_by_row))
 
     @property
@@ -70,7 +93,7 @@ class HeadData:
 
     @property
     def relative_error(self) -> float:
-        """|o - o_dense| / |o_dense| over the sampled rows."""
+        """|o - o_dense| / |o_dense|, the norms taken over all sampled rows."""
         return float(np.sqrt((self.error**2).sum() / max((self.norm**2).sum(), 1e-30)))
 
 
@@ -78,7 +101,7 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot: nothing has to be closed
+    figure = Figure(figsize=(width, height), layout="constrained")  # without pyplot, no figure has to be closed
     FigureCanvasAgg(figure)
     return figure
 
@@ -90,7 +113,7 @@ def _modality_patches() -> list[Any]:
 
 
 def map_figure(modality_map: ModalityMap, turn: Turn) -> Figure:
-    """The modality map, its frames, and the chunks in which the prompt was prefilled."""
+    """The modality map with its frames, and the chunks in which the prompt was prefilled."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -104,7 +127,7 @@ def map_figure(modality_map: ModalityMap, turn: Turn) -> Figure:
 
 
 def overview_figure(density: np.ndarray, recall: np.ndarray, error: np.ndarray, layers: list[int]) -> Figure:
-    """[layers, heads] three times, side by side; figures are written into small mosaics."""
+    """Three mosaics [layers, heads], side by side. Small mosaics show their values as text."""
     rows, heads = density.shape
     figure = _figure(min(18.0, max(9.5, 3 * (1.2 + 0.5 * heads))), min(14.0, max(2.6, 1.3 + 0.34 * rows)))
     for ax, (name, values, colours, low, high) in zip(
@@ -135,7 +158,7 @@ def overview_figure(density: np.ndarray, recall: np.ndarray, error: np.ndarray, 
 
 
 def head_figure(data: HeadData, modality_map: ModalityMap) -> Figure:
-    """Attention, what was visited, and what was lost; above in the order of the prompt, below in the head's own."""
+    """Attention, visited pairs and lost attention; above in the order of the prompt, below in the head's own order."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, PowerNorm
 
     figure = _figure(14.5, 10.2)
@@ -147,23 +170,25 @@ def head_figure(data: HeadData, modality_map: ModalityMap) -> Figure:
     )
     axes = figure.subplots(2, 3)
     length = modality_map.length
-    for row, (key, order, where) in enumerate(
+    for row, (key, order, order_name) in enumerate(
         (
             ("original", np.arange(length), "order of the prompt"),
             ("permuted", data.order, "the head's own order"),
         )
     ):
         squares = data.squares[key]
-        rows = squares["mass"].sum(axis=1, keepdims=True)  # a row's attention sums to 1: so many were sampled
-        for ax, (title, what, colours, norm, label) in zip(axes[row], columns):
-            under = squares["causal"] if what == "visited" else np.broadcast_to(rows, squares[what].shape)
-            share = np.where(squares["causal"] > 0, squares[what] / np.maximum(under, 1e-30), np.nan)
-            if what != "visited":
+        rows = squares["mass"].sum(
+            axis=1, keepdims=True
+        )  # the number of sampled rows, because a row's attention sums to 1
+        for ax, (title, name, colours, norm, label) in zip(axes[row], columns):
+            denominator = squares["causal"] if name == "visited" else np.broadcast_to(rows, squares[name].shape)
+            share = np.where(squares["causal"] > 0, squares[name] / np.maximum(denominator, 1e-30), np.nan)
+            if name != "visited":
                 share = np.maximum(share, LEAST)
             extent = (0, length, length, 0)
             image = ax.imshow(share, extent=extent, cmap=colours, norm=norm, interpolation="nearest", aspect="equal")
             _bands(ax, modality_map, order)
-            ax.set_title(f"{title}, {where}", fontsize=10, loc="left")
+            ax.set_title(f"{title}, {order_name}", fontsize=10, loc="left")
             unit = "position" if key == "original" else "place in that order"
             ax.set_xlabel(f"key, {unit} (tokens)", fontsize=9)
             ax.set_ylabel(f"query, {unit} (tokens)", fontsize=9)
@@ -182,21 +207,21 @@ def head_figure(data: HeadData, modality_map: ModalityMap) -> Figure:
 
 
 def rows_figure(data: HeadData, modality_map: ModalityMap, reasons: np.ndarray) -> Figure:
-    """Along the prompt: recall of the sampled rows, share of keys visited, and why rows saw everything."""
+    """Along the prompt: recall of the sampled rows, share of visited keys, and why rows saw everything."""
     from matplotlib.patches import Patch
 
     length = len(data.visited_by_row)
     figure = _figure(12, 7.2)
-    recall, share, why, strip = figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 1.1))
+    recall, share, reason_axes, strip = figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 1.1))
     recall.scatter(data.position, data.recall, s=5, color="#0b3c6f", alpha=0.5, lw=0)
     recall.set_ylim(-0.03, 1.03)
     recall.set_ylabel("recall\n(share of the\nattention)", fontsize=9)
     recall.set_title("each dot is a sampled row", fontsize=9, loc="left")
     edges = np.unique(np.linspace(0, length, min(ROW_BINS, length) + 1).astype(int))
     left, width = edges[:-1], np.diff(edges)
-    places = left + data.first_row
+    positions = left + data.first_row
     visited = data.visited_by_row / data.causal_by_row
-    share.bar(places, np.add.reduceat(visited, left) / width, width, align="edge", color="#0b3c6f", lw=0)
+    share.bar(positions, np.add.reduceat(visited, left) / width, width, align="edge", color="#0b3c6f", lw=0)
     share.set_ylim(0, 1.05)
     share.set_ylabel("keys visited\n(share of\ncausal)", fontsize=9)
     bottom = np.zeros(len(left))
@@ -204,12 +229,12 @@ def rows_figure(data: HeadData, modality_map: ModalityMap, reasons: np.ndarray) 
     for reason in REASONS:
         part = np.add.reduceat((reasons == reason).astype(float), left) / width
         if part.any():
-            why.bar(places, part, width, bottom=bottom, align="edge", color=REASON_COLOURS[reason], lw=0)
+            reason_axes.bar(positions, part, width, bottom=bottom, align="edge", color=REASON_COLOURS[reason], lw=0)
             bottom, seen = bottom + part, [*seen, reason]
-    why.set_ylim(0, 1.05)
-    why.set_ylabel("rows that see\neverything\n(share)", fontsize=9)
+    reason_axes.set_ylim(0, 1.05)
+    reason_axes.set_ylabel("rows that see\neverything\n(share)", fontsize=9)
     draw_map_strip(strip, modality_map)
-    for ax in (recall, share, why):
+    for ax in (recall, share, reason_axes):
         ax.tick_params(labelsize=8)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
@@ -220,7 +245,7 @@ def rows_figure(data: HeadData, modality_map: ModalityMap, reasons: np.ndarray) 
 
 
 def _bands(ax: Axes, modality_map: ModalityMap, order: np.ndarray) -> None:
-    """The modality of every place in an order, along both axes, outside the matrix."""
+    """Draw the modality of every place in an order as bands along both axes, outside the matrix."""
     from matplotlib.ticker import MaxNLocator
 
     length = max(len(order), 1)

@@ -1,29 +1,31 @@
-"""Why rows of a head saw everything: by rules of its pattern, of the config, or for want of something to leave out."""
+"""Why rows of a head saw everything: by rules of its pattern, which names them itself, or of the config, or for want of
+something to leave out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import AShape, Boundary2D, Dense, Grid, HeadPattern, Pattern, QBoundary, TriShape
+from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.base import kinds
+from sglang_mminfer.patterns.boundary import UNNAMED, Boundary, HeadPattern, row_classes
+from sglang_mminfer.patterns.dense import BY_CONFIG
+from sglang_mminfer.patterns.index import Scope
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
 
 SPARSE = "no reason: these left keys out"
 ALL_DENSE = "the whole layer or request ran dense"
 BELOW = "below dense_below"
-HEAD = "dense by config"
 MODALITY = "rows of this modality are dense"
 START = "early: within sink, window and their tiles"
-TEXT = "text after vision"
-PHASE = "grid row on the phase (h)"
-NO_RASTER = "no raster known"
-TAIL = "tail of tri_shape"
 TILES = "rounded up to whole tiles, or all pairs together"
 
-REASONS = (BELOW, HEAD, MODALITY, ALL_DENSE, START, TEXT, PHASE, NO_RASTER, TAIL, TILES)
+_FIRST = (BELOW, BY_CONFIG, MODALITY, ALL_DENSE, START)
+PATTERN_REASONS = tuple(
+    dict.fromkeys(reason for pattern in kinds().values() for reason in pattern.reasons if reason not in _FIRST)
+)
+REASONS = (*_FIRST, *PATTERN_REASONS, TILES)
 """In the order in which they are looked for: a row counts under the first that holds."""
 
 
@@ -51,42 +53,22 @@ def reasons_by_row(
     holds[BELOW] = position < dense_below
     holds[ALL_DENSE][:] = ran_dense
     holds[TILES][:] = True
-    for modality in (Modality.TEXT, Modality.IMAGE, Modality.VIDEO):
-        mine = modality_map.members(modality).numpy()[position]
-        patterns = _patterns_of(head, modality)
-        if all(isinstance(pattern, Dense) for pattern in patterns):
-            holds[HEAD if isinstance(head, Dense) else MODALITY] |= mine
-        for pattern in patterns:
-            for reason, rows in _rules(modality_map, pattern, position, modality, pattern is head):
-                holds[reason] |= mine & rows
+    for row_class in row_classes(head):
+        scope = Scope(modality_map, first_row + len(visited), row_class.rows, text_rule=row_class.text_rule)
+        mine = scope.row_members.has(position)
+        if all(pattern == UNNAMED for _, pattern in row_class.pairs):
+            holds[MODALITY if isinstance(head, Boundary) else BY_CONFIG] |= mine
+            continue
+        for keys, pattern in row_class.pairs:
+            if pattern == UNNAMED:
+                continue
+            index = pattern.index(replace(scope, keys=keys))
+            if index.local:
+                holds[START] |= mine & (position < index.sink + index.local + BLOCK_K + BLOCK_Q)
+            for reason, rows in index.whole.items():
+                holds[reason] |= mine & rows.has(position)
     found = np.select([holds[reason] for reason in REASONS], list(REASONS), default=TILES)
     return np.where(everything, found, SPARSE)
-
-
-def _patterns_of(head: HeadPattern, modality: Modality) -> list[Pattern]:
-    """What rows of a modality run; of a boundary that does not name it nothing, which is dense."""
-    if isinstance(head, QBoundary):
-        return [pattern for rows, pattern in head.patterns.items() if rows.covers(modality)]
-    if isinstance(head, Boundary2D):
-        return [pattern for (rows, _), pattern in head.patterns.items() if rows.covers(modality)]
-    return [head]
-
-
-def _rules(
-    modality_map: ModalityMap, pattern: Pattern, position: np.ndarray, modality: Modality, alone: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Rules of a pattern by which rows see everything; `alone`: no boundary speaks before them."""
-    if isinstance(pattern, AShape | TriShape | Grid):
-        yield START, position < pattern.sink + pattern.local + BLOCK_K + BLOCK_Q
-    if isinstance(pattern, TriShape):
-        yield TAIL, position >= modality_map.length - pattern.tail
-    if isinstance(pattern, TriShape | Grid) and alone and modality is Modality.TEXT:
-        yield TEXT, position > modality_map.first_vision
-    if isinstance(pattern, Grid) and modality is not Modality.TEXT:
-        cells = modality_map.cells(pattern.stride).numpy()[position]
-        yield NO_RASTER, cells < 0
-        if pattern.h:
-            yield PHASE, cells == pattern.phase
 
 
 def account(reasons: np.ndarray, visited: np.ndarray) -> list[Why]:

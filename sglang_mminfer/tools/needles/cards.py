@@ -1,8 +1,8 @@
 """Needles that a real vision-language model can read: cards with a sentence, over the same smooth haystack.
 
-A card says "The secret number of ANCHOR is 4217"; a relay "... is the same as that of RIVER". The conversation is one
-of `placed` or `task`: sixteen keys become sixteen words, a digit a number of four digits, and every part is shown at a
-size that real models are used to, with about as many tokens (of Qwen2.5-VL).
+A card says "The secret number of ANCHOR is 4217"; a relay says "... is the same as that of RIVER". `placed` or `task`
+make the conversation; here its sixteen keys become sixteen words, and each digit becomes a number of four digits.
+Every part is shown at a size that real models are used to, and keeps about its number of tokens (in Qwen2.5-VL).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from sglang_mminfer.tools.needles.task import Conversation, Needle, Part
 
 WIDTH, HEIGHT = 448, 252
 ROWS, COLUMNS = HEIGHT // 28, WIDTH // 28
-"""Tokens of a pair of frames in Qwen2-VL and its successors."""
+"""Rows and columns of tokens of a pair of frames, in Qwen2-VL and its successors."""
 STRIPS = 3
-"""Cards that fit in a frame, one below the other."""
+"""How many cards fit in a frame, one below the other."""
 
 WORDS = dict(
     zip(
@@ -55,16 +55,16 @@ WORDS = dict(
 MM_PROCESS_CONFIG: dict[str, dict[str, Any]] = {
     "video": {"min_pixels": WIDTH * HEIGHT - 28 * 28, "max_pixels": WIDTH * HEIGHT, "fps": FPS, "max_frames": 8192}
 }
-"""--mm-process-config of a server: every frame of a file is seen, at its own size."""
+"""The server's --mm-process-config with which the model sees every frame of a file, at its own size."""
 
 
 def pairs_of(part: Part) -> int:
-    """Pairs of frames that a video is shown with: fewer than of the small ones, for as many tokens."""
+    """How many pairs of frames a video gets: fewer than with the small frames of `task`, for as many tokens."""
     return max(1, round(part.size * TILE_CELLS / (ROWS * COLUMNS)))
 
 
 def numbers_of(conversation: Conversation) -> dict[str, str]:
-    """Four digits for each key, a relay's those of the needle that it names, no two needles alike otherwise."""
+    """Key -> a number of four digits. A relay has the number of the needle that it names; all other numbers differ."""
     random = np.random.default_rng((conversation.parts[0].seed, len(conversation.needles), 0xCA2D))
     drawn = iter(random.choice(np.arange(1000, 10000), len(conversation.needles), replace=False))
     numbers: dict[str, str] = {}
@@ -86,13 +86,13 @@ def question(key: str) -> str:
     )
 
 
-def is_right(expected: str, said: str) -> bool:
-    """True if the answer names the number and no other one of four digits."""
-    return set(re.findall(r"(?<!\d)\d{4}(?!\d)", re.sub(r"(?<=\d)[,\s](?=\d{3})", "", said))) == {expected}
+def is_right(expected: str, answer: str) -> bool:
+    """Whether the answer names the expected number, and no other number of four digits."""
+    return set(re.findall(r"(?<!\d)\d{4}(?!\d)", re.sub(r"(?<=\d)[,\s](?=\d{3})", "", answer))) == {expected}
 
 
 def draw_card(lines: tuple[str, str]) -> np.ndarray:
-    """uint8 [HEIGHT / STRIPS, WIDTH, 3]: two lines of dark text on a bright plate, as large as fits."""
+    """uint8 [HEIGHT / STRIPS, WIDTH, 3]: two lines of dark text on a bright plate, as large as they fit."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.new("RGB", (WIDTH, HEIGHT // STRIPS), (250, 246, 225))
@@ -108,28 +108,33 @@ def draw_card(lines: tuple[str, str]) -> np.ndarray:
 
 
 def frames_of(part: Part, numbers: dict[str, str]) -> np.ndarray:
-    """uint8 [frames, HEIGHT, WIDTH, 3] of an image or a video. A card lasts for a pair of frames.
+    """The frames of an image or a video: uint8 [frames, HEIGHT, WIDTH, 3]. A card lasts for a pair of frames.
 
     Raises:
-        ValueError: if the part is too short for its cards.
+        ValueError: the part is too short for its cards.
     """
     pairs = pairs_of(part) if part.kind == "video" else 1
     scene = Scene(WIDTH, HEIGHT, part.seed)
     frames = np.stack([scene.frame(i / FPS) for i in range(2 * pairs)])
-    free = {(pair, strip) for pair in range(pairs) for strip in range(STRIPS)}
-    if len(part.needles) > len(free):
+    free_spots = {(pair, strip) for pair in range(pairs) for strip in range(STRIPS)}
+    if len(part.needles) > len(free_spots):
         raise ValueError(f"a {part.kind} of {pairs} pairs of frames has no room for {len(part.needles)} cards")
     for needle in part.needles:
-        wish = (needle.slot[0] * pairs // max(part.size, 1) if part.kind == "video" else 0, needle.slot[1] % STRIPS)
-        pair, strip = min(free, key=lambda spot: (abs(spot[0] - wish[0]), abs(spot[1] - wish[1]), spot))
-        free.remove((pair, strip))
+        wanted_spot = (
+            needle.slot[0] * pairs // max(part.size, 1) if part.kind == "video" else 0,
+            needle.slot[1] % STRIPS,
+        )
+        pair, strip = min(
+            free_spots, key=lambda spot: (abs(spot[0] - wanted_spot[0]), abs(spot[1] - wanted_spot[1]), spot)
+        )
+        free_spots.remove((pair, strip))
         top = strip * (HEIGHT // STRIPS)
         frames[2 * pair : 2 * pair + 2, top : top + HEIGHT // STRIPS] = draw_card(sentence(needle, numbers))
     return frames[:1] if part.kind == "image" else frames
 
 
 def text_of(part: Part, numbers: dict[str, str]) -> str:
-    """Words of haystack with the sentences of its needles between them."""
+    """The text of a text part: words of haystack with the sentences of the needles between them."""
     words = hay_text(replace(part, needles=[]))
     for needle in part.needles:
         words[needle.slot[0]] = " ".join(sentence(needle, numbers))
@@ -137,11 +142,11 @@ def text_of(part: Part, numbers: dict[str, str]) -> str:
 
 
 def messages(conversation: Conversation, folder: str | os.PathLike[str], name: str = "cards") -> list[dict[str, Any]]:
-    """All turns with the right answers between them, as `media_files.messages`."""
+    """All turns as OpenAI messages, with the right answers between them, as in `media_files.messages`."""
     from PIL import Image
 
     numbers = numbers_of(conversation)
-    said: list[dict[str, Any]] = []
+    chat: list[dict[str, Any]] = []
     for i, turn in enumerate(conversation.turns):
         content: list[dict[str, Any]] = []
         for j, part in enumerate(turn.parts):
@@ -157,6 +162,6 @@ def messages(conversation: Conversation, folder: str | os.PathLike[str], name: s
                 write_video(target, frames, WIDTH, HEIGHT, FPS)
             content.append({"type": f"{part.kind}_url", f"{part.kind}_url": {"url": os.fspath(target.resolve())}})
         content.append({"type": "text", "text": question(turn.question)})
-        said.append({"role": "user", "content": content})
-        said.append({"role": "assistant", "content": numbers[turn.question]})
-    return said
+        chat.append({"role": "user", "content": content})
+        chat.append({"role": "assistant", "content": numbers[turn.question]})
+    return chat

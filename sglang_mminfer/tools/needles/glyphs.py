@@ -1,8 +1,8 @@
-"""The signs on a needle's card: letters A to P and digits, as small drawings that never look the same twice.
+"""The signs on a needle's card: the letters A to P and the digits, as small drawings in many variants.
 
-A card fills one cell of 28 x 28 pixels, which is one token of the language model: a bright letter on a dark plate
-at the left (the needle's key) and a second sign at the right. The second sign of a plain needle is its digit, bright
-on dark. A relay shows the letter of another needle there, dark on bright: "the same digit as that one".
+A card fills one cell of 28 x 28 pixels, which is one token of the language model. At the left it shows a bright letter
+on a dark plate, the needle's key; at the right, a second sign. The second sign of a plain needle is its digit, bright
+on dark. The second sign of a relay is the key of another needle, dark on bright: "the same digit as that needle".
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ CELL = 28
 """Pixels of a card's side: 2 x 2 patches of 14, merged to one token."""
 
 VARIANTS = 512
-"""Drawings of each sign in a bank. A dozen were learned by heart in place of the sign's form; 256 were not."""
+"""How many drawings of each sign a bank has. A model learned a dozen drawings by heart, but not 256."""
 
-# Five columns, seven rows; the lower bits of a row, its leftmost column first. The zero is crossed, unlike O.
+# Seven rows of five columns, from the top and from the left. The zero is crossed, unlike O.
 _DRAWINGS = {
     "A": "01110 10001 10001 11111 10001 10001 10001",
     "B": "11110 10001 10001 11110 10001 10001 11110",
@@ -55,9 +55,9 @@ _SHARP = 8  # samples for each dot of a drawing
 
 @lru_cache
 def glyph_bank(seed: int, variants: int = VARIANTS) -> np.ndarray:
-    """float32 [26, variants, 28, 14] in 0..1: how much of each pixel a sign covers, in the order of SYMBOLS.
+    """float32 [26, variants, 28, 14]: which share of each pixel a sign covers, the signs in the order of SYMBOLS.
 
-    Variants differ in width, height, place, slant, weight of stroke and sharpness.
+    Variants differ in width, height, place, slant, weight of the stroke and sharpness.
     """
     random = np.random.default_rng((seed, 0x61F))
     bank = np.empty((len(SYMBOLS), variants, CELL, CELL // 2), np.float32)
@@ -66,7 +66,7 @@ def glyph_bank(seed: int, variants: int = VARIANTS) -> np.ndarray:
         dots = np.array([[float(dot) for dot in row] for row in _DRAWINGS[symbol].split()], np.float32)
         sheet = np.kron(np.pad(dots, 2), np.ones((_SHARP, _SHARP), np.float32))
         smooth = sheet
-        for axis in (0, 1):  # a soft edge, in which a threshold picks the weight of the stroke
+        for axis in (0, 1):  # a soft edge, so that a threshold sets the weight of the stroke
             smooth = np.mean([np.roll(smooth, shift, axis) for shift in range(-3, 4)], axis=0)
         for j in range(variants):
             width, height = random.uniform(8.5, 11.5), random.uniform(17, 23)
@@ -82,7 +82,7 @@ def glyph_bank(seed: int, variants: int = VARIANTS) -> np.ndarray:
 
 
 def _sample(sheet: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Bilinear; nothing outside."""
+    """Bilinear samples of a sheet; coordinates outside are clipped to its edge."""
     rows, columns = sheet.shape
     y, x = np.clip(y, 0, rows - 1.001), np.clip(x, 0, columns - 1.001)
     top, left = y.astype(int), x.astype(int)
@@ -93,7 +93,7 @@ def _sample(sheet: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def draw_card(left: str, right: str, random: np.random.Generator, bank_seed: int = 0) -> np.ndarray:
-    """uint8 [28, 28, 3]: a card with two signs. A letter at the right stands dark on a bright plate (a relay)."""
+    """uint8 [28, 28, 3]: a card with two signs. A letter at the right, which marks a relay, is dark on bright."""
     bank = glyph_bank(bank_seed)
     picture = np.empty((CELL, CELL, 3), np.float32)
     for half, symbol in enumerate((left, right)):

@@ -1,4 +1,4 @@
-"""Two ways to show the same conversation: `glyphs` for the shipped needle models, `cards` for real ones."""
+"""Two ways to show the same conversation: `glyphs` for the shipped needle models, `cards` for real models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_mminfer.tools.needles.glyphs import CELL
 from sglang_mminfer.tools.needles.task import NEEDLE_WORDS, Conversation, Part
 
 EVALUATION_BANK = 1001
-"""Other drawings of the signs than the shipped models were trained with."""
+"""The seed of the signs' drawings: not those that the shipped models were trained with."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,15 @@ class Kit:
 
     name: str
     messages: Callable[[Conversation, Path, str], list[dict[str, Any]]]
-    """(conversation, folder for media, beginning of their names) -> OpenAI messages, right answers between them."""
+    """(conversation, folder for media, prefix of their names) -> OpenAI messages, right answers between them."""
     is_right: Callable[[str, str], bool]
-    """(right answer, what the model said)"""
+    """(right answer, the model's answer) -> whether the latter is right."""
     raster: Callable[[Part], tuple[int, int, int]]
-    """Pairs of frames, rows and columns, in tokens, of an image or a video."""
+    """An image or a video -> (pairs of frames, rows, columns), rows and columns in tokens."""
     mm_process_config: dict[str, dict[str, Any]]
+    """The server's --mm-process-config with which the model sees every frame."""
     max_tokens: int
+    """How many tokens an answer may have."""
 
 
 def _glyph_messages(conversation: Conversation, folder: Path, name: str) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ def _card_raster(part: Part) -> tuple[int, int, int]:
 GLYPHS = Kit(
     "glyphs",
     _glyph_messages,
-    lambda expected, said: said.strip() == expected,
+    lambda expected, answer: answer.strip() == expected,
     _glyph_raster,
     media_files.MM_PROCESS_CONFIG,
     2,
@@ -57,7 +59,7 @@ KITS = {kit.name: kit for kit in (GLYPHS, CARDS)}
 
 
 def knows_glyphs(model: str) -> bool:
-    """True if `model` is the folder of a shipped needle model: its tokenizer has words for needles."""
+    """Whether `model` is the folder of a shipped needle model, whose tokenizer has words for needles."""
     tokenizer = Path(model) / "tokenizer.json"
     if not tokenizer.is_file():
         return False
@@ -65,28 +67,31 @@ def knows_glyphs(model: str) -> bool:
 
 
 def prompt_map(conversation: Conversation, kit: Kit) -> ModalityMap:
-    """The modality map of the whole conversation, right to a few tokens of chat template, for any tokenizer."""
+    """The modality map of the whole conversation, for any tokenizer: exact but for a few tokens of chat template."""
     segments: list[Segment] = []
-    text, at = 14, 14  # the system prompt; tokens of text that wait for their segment
+    pending_text, position = 14, 14  # the system prompt; these tokens are not in a segment yet
 
-    def close() -> None:
-        nonlocal text
-        if text:
-            segments.append(Segment(Modality.TEXT, at - text, at))
-        text = 0
+    def close_text() -> None:
+        nonlocal pending_text
+        if pending_text:
+            segments.append(Segment(Modality.TEXT, position - pending_text, position))
+        pending_text = 0
 
     for turn in conversation.turns:
         for part in turn.parts:
             if part.kind == "text":
-                text, at = text + part.size, at + part.size
+                pending_text, position = pending_text + part.size, position + part.size
                 continue
-            text, at = text + 1, at + 1  # the brackets around it
-            close()
+            pending_text, position = pending_text + 1, position + 1  # the start token of vision
+            close_text()
             pairs, rows, columns = kit.raster(part)
-            stop = at + pairs * rows * columns
-            grid = VisionGrid(pairs, rows, columns, tuple(range(at, stop, rows * columns)))
-            segments.append(Segment(Modality(part.kind), at, stop, grid))
-            text, at = 1, stop + 1
-        text, at = text + 12, at + 12  # the question, its answer and what the template says around them
-    close()
+            stop = position + pairs * rows * columns
+            grid = VisionGrid(pairs, rows, columns, tuple(range(position, stop, rows * columns)))
+            segments.append(Segment(Modality(part.kind), position, stop, grid))
+            pending_text, position = 1, stop + 1
+        pending_text, position = (
+            pending_text + 12,
+            position + 12,
+        )  # the question, the answer, and the template's tokens around them
+    close_text()
     return ModalityMap(segments)

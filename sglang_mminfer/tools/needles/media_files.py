@@ -1,4 +1,4 @@
-"""A conversation with needles as a user would send it: video and image files, OpenAI messages, expected answers."""
+"""A conversation with needles as a user would send it: video and image files, and OpenAI messages with the answers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ SMALLEST, LARGEST_IMAGE, LARGEST_VIDEO = 16 * 28 * 28, 1280 * 28 * 28, 768 * 28 
 MM_PROCESS_CONFIG: dict[str, dict[str, Any]] = {
     "video": {"min_pixels": SMALLEST, "max_pixels": 4 * SMALLEST, "fps": 2.0, "max_frames": 8192}
 }
-"""--mm-process-config of a server: all frames of a file of 2 frames a second, each at its own 112 x 112.
-
-By default SGLang enlarges small frames to 128 tokens and takes at most 768 of them."""
+"""The server's --mm-process-config with which the model sees every frame of a file of 2 frames per second, each at its
+own size of 112 x 112. By default SGLang enlarges small frames to 128 tokens and takes at most 768 frames."""
 
 FPS = 2.0
-"""Of the files, and what --mm-process-config samples: every frame is seen, a pair of frames lasts one second."""
+"""Frames per second of the files, and of --mm-process-config: the model sees every frame; a pair lasts one second."""
 
 
 def frames_of(part: Part, bank_seed: int = 0) -> np.ndarray:
-    """uint8 [frames, side, side, 3] of an image or a video, cards included."""
+    """The frames of an image or a video, cards included: uint8 [frames, side, side, 3]."""
     frames = haystack(1 if part.kind == "image" else 2 * part.size, part.side, part.seed)
     for i, needle in enumerate(part.needles):
         pair, cell = needle.slot
@@ -36,7 +35,7 @@ def frames_of(part: Part, bank_seed: int = 0) -> np.ndarray:
 
 
 def write_part(part: Part, folder: Path, name: str, bank_seed: int = 0) -> Path:
-    """Writes an image (PNG) or a video (mp4, H.264) and returns its path."""
+    """Write an image (PNG) or a video (mp4, H.264) and return its path."""
     frames = frames_of(part, bank_seed)
     if part.kind == "video":
         return write_video(folder / f"{name}.mp4", frames, TILE, TILE, FPS)
@@ -49,7 +48,7 @@ def write_part(part: Part, folder: Path, name: str, bank_seed: int = 0) -> Path:
 
 
 def user_message(turn: Turn, folder: str | os.PathLike[str], name: str, bank_seed: int = 0) -> dict[str, Any]:
-    """What the user says in a turn. Media are written to `folder`, their names begin with `name`."""
+    """The user's message of a turn. Media are written to `folder`, under names that begin with `name`."""
     content: list[dict[str, Any]] = []
     for i, part in enumerate(turn.parts):
         if part.kind == "text":
@@ -64,9 +63,9 @@ def user_message(turn: Turn, folder: str | os.PathLike[str], name: str, bank_see
 def messages(
     conversation: Conversation, folder: str | os.PathLike[str], name: str = "needle", bank_seed: int = 0
 ) -> list[dict[str, Any]]:
-    """All turns with the right answers between them. Message 2 * i is turn i's; its prompt is messages[: 2 * i + 1]."""
-    said: list[dict[str, Any]] = []
+    """All turns with the right answers between them. Turn i is message 2 * i; its prompt is messages[: 2 * i + 1]."""
+    chat: list[dict[str, Any]] = []
     for i, turn in enumerate(conversation.turns):
-        said.append(user_message(turn, folder, f"{name}-{i}", bank_seed))
-        said.append({"role": "assistant", "content": turn.answer})
-    return said
+        chat.append(user_message(turn, folder, f"{name}-{i}", bank_seed))
+        chat.append({"role": "assistant", "content": turn.answer})
+    return chat

@@ -1,12 +1,12 @@
-"""Conversations with needles: what is shown in which turn, what is asked, and what the right answer is.
+"""Conversations with needles: what each turn shows, what it asks, and the right answer.
 
-A needle has a key (a letter) and a digit; the question is a key, the answer its digit. A plain needle shows its
-digit. A relay shows the key of a plain needle before it, in this turn or a former one, and has that one's digit: "the
-same as needle B". So the row that holds it must have read the earlier needle.
+A needle has a key (a letter) and a digit. A question is a key, and the answer is the key's digit. A plain needle shows
+its digit. A relay shows the key of a plain needle before it, in the same turn or an earlier one, and has the digit of
+that needle: "the same as needle B". So the relay's row must have read the earlier needle.
 
 * `video_conversation`: videos only (V-NIAH).
-* `mixed_conversation`: text, images and videos over several turns, a quarter of it text (MM-NIAH). In text a needle
-  is one word, "A7" or the relay "A=B"; in pictures and videos one card (`glyphs`).
+* `mixed_conversation`: text, images and videos over several turns, a quarter of the tokens text (MM-NIAH). In text a
+  needle is one word, "A7" or the relay "A=B"; in images and videos it is one card (`glyphs`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ HAY_WORDS = _WORDS.split()
 
 @dataclass
 class Needle:
+    """A key and its digit, hidden in a part."""
+
     key: str
     digit: str
-    """The right answer, whether it is shown or not."""
+    """The right answer; a plain needle shows it, a relay does not."""
     same_as: str | None = None
-    """A relay shows this other needle's key in place of its digit."""
+    """The key of another needle, which a relay shows instead of its digit."""
     slot: tuple[int, int] = (0, 0)
-    """Where in its part: (word, 0) or (pair of frames, cell)."""
+    """The place in the part: (word, 0) in a text, (pair of frames, cell) in an image or a video."""
 
     @property
     def shown(self) -> str:
@@ -58,12 +60,14 @@ class Needle:
 
 @dataclass
 class Part:
+    """A text, an image or a video."""
+
     kind: Literal["text", "image", "video"]
     size: int
-    """Words of a text, pairs of frames of a video, pixels of an image's side."""
+    """The words of a text, the pairs of frames of a video, or the side of an image in pixels."""
     seed: int = 0
     interval: float = 1.0
-    """Seconds from one pair of frames of a video to the next."""
+    """Seconds between pairs of frames of a video."""
     needles: list[Needle] = field(default_factory=list)
 
     @property
@@ -72,7 +76,7 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """Of its content, without the brackets around it."""
+        """Tokens of the content, without the vision start and end tokens around it."""
         if self.kind == "text":
             return self.size
         return (self.side // CELL) ** 2 * (self.size if self.kind == "video" else 1)
@@ -80,6 +84,8 @@ class Part:
 
 @dataclass
 class Turn:
+    """What one message shows and asks."""
+
     parts: list[Part]
     question: str = ""
     answer: str = ""
@@ -89,6 +95,8 @@ class Turn:
 
 @dataclass
 class Conversation:
+    """All turns, with questions and right answers."""
+
     turns: list[Turn]
 
     @property
@@ -97,7 +105,7 @@ class Conversation:
 
     @property
     def needles(self) -> list[Needle]:
-        """In the order of the conversation."""
+        """All needles in the order of the conversation."""
         return [needle for part in self.parts for needle in part.needles]
 
 
@@ -111,14 +119,14 @@ def video_conversation(
     interval: float | tuple[float, float] = 1.0,
     questions: int | None = None,
 ) -> Conversation:
-    """A conversation about videos of `pairs` pairs of frames (16 tokens each) in all.
+    """A conversation about videos with `pairs` pairs of frames (16 tokens each) in all.
 
     Args:
-        relays: share of the needles after the first that are relays.
-        videos: each in a turn of its own; None: one, sometimes two.
-        interval: seconds from pair to pair, 1 in files of 2 frames a second; or a range, from which each video draws
-            its own, so that short videos reach the positions of long ones.
-        questions: turns that ask; None: one for each needle.
+        relays: the share of relays among the needles after the first.
+        videos: how many videos, each in a turn of its own; None: one, sometimes two.
+        interval: seconds between pairs of frames, 1 in files of 2 frames per second. Or a range from which each video
+            draws its interval, so that short videos reach the positions of long ones.
+        questions: how many needles are asked for; None: every needle.
     """
     count = videos or (2 if pairs >= 4 and random.random() < 0.25 else 1)
     cuts = sorted(random.choice(np.arange(1, pairs), count - 1, replace=False)) if count > 1 else []
@@ -137,7 +145,10 @@ def mixed_conversation(
     interval: float | tuple[float, float] = 1.0,
     questions: int | None = None,
 ) -> Conversation:
-    """Text, images and videos of about 16 * `pairs` tokens in all, a quarter of them text, over `turns` turns."""
+    """Text, images and videos of about 16 * `pairs` tokens in all, a quarter of them text, over `turns` turns.
+
+    The other arguments are those of `video_conversation`.
+    """
     tokens = 16 * pairs
     if tokens < 64:
         kind = random.choice(["text", "image", "video"])
@@ -147,7 +158,7 @@ def mixed_conversation(
             part = _image(TILE, random) if kind == "image" and pairs == 1 else _video(pairs, random, interval)
         return _ask([Turn([part])], needles, relays, questions, random)
     count = turns or int(random.integers(1, min(4, pairs // 4) + 1))
-    built = []
+    all_turns = []
     for _ in range(count):
         budget = tokens // count
         pictures = max(1, round(budget * 0.75 / 16))
@@ -160,8 +171,8 @@ def mixed_conversation(
         if pictures > 0:
             parts.append(_video(pictures, random, interval))
         random.shuffle(parts)
-        built.append(Turn(parts))
-    return _ask(built, needles, relays, questions, random)
+        all_turns.append(Turn(parts))
+    return _ask(all_turns, needles, relays, questions, random)
 
 
 def _video(pairs: int, random: np.random.Generator, interval: float | tuple[float, float]) -> Part:
@@ -180,7 +191,7 @@ def _text(words: int, random: np.random.Generator) -> Part:
 
 def _slot(part: Part, random: np.random.Generator) -> tuple[int, int]:
     if part.kind == "text":
-        return int(random.integers(1, part.size)), 0  # never the first word: its space stands for the line break
+        return int(random.integers(1, part.size)), 0  # never the first word, whose space belongs to the line break
     if part.kind == "image":
         return 0, int(random.integers((part.side // CELL) ** 2))
     return int(random.integers(part.size)), int(random.integers(TILE_CELLS))
@@ -189,42 +200,44 @@ def _slot(part: Part, random: np.random.Generator) -> tuple[int, int]:
 def _ask(
     turns: list[Turn], needles: int, relays: float, questions: int | None, random: np.random.Generator
 ) -> Conversation:
-    """Puts needles into the parts and asks for them, in the turn that shows them or any later one."""
+    """Put needles into the parts and ask for them, each in the turn that shows the needle or in a later one."""
     parts = [part for turn in turns for part in turn.parts]
-    place = {id(part): i for i, part in enumerate(parts)}
-    taken: set[tuple[int, tuple[int, int]]] = set()
-    while len(taken) < min(needles, len(KEYS)):
-        # The first is in the first turn, so that every turn has something to ask.
-        among = parts if taken else turns[0].parts
-        kinds = sorted({part.kind for part in among})
+    index_of = {id(part): i for i, part in enumerate(parts)}
+    slots: set[tuple[int, tuple[int, int]]] = set()
+    while len(slots) < min(needles, len(KEYS)):
+        # The first needle is in the first turn, so that every turn has something to ask for.
+        candidates = parts if slots else turns[0].parts
+        kinds = sorted({part.kind for part in candidates})
         kind = kinds[random.integers(len(kinds))]
-        same = [part for part in among if part.kind == kind]
-        weight = np.array([part.tokens for part in same], float)
-        part = same[random.choice(len(same), p=weight / weight.sum())]
-        taken.add((place[id(part)], _slot(part, random)))
+        parts_of_kind = [part for part in candidates if part.kind == kind]
+        weight = np.array([part.tokens for part in parts_of_kind], float)
+        part = parts_of_kind[random.choice(len(parts_of_kind), p=weight / weight.sum())]
+        slots.add((index_of[id(part)], _slot(part, random)))
     keys = [KEYS[i] for i in random.permutation(len(KEYS))]
     plain: list[Needle] = []
-    for where, slot in sorted(taken):
+    for part_index, slot in sorted(slots):
         needle = Needle(keys.pop(), DIGITS[random.integers(10)], slot=slot)
         if plain and random.random() < relays:
-            other = plain[random.integers(len(plain))]
-            needle.digit, needle.same_as = other.digit, other.key
+            named = plain[random.integers(len(plain))]
+            needle.digit, needle.same_as = named.digit, named.key
         else:
             plain.append(needle)
-        parts[where].needles.append(needle)
+        parts[part_index].needles.append(needle)
     asked: list[list[Needle]] = []
-    everything: list[Needle] = []
+    all_needles: list[Needle] = []
     for turn in turns:
-        everything += [needle for part in turn.parts for needle in part.needles]
+        all_needles += [needle for part in turn.parts for needle in part.needles]
         asked.append([])
-    order = [everything[i] for i in random.permutation(len(everything))][: questions or None]
+    order = [all_needles[i] for i in random.permutation(len(all_needles))][: questions or None]
     shown_by = {needle.key: i for i, turn in enumerate(turns) for part in turn.parts for needle in part.needles}
     for needle in order:
         asked[int(random.integers(shown_by[needle.key], len(turns)))].append(needle)
-    whole: list[Turn] = []
+    asking_turns: list[Turn] = []
     for i, turn in enumerate(turns):
-        known = [needle for needle in everything if shown_by[needle.key] <= i]
-        # A turn that shows something asks something, if need be once more.
-        for j, needle in enumerate(asked[i] or [known[random.integers(len(known))]]):
-            whole.append(Turn(turn.parts if j == 0 else [], needle.key, needle.digit, needle.same_as is not None))
-    return Conversation(whole)
+        shown_needles = [needle for needle in all_needles if shown_by[needle.key] <= i]
+        # Every turn that shows something asks a question, if need be one that was asked before.
+        for j, needle in enumerate(asked[i] or [shown_needles[random.integers(len(shown_needles))]]):
+            asking_turns.append(
+                Turn(turn.parts if j == 0 else [], needle.key, needle.digit, needle.same_as is not None)
+            )
+    return Conversation(asking_turns)

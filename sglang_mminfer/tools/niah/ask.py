@@ -1,7 +1,7 @@
-"""Needles in a haystack: which share of the needles a served model finds, by length and depth, server beside server.
+"""Needles in a haystack: which share of the needles a served model finds, by length and depth.
 
-`ask_all` puts questions to one OpenAI-compatible server; `mminfer niah` (niah_command.py) and `mminfer compare`
-(compare.py) are built on it. Conversations are a function of the seed, so every server is asked the same.
+`ask_all` puts questions to one OpenAI-compatible server; `mminfer niah` (command.py) and `mminfer compare` (compare.py)
+use it. Conversations are a function of the seed, so every server gets the same questions.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ TASKS: dict[str, tuple[Callable[..., Placed], bool]] = {
     "v-relay": (video_needles, True),
     "mm-relay": (mixed_needles, True),
 }
-"""Needles in one video, and in text, images and videos over several turns; plain ones, and relays."""
+"""Task -> the function that makes its conversations, and whether it asks for relays or for plain needles."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked. Lengths in tokens, about; `depths` is how many, from the first frames to the last.
+    """The questions of one run.
+
+    tasks:   keys of TASKS.
+    lengths: about how many tokens a conversation has.
+    depths:  at how many depths needles lie, from the first frames to the last.
+    seeds:   how many conversations each task and length has. seed: the seed of the first.
 
     Raises:
-        ValueError: naming the setting, what came and what was expected.
+        ValueError: a setting is out of range; the message names it and what was expected.
     """
 
     tasks: tuple[str, ...]
@@ -63,7 +68,7 @@ class Settings:
 
     @property
     def cases(self) -> list[Case]:
-        """Every conversation, shortest first."""
+        """All conversations, shortest first."""
         return [
             Case(task, length, self.seed + i)
             for length in sorted(self.lengths)
@@ -99,7 +104,7 @@ class Case:
 
 @dataclass
 class Answer:
-    """What a server said to one question. Times in seconds."""
+    """A server's answer to one question. `seconds`: how long the request took."""
 
     task: str
     length: int
@@ -118,13 +123,13 @@ class Answer:
 
     @property
     def mostly_cached(self) -> bool:
-        """A later turn, in contrast to a prompt that shares a system prompt with others."""
+        """Whether this is a later turn over a cached prefix, not a prompt that only shares its system prompt."""
         return self.cached_tokens > self.prompt_tokens / 2
 
 
 @dataclass
 class Target:
-    """A server that is asked."""
+    """A server to ask, and its label in tables."""
 
     label: str
     client: Any
@@ -132,7 +137,7 @@ class Target:
 
 
 class Media:
-    """The messages of every conversation, their files written when they are first wanted.
+    """The messages of every conversation. The first use of a conversation writes its media files.
 
     Args:
         inline: put the media into the messages (base64), for servers that cannot read this machine's files.
@@ -149,27 +154,34 @@ class Media:
             if case not in self._made:
                 conversation = self.settings.conversation(case).conversation
                 self._made[case] = self.kit.messages(conversation, self.folder, case.name)
-        said = self._made[case]
-        return _inlined(said) if self.inline else said
+        chat = self._made[case]
+        return _inlined(chat) if self.inline else chat
 
 
 def _inlined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    whole = copy.deepcopy(messages)
-    for message in whole:
+    inlined = copy.deepcopy(messages)
+    for message in inlined:
         for part in message["content"] if isinstance(message["content"], list) else ():
             if part["type"] != "text":
-                place = part[part["type"]]
-                kind = mimetypes.guess_type(place["url"])[0]
-                place["url"] = f"data:{kind};base64," + base64.b64encode(Path(place["url"]).read_bytes()).decode()
-    return whole
+                reference = part[part["type"]]
+                kind = mimetypes.guess_type(reference["url"])[0]
+                reference["url"] = (
+                    f"data:{kind};base64," + base64.b64encode(Path(reference["url"]).read_bytes()).decode()
+                )
+    return inlined
 
 
 def ask_all(
     target: Target, media: Media, concurrency: int = 1, heard: Callable[[Answer], None] = lambda answer: None
 ) -> list[Answer]:
-    """Every question of every conversation. Turns follow one another, conversations run side by side.
+    """Ask every question of every conversation. The turns of a conversation follow each other.
 
-    A request that fails is an answer with an `error`. `heard` is called after each, from any thread.
+    Args:
+        concurrency: how many conversations run side by side.
+        heard: called after each answer, from any thread.
+
+    Returns:
+        All answers. A request that failed is an answer with an `error`.
     """
 
     stopped = threading.Event()
@@ -187,13 +199,13 @@ def ask_all(
     pool = ThreadPoolExecutor(max(1, concurrency))
     try:
         return [answer for answers in pool.map(converse, media.settings.cases) for answer in answers]
-    finally:  # Ctrl-C waits for the answers that are under way, and for nothing else
+    finally:  # Ctrl-C waits for requests that have been sent, and for nothing else
         stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def unanswered(settings: Settings, case: Case) -> list[Answer]:
-    """The questions of a conversation, in the order of its turns."""
+    """The questions of a conversation, in the order of its turns, as answers that are still empty."""
     placed = settings.conversation(case)
     return [
         Answer(case.task, case.length, case.seed, asked.turn, asked.depth, asked.kind, "")
@@ -204,13 +216,13 @@ def unanswered(settings: Settings, case: Case) -> list[Answer]:
 def _ask(target: Target, media: Media, case: Case, answer: Answer) -> None:
     import openai
 
-    said = media.messages(case)
-    answer.expected = said[2 * answer.turn + 1]["content"]
+    chat = media.messages(case)
+    answer.expected = chat[2 * answer.turn + 1]["content"]
     begun = time.perf_counter()
     try:
-        got = target.client.chat.completions.create(
+        response = target.client.chat.completions.create(
             model=target.model,
-            messages=said[: 2 * answer.turn + 1],
+            messages=chat[: 2 * answer.turn + 1],
             max_tokens=media.kit.max_tokens,
             temperature=0,
         )
@@ -219,12 +231,12 @@ def _ask(target: Target, media: Media, case: Case, answer: Answer) -> None:
     except openai.OpenAIError as error:
         answer.error = _first_line(str(error)) or type(error).__name__
     else:
-        answer.said = (got.choices[0].message.content or "") if got.choices else ""
+        answer.said = (response.choices[0].message.content or "") if response.choices else ""
         answer.right = media.kit.is_right(answer.expected, answer.said)
-        answer.request_id = got.id or ""
-        if got.usage is not None:
-            answer.prompt_tokens = got.usage.prompt_tokens
-            details = got.usage.prompt_tokens_details
+        answer.request_id = response.id or ""
+        if response.usage is not None:
+            answer.prompt_tokens = response.usage.prompt_tokens
+            details = response.usage.prompt_tokens_details
             answer.cached_tokens = int(details.cached_tokens or 0) if details else 0
     answer.seconds = round(time.perf_counter() - begun, 3)
 
@@ -238,7 +250,7 @@ def _first_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """How many answers were right, of how many, and how many requests failed."""
+    """How many answers were right, how many there were, and how many requests failed."""
 
     right: int
     answered: int
@@ -256,7 +268,7 @@ class Cell:
 
 
 def cells(answers: Sequence[Answer], settings: Settings) -> dict[str, list[list[Cell]]]:
-    """task -> [length][depth]."""
+    """task -> [lengths][depths] cells."""
     return {
         task: [
             [
@@ -270,7 +282,7 @@ def cells(answers: Sequence[Answer], settings: Settings) -> dict[str, list[list[
 
 
 def report(answers: Sequence[Answer], settings: Settings) -> dict[str, Any]:
-    """What a result file keeps of one server; `over_cached_prefix`: of prompts of which most was cached."""
+    """The figures of one server for a result file. `over_cached_prefix` counts only prompts that were mostly cached."""
     return {
         "accuracy": {
             task: {
@@ -295,10 +307,10 @@ def report(answers: Sequence[Answer], settings: Settings) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[int]) -> int | None:
-    known = [value for value in values if value]
-    return round(sum(known) / len(known)) if known else None
+    measured = [value for value in values if value]
+    return round(sum(measured) / len(measured)) if measured else None
 
 
 def mm_process_flags(kit: Kit) -> tuple[str, ...]:
-    """Flags of an SGLang server that is to see every frame of the kit's videos."""
+    """The flags with which an SGLang server sees every frame of the kit's videos."""
     return "--mm-process-config", json.dumps(kit.mm_process_config)

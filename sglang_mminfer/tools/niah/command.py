@@ -35,11 +35,11 @@ DESCRIPTION = (
 
 
 class Refused(Exception):
-    """What the command cannot do, in words for its user."""
+    """The command cannot do this; the message tells the user why."""
 
 
 def add_question_options(parser: argparse.ArgumentParser) -> None:
-    """What is asked: the same for niah and compare."""
+    """Add the options for questions, which niah and compare share."""
     group = parser.add_argument_group("questions")
     group.add_argument(
         "--tasks", nargs="+", metavar="TASK", choices=("v-niah", "mm-niah"), help="v-niah, mm-niah; default: what fits"
@@ -59,7 +59,11 @@ def add_question_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(options: argparse.Namespace, kit: kits.Kit, model: str, relays: bool) -> Settings:
-    """Raises Refused for values out of range."""
+    """The questions that the options name.
+
+    Raises:
+        Refused: a value is out of range.
+    """
     # A needle model that was trained on videos only cannot read text.
     only_videos = kit is kits.GLYPHS and Path(model).name == "video"
     tasks = tuple(options.tasks or (("v-niah",) if only_videos else ("v-niah", "mm-niah")))
@@ -72,15 +76,17 @@ def settings_of(options: argparse.Namespace, kit: kits.Kit, model: str, relays: 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    where = parser.add_argument_group("servers")
-    where.add_argument("--url", action="append", default=[], help="of a running server; may be given several times")
-    where.add_argument("--model", help="name to ask those servers for; default: the first that each lists")
-    where.add_argument("--model-path", metavar="P", help="start SGLang with this model: a folder, or a name on the hub")
-    where.add_argument("--config", action="append", metavar="NAME|PATH", help="head config, several times; default")
-    where.add_argument(
+    servers = parser.add_argument_group("servers")
+    servers.add_argument("--url", action="append", default=[], help="of a running server; may be given several times")
+    servers.add_argument("--model", help="name to ask those servers for; default: the first that each lists")
+    servers.add_argument(
+        "--model-path", metavar="P", help="start SGLang with this model: a folder, or a name on the hub"
+    )
+    servers.add_argument("--config", action="append", metavar="NAME|PATH", help="head config, several times; default")
+    servers.add_argument(
         "--server-flags", default="", metavar="'FLAGS'", help="further flags for servers that are started"
     )
-    where.add_argument(
+    servers.add_argument(
         "--inline-media", action="store_true", help="send media in the requests, to servers that cannot read files here"
     )
     add_question_options(parser)
@@ -91,13 +97,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status 0, or 1 if a server gave no answer at all or could not be asked, or 2 for wrong arguments."""
+    """Run the command. Returns exit status 0; 1 if a server gave no answer at all; 2 for wrong arguments."""
     console = wide_console()
     return status_of(lambda: _run(options, console), console, "every server that was started is stopped")
 
 
 def status_of(work: Callable[[], int], console: Console, if_interrupted: str) -> int:
-    """The exit status of a command: that of `work`, or what ended it said in one line."""
+    """Run `work` and return its exit status. If an error or Ctrl-C ends it, say so in one line."""
     try:
         return work()
     except Refused as error:
@@ -125,24 +131,26 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     kit = kit_of(options.needles, models)
     settings = settings_of(options, kit, models[0], options.relays)
     media = Media(settings, kit, options.out / "media", options.inline_media)
-    heard: dict[str, list[Answer]] = {}
+    answers_of: dict[str, list[Answer]] = {}
     if options.model_path:
         for name in options.config or ["default"]:
-            label = unique(Path(name).stem, heard)
+            label = unique(Path(name).stem, answers_of)
             flags = ["--attention-backend", "mminfer", "--mminfer-config", name, *server_flags(options, kit)]
             with contextlib.ExitStack() as stack:
                 with shown_wait(f"{label}: server starts") as wait:
                     log = options.out / f"{label}.log"
                     server = stack.enter_context(Server(options.model_path, *flags, progress=wait, log=log))
                 target = Target(label, server.client(options.timeout), server.model)
-                heard[label] = ask_with_progress(target, media, options.concurrency, console)
+                answers_of[label] = ask_with_progress(target, media, options.concurrency, console)
     else:
         for target in running:
-            target.label = unique(target.label, heard)
-            heard[target.label] = ask_with_progress(target, media, options.concurrency, console)
-    console.print(table(heard, settings))
+            target.label = unique(target.label, answers_of)
+            answers_of[target.label] = ask_with_progress(target, media, options.concurrency, console)
+    console.print(table(answers_of, settings))
     picture = draw(
-        {name: niah.cells(answers, settings) for name, answers in heard.items()}, settings, options.out / "niah.png"
+        {name: niah.cells(answers, settings) for name, answers in answers_of.items()},
+        settings,
+        options.out / "niah.png",
     )
     result = options.out / "niah.json"
     write_json(
@@ -152,28 +160,32 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             "models": [Path(model).name if Path(model).exists() else model for model in models],
             "needles": kit.name,
             "settings": asdict(settings),
-            "servers": {name: niah.report(answers, settings) for name, answers in heard.items()},
+            "servers": {name: niah.report(answers, settings) for name, answers in answers_of.items()},
         },
     )
     console.print(f"written: {result}, {picture}", highlight=False)
-    silent = [name for name, answers in heard.items() if all(answer.error for answer in answers)]
+    silent = [name for name, answers in answers_of.items() if all(answer.error for answer in answers)]
     for name in silent:
-        console.print(f"error: {name} answered nothing: {heard[name][0].error}", style="bold red", markup=False)
+        console.print(f"error: {name} answered nothing: {answers_of[name][0].error}", style="bold red", markup=False)
     return 1 if silent else 0
 
 
 def wide_console() -> Console:
-    """Room for a table where the output is no terminal."""
+    """A console that has room for a table even if the output is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
 def server_flags(options: argparse.Namespace, kit: kits.Kit) -> list[str]:
-    """Of a server that is started: to see every frame of the kit's videos, and what the user says."""
+    """The flags of a server that the command starts: to see every frame of the kit's videos, and the user's own."""
     return [*niah.mm_process_flags(kit), "--enable-cache-report", *shlex.split(options.server_flags)]
 
 
 def check_config(name: str) -> None:
-    """Raises Refused for a head config that cannot be read, before anything is started."""
+    """Read a head config before any server is started.
+
+    Raises:
+        Refused: the config cannot be read.
+    """
     from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
     try:
@@ -183,20 +195,24 @@ def check_config(name: str) -> None:
 
 
 def kit_of(name: str | None, models: Sequence[str]) -> kits.Kit:
-    """The kit of that name, else the one that fits every model."""
+    """The kit of that name, or else the kit that fits every model.
+
+    Raises:
+        Refused: no kit fits every model.
+    """
     if name:
         return kits.KITS[name]
-    known = {kits.knows_glyphs(model) for model in models}
-    if len(known) > 1:
+    are_needle_models = {kits.knows_glyphs(model) for model in models}
+    if len(are_needle_models) > 1:
         raise Refused("some of these servers have a needle model and some have not: say --needles cards or glyphs")
-    return kits.GLYPHS if known == {True} else kits.CARDS
+    return kits.GLYPHS if are_needle_models == {True} else kits.CARDS
 
 
 def target_of(url: str, model: str | None, timeout: float) -> Target:
-    """A running server.
+    """The running server at a URL.
 
     Raises:
-        Refused: if nothing answers there, or what answers is no OpenAI-compatible server.
+        Refused: nothing answers there, or what answers is no OpenAI-compatible server.
     """
     import openai
 
@@ -205,13 +221,13 @@ def target_of(url: str, model: str | None, timeout: float) -> Target:
     host = urlsplit(base).hostname
     if host is None or urlsplit(base).scheme not in ("http", "https"):
         raise Refused(f"--url: expected something like http://127.0.0.1:30000, got {url}")
-    here = host in ("127.0.0.1", "localhost", "::1")
+    is_local = host in ("127.0.0.1", "localhost", "::1")
     client = openai.OpenAI(
         base_url=base,
         api_key=os.environ.get("OPENAI_API_KEY", "none"),
         timeout=timeout,
         max_retries=0,
-        http_client=openai.DefaultHttpxClient(trust_env=not here, timeout=timeout),
+        http_client=openai.DefaultHttpxClient(trust_env=not is_local, timeout=timeout),
     )
     try:
         listed = [entry.id for entry in client.with_options(timeout=20).models.list().data]
@@ -219,24 +235,25 @@ def target_of(url: str, model: str | None, timeout: float) -> Target:
         raise Refused(f"--url: {base}/models answers with an error: {error}") from None
     except openai.APIConnectionError:
         raise Refused(f"--url: no server at {base}; start one with `sglang serve`") from None
-    except Exception as error:  # a web page, say: the client has no error type of its own for it
+    except Exception as error:  # a web page, for example, for which the client has no error type
         raise Refused(f"--url: {base} is no OpenAI-compatible server: {type(error).__name__}") from None
     if not model and not listed:
         raise Refused(f"--url: {base} lists no models; name one with --model")
     return Target(urlsplit(base).netloc, client, model or listed[0])
 
 
-def unique(label: str, taken: dict[str, Any]) -> str:
+def unique(label: str, labels: dict[str, Any]) -> str:
+    """`label`, with a number behind it if `labels` has it already."""
     number = 2
     name = label
-    while name in taken:
+    while name in labels:
         name, number = f"{label} ({number})", number + 1
     return name
 
 
 @contextlib.contextmanager
 def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
-    """A function to call after each answer. Elsewhere than on a terminal, a line for each quarter of them."""
+    """A function to call after each answer. If the output is no terminal, it prints a line for each quarter."""
     done = right = errors = 0
     bar = Progress(
         TextColumn("{task.description}"),
@@ -250,40 +267,40 @@ def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
         disable=not console.is_terminal,
     )
     with bar:
-        shown = bar.add_task(label, total=total, score="")
+        bar_task = bar.add_task(label, total=total, score="")
 
-        def heard(answer: Answer) -> None:
+        def count_answer(answer: Answer) -> None:
             nonlocal done, right, errors
             done, right, errors = done + 1, right + answer.right, errors + (answer.error is not None)
             score = f"{right} right" + (f", {errors} errors" if errors else "")
-            bar.update(shown, completed=done, score=score)
+            bar.update(bar_task, completed=done, score=score)
             if not console.is_terminal and done * 4 // total != (done - 1) * 4 // total:
                 console.print(f"{label}: {done} of {total} answers, {score}", highlight=False)
 
-        yield heard
+        yield count_answer
 
 
 def ask_with_progress(target: Target, media: Media, concurrency: int, console: Console) -> list[Answer]:
-    with progress_bar(console, target.label, media.settings.questions) as heard:
-        return niah.ask_all(target, media, concurrency, heard)
+    with progress_bar(console, target.label, media.settings.questions) as count_answer:
+        return niah.ask_all(target, media, concurrency, count_answer)
 
 
 def table(heard: dict[str, list[Answer]], settings: Settings) -> Table:
-    """Right answers by server, task and length."""
-    shown = Table(title="Needles found", title_justify="left")
-    shown.add_column("server", no_wrap=True)
+    """The table of right answers, by server, task and length."""
+    rows = Table(title="Needles found", title_justify="left")
+    rows.add_column("server", no_wrap=True)
     for task in settings.tasks:
         for length in settings.lengths:
-            shown.add_column(f"{TITLES[task]}\n{length:,}", justify="right", no_wrap=True)
-    shown.add_column("errors", justify="right")
+            rows.add_column(f"{TITLES[task]}\n{length:,}", justify="right", no_wrap=True)
+    rows.add_column("errors", justify="right")
     for name, answers in heard.items():
         row = [
             percent(Cell.of(a for a in answers if (a.task, a.length) == (task, length)))
             for task in settings.tasks
             for length in settings.lengths
         ]
-        shown.add_row(name, *row, str(sum(a.error is not None for a in answers)))
-    return shown
+        rows.add_row(name, *row, str(sum(a.error is not None for a in answers)))
+    return rows
 
 
 def percent(cell: Cell) -> str:
@@ -291,7 +308,8 @@ def percent(cell: Cell) -> str:
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """Date, machine, versions and command of a result file; folders by their last name, as they are this machine's."""
+    """Date, machine, versions and command for a result file. Absolute paths are cut to their last part, because the
+    folders of this machine mean nothing elsewhere."""
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
     words = words[words.index(command) :] if command in words else [command]
     today = datetime.date.today().isoformat()
@@ -299,7 +317,7 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
+    """Write a JSON file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The heat map of `mminfer niah`: a panel for each server and task, depth down, length across."""
+"""The heat map of `mminfer niah`: a panel for each server and task, with depth from top to bottom, length across."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TITLES = {
 
 
 def draw(results: Mapping[str, Mapping[str, Sequence[Sequence[Cell]]]], settings: Settings, path: Path) -> Path:
-    """Writes a PNG file and returns its path.
+    """Write a PNG file and return its path.
 
     Args:
-        results: label of a server -> task -> [length][depth].
+        results: label of a server -> task -> [lengths][depths] cells.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -32,12 +32,12 @@ def draw(results: Mapping[str, Mapping[str, Sequence[Sequence[Cell]]]], settings
     height = 1.35 + 0.36 * settings.depths
     figure = Figure(figsize=(columns * width + 1.4, rows * height + 0.9), layout="constrained", dpi=130)
     axes = figure.subplots(rows, columns, squeeze=False)
-    colours = ScalarMappable(Normalize(0, 100), "cividis")  # the same to readers with any colour vision
+    colours = ScalarMappable(Normalize(0, 100), "cividis")  # readable with any colour vision
     for i, (label, tasks) in enumerate(results.items()):
         for j, task in enumerate(settings.tasks):
             ax, grid = axes[i][j], tasks[task]
-            whole = [cell for row in grid for cell in row]
-            share = _percent(sum(cell.right for cell in whole), sum(cell.answered for cell in whole))
+            all_cells = [cell for row in grid for cell in row]
+            share = _percent(sum(cell.right for cell in all_cells), sum(cell.answered for cell in all_cells))
             values = np.array([[np.nan if c.share is None else 100 * c.share for c in row] for row in grid]).T
             ax.imshow(values, aspect="auto", cmap=colours.cmap, norm=colours.norm)
             ax.set_facecolor("#d9d9d9")
@@ -61,8 +61,11 @@ def draw(results: Mapping[str, Mapping[str, Sequence[Sequence[Cell]]]], settings
     bar = figure.colorbar(colours, ax=axes, shrink=min(1.0, 2.2 / (rows * height)), aspect=14)
     bar.set_label("right answers (%)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    each = settings.seeds
-    figure.suptitle(f"Needles found, by length and depth ({each} answer{'s' if each > 1 else ''} a cell)", fontsize=11)
+    answers_of_a_cell = settings.seeds
+    figure.suptitle(
+        f"Needles found, by length and depth ({answers_of_a_cell} answer{'s' if answers_of_a_cell > 1 else ''} a cell)",
+        fontsize=11,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

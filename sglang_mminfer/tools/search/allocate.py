@@ -17,7 +17,8 @@ from typing import cast
 import numpy as np
 
 from sglang_mminfer.modality.segments import Modality
-from sglang_mminfer.patterns.spec import AShape, Boundary2D, Dense, HeadPattern, Pattern, QBoundary, TriShape
+from sglang_mminfer.patterns.base import Pattern
+from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, QBoundary, boundary_of
 
 STEPS = 60  # of the bisection: beyond the precision of the figures
 
@@ -54,7 +55,7 @@ class Table:
 
         def allowed(head: HeadPattern) -> bool:
             boundary = boundary_of(head)
-            return boundary in boundaries or (boundary == "none" and "q" in boundaries) or isinstance(head, Dense)
+            return boundary in boundaries or (boundary == "none" and "q" in boundaries) or head == UNNAMED
 
         kept = [c for c, of in enumerate(self.patterns) if all(allowed(head) for row in of for head in row)]
         return replace(
@@ -65,11 +66,6 @@ class Table:
             time=None if self.time is None else self.time[kept],
             mixes="q" in boundaries,
         )
-
-
-def boundary_of(head: HeadPattern) -> str:
-    """One of `search.BOUNDARIES`."""
-    return head.kind if isinstance(head, QBoundary | Boundary2D) else "none"
 
 
 @dataclass(frozen=True)
@@ -120,10 +116,8 @@ def _head(picked: list[HeadPattern], modalities: Sequence[Modality], present: np
 
 
 def _plain(pattern: HeadPattern, rows: Modality) -> HeadPattern:
-    """The same by its simplest name: without a tail, what a tri-shape adds to an A-shape is for rows of text only."""
-    if isinstance(pattern, TriShape) and not pattern.tail and rows is not Modality.TEXT:
-        return AShape(pattern.sink, pattern.local)
-    return pattern
+    """The same by its simplest name."""
+    return pattern.plain(rows) if isinstance(pattern, Pattern) else pattern
 
 
 def within_density(table: Table, budget: float) -> Allocation:

@@ -71,7 +71,7 @@ def _share(text: str) -> float:
 
 
 def _gib(text: str) -> int:
-    """Bytes."""
+    """A number of GiB, in bytes."""
     try:
         value = float(text)
     except ValueError:
@@ -82,10 +82,10 @@ def _gib(text: str) -> int:
 
 
 def _boundaries(text: str) -> tuple[str, ...]:
-    given = text.split(",")
-    if unknown := [name for name in given if name not in BOUNDARIES]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in BOUNDARIES]:
         raise argparse.ArgumentTypeError(f"expected some of {','.join(BOUNDARIES)}, got {unknown[0]!r}")
-    return tuple(name for name in BOUNDARIES if name in given)
+    return tuple(name for name in BOUNDARIES if name in names)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -95,16 +95,16 @@ def run(options: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     try:
-        found = _search(options, console)
+        result = _search(options, console)
     except SearchError as error:
         console.print(f"[red]mminfer search:[/red] {error}")
         return 1
-    options.out.write_text(found.config.to_json())
+    options.out.write_text(result.config.to_json())
     report = options.out.with_suffix(".html")
     from sglang_mminfer.tools.search.report import page
 
-    report.write_text(page(found))
-    _print(found)
+    report.write_text(page(result))
+    _print(result)
     print(f"Head config: {options.out}   report: {report}")
     return 0
 
@@ -125,9 +125,11 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
     if not calibrations:
         raise SearchError("expected at least one --video or --conversation to calibrate on")
     held_out = options.held_out
-    apart = None
+    held_out_calibration = None
     if held_out is not None:
-        apart = Calibration.of_file(held_out) if held_out.suffix == ".json" else Calibration.of_video(held_out)
+        held_out_calibration = (
+            Calibration.of_file(held_out) if held_out.suffix == ".json" else Calibration.of_video(held_out)
+        )
     times = read_times(options.tile_times) if options.tile_times else None
     try:
         model = fingerprint_of(AutoConfig.from_pretrained(options.model_path))
@@ -149,7 +151,7 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
                 Prober(server, work, model.layers, status.update, options.max_memory),
                 model,
                 calibrations,
-                apart,
+                held_out_calibration,
                 density=None if options.error is not None else options.density or DENSITY,
                 error=options.error,
                 boundaries=options.boundaries,
@@ -163,13 +165,13 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
             server.stop()
 
 
-def _print(found: Found) -> None:
+def _print(result: Found) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
     from sglang_mminfer.tools.search.report import rows_of
 
-    for scores, title in ((found.calibration, "calibration"), (found.held_out, "held-out")):
+    for scores, title in ((result.calibration, "calibration"), (result.held_out, "held-out")):
         if scores is None:
             continue
         table = RichTable(title=f"On the {title} input")
@@ -178,6 +180,6 @@ def _print(found: Found) -> None:
         for name, density, error, ms in rows_of(scores):
             table.add_row(name, f"{density:.1%}", f"{error:.4f}", f"{ms:,.0f}")
         Console(file=sys.stdout).print(table)
-    print(found.cost_words)
-    for doubt in found.doubts:
+    print(result.cost_words)
+    for doubt in result.doubts:
         print(f"Mind: {doubt}")

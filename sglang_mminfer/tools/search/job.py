@@ -1,7 +1,7 @@
-"""What the search asks of a server, and what it gets back: files in one folder, so that nothing is lost in between.
+"""The search's questions to a server and the server's results: files in one folder, so that nothing is lost.
 
-FOLDER/job.json says what to do with the prompts that come; FOLDER/RESULT/layer-LLL-rank-RR.json is what one layer of
-one rank found. A result that is there is not made again, so a search that was cut short goes on where it stopped.
+FOLDER/job.json says what to do with prompts. FOLDER/RESULT/layer-LLL-rank-RR.json is the result of one layer of one
+rank. A result that exists is not made again, so a search that was cut short continues where it stopped.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ import msgspec
 
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 
 OBSERVER = "sglang_mminfer.tools.search.observer:observer"
 JOB = "job.json"
-FORMAT = "2"  # of results, in their folders' names
-REFUSED = "refused"  # the key, in a result, of why there is none
+FORMAT = "2"  # the version of the results' format; part of their folders' names
+REFUSED = "refused"  # a result with this key holds only the reason why nothing was measured
 
 
 class Job(msgspec.Struct, forbid_unknown_fields=True):
-    """stage "phases": the map, the attention by cell, and what visits of tiles take. "measure": every candidate, each a
-    head config as JSON text.
+    """What a server should do with the next prompt.
 
-    result: the name of the folder that the prompt's results go to. max_memory: bytes that measuring may take in each
-    rank, beside what the server has; None: as `memory.default_limit` says.
+    stage:      "phases" reports the map, the attention by cell, and the time of tile visits; "measure" measures every
+                candidate.
+    result:     the name of the folder for the results.
+    candidates: (name, head config as JSON text).
+    max_memory: how many bytes measuring may take in each rank, beside the server's own; None: `memory.default_limit`.
     """
 
     stage: Literal["phases", "measure"]
@@ -40,7 +42,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def write(folder: Path, job: Job) -> None:
-    """Put the job where the server looks for it, whole or not at all."""
+    """Write the job where the server looks for it, completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / f"{JOB}.new"
     fresh.write_bytes(msgspec.json.encode(job))
@@ -58,15 +60,15 @@ def result_path(folder: Path, result: str, layer: int, rank: int) -> Path:
     return folder / result / f"layer-{layer:03d}-rank-{rank:02d}.json"
 
 
-def save(path: Path, found: dict[str, Any]) -> None:
+def save(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(found))
+    fresh.write_text(json.dumps(result))
     fresh.replace(path)
 
 
 def load(folder: Path, result: str, layers: int) -> list[list[dict[str, Any]]]:
-    """[layers][ranks] of what was found; layers that are missing have no ranks."""
+    """[layers][ranks] results; a layer without results has no ranks."""
     rows = []
     for layer in range(layers):
         paths = sorted((folder / result).glob(f"layer-{layer:03d}-rank-*.json"))
@@ -74,16 +76,17 @@ def load(folder: Path, result: str, layers: int) -> list[list[dict[str, Any]]]:
     return rows
 
 
-def refused(folder: Path, result: str, found: list[list[dict[str, Any]]]) -> str | None:
-    """Why something was not measured, if so; such results are taken away, so that they are made again."""
-    reasons = [rank[REFUSED] for ranks in found for rank in ranks if REFUSED in rank]
+def refused(folder: Path, result: str, results: list[list[dict[str, Any]]]) -> str | None:
+    """The reason why something was not measured, if there is one. Such results are removed, so that the next run makes
+    them again."""
+    reasons = [rank[REFUSED] for ranks in results for rank in ranks if REFUSED in rank]
     if reasons:
         shutil.rmtree(folder / result)
     return reasons[0] if reasons else None
 
 
 def as_config(name: str, heads: Sequence[Sequence[HeadPattern]], dense_below: int = 0) -> str:
-    """[layers][heads] patterns as the text of a head config."""
+    """Patterns [layers][heads] as the JSON text of a head config."""
     note = Provenance("handwritten", f"A candidate of a search: {name}.")
     rows = tuple(map(tuple, heads))
     return HeadConfig(name, note, "layers", rows, defaults=Defaults(dense_below)).to_json()
@@ -102,10 +105,10 @@ def map_to_json(modality_map: ModalityMap) -> list[dict[str, Any]]:
 
 
 def map_from_json(segments: list[dict[str, Any]]) -> ModalityMap:
-    def grid(of: list[Any] | None) -> VisionGrid | None:
-        if of is None:
+    def grid(fields: list[Any] | None) -> VisionGrid | None:
+        if fields is None:
             return None
-        frames, rows, cols, starts, raster = of
+        frames, rows, cols, starts, raster = fields
         return VisionGrid(frames, rows, cols, tuple(starts), raster)
 
     return ModalityMap([Segment(Modality(s["modality"]), s["start"], s["stop"], grid(s["grid"])) for s in segments])

@@ -1,4 +1,4 @@
-"""The search's part that runs in the server, inside each layer of the calibration prompt's own forward pass."""
+"""The part of the search that runs in the server, in each layer of the calibration prompt's forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.spec import HeadPattern
+from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.planner import RequestChunk
 from sglang_mminfer.serving.observe import LayerView, RankInfo, RequestView
 from sglang_mminfer.tools.search import job as jobs
@@ -28,12 +28,12 @@ MOST_PHASES = 3
 
 
 def observer(value: str, rank: RankInfo) -> SearchObserver:
-    """For `settings.OBSERVERS`: the value is the folder of the search."""
+    """The observer's factory for `settings.OBSERVERS`; `value` is the folder of the search."""
     return SearchObserver(Path(value), rank.rank, rank.ranks)
 
 
 class SearchObserver:
-    """Does what the job in the folder says with every prompt that comes whole: one request, nothing of it cached."""
+    """Runs FOLDER/job.json on each batch that is a single request without a cached prefix."""
 
     def __init__(self, folder: Path, rank: int, ranks: int = 1) -> None:
         self.folder, self.rank, self.ranks = folder, rank, ranks
@@ -47,18 +47,18 @@ class SearchObserver:
         path = jobs.result_path(self.folder, job.result, view.layer_id, self.rank)
         if request.map is None or request.prefix_len or request.chunk_len < 2 or path.exists():
             return
-        look = self._phases if job.stage == "phases" else self._measured
+        measure_layer = self._phases if job.stage == "phases" else self._measured
         try:
-            found = look(job, view, request, request.map)
-        except MemoryError as refused:
-            found = {jobs.REFUSED: str(refused)}
-        jobs.save(path, found)
+            result = measure_layer(job, view, request, request.map)
+        except MemoryError as too_little:
+            result = {jobs.REFUSED: str(too_little)}
+        jobs.save(path, result)
 
     def batch_done(self, records: Sequence[Any]) -> None:
         pass
 
     def _pieces(self, job: jobs.Job, view: LayerView, tokens: int, patterns: Iterable[HeadPattern]) -> list[Piece]:
-        """The heads in pieces that fit into the memory that the job allows."""
+        """The heads in pieces, each of which fits into the memory that the job allows."""
         limit = job.max_memory
         if limit is None:
             limit = memory.default_limit(view.q.device, self.ranks)
@@ -85,26 +85,26 @@ class SearchObserver:
         self, job: jobs.Job, view: LayerView, request: RequestView, modality_map: ModalityMap
     ) -> dict[str, Any]:
         execute = executors.EXECUTORS[executors.name_for(settings.executor(), view.q.device)]
-        own = slice(view.first_head, view.first_head + view.num_heads)
-        tried = [(c.patterns(view.layer_id)[own], c.defaults.dense_below) for c in self._parsed(job)]
+        own_heads = slice(view.first_head, view.first_head + view.num_heads)
+        candidates = [(c.patterns(view.layer_id)[own_heads], c.defaults.dense_below) for c in self._parsed(job)]
         chunk = RequestChunk(modality_map, 0, request.seq_len, 0, request.slots)
         q = view.q[request.rows]
-        of_pieces: list[list[Measured]] = []
-        for piece in self._pieces(job, view, len(q), chain.from_iterable(heads for heads, _ in tried)):
+        by_piece: list[list[Measured]] = []
+        for piece in self._pieces(job, view, len(q), chain.from_iterable(heads for heads, _ in candidates)):
             caches = view.k_cache[:, piece.kv_heads], view.v_cache[:, piece.kv_heads]
             probe = LayerProbe(chunk, q[:, piece.heads], *caches, view.sm_scale, execute)
-            of_pieces.append([probe.measure(heads[piece.heads], dense_below) for heads, dense_below in tried])
-        candidates = list(zip(*of_pieces))
+            by_piece.append([probe.measure(heads[piece.heads], dense_below) for heads, dense_below in candidates])
+        by_candidate = list(zip(*by_piece))
         return {
-            "error": [torch.cat([m.error for m in parts]).tolist() for parts in candidates],
-            "visited": [torch.cat([m.visited for m in parts]).tolist() for parts in candidates],
-            "visits": [torch.cat([m.visits for m in parts]).tolist() for parts in candidates],
-            "ms": [sum(m.ms for m in parts) for parts in candidates],
+            "error": [torch.cat([m.error for m in parts]).tolist() for parts in by_candidate],
+            "visited": [torch.cat([m.visited for m in parts]).tolist() for parts in by_candidate],
+            "visits": [torch.cat([m.visits for m in parts]).tolist() for parts in by_candidate],
+            "ms": [sum(m.ms for m in parts) for parts in by_candidate],
             "causal": probe.causal.tolist(),
         }
 
     def _parsed(self, job: jobs.Job) -> list[HeadConfig]:
-        """The candidates, read once for all layers."""
+        """The candidates of the job, parsed once for all layers."""
         if self._configs[0] != job.result:
             self._configs = (job.result, [HeadConfig.from_json(text, name) for name, text in job.candidates])
         return self._configs[1]

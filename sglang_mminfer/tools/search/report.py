@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from sglang_mminfer.patterns.spec import Boundary2D, HeadPattern, QBoundary
+from sglang_mminfer.patterns.base import kinds
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary
+from sglang_mminfer.tools.page import Page
 from sglang_mminfer.tools.search.run import Found, Scores
-
-COLOURS = {
-    "dense": "#9aa0a6",
-    "a_shape": "#4c78a8",
-    "tri_shape": "#72b7b2",
-    "vertical_slash": "#e45756",
-    "grid": "#54a24b",
-    "q": "#b279a2",
-    "2d": "#f58518",
-}
 
 
 def rows_of(scores: Scores) -> list[tuple[str, float, float, float]]:
@@ -29,76 +19,40 @@ def rows_of(scores: Scores) -> list[tuple[str, float, float, float]]:
     return [(scores.names[c], scores.density(c), scores.mean_error(c), float(scores.ms[c].sum())) for c in every]
 
 
-def label_of(head: HeadPattern) -> str:
-    """A few characters for a cell of the mosaic."""
-    if isinstance(head, QBoundary):
-        return "\n".join(f"{m.value[0]}:{_short(p)}" for m, p in head.patterns.items())
-    if isinstance(head, Boundary2D):
-        return "\n".join(f"{q.value[0]}{k.value[0]}:{_short(p)}" for (q, k), p in head.patterns.items())
-    return _short(head)
-
-
-def _short(pattern: Any) -> str:
-    if pattern.kind == "grid":
-        lines = "".join(line for line in "vhs" if getattr(pattern, line))
-        return (
-            f"{pattern.stride[0]} {lines} {pattern.phase}" if pattern.v or pattern.h else f"{pattern.stride[0]} {lines}"
-        )
-    if pattern.kind == "vertical_slash":
-        return f"vs {pattern.vertical},{pattern.slash}"
-    if pattern.kind == "dense":
-        return "dense"
-    return f"{'A' if pattern.kind == 'a_shape' else 'tri'} {pattern.local}"
-
-
 def page(found: Found) -> str:
     """One self-contained HTML page."""
     provenance = found.config.provenance
-    parts = [
-        "<!doctype html><meta charset='utf-8'><title>mminfer search</title>",
-        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%}.doubt{color:#b00020}</style>",
-        f"<h1>Head config {html.escape(found.config.name)}</h1>",
-        f"<p>{html.escape(provenance.note)} Calibration: {html.escape(provenance.calibration or '')}. Budget: "
-        f"{html.escape(provenance.budget or '')}. {html.escape(provenance.date or '')}.</p>",
-    ]
-    parts += [f"<p class='doubt'>{html.escape(doubt)}</p>" for doubt in found.doubts]
+    out = Page(f"Head config {found.config.name}")
+    calibration, budget, date = (text or "" for text in (provenance.calibration, provenance.budget, provenance.date))
+    out.note(f"{provenance.note} Calibration: {calibration}. Budget: {budget}. {date}.")
+    for doubt in found.doubts:
+        out.warning(doubt)
     if found.held_out is not None:
-        parts += ["<h2>On the held-out input</h2>", _table(found.held_out)]
-    parts += [
-        "<h2>On the calibration input</h2>",
-        _table(found.calibration),
-        "<p>Error: difference of a head's attention output from dense, in units of the head's root-mean-square "
-        "output; near the worst rows of each modality, summed over modalities, the mean of all heads. Density: visited "
-        "over causal pairs, estimates included. Time: the executor's, all layers, on the machine of the search.</p>",
-        f"<p>{html.escape(found.cost_words)}</p>",
-        "<h2>What each head does</h2>",
-        _image(mosaic(found)),
-        "<h2>Error and density of each head</h2>",
-        _image(by_head(found)),
-        "<h2>What a budget buys</h2>",
-        _image(pareto(found)),
-    ]
-    return "\n".join(parts)
+        out.heading("On the held-out input")
+        out.table(_COLUMNS, _cells(found.held_out))
+    out.heading("On the calibration input")
+    out.table(_COLUMNS, _cells(found.calibration))
+    out.note(
+        "Error: difference of a head's attention output from dense, in units of the head's root-mean-square output; "
+        "near the worst rows of each modality, summed over modalities, the mean of all heads. Density: visited over "
+        "causal pairs, estimates included. Time: the executor's, all layers, on the machine of the search."
+    )
+    out.note(found.cost_words)
+    for heading, figure in (
+        ("What each head does", mosaic(found)),
+        ("Error and density of each head", by_head(found)),
+        ("What a budget buys", pareto(found)),
+    ):
+        out.heading(heading)
+        out.picture(figure, heading)
+    return out.html()
 
 
-def _table(scores: Scores) -> str:
-    rows = ["<table><tr><th>config</th><th>density</th><th>error</th><th>time, ms</th></tr>"]
-    rows += [
-        f"<tr><td>{html.escape(name)}</td><td>{density:.1%}</td><td>{error:.4f}</td><td>{ms:,.0f}</td></tr>"
-        for name, density, error, ms in rows_of(scores)
-    ]
-    return "\n".join([*rows, "</table>"])
+_COLUMNS = ("config", "density", "error", "time, ms")
 
 
-def _image(figure: Any) -> str:
-    from matplotlib import pyplot
-
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    return f"<img src='data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}'>"
+def _cells(scores: Scores) -> list[tuple[str, float, float, int]]:
+    return [(name, density, error, round(ms)) for name, density, error, ms in rows_of(scores)]
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -110,21 +64,20 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return pyplot.subplots(figsize=(width, height))
 
 
-def mosaic(found: Found) -> Any:
+def mosaic(heads: Sequence[Sequence[HeadPattern]]) -> Any:
     """Layers x heads, coloured by pattern; cells are labelled where there is room."""
     from matplotlib.patches import Patch
 
-    heads = found.allocation.heads
     layers, count = len(heads), len(heads[0])
     figure, axes = _figure(max(5.0, min(18.0, 1.6 * count if count <= 8 else 0.5 * count)), max(2.5, 0.55 * layers + 1))
     for layer, row in enumerate(heads):
         for head, pattern in enumerate(row):
-            axes.add_patch(_square(head, layer, COLOURS[pattern.kind]))
+            axes.add_patch(_square(head, layer, pattern.colour))
             if count <= 16:
                 axes.text(
                     head,
                     layer,
-                    label_of(pattern),
+                    pattern.label,
                     ha="center",
                     va="center",
                     fontsize=7 if count <= 8 else 5,
@@ -133,10 +86,11 @@ def mosaic(found: Found) -> Any:
     axes.set(xlim=(-0.5, count - 0.5), ylim=(layers - 0.5, -0.5), xlabel="head", ylabel="layer")
     axes.set_xticks(range(0, count, 1 if count <= 32 else 4))
     axes.set_yticks(range(0, layers, 1 if layers <= 32 else 4))
-    present = [kind for kind in COLOURS if any(p.kind == kind for row in heads for p in row)]
-    names = {"q": "Q-Boundary", "2d": "2D-Boundary"}
+    legend = [(kind, kind, pattern.colour) for kind, pattern in kinds().items()]
+    legend += [(boundary.kind, boundary.title, boundary.colour) for boundary in (QBoundary, Boundary2D)]
+    present = {pattern.kind for row in heads for pattern in row}
     axes.legend(
-        handles=[Patch(color=COLOURS[kind], label=names.get(kind, kind)) for kind in present],
+        handles=[Patch(color=colour, label=title) for kind, title, colour in legend if kind in present],
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
         frameon=False,

@@ -1,4 +1,4 @@
-"""`mminfer search`: from a model and calibration conversations to a head config and a report of how good it is."""
+"""`mminfer search`: from a model and calibration conversations to a head config and a report on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ import numpy as np
 
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid, HeadPattern, TriShape
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.tri_shape import TriShape
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import tile_times
 from sglang_mminfer.tools.search.allocate import Allocation, Table, equal_budget, frontier, within_density, within_error
@@ -34,16 +38,16 @@ SERVER_FLAGS = (
     *("--skip-server-warmup", "--sleep-on-idle"),
     *("--watchdog-timeout", "86400"),  # one forward pass measures all candidates; SGLang ends a server after 5 minutes
 )
-"""Answers are dense ones; the search looks into every layer beside them, at prompts that come whole."""
+"""The server answers densely and prefills every prompt in one chunk; the search looks into every layer beside that."""
 
 
 class SearchError(RuntimeError):
-    """The search cannot go on; the text says why and what to do."""
+    """The search cannot go on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A conversation in OpenAI messages and the name that its results go by."""
+    """A conversation as OpenAI messages, and the name of its results."""
 
     name: str
     messages: Messages
@@ -56,10 +60,10 @@ class Calibration:
 
     @staticmethod
     def of_file(path: Path) -> Calibration:
-        """A JSON file with a list of messages.
+        """The conversation of a JSON file with a list of messages.
 
         Raises:
-            SearchError: no such file, or no such list in it.
+            SearchError: there is no such file, or it holds something else.
         """
         try:
             messages = json.loads(path.read_text())
@@ -77,10 +81,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Scores:
-    """What configs do on one or more prompts. C configs, L layers, H heads, M modalities, K kinds of visits.
+    """Measurements of configs on one or more prompts: C configs, L layers, H heads, M modalities, K kinds of visits.
 
-    names: [C]. error: [C, L, H, M], NaN where a prompt has no rows of a modality. visited: [C, L, H, M] pairs.
-    visits: [C, L, H, M, K] of tiles, see `tile_times.KINDS`. causal: [M] pairs of one head. ms: [C, L].
+    names:   [C].
+    error:   [C, L, H, M], NaN if no prompt has rows of the modality.
+    visited: [C, L, H, M], (row, key) pairs.
+    visits:  [C, L, H, M, K], visits of tiles by `tile_times.KINDS`.
+    causal:  [M], (row, key) pairs of one head at or below the diagonal.
+    ms:      [C, L].
     """
 
     names: list[str]
@@ -94,7 +102,7 @@ class Scores:
         return float(self.visited[config].sum(axis=-1).mean() / self.causal.sum())
 
     def first(self, count: int) -> Scores:
-        """Those of the first configs."""
+        """The measurements of the first `count` configs."""
         return replace(
             self,
             names=self.names[:count],
@@ -105,7 +113,7 @@ class Scores:
         )
 
     def time(self, times: TileTimes) -> np.ndarray:
-        """[C, L, H, M]: what the visits take, as a share of what those of the config `DENSE` take in all of a head."""
+        """[C, L, H, M]: the time of the visits, as a share of the time of a whole head of the config `DENSE`."""
         spent = self.visits @ times.by_kind
         return spent / spent[self.names.index(DENSE)].sum(axis=-1).mean()
 
@@ -114,8 +122,7 @@ class Scores:
 
 
 class Prober:
-    """Asks a server in search mode, which is started for the first question. What the folder has already is not
-    asked for again."""
+    """Asks a server in search mode. The first question starts the server; results in the folder are not asked for."""
 
     def __init__(self, server: Server, folder: Path, layers: int, say: Say, max_memory: int | None = None) -> None:
         self.server, self.folder, self.layers, self.say = server, folder, layers, say
@@ -131,26 +138,26 @@ class Prober:
         return self.server
 
     def ask(self, job: jobs.Job, calibration: Calibration) -> list[list[dict[str, Any]]]:
-        """[layers][ranks] of what was found.
+        """[layers][ranks] results of a job.
 
         Raises:
-            SearchError: a prompt without media, or one that did not run whole; a limit of memory that it breaks.
+            SearchError: the prompt has no media, did not run in one chunk, or breaks the memory limit.
         """
-        found = jobs.load(self.folder, job.result, self.layers)
-        if not all(found):
+        results = jobs.load(self.folder, job.result, self.layers)
+        if not all(results):
             server = self._started()
             self.say(f"{calibration.name}: {job.stage} ({max(len(job.candidates), 1)} to do in {self.layers} layers)")
             jobs.write(self.folder, job)
             self._prefill(server, calibration)
-            found = jobs.load(self.folder, job.result, self.layers)
-            if why := jobs.refused(self.folder, job.result, found):
-                raise SearchError(f"{calibration.name}: {why}")
-        if missing := [layer for layer, ranks in enumerate(found) if not ranks]:
+            results = jobs.load(self.folder, job.result, self.layers)
+            if reason := jobs.refused(self.folder, job.result, results):
+                raise SearchError(f"{calibration.name}: {reason}")
+        if missing := [layer for layer, ranks in enumerate(results) if not ranks]:
             raise SearchError(
                 f"{calibration.name}: nothing was measured in layers {missing[:8]}: expected a prompt with an image or "
                 f"a video of known geometry, computed in one piece; the server's log is {self.server.log_path}"
             )
-        return found
+        return results
 
     def _prefill(self, server: Server, calibration: Calibration) -> None:
         import openai
@@ -170,36 +177,42 @@ class Prober:
         return self.ask(jobs.Job("phases", result, max_memory=self.max_memory), calibration)
 
     def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
-        found = self._first_look(calibration)
-        heads = [[own for rank in ranks for own in rank["phases"]] for ranks in found]
-        return jobs.map_from_json(found[0][0]["map"]), heads
+        results = self._first_look(calibration)
+        heads = [[of_head for rank in ranks for of_head in rank["phases"]] for ranks in results]
+        return jobs.map_from_json(results[0][0]["map"]), heads
 
     def tile_times(self, calibrations: Sequence[Calibration]) -> TileTimes:
-        """Those in the folder; else what the first looks measured, which is put there."""
+        """The tile times in the folder. If it has none, those of the first looks are agreed on and written there."""
         path = self.folder / tile_times.FILE
         if not path.exists():
-            ranks = [rank for own in calibrations for ranks in self._first_look(own) for rank in ranks]
-            agreed = tile_times.agreed([rank["tile_us"] for rank in ranks], ranks[0]["executor"])
-            path.write_bytes(msgspec.json.encode(agreed))
+            ranks = [rank for calibration in calibrations for ranks in self._first_look(calibration) for rank in ranks]
+            times = tile_times.agreed([rank["tile_us"] for rank in ranks], ranks[0]["executor"])
+            path.write_bytes(msgspec.json.encode(times))
         return read_times(path)
 
     def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
         digest = hashlib.sha256(json.dumps([jobs.FORMAT, configs]).encode()).hexdigest()[:10]
         job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory)
-        found = self.ask(job, calibration)
+        results = self.ask(job, calibration)
 
         def table(name: str) -> np.ndarray:
-            """[C, L, H, ...]; ranks hold the heads in order."""
-            layers = [np.concatenate([np.array(rank[name], dtype=float) for rank in ranks], axis=1) for ranks in found]
+            """[C, L, H, ...]: the layers' results, with the heads of the ranks in order."""
+            layers = [
+                np.concatenate([np.array(rank[name], dtype=float) for rank in ranks], axis=1) for ranks in results
+            ]
             return np.stack(layers, axis=1)
 
-        ms = np.array([np.max([rank["ms"] for rank in ranks], axis=0) for ranks in found]).T
-        names, causal = [name for name, _ in configs], np.array(found[0][0]["causal"])
+        ms = np.array([np.max([rank["ms"] for rank in ranks], axis=0) for ranks in results]).T
+        names, causal = [name for name, _ in configs], np.array(results[0][0]["causal"])
         return Scores(names, table("error"), table("visited"), table("visits"), causal, ms)
 
 
 def read_times(path: Path) -> TileTimes:
-    """Raises SearchError where the file is not there, or holds something else."""
+    """The tile times of a file.
+
+    Raises:
+        SearchError: there is no such file, or it holds something else.
+    """
     try:
         return tile_times.load(path)
     except (OSError, ValueError) as error:
@@ -207,7 +220,7 @@ def read_times(path: Path) -> TileTimes:
 
 
 def joined(scores: Sequence[Scores]) -> Scores:
-    """Of several prompts: errors are averaged over those that have the modality, pairs add up."""
+    """The scores over several prompts: errors are averaged over the prompts that have the modality; pairs add up."""
     import warnings
 
     with warnings.catch_warnings():
@@ -224,46 +237,50 @@ def joined(scores: Sequence[Scores]) -> Scores:
     )
 
 
-def merged_phases(found: Sequence[list[list[Phases]]]) -> list[list[Phases]]:
-    """Phases that several prompts suggest, those of the first ranks first."""
+def merged_phases(by_prompt: Sequence[list[list[Phases]]]) -> list[list[Phases]]:
+    """[layers][heads] phases that several prompts suggest: the heaviest phase of every prompt, then the second, ..."""
     merged: list[list[Phases]] = []
-    for rows in zip(*found):
+    for rows in zip(*by_prompt):
         merged.append([])
         for heads in zip(*rows):
-            own: Phases = {}
+            of_head: Phases = {}
             for stride in ("frame", "row"):
                 ranked = [phase for rank in zip(*(h[stride] for h in heads)) for phase in rank]
-                own[stride] = list(dict.fromkeys(ranked))
-            merged[-1].append(own)
+                of_head[stride] = list(dict.fromkeys(ranked))
+            merged[-1].append(of_head)
     return merged
 
 
 def doubts(maps: Sequence[ModalityMap]) -> list[str]:
-    """What the calibration does not show, in sentences."""
-    said = []
-    kinds = {segment.modality for own in maps for segment in own.segments}
-    frames = sum(s.grid.frames for own in maps for s in own.segments if s.grid and s.modality is Modality.VIDEO)
+    """Sentences about what the calibration does not show."""
+    sentences = []
+    kinds = {segment.modality for modality_map in maps for segment in modality_map.segments}
+    frames = sum(
+        s.grid.frames for modality_map in maps for s in modality_map.segments if s.grid and s.modality is Modality.VIDEO
+    )
     if Modality.VIDEO not in kinds:
-        said.append("No calibration input has a video: what heads do with frames was not seen.")
+        sentences.append("No calibration input has a video: what heads do with frames was not seen.")
     elif frames < 16:
-        said.append(f"The calibration has only {frames} temporal patches of video: lines through frames are short.")
+        sentences.append(
+            f"The calibration has only {frames} temporal patches of video: lines through frames are short."
+        )
     if Modality.IMAGE not in kinds:
-        said.append("No calibration input has an image: rows of images get what rows of text get.")
-    if (longest := max(own.length for own in maps)) < 4096:
-        said.append(f"The longest calibration input has {longest} tokens: sparsity pays at longer ones.")
-    if all(own.segments[-1].stop - own.segments[-1].start < 4 for own in maps):
-        said.append("No calibration input ends in text: the rows that answer were not seen.")
-    return said
+        sentences.append("No calibration input has an image: rows of images get what rows of text get.")
+    if (longest := max(modality_map.length for modality_map in maps)) < 4096:
+        sentences.append(f"The longest calibration input has {longest} tokens: sparsity pays at longer ones.")
+    if all(modality_map.segments[-1].stop - modality_map.segments[-1].start < 4 for modality_map in maps):
+        sentences.append("No calibration input ends in text: the rows that answer were not seen.")
+    return sentences
 
 
 def baselines(layers: int, heads: int, local: int) -> list[tuple[str, list[list[HeadPattern]]]]:
-    """Patterns that need no search, for the report."""
-    own: list[tuple[str, HeadPattern]] = [
+    """Configs that need no search, for the report."""
+    patterns: list[tuple[str, HeadPattern]] = [
         ("a_shape", AShape(128, local)),
         ("tri_shape", TriShape(128, local, 0)),
         ("grid v h s", Grid("frame", True, True, True, 0, 128, local)),
     ]
-    return [(name, [[pattern] * heads] * layers) for name, pattern in own]
+    return [(name, [[pattern] * heads] * layers) for name, pattern in patterns]
 
 
 @dataclass
@@ -282,7 +299,7 @@ class Found:
 
     @property
     def cost_words(self) -> str:
-        """What an error was weighed against, for a reader."""
+        """A sentence for the report: what errors were weighed against."""
         weighed = "against these times" if self.by_time else "against visited pairs, whatever they take"
         return f"One visit of a tile: {self.times}. Errors were weighed {weighed}."
 
@@ -302,32 +319,35 @@ def search(
     name: str,
     today: datetime.date,
 ) -> Found:
-    """Measure, allocate, measure what was chosen.
+    """Measure the candidates, allocate a pattern to each head, and measure the result.
 
     Args:
-        model: the `ModelFingerprint` of the config. density, error: the budget, one of the two. boundaries: which of
-            `search.BOUNDARIES` a head may have. times: of tile visits; None: measured here. by_time: False: every
-            visited pair costs the same.
+        model: the `ModelFingerprint` of the config.
+        density, error: the budget; one of the two is None.
+        boundaries: which of `search.BOUNDARIES` a head may have.
+        times: the times of tile visits; None: the server measures them.
+        by_time: whether a visit costs its time; else every visited pair costs the same.
+        dense_below: rows below this position see everything in the config.
 
     Raises:
-        SearchError: a budget that nothing fits, or a prompt that cannot be measured.
+        SearchError: nothing fits the budget, or a prompt cannot be measured.
     """
-    looked = [prober.phases(calibration) for calibration in calibrations]
-    maps = [own for own, _ in looked]
-    longest, unsure = max(maps, key=lambda own: own.length), doubts(maps)
-    tried = list(candidates(longest, merged_phases([phases for _, phases in looked])))
-    texts = [(label, jobs.as_config(label, heads)) for label, heads in tried]
-    patterns = [heads for _, heads in tried]
+    first_looks = [prober.phases(calibration) for calibration in calibrations]
+    maps = [modality_map for modality_map, _ in first_looks]
+    longest, unseen = max(maps, key=lambda modality_map: modality_map.length), doubts(maps)
+    named_candidates = list(candidates(longest, merged_phases([phases for _, phases in first_looks])))
+    texts = [(label, jobs.as_config(label, heads)) for label, heads in named_candidates]
+    patterns = [heads for _, heads in named_candidates]
     default = ("default", _default(len(patterns[0]), len(patterns[0][0])))
-    everything = joined([prober.scores(calibration, [*texts, default]) for calibration in calibrations])
-    scores = everything.first(len(tried))
+    with_default = joined([prober.scores(calibration, [*texts, default]) for calibration in calibrations])
+    scores = with_default.first(len(named_candidates))
     tile_us = times or prober.tile_times(calibrations)
     time = scores.time(tile_us) if by_time else None
     table = Table(patterns, scores.error, scores.visited, scores.causal, MODALITIES, time).only(boundaries)
     try:
         chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
-    except ValueError as failed:
-        raise SearchError(str(failed)) from None
+    except ValueError as infeasible:
+        raise SearchError(str(infeasible)) from None
     equal = equal_budget(table, density if density is not None else chosen.density)
     budget = f"mean density {density}" if density is not None else f"mean error {error}"
     note = Provenance(
@@ -337,8 +357,8 @@ def search(
         budget=budget,
         date=today.isoformat(),
         details={
-            "tokens": [own.length for own in maps],
-            "doubts": unsure,
+            "tokens": [modality_map.length for modality_map in maps],
+            "doubts": unseen,
             "boundaries": list(boundaries),
             "cost": "time" if by_time else "pairs",
             "tile_us": msgspec.to_builtins(tile_us),
@@ -349,25 +369,27 @@ def search(
     finalists: list[tuple[str, list[list[HeadPattern]]]] = [
         ("searched", chosen.heads),
         ("equal budget for each head", equal.heads),
-        *_as_dense_as(table, {"equal budget": equal.density, "default": everything.density(len(tried))}),
+        *_as_dense_as(table, {"equal budget": equal.density, "default": with_default.density(len(named_candidates))}),
         *baselines(len(rows), len(rows[0]), 1024 if longest.length > 4096 else 256),
         (DENSE, [[Dense()] * len(rows[0])] * len(rows)),
     ]
     texts = [*((label, jobs.as_config(label, heads)) for label, heads in finalists), default]
-    again = joined([prober.scores(calibration, texts) for calibration in calibrations])
-    apart = prober.scores(held_out, texts) if held_out is not None else None
-    return Found(config, chosen, equal, frontier(table), unsure, tile_us, by_time, again, apart)
+    on_calibration = joined([prober.scores(calibration, texts) for calibration in calibrations])
+    on_held_out = prober.scores(held_out, texts) if held_out is not None else None
+    return Found(config, chosen, equal, frontier(table), unseen, tile_us, by_time, on_calibration, on_held_out)
 
 
 def _as_dense_as(table: Table, densities: dict[str, float]) -> list[tuple[str, list[list[HeadPattern]]]]:
-    """What the search would have found at others' densities, so that errors can be compared at equal ones."""
-    found = []
+    """The search's results at the densities of other configs, so that errors compare at equal density."""
+    finalists = []
     for whose, density in densities.items():
-        with contextlib.suppress(ValueError):  # sparser than anything that may be chosen from
-            found.append((f"searched, as dense as {whose}", within_density(table, density).heads))
-    return found
+        with contextlib.suppress(ValueError):  # no choice of candidates is so sparse
+            finalists.append((f"searched, as dense as {whose}", within_density(table, density).heads))
+    return finalists
 
 
 def _default(layers: int, heads: int) -> str:
-    own = HeadConfig.load("default")
-    return jobs.as_config("default", [own.patterns(layer, heads) for layer in range(layers)], own.defaults.dense_below)
+    default = HeadConfig.load("default")
+    return jobs.as_config(
+        "default", [default.patterns(layer, heads) for layer in range(layers)], default.defaults.dense_below
+    )

@@ -1,7 +1,8 @@
-"""What a visit of a tile takes, by kind: the executor is timed on made-up plans, on the machine that is searched on.
+"""Measures the time of a tile visit, by kind: the executor runs made-up plans on the machine of the search.
 
-A visit is one query tile and one key tile of one head. What planning takes, and an estimate's index work, is not in it.
-Times are noisy and decide what is chosen, so they are measured once, in every layer, rounded, and kept in a file.
+A visit is one query tile and one key tile of one head. The time of planning and of an estimate's index work is not
+included. Times are noisy, and the search's choices depend on them, so they are measured once, in every layer, rounded,
+and kept in a file.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import torch
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan, pack_lanes
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
-from sglang_mminfer.planning.tiles import FULL, PARTIAL, PICKED
+from sglang_mminfer.planning.tiles import FULL, GATHERED, PARTIAL
 
 FILE = "tile_times.json"
-KINDS = ("full", "partial", "picked")  # number FULL, PARTIAL, PICKED
+KINDS = ("full", "partial", "picked")  # in the order FULL, PARTIAL, GATHERED; the names in tile_times.json
 HEADS = 4
-TILES, TILES_ON_GPU = 2, 64  # query tiles of each head: enough work for all that run at a time
-FEW, MANY = 8, 32  # visits of a query tile: their difference is free of what a tile takes by itself
+TILES, TILES_ON_GPU = 2, 64  # query tiles of each head: enough to keep all processors busy
+FEW, MANY = 8, 32  # visits of a query tile: the difference of two times is free of a query tile's fixed cost
 ROUNDS = 3
 
 
 class TileTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Microseconds of one visit, and of which executor."""
+    """Microseconds of one visit of each kind, and the executor that was timed."""
 
     full: float
     partial: float
@@ -46,13 +47,13 @@ class TileTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return np.array([self.full, self.partial, self.picked])
 
     def __str__(self) -> str:
-        return f"full {self.full:g}, partial {self.partial:g}, picked {self.picked:g} µs ({self.executor})"
+        return f"full {self.full:g}, partial {self.partial:g}, gathered {self.picked:g} µs ({self.executor})"
 
 
 def measured(execute: Executor, dim: int, dtype: torch.dtype, device: torch.device) -> list[float]:
-    """Microseconds of a visit of each kind, for heads of `dim` that share K and V, each with tiles of its own.
+    """Microseconds of a visit of each kind, for heads of `dim` that share a KV head and have tiles of their own.
 
-    All cases take turns, and the quickest turn of each counts: whatever else the machine does only ever adds.
+    All cases take turns, and the fastest turn of each case counts, because other load only adds time.
     """
     draw = torch.Generator().manual_seed(0)
     tiles = TILES_ON_GPU if device.type == "cuda" else TILES
@@ -67,14 +68,14 @@ def measured(execute: Executor, dim: int, dtype: torch.dtype, device: torch.devi
             start = time.perf_counter()
             execute(q, k, v, plan, dim**-0.5, out, lse)
             _wait(q)
-            if turn:  # the first compiles, and makes what a plan keeps
+            if turn:  # turn 0 compiles, and makes what is kept with a plan
                 best[case] = min(best[case], time.perf_counter() - start)
     visits = HEADS * tiles * 1e-6
-    found = []
+    microseconds = []
     for kind in range(len(KINDS)):
         few, many = best[kind, FEW], best[kind, MANY]
-        found.append((many - few) / (MANY - FEW) / visits if many > few else many / MANY / visits)
-    return found
+        microseconds.append((many - few) / (MANY - FEW) / visits if many > few else many / MANY / visits)
+    return microseconds
 
 
 def _wait(tensor: torch.Tensor) -> None:
@@ -83,51 +84,57 @@ def _wait(tensor: torch.Tensor) -> None:
 
 
 def made_up_plan(kind: int, visits: int, tiles: int, device: torch.device) -> PrefillPlan:
-    """Every head by itself: `tiles` query tiles, each with so many visits of one kind.
+    """A plan of `tiles` query tiles for every head, each with `visits` visits of one kind.
 
-    They are of every other key tile, so that none lie side by side. The rows of a partial tile are cut one after the
-    other, the last sees all; of a picked one every eighth lane does not count.
+    A query tile visits every other key tile, so that no two lie side by side. In partial tiles the rows' bounds are
+    spread over all keys, and the last row sees all keys; in gathered tiles every eighth lane is excluded.
     """
-    every, keys = HEADS * tiles, torch.arange(2 * MANY * BLOCK_K, dtype=torch.int32)
-    cut = torch.linspace(BLOCK_K, 2 * visits * BLOCK_K, BLOCK_Q).int()
-    stop = cut if kind == PARTIAL else torch.full_like(cut, len(keys))
-    hidden = (torch.arange(BLOCK_K) % 8 == 0).expand(every * visits if kind == PICKED else 0, -1)
+    query_tiles, keys = HEADS * tiles, torch.arange(2 * MANY * BLOCK_K, dtype=torch.int32)
+    frontiers = torch.linspace(BLOCK_K, 2 * visits * BLOCK_K, BLOCK_Q).int()
+    stop = frontiers if kind == PARTIAL else torch.full_like(frontiers, len(keys))
+    excluded = (torch.arange(BLOCK_K) % 8 == 0).expand(query_tiles * visits if kind == GATHERED else 0, -1)
 
-    def each(number: int) -> torch.Tensor:
-        return torch.full((every,), number, dtype=torch.int32, device=device)
+    def filled(number: int) -> torch.Tensor:
+        return torch.full((query_tiles,), number, dtype=torch.int32, device=device)
 
     block_plan = BlockPlan(
         keys=KeyTable(keys.to(device), keys.to(device)),
         q_rows=torch.arange(tiles * BLOCK_Q, dtype=torch.int32).repeat(HEADS).to(device),
-        q_stop=stop.repeat(every).to(device),
-        q_indptr=(torch.arange(every + 1, dtype=torch.int32) * BLOCK_Q).to(device),
+        q_stop=stop.repeat(query_tiles).to(device),
+        q_indptr=(torch.arange(query_tiles + 1, dtype=torch.int32) * BLOCK_Q).to(device),
         q_heads=torch.arange(HEADS, dtype=torch.int32).repeat_interleave(tiles).to(device),
-        block_indptr=(torch.arange(every + 1, dtype=torch.int32) * visits).to(device),
-        block_indices=(2 * torch.arange(visits, dtype=torch.int32)).repeat(every).to(device),
-        num_full=each(visits if kind == FULL else 0),
-        num_picked=each(visits if kind == PICKED else 0),
-        hidden_lanes=pack_lanes(hidden).to(device),
+        block_indptr=(torch.arange(query_tiles + 1, dtype=torch.int32) * visits).to(device),
+        block_indices=(2 * torch.arange(visits, dtype=torch.int32)).repeat(query_tiles).to(device),
+        num_full=filled(visits if kind == FULL else 0),
+        num_gathered=filled(visits if kind == GATHERED else 0),
+        excluded_lanes=pack_lanes(excluded).to(device),
         head_groups=tuple((head,) for head in range(HEADS)),
         block_q=BLOCK_Q,
         block_k=BLOCK_K,
-        num_work=every,
+        num_work=query_tiles,
     )
     return PrefillPlan((block_plan,), tiles * BLOCK_Q, HEADS)
 
 
 def agreed(measurements: Sequence[Sequence[float]], executor: str) -> TileTimes:
-    """The median of many measurements, to two digits: what is beyond them is noise.
+    """The medians of many measurements, rounded to two digits, because further digits are noise.
 
-    Of the ratios to a full tile's time, that is: a busy machine stretches all kinds of one measurement alike.
+    The medians are taken of the ratios to a full tile's time, because a busy machine stretches all times of one
+    measurement alike.
     """
-    full = median(own[FULL] for own in measurements)
-    middle = [full * median(own[kind] / own[FULL] for own in measurements) for kind in range(len(KINDS))]
-    rounded = {kind: float(f"{us:.2g}") for kind, us in zip(KINDS, middle)}
+    full = median(times[FULL] for times in measurements)
+    medians = [full * median(times[kind] / times[FULL] for times in measurements) for kind in range(len(KINDS))]
+    rounded = {kind: float(f"{us:.2g}") for kind, us in zip(KINDS, medians)}
     return TileTimes(**rounded, executor=executor)
 
 
 def load(path: Path) -> TileTimes:
-    """Raises ValueError, naming the file, where it does not hold such times; OSError where there is none."""
+    """The times in a file.
+
+    Raises:
+        ValueError: the file holds something else; the message names it.
+        OSError: the file cannot be read.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=TileTimes)
     except msgspec.DecodeError as error:

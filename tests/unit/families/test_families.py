@@ -67,7 +67,7 @@ def test_a_file_is_a_family(newcomer: None, monkeypatch: pytest.MonkeyPatch) -> 
     theirs = type("NewcomerProcessor", (), {})
     assert processors.adapted(theirs, config).__name__ == "Ours"
     assert processors.adapted(type("OtherProcessor", (), {}), config).__name__ == "OtherProcessor"
-    monkeypatch.setattr(asked, "_insisted", True)
+    monkeypatch.setattr(asked, "_last", SimpleNamespace(attention_backend="mminfer"))
     ours, architecture = processors.adapt_model((theirs, "Newcomer")) or (None, "")
     assert ours is not None and ours.__mro__[1] is theirs and architecture == "Newcomer"
     assert processors.adapt_model((theirs, "Oldcomer")) is None

@@ -19,6 +19,7 @@ from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
+from config_files import config_file
 from families import videochat_flash
 from sglang_mminfer import ModalityMap, Segment, VisionGrid
 from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
@@ -90,8 +91,8 @@ def test_dropping_tokens_inside_the_language_model_is_refused(
 def test_a_row_grid_is_refused_at_start_up(launched: Callable[[str], Any], checkpoint: Path) -> None:
     hf_config = launched(str(checkpoint)).hf_config
     with pytest.raises(HeadConfigError, match=r'grid of stride "row" needs columns.*use stride "frame"'):
-        head_config_choice.load_for_model(None, hf_config, {CONFIG.variable: "test_grid_row"})
-    for name in ("test_grid_frame", "default"):
+        head_config_choice.load_for_model(None, hf_config, {CONFIG.variable: config_file("test_grid_row")})
+    for name in (config_file("test_grid_frame"), "default"):
         head_config_choice.load_for_model(None, hf_config, {CONFIG.variable: name})
 
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2_5_VLConfig, Qwen2Config, Qwen2VLConfig
 
+import config_files
+from config_files import config_file
 from sglang_mminfer import (
     AShape,
     Boundary2D,
@@ -29,10 +31,12 @@ from sglang_mminfer.head_config import (
     Provenance,
     fingerprint_of,
 )
+from sglang_mminfer.patterns.base import kinds
+from support import patterns_of_kind
 
-FOLDER = Path(__file__).resolve().parents[3] / "head_configs"
-MIXED = (FOLDER / "test_mixed_heads.json").read_text(encoding="utf-8")
-PACKAGED = sorted(path.stem for path in FOLDER.glob("*.json"))
+PACKAGED = sorted((Path(__file__).resolve().parents[3] / "head_configs").glob("*.json"))
+OF_TESTS = sorted(config_files.FOLDER.glob("*.json"))
+MIXED = Path(config_file("test_mixed_heads")).read_text(encoding="utf-8")
 BY_HAND = Provenance("handwritten", "of a test")
 A = {"boundary": "none", "pattern": {"kind": "a_shape", "sink": 4, "local": 8}}
 TINY = {
@@ -91,21 +95,23 @@ def write(tmp_path, content, name="my.json"):
 # What is in the package
 
 
-@pytest.mark.parametrize("name", PACKAGED)
-def test_packaged_configs_load_and_are_written_as_to_json_would(name):
-    config = HeadConfig.load(name)
+@pytest.mark.parametrize("path", [*PACKAGED, *OF_TESTS], ids=lambda path: path.stem)
+def test_our_configs_load_and_are_written_as_to_json_would(path):
+    name = path.stem
+    config = HeadConfig.load(path)
     assert (config.name, config.schema, config.model) == (name, 1, None)
-    assert Path(config.path) == FOLDER / f"{name}.json"
+    assert Path(config.path) == path
     assert config.provenance.how == "handwritten" and "no search produced it" in config.provenance.note
-    assert config.to_json() == (FOLDER / f"{name}.json").read_text(encoding="utf-8")
-    assert HeadConfig.load(FOLDER / f"{name}.json") == config
+    assert config.to_json() == path.read_text(encoding="utf-8")
+    assert (path in PACKAGED) == (name in HeadConfig.available())
+    assert path not in PACKAGED or HeadConfig.load(name) == config
     bound = config.bind(tiny_model())
     assert [len(bound.patterns(layer)) for layer in range(2)] == [4, 4]
     assert bound.is_dense(0) == (name == "dense")
 
 
 def test_every_pattern_and_boundary_has_a_test_config():
-    kinds = {type(p) for name in PACKAGED for row in HeadConfig.load(name).rows for p in row}
+    kinds = {type(p) for path in OF_TESTS for row in HeadConfig.load(path).rows for p in row}
     assert kinds == {Dense, AShape, TriShape, VerticalSlash, Grid, QBoundary, Boundary2D}
 
 
@@ -119,7 +125,7 @@ def test_the_default_is_static_and_for_any_model():
     )
 
 
-def test_available_hides_the_ones_for_tests():
+def test_a_user_chooses_among_two_and_the_baselines():
     available = [name for name in HeadConfig.available() if not name.startswith("baseline_")]
     assert available == ["default", "dense"]
 
@@ -359,8 +365,8 @@ def test_a_list_must_fit_the_model_even_without_a_fingerprint():
 @pytest.mark.parametrize(
     ("heads", "where"),
     [
-        ("test_grid_row", r"heads\.all"),
-        ("test_mixed_heads", r"heads\.cycle\[\d+\]"),
+        (config_file("test_grid_row"), r"heads\.all"),
+        (config_file("test_mixed_heads"), r"heads\.cycle\[\d+\]"),
     ],
 )
 def test_columns_are_refused_where_tokens_are_merged(heads, where):
@@ -372,7 +378,7 @@ def test_columns_are_refused_where_tokens_are_merged(heads, where):
     with pytest.raises(HeadConfigError, match=where + r': a grid of stride "row" needs columns'):
         config.bind(model)
     HeadConfig.load("default").bind(model)
-    HeadConfig.load("test_grid_frame").bind(model)
+    HeadConfig.load(config_file("test_grid_frame")).bind(model)
 
 
 # Asking
@@ -411,24 +417,7 @@ def test_names_stand_for_heads():
 
 # Round trip
 
-sizes = st.integers(0, 2**31 - 1)
-some = st.integers(1, 2**31 - 1)
-plain = st.one_of(
-    st.just(Dense()),
-    st.builds(AShape, sizes, some),
-    st.builds(TriShape, sizes, some, sizes),
-    st.builds(VerticalSlash, sizes, some, some),
-    st.builds(
-        Grid,
-        st.sampled_from(["frame", "row"]),
-        st.booleans(),
-        st.booleans(),
-        st.booleans(),
-        sizes,
-        sizes,
-        some,
-    ),
-)
+plain = st.one_of([patterns_of_kind(cls, scale=2**31 - 1) for cls in kinds().values()])
 queries = st.sampled_from([("text",), ("image", "video"), ("vision",), ("text", "vision"), ("text", "image", "video")])
 
 
@@ -460,7 +449,7 @@ def configs(draw):
     pool = draw(st.lists(heads, min_size=1, max_size=4))
     rows = tuple(tuple(draw(st.sampled_from(pool)) for _ in range(width)) for _ in range(height))
     model = draw(st.none() | st.just(ModelFingerprint("X", height, width, width, 8, 8 * width, 1e4)))
-    defaults = Defaults(draw(sizes))
+    defaults = Defaults(draw(st.integers(0, 2**31 - 1)))
     return HeadConfig("unnamed", draw(provenances), form, rows, model, defaults)
 
 

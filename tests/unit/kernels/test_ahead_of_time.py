@@ -1,4 +1,4 @@
-"""Every build of the GPU kernel that the launcher may ask for, compiled where there is no GPU."""
+"""Compiles every build of the GPU kernels that the launchers may ask for, without a GPU."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from sglang_mminfer.kernels.triton import ahead_of_time
 from sglang_mminfer.kernels.triton.configurations import HEAD_DIMS, configuration
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
-ROUNDING = 16  # bytes: the same source is a register or two apart from one run of the compiler to the next
+ROUNDING = 16  # bytes; from one run of the compiler to the next the same source may differ by a register or two
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 

@@ -1,4 +1,4 @@
-"""The estimate of vertical_slash: masses of columns and diagonals, and which key tiles the picked ones cross."""
+"""The estimate of vertical_slash: masses of columns and diagonals, and which key tiles the chosen diagonals cross."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def inputs(draw):
 @given(inputs())
 def test_masses_are_the_sums_over_the_last_queries(case):
     q, k, heads, frontier = case
-    got = vertical_slash.estimate(q, k, heads, torch.tensor(frontier) - 1, frontier, 0.4)
+    got = vertical_slash.masses_of(q, k, heads, torch.tensor(frontier) - 1, frontier, 0.4)
     for ours, expected in zip(got, written_out(q, k, heads, frontier, 0.4)):
         torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-5)
 
@@ -58,10 +58,10 @@ def test_the_triton_kernels_sum_the_same_over_a_scattered_cache(dtype, case, pro
     pool = torch.full((len(k) + 40, *k.shape[1:]), torch.nan, dtype=dtype)
     pool[slots] = k
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "PROGRAMS", programs)  # how the keys are shared out
+        patch.setattr(estimate, "PROGRAMS", programs)  # how the keys are split into parts
         head_ids = torch.tensor(heads, dtype=torch.int32)
         got = estimate.estimate(q, pool, slots.int(), head_ids, frontier[0], 0.4)
-    expected = vertical_slash.estimate(q.float(), k.float(), heads, torch.tensor(frontier) - 1, frontier, 0.4)
+    expected = vertical_slash.masses_of(q.float(), k.float(), heads, torch.tensor(frontier) - 1, frontier, 0.4)
     torch.testing.assert_close(got, expected, rtol=1e-4 if dtype is torch.float32 else 1e-2, atol=1e-5)
 
 
@@ -77,13 +77,13 @@ def test_the_triton_estimate_refuses_more_rows_than_a_tile_has():
 @settings(max_examples=examples(100))
 @given(st.data(), st.sampled_from([1, 4, 8]))
 def test_diagonals_cross_what_they_cross(data, block_k):
-    """Both forms, ranges and single questions, against every (row, diagonal) taken by itself."""
+    """Both forms, ranges and single tiles, against every (row, diagonal) by itself."""
     near = data.draw(st.integers(1, 60))
     far = near + data.draw(st.integers(0, 12))
     distances = data.draw(st.lists(st.integers(0, 80), min_size=1, max_size=12, unique=True).map(sorted))
     tiles = -(-far // block_k)
     below = data.draw(st.integers(0, tiles))
-    # The keys a diagonal crosses between the tile's first row and its last, of those there are.
+    # The existing keys that a diagonal crosses between the tile's first row and its last row.
     crossed = {
         key // block_k
         for d in distances

@@ -1,6 +1,6 @@
 """The FlashInfer executor without a GPU: what its arguments mean, read literally, and what it refuses.
 
-FlashInfer's kernels are replaced by their documented meaning in float64; all else of its wrapper is the real one.
+The tests replace FlashInfer's kernels by their documented meaning in float64. The rest of FlashInfer's wrapper is real.
 """
 
 import inspect
@@ -28,9 +28,9 @@ HEADS = [
     VerticalSlash(20, 30),
     QBoundary({Modality.VIDEO: Grid("row", False, True, True, 1, 8, 8), Modality.TEXT: AShape(4, 50)}),
 ]
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what FlashInfer imports
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in modules that FlashInfer imports
 LAYOUTS = ("contiguous", "packed", "by head", "padded")
-KNOWN_VERSION = "0.7.2"  # whose wrapper hands its kernels their arguments in the order of `Kernels.paged_run`
+KNOWN_VERSION = "0.7.2"  # its wrapper passes arguments to its kernels in the order of `Kernels.paged_run`
 
 
 def installed() -> str:
@@ -45,7 +45,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def caches(layout: str, slots: int, heads: int, dim: int, seed: int = 0, dtype=torch.float32) -> list[torch.Tensor]:
-    """k and v [slots, heads, dim] with equal strides, as caches lie in memory. What is not theirs is NaN."""
+    """k and v [slots, heads, dim] with equal strides, laid out as caches. All memory around them is NaN."""
     shape = {
         "contiguous": (slots, heads, dim),
         "packed": (slots, 2, heads, dim),
@@ -88,7 +88,7 @@ def attention_of_requests(q, k_pages, v_pages, qo_indptr, kv_indptr, kv_indices,
 
 
 def masks_of(visits: PagedVisits) -> list[torch.Tensor] | None:
-    """The flat mask cut into [rows, keys] of each request, as FlashInfer's mask layout has it."""
+    """The flat mask, cut into [rows, keys] of each request as in FlashInfer's mask layout."""
     flat = visits.custom_mask()
     if flat is None:
         return None
@@ -98,7 +98,7 @@ def masks_of(visits: PagedVisits) -> list[torch.Tensor] | None:
 
 
 def executed(q, k, v, plan: PrefillPlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the arguments of all batches of a plan come to, in float64."""
+    """Output and LSE that the arguments of all batches of a plan mean, in float64."""
     pages = KeyPages.of(k, v)
     out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
     rows_out, rows_lse = out.view(-1, q.shape[2]), lse.view(-1)
@@ -226,7 +226,7 @@ def test_flashinfer_takes_what_it_is_given():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flashinfer, "BatchPrefillWithPagedKVCacheWrapper", Recorder)
         patch.setattr(flashinfer, "merge_state", lambda o, s, *_: (o, s))
-        patch.setattr(flashinfer_paged, "_kernel_of", lambda *_: "fa2")
+        patch.setattr(flashinfer_paged, "kernel_of", lambda *_: "fa2")
         flashinfer_paged.run(q, k, v, plan, 0.125, out, torch.empty(q.shape[:2]))
     planned, runs = [c for c in calls if "page_size" in c], [c for c in calls if "q" in c]
     assert len(planned) == len(runs) >= 2
@@ -240,7 +240,7 @@ def test_flashinfer_takes_what_it_is_given():
 
 
 class Kernels:
-    """FlashInfer's compiled prefill module: what its kernels do with the arrays that the wrapper hands them."""
+    """A stand-in for FlashInfer's compiled prefill module: what its kernels mean, on the arrays of the wrapper."""
 
     def __init__(self, backend: str, log: list) -> None:
         self.backend, self.log = backend, log
@@ -277,7 +277,7 @@ def packed_segments(mask, indptr, bitorder):
 
 
 def merged(v_a, s_a, v_b, s_b):
-    """As flashinfer.merge_state: an output of v's dtype; one of the two states may be empty."""
+    """The meaning of flashinfer.merge_state: an output of v's dtype; one of the two states may be empty."""
     assert v_a.dtype == v_b.dtype and v_a.dim() == 3 and s_a.dim() == 2 and not bool(s_b.isneginf().any())
     most = torch.maximum(s_a, s_b).double()
     a, b = ((torch.exp2(s - most) / (torch.exp2(s_a - most) + torch.exp2(s_b - most)))[..., None] for s in (s_a, s_b))
@@ -286,7 +286,7 @@ def merged(v_a, s_a, v_b, s_b):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The real wrapper on the CPU; what is compiled is replaced. A list of the calls that planned."""
+    """The real wrapper on the CPU, with its compiled modules replaced. Yields the list of the calls that planned."""
     import flashinfer
     import flashinfer.prefill
 
@@ -296,7 +296,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(flashinfer.prefill, "segment_packbits", packed_segments)
     monkeypatch.setattr(flashinfer, "merge_state", merged)
     monkeypatch.setattr(flashinfer_paged, "WORKSPACE_BYTES", 1 << 10)
-    monkeypatch.setattr(flashinfer_paged, "_kernel_of", lambda *_: "fa3")
+    monkeypatch.setattr(flashinfer_paged, "kernel_of", lambda *_: "fa3")
     return log
 
 
@@ -339,7 +339,7 @@ def test_rows_that_no_pass_visits_are_written_too(kernels):
 
 
 def tiny_plan(**changes) -> BlockPlan:
-    """One tile of row 1 over four keys of which the third is hidden; no row may be wrong by chance."""
+    """One tile of row 1 over four keys, of which the third is excluded, so that no row is right by chance."""
     fields = {
         "keys": KeyTable(torch.arange(4).int(), torch.arange(4).int()),
         "q_rows": [1],
@@ -349,8 +349,8 @@ def tiny_plan(**changes) -> BlockPlan:
         "block_indptr": [0, 1],
         "block_indices": [0],
         "num_full": [0],
-        "num_picked": [1],
-        "hidden_lanes": pack_lanes(torch.tensor([[False, False, True, False]])),
+        "num_gathered": [1],
+        "excluded_lanes": pack_lanes(torch.tensor([[False, False, True, False]])),
         "head_groups": ((0, 1, 2, 3),),
         "block_q": 1,
         "block_k": 4,
@@ -377,7 +377,7 @@ def test_rows_that_see_no_masked_key_are_not_asked():
 
 
 def run_with(monkeypatch, q, k, v, plan=None, **more):
-    monkeypatch.setattr(flashinfer_paged, "_kernel_of", more.pop("kernel_of", lambda *_: "fa2"))
+    monkeypatch.setattr(flashinfer_paged, "kernel_of", more.pop("kernel_of", lambda *_: "fa2"))
     plan = PrefillPlan((plan or tiny_plan(),), len(q), 4)
     flashinfer_paged.run(q, k, v, plan, 1.0, torch.empty_like(q), torch.empty(q.shape[:2]), **more)
 
@@ -448,7 +448,7 @@ def test_an_index_or_mask_beyond_the_limits_is_refused(monkeypatch):
 
 
 def test_backends_are_checked(monkeypatch):
-    kernel_of, card = flashinfer_paged._kernel_of, torch.device("cuda", 0)
+    kernel_of, card = flashinfer_paged.kernel_of, torch.device("cuda", 0)
     q, k = half(3, 4, 64), half(5, 2, 64)
     with pytest.raises(ValueError, match="q: expected a tensor on a GPU, got cpu"):
         run_with(monkeypatch, q, k, k, kernel_of=kernel_of)

@@ -1,4 +1,4 @@
-"""The executors by themselves: what a plan's arrays mean, taken word by word, against what each executor computes."""
+"""The executors by themselves: the literal meaning of a plan's arrays against what each executor computes."""
 
 import math
 from dataclasses import replace
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 import support
 from raw_plans import SLOTS, counted_slots, raw_plans
 from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash, prefill
-from sglang_mminfer.kernels import block_plan as block_plan_module
-from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels import host_tiles, reference, torch_gather
 from sglang_mminfer.kernels.block_plan import (
     PrefillPlan,
     pack_lanes,
@@ -132,17 +131,17 @@ def test_an_executor_does_what_the_plan_says_and_writes_every_output(execute, nu
 @settings(max_examples=40)
 @given(plan=raw_plans())
 def test_rows_cut_into_strips_see_what_their_tiles_see(plan):
-    """Tiles with many masked keys are cut into strips of rows; here those with more than one, into strips of two."""
+    """Tiles with many masked keys are cut into strips of rows: here, with more than one, into strips of two rows."""
     q, k, v = (randn(n, 4, D, seed=i) for i, n in enumerate((plan.num_rows, SLOTS, SLOTS)))
     results = []
     for strips in (False, True):
-        passes = tuple(replace(block_plan) for block_plan in plan.passes)  # without what the first run has kept
+        passes = tuple(replace(block_plan) for block_plan in plan.passes)  # without what the first run kept with it
         cut = PrefillPlan(passes, plan.num_rows, plan.num_heads)
         out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
         with pytest.MonkeyPatch.context() as patch:
             if strips:
-                patch.setattr(block_plan_module, "MAX_MASKED_KEYS", 1)
-                patch.setattr(block_plan_module, "ROWS_OF_A_STRIP", 2)
+                patch.setattr(host_tiles, "MAX_MASKED_KEYS", 1)
+                patch.setattr(host_tiles, "ROWS_OF_A_STRIP", 2)
             torch_gather.run(q, k, v, cut, 0.4, out, lse)
             results.append((out, lse, cut.visited_by_row))
     torch.testing.assert_close(results[0], results[1], rtol=2e-5, atol=2e-6)
@@ -184,8 +183,8 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
             "block_indptr",
             "block_indices",
             "num_full",
-            "num_picked",
-            "hidden_lanes",
+            "num_gathered",
+            "excluded_lanes",
         ):
             assert getattr(block_plan, name).dtype == torch.int32
         assert {x.dtype for x in (pos, slots)} == {torch.int32}
@@ -198,9 +197,9 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
                 rows_of_head[head] += rows
             a, b = block_plan.block_indptr[t : t + 2].tolist()
             listed, num_full = block_plan.block_indices[a:b], int(block_plan.num_full[t])
-            first_picked = len(listed) - int(block_plan.num_picked[t])
+            first_gathered = len(listed) - int(block_plan.num_gathered[t])
             group = block_plan.head_groups[block_plan.q_heads[t]]
-            for part in (listed[:num_full], listed[num_full:first_picked], listed[first_picked:]):
+            for part in (listed[:num_full], listed[num_full:first_gathered], listed[first_gathered:]):
                 if not support.is_estimated(batch.heads[group[0]]):
                     assert bool((part.diff() > 0).all()), "key tiles do not ascend"
             assert len(set(listed.tolist())) == len(listed), "a key tile is listed twice"
@@ -219,11 +218,11 @@ def test_a_plan_is_laid_out_as_its_docstring_says(batch):
 
 @given(st.integers(1, 80).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1)))
 def test_lanes_packed_into_words_come_out_as_they_were(lanes):
-    hidden = torch.tensor(lanes)
-    words = pack_lanes(hidden)
-    assert words.dtype == torch.int32 and words.shape == (len(lanes), -(-hidden.shape[1] // 32))
-    assert torch.equal(unpack_lanes(words, hidden.shape[1]), hidden)
-    assert words.tolist() == pack_lanes_on_host(hidden.numpy()).tolist()
+    excluded = torch.tensor(lanes)
+    words = pack_lanes(excluded)
+    assert words.dtype == torch.int32 and words.shape == (len(lanes), -(-excluded.shape[1] // 32))
+    assert torch.equal(unpack_lanes(words, excluded.shape[1]), excluded)
+    assert words.tolist() == pack_lanes_on_host(excluded.numpy()).tolist()
 
 
 def test_threads_change_nothing_but_rounding_and_repeat_to_the_bit():
@@ -253,22 +252,22 @@ def test_threads_change_nothing_but_rounding_and_repeat_to_the_bit():
 
 
 def without_fused(monkeypatch) -> None:
-    monkeypatch.setattr(torch_gather, "_FUSED", None)
+    monkeypatch.setattr(torch_gather, "FUSED", None)
 
 
-@pytest.mark.skipif(torch_gather._FUSED is None, reason="this torch has no fused CPU attention")
+@pytest.mark.skipif(torch_gather.FUSED is None, reason="this torch has no fused CPU attention")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_generic_attention_equals_the_fused_one(monkeypatch, masked):
     q, k, v = randn(3, 2, 9, 16), randn(3, 2, 20, 16, seed=1), randn(3, 2, 20, 16, seed=2)
     mask = torch.zeros(3, 1, 9, 20).masked_fill(randn(3, 1, 9, 20, seed=3) > 0, -torch.inf) if masked else None
-    fused = torch_gather._attend(q, k, v, mask, 0.5)
+    fused = torch_gather.attend(q, k, v, mask, 0.5)
     without_fused(monkeypatch)
-    generic = torch_gather._attend(q, k, v, mask, 0.5)
+    generic = torch_gather.attend(q, k, v, mask, 0.5)
     torch.testing.assert_close(generic, fused, rtol=2e-6, atol=2e-6)
 
 
 def eager(q, k, v, mask, scale):
-    """Attention as plain low-precision code does it: every intermediate result in the dtype of its inputs."""
+    """Attention in plain low-precision code: every intermediate result has the dtype of the inputs."""
     weights = torch.softmax((q @ k.T * scale).masked_fill(~mask, -torch.inf), dim=-1)
     return weights @ v
 

@@ -1,6 +1,6 @@
-"""Mends of the prompt: words that stay words, token ids that stay token ids, in SGLang's own processors of each family.
+"""Mends of the prompt, in SGLang's own processor of each family: words stay words, and token ids stay token ids.
 
-What is right comes from the tokenizer alone: the ids of the words, and the ids that were given.
+The expected ids come from the tokenizer alone, or are the ids of the prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAMILY = {family.name: family for family in FAMILIES}
 
 
 def make_still(path: Path, frames: int, width: int, height: int, fps: float = 4) -> Path:
-    """A black video, so that every frame has the same pixels whatever its shape."""
+    """A black video: frames of any shape have equal pixels."""
     import imageio_ffmpeg
     import numpy as np
 
@@ -59,12 +59,12 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def guarded(processing: Processing, words: str) -> str:
-    """Words as a chat request has them when its template has run."""
+    """Words as they are in a chat request's finished prompt."""
     return pattern_of(processing.processor).sub(lambda word: verbatim.words(word[0]), words)
 
 
 def outside(got: Processed) -> list[int]:
-    """The ids that are no media's."""
+    """The ids outside media."""
     inside = {i for item in got.items for first, last in item.offsets for i in range(first, last + 1)}
     return [token for i, token in enumerate(got.ids) if i not in inside]
 
@@ -89,7 +89,7 @@ def test_words_that_look_like_placeholders_stay_words(
 
 
 def _spoken(processing: Processing, text: str, word: str) -> list[int]:
-    """The ids of a text in which `word` is meant as a word: by itself where it is a special token's name."""
+    """The ids of a text in which `word` is only a word. If it is a special token's name, it is encoded by itself."""
     encode = processing.tokenizer.encode
     if word not in {str(token) for token in processing.tokenizer.added_tokens_decoder.values()}:
         return list(encode(text, add_special_tokens=False))
@@ -104,7 +104,7 @@ def _spoken(processing: Processing, text: str, word: str) -> list[int]:
 
 
 def unusual(processing: Processing, words: str) -> list[int]:
-    """Ids of words, one token for each character: no tokenizer would give these."""
+    """The ids of words with one token for each character, which no tokenizer would give."""
     ids = [token for char in words for token in processing.tokenizer.encode(char, add_special_tokens=False)]
     assert ids != list(processing.tokenizer.encode(words, add_special_tokens=False))
     return ids
@@ -161,7 +161,7 @@ def test_more_placeholders_than_media_are_refused(family: tuple[Prompt, Processi
 def test_fewer_placeholders_than_media_are_refused_or_added(
     family: tuple[Prompt, Processing], files: tuple[Path, Path]
 ) -> None:
-    """No medium is left out without a word."""
+    """No medium is dropped silently."""
     _, processing = family
     if getattr(processing.processor, "adds_placeholders", False):
         assert len(processing("What?", images=[files[0]]).items) == 1
@@ -220,7 +220,7 @@ def test_media_of_equal_pixels_in_another_shape_are_two(
 def test_frames_stand_at_their_time(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int, fps: int, times: range
 ) -> None:
-    """tokens_per_second is 2; a grid step is two frames, so a second at 2 frames a second, and 2 positions."""
+    """A temporal patch is two frames: one second at 2 frames a second, so 2 positions at 2 tokens_per_second."""
     path = make_still(tmp_path / "a.mp4", frames, 56, 56, fps=fps)
     processing = Processing(qwen, "qwen_vl")
 
@@ -270,7 +270,7 @@ def test_marks_survive_tokenization_and_copies() -> None:
 
 
 def test_no_client_can_write_a_mark() -> None:
-    """The characters of marks in a client's words are marked, and those of another process are only characters."""
+    """Characters of marks in a client's words are marked, and marks of another process are plain characters."""
     tokenizer = tiny_model.make_tokenizer()
     forged = "\U0010fff1\U00108000\U00108005\U0010fff2"
     assert verbatim.aware(tokenizer).encode(forged) == tokenizer.encode(forged)

@@ -1,4 +1,4 @@
-"""Mends of how pictures and videos are loaded: SGLang's own processors in this process, with a mend and without."""
+"""Mends of how pictures and videos are loaded, in SGLang's own processors in this process, with and without a mend."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODULES = {
     "longvila": ("qwen_vl", {"num_frames": 6}),
     "videochat_flash": ("qwen_vl", {"min_frames": 4, "max_frames": 16}),
 }
-"""By family, SGLang's module with its processor, and options of the server."""
+"""By family: SGLang's module with its processor, and the server's options for video."""
 
 IMAGES_ONLY = "llava_onevision_lmms"
 
@@ -45,7 +45,7 @@ PLACEHOLDERS["qwen3_vl"] = PLACEHOLDERS["qwen2_5_vl"]
 
 
 class Asked:
-    """A family's processor, to which a request may bring anything."""
+    """A family's processor; calls pass any media through it."""
 
     def __init__(self, name: str, folder: Path) -> None:
         (family,) = [one for one in FAMILIES if one.name == name]
@@ -67,7 +67,7 @@ class Asked:
             modalities=None,
             rid="test",
         )
-        with self.processing._within(self.processing._context):
+        with self.processing.within(self.processing.context):
             return asyncio.run(
                 self.processing.processor.process_mm_data_async(
                     image_data=request.image_data, audio_data=None, input_text=prompt, request_obj=request
@@ -98,12 +98,12 @@ qwen = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 
 @pytest.fixture
 def without(monkeypatch):
-    """Switches a mend off: what stock SGLang does."""
+    """Switches a mend off, which leaves the behaviour of stock SGLang."""
     return lambda name: monkeypatch.setenv(settings.MENDS.variable, f"-{name}")
 
 
 def same(a, b, within=0.0):
-    """Whether two outputs are of the same ids and, within a bound, the same pixels."""
+    """Whether two outputs have the same ids and, within a bound, the same pixels."""
     if list(a.input_ids) != list(b.input_ids) or len(a.mm_items) != len(b.mm_items):
         return False
     pairs = [(x.feature, y.feature) for x, y in zip(a.mm_items, b.mm_items)]
@@ -118,7 +118,7 @@ def coded(picture: Image.Image, form: str = "PNG", **options) -> str:
 
 
 def halves(width=96, height=64) -> Image.Image:
-    """Red above blue: no turn of it is the same."""
+    """Red above blue with a dark left side: every turn and mirror image differs."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[: height // 2], pixels[height // 2 :] = (220, 30, 30), (30, 30, 220)
     pixels[:, : width // 4] //= 2
@@ -173,7 +173,7 @@ def test_base64_of_a_jpeg_is_no_path(family):
 
 @qwen
 def test_only_upright_rgb_is_decoded_on_a_gpu(family, monkeypatch):
-    """nvJPEG knows nothing of EXIF, and gives grey one channel."""
+    """nvJPEG ignores EXIF, and gives grey pictures one channel."""
     from sglang.srt.managers.schedule_batch import Modality
     from sglang.srt.utils import common
 
@@ -204,7 +204,7 @@ SEEN = Image.fromarray(GREY.astype(np.uint8))
 
 
 def _see_through(mode: str) -> Image.Image:
-    """Black that is half transparent, and on the right wholly: white shows through."""
+    """Black, half transparent on the left and fully transparent on the right."""
     pixels = np.zeros((64, 96, 4), np.uint8)
     pixels[:, :48, 3] = 128
     return Image.fromarray(pixels).convert(mode)
@@ -260,7 +260,7 @@ AS_STOCK = {
 def test_modes(family, name, without):
     picture, seen = {**MODES, **AS_STOCK}[name]
     right = family(images=[coded(seen.convert("RGB"))])
-    # Half transparent black is 127 or 128, as the rounding goes.
+    # Rounding makes half transparent black 127 or 128.
     assert same(family(images=[picture]), right, within=0.02)
     without("picture_modes")
     stock_is_right = name in AS_STOCK or name in ("32 bits of 8", "floats to 255")
@@ -283,7 +283,7 @@ def test_what_is_no_number_is_black():
 
 
 def _claims(width: int, height: int) -> str:
-    """A PNG of a few bytes whose header says that it is large."""
+    """A PNG of a few bytes whose header claims a size."""
     import struct
     import zlib
 
@@ -357,7 +357,7 @@ def test_large_frames_are_resized_as_they_are_decoded(family, tmp_path, monkeypa
 
 
 def test_a_short_file_that_claims_to_be_long():
-    """LongVILA made a list of all its seconds."""
+    """LongVILA's own code makes a list of all its seconds."""
     long = 1 << 40
     assert len(sampling.first_seconds(long, 1e-6, fps=1.0, most=8).indices) == 8
     assert len(sampling.every_second(long, 30.0, fps=1.0, most=8, forced=False).indices) == 8
@@ -451,11 +451,11 @@ def test_what_are_no_frames(family, frames, told):
 
 @pytest.fixture(scope="module")
 def film(folder) -> str:
-    """20 seconds at 4 frames a second."""
+    """A video of 20 seconds at 4 frames a second."""
     return str(make_video(folder / "film.mp4", 80, 96, 64, 4, seed=3))
 
 
-FRAMES = {  # of `film`
+FRAMES = {  # how many frames of `film` an output has
     "qwen2_5_vl": lambda output: 2 * int(output.mm_items[0].model_specific_data["video_grid_thw"][0][0]),
     "qwen3_vl": lambda output: (
         2 * len(output.mm_items)
@@ -547,7 +547,7 @@ def test_options_that_no_one_has(family, film, asked, told):
 
 
 def test_options_of_a_chat():
-    """SGLang knows a few, and a conversation template keeps fewer."""
+    """SGLang knows a few options, and a conversation template keeps fewer."""
     from sglang.srt.utils import ImageData, VideoData
 
     url, other = {"url": "a", "total_pixels": 9, "fps": 2}, {"url": "b"}
@@ -613,7 +613,7 @@ def test_each_of_several_answers_sees_all_media(monkeypatch):
     from sglang.srt.managers.io_struct import GenerateReqInput
     from sglang.srt.server_args import ServerArgs
 
-    # SGLang asks the server's arguments while it makes a batch.
+    # SGLang reads the server's arguments while it makes a batch.
     monkeypatch.setattr(runtime_context.get_context(), "_server_args", ServerArgs(model_path="none"))
 
     def normalised(gather, **data):

@@ -97,7 +97,7 @@ def test_ranks_whose_heads_differ_decide_alike(monkeypatch: pytest.MonkeyPatch, 
         for rank in range(2):
             prefill = observed.prefill(str(path), monkeypatch, watch, rank=rank, ranks=2)
             prefill.begin(observed.batch())
-            found.append(prefill._batch.requests[0].dense_reason)
+            found.append(prefill.batch.requests[0].dense_reason)
             prefill.end()
         return found
 

@@ -77,7 +77,7 @@ def plan_on_a_card_that_is_not_there(batch):
         for block_plan in plan.passes:
             tiles, heads = work_order(block_plan, batch.group)
             tensors = [x for x in vars(block_plan).values() if isinstance(x, torch.Tensor)]
-            tensors += [tiles, heads, block_plan.keys.kv_pos, block_plan.keys.kv_slots, block_plan.picked_start]
+            tensors += [tiles, heads, block_plan.keys.kv_pos, block_plan.keys.kv_slots, block_plan.gathered_start]
             assert {x.device.type for x in tensors} == {"cuda"}
 
 

@@ -1,4 +1,4 @@
-"""Which rank gives account of a batch, where, and how often a process counts."""
+"""Which rank records a batch, in which file, and how often a process counts it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 import observed
 from sglang_mminfer import settings
-from sglang_mminfer.serving import trace
-from sglang_mminfer.serving.backend import _Batch
+from sglang_mminfer.serving import metrics, trace
+from sglang_mminfer.serving.batch import PrefillBatch
 
 
 def leads(monkeypatch: pytest.MonkeyPatch, **ranks: int) -> Any:
-    observed.prefill("test_a_shape", monkeypatch)  # sets what is not of ranks
+    observed.prefill("test_a_shape", monkeypatch)  # sets everything except the ranks
     monkeypatch.setattr(observed, "RANKS", observed.RANKS | ranks)
     return observed.prefill("test_a_shape", monkeypatch)
 
@@ -23,10 +23,10 @@ def leads(monkeypatch: pytest.MonkeyPatch, **ranks: int) -> Any:
     "ranks, file",
     [
         ({}, "trace"),
-        ({"attn_tp_rank": 1, "attn_tp_size": 2, "tp_rank": 1, "tp_size": 2}, None),  # the same requests as rank 0
-        ({"attn_dp_rank": 1, "tp_rank": 1, "tp_size": 2}, "trace.dp1"),  # requests of its own
+        ({"attn_tp_rank": 1, "attn_tp_size": 2, "tp_rank": 1, "tp_size": 2}, None),  # has the same requests as rank 0
+        ({"attn_dp_rank": 1, "tp_rank": 1, "tp_size": 2}, "trace.dp1"),  # has requests of its own
         ({"attn_dp_rank": 1, "attn_tp_rank": 1, "tp_rank": 3, "tp_size": 4}, None),
-        ({"pp_rank": 1}, None),  # a later stage of the same requests
+        ({"pp_rank": 1}, None),  # a later pipeline stage of the same requests
     ],
 )
 def test_each_request_is_told_of_once(
@@ -47,10 +47,10 @@ def test_groups_of_data_parallel_attention_are_read_together(monkeypatch: pytest
 
 
 def test_three_backends_of_a_process_share_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two-batch overlap makes three; Prometheus knows a name once."""
+    """Two-batch overlap makes three backends; Prometheus allows a name only once."""
     backends = [observed.prefill("test_a_shape", monkeypatch, metrics=True) for _ in range(3)]
     assert len({id(found.metrics) for found in backends}) == 1
-    assert trace.audit_metrics() is trace.audit_metrics()
+    assert metrics.audit_metrics() is metrics.audit_metrics()
 
 
 def test_the_parts_of_an_overlapped_batch_give_account_and_the_whole_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +58,8 @@ def test_the_parts_of_an_overlapped_batch_give_account_and_the_whole_does_not(mo
     whole = observed.batch()
     whole.tbo_children = [SimpleNamespace()]
     prefill.begin(whole)
-    assert prefill._batch is None
+    assert prefill.batch is None
     part = observed.batch()
     part.tbo_parent_token_range = (0, 10)
     prefill.begin(part)
-    assert isinstance(prefill._batch, _Batch) and prefill._batch.requests[0].dense_reason == "two_batch_overlap"
+    assert isinstance(prefill.batch, PrefillBatch) and prefill.batch.requests[0].dense_reason == "two_batch_overlap"

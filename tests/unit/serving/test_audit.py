@@ -1,4 +1,4 @@
-"""What the audit says is true: nothing lost where everything is visited, and the real loss where it is not."""
+"""The audit's figures are right: no loss if everything is visited, else the real loss."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import observed
 from sglang_mminfer import Modality, ModalityMap, Segment, settings
 from sglang_mminfer.kernels import reference
+from sglang_mminfer.kernels.rows import dense_rows
 from sglang_mminfer.serving import audit, observe
 from sglang_mminfer.serving.trace import PrefillRecord, TraceFile, read_trace
 
@@ -43,7 +44,7 @@ def test_a_config_that_covers_everything_loses_nothing(name: str, start: int, mo
 @pytest.mark.parametrize("start", [0, 290])
 @pytest.mark.parametrize("name", ["test_a_shape", "test_mixed_heads"])
 def test_error_and_recall_are_those_of_the_definition(name: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64 softmax under the mask that was really visited."""
+    """Compared with float64 softmax under the mask of the visited pairs."""
     ((record,), views) = records_of(name, monkeypatch, start=start)
     assert record.audit is not None
     for found, view in zip(record.audit, views, strict=True):
@@ -67,7 +68,7 @@ def test_error_and_recall_are_those_of_the_definition(name: str, start: int, mon
         assert found.worst_head == int(np.argmax(errors)) or max(errors) - errors[found.worst_head] < 1e-5
         assert found.recall_mean == pytest.approx(np.mean(recalls), abs=1e-5)
         assert found.recall_min == pytest.approx(min(recalls), abs=1e-5)
-        assert found.error_max > 0.1 and found.recall_min < 0.9  # this config is a bad one, and that shows
+        assert found.error_max > 0.1 and found.recall_min < 0.9  # this config loses much, and the audit shows it
 
 
 def test_dense_heads_on_the_stock_backend_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_slabs_change_nothing(slab: int) -> None:
     q = torch.randn(5, 6, 16, generator=draw) * 3
     k, v = torch.randn(2, 300, 2, 16, generator=draw)
     positions, slots = torch.tensor([0, 63, 64, 200, 249]), torch.randperm(300, generator=draw)[:250]
-    o, lse = audit.dense_rows(q, positions, k, v, slots, 0.25, slab_scores=slab)
+    o, lse = dense_rows(q, positions, k, v, slots, 0.25, slab_scores=slab)
     for head in range(6):
         keys, values = k[slots, head // 3], v[slots, head // 3]
         causal = torch.arange(250) <= positions[:, None]
@@ -119,12 +120,12 @@ VIEW = observe.RequestView(
 def test_rows_are_of_all_modalities_and_places() -> None:
     rows = audit.sample_rows(VIEW)
     assert len(rows) == len(set(rows.tolist())) and audit.ROWS - 1 <= len(rows) <= audit.ROWS
-    assert rows.min() >= 1000 and rows.max() == 2989  # what was generated after the prompt is dense
+    assert rows.min() >= 1000 and rows.max() == 2989  # tokens generated after the prompt are dense
     text, image = (rows >= 1500) & (rows < 1510), (rows >= 1510) & (rows < 2000)
-    assert text.sum() == 10  # all of it
+    assert text.sum() == 10  # the whole text
     assert image.sum() == 26
     first, second = (rows < 1500).sum(), (rows >= 2000).sum()
-    assert first >= 7 and second >= 14  # by their shares of the video
+    assert first >= 7 and second >= 14  # in proportion to their parts of the video
     assert np.array_equal(rows, audit.sample_rows(VIEW))
     assert not np.array_equal(rows, audit.sample_rows(replace(VIEW, rid="b")))
 
@@ -179,7 +180,7 @@ def test_a_bad_share_is_a_usage_error(text: str) -> None:
 
 
 def test_audits_of_two_ranks_are_read_as_one_of_all_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank finds half of the heads; what is read is what one rank finds of all."""
+    """Each rank audits half of the heads; together they read like the audit of one rank with all heads."""
     (whole,), (view, *_) = records_of("test_mixed_heads", monkeypatch)
     assert whole.audit is not None
     (request,) = view.requests
@@ -188,10 +189,10 @@ def test_audits_of_two_ranks_are_read_as_one_of_all_heads(tmp_path: Path, monkey
     trace = tmp_path / "trace.jsonl"
     monkeypatch.setenv(settings.TRACE.variable, str(trace))
     for rank, heads in enumerate((slice(0, half), slice(half, None))):
-        own = audit.Finding(0, rank * half, found.rows, found.error[heads], found.recall[heads]).summary()
+        own = audit.AuditedRows(0, rank * half, found.rows, found.error[heads], found.recall[heads]).summary()
         file = TraceFile.from_environment(rank)
         file.append([msgspec.structs.replace(whole, audit=[own])])
-        if rank == 0:  # of a request that runs dense there is nothing to tell twice; the last was asked twice
+        if rank == 0:  # rank 1 records no dense request; the last record repeats the first
             file.append([msgspec.structs.replace(whole, rid="dense", audit=None)])
             file.append([msgspec.structs.replace(whole, audit=[own])])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.jsonl", "trace.jsonl.rank1"]

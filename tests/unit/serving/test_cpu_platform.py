@@ -1,4 +1,4 @@
-"""The CPU platform: when it activates, what it defaults, and that SGLang then runs on plain torch."""
+"""The CPU platform: when it activates, which defaults it sets, and that SGLang then runs plain torch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def resolved(model: str, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("selected", [None, "", "mminfer_cpu", "another"])
 def test_the_entry_point_waits_to_be_named(monkeypatch: pytest.MonkeyPatch, selected: str | None) -> None:
-    """So a machine that lost its GPUs fails as it does without this package, and no other platform is disturbed."""
+    """So a machine that lost its GPUs fails as without this package, and other platforms still work."""
     monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
     if selected is not None:
         monkeypatch.setenv("SGLANG_PLATFORM", selected)
@@ -107,7 +107,7 @@ def test_sglang_runs_on_it() -> None:
 
     assert isinstance(current_platform, cpu_platform.MMInferCpuPlatform)
     assert current_platform.is_out_of_tree()
-    assert not current_platform.is_cpu() and not is_cpu()  # both stand for the CPU engine
+    assert not current_platform.is_cpu() and not is_cpu()  # both stand for SGLang's CPU engine
     assert get_device() == "cpu"
     assert _oot_dispatch_key() == "native"
     assert current_platform.get_default_attention_backend() == "torch_native"
@@ -115,7 +115,7 @@ def test_sglang_runs_on_it() -> None:
 
 @on_cpu
 def test_rope_runs_without_another_engine() -> None:
-    """Stock SGLang imports vllm here."""
+    """Stock SGLang would import vllm here."""
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
     rope = RotaryEmbedding(16, 16, 64, 10000, True, torch.float32)

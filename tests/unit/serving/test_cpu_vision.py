@@ -1,4 +1,4 @@
-"""The CPU's vision attention: the same result as SGLang's own, without a mask that grows with the square."""
+"""The CPU's vision attention gives the same result as SGLang's, without a mask of all patches by all patches."""
 
 from __future__ import annotations
 

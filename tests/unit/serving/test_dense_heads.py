@@ -1,4 +1,4 @@
-"""Dense heads beside sparse ones, handed to a stock backend that knows nothing of the others."""
+"""Dense heads beside sparse ones run on a stock backend, which gets no other heads."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of all heads, [tokens, heads, D]: what a dense backend computes."""
+    """[tokens, heads, D]: the causal attention that a dense backend computes."""
     out = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
     )

@@ -1,4 +1,4 @@
-"""Every reason to run dense is produced by the real SparsePrefill, and the answers are then the stock backend's."""
+"""The real SparsePrefill produces every dense_reason, and the answers are then the stock backend's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_mminfer.serving import prompts
 from sglang_mminfer.serving.reasons import REASONS
 
 Change = Callable[[Any, Any, pytest.MonkeyPatch], None]
-"""What is changed of a SparsePrefill and a forward batch before it runs."""
+"""A change of a SparsePrefill and a forward batch before the batch runs."""
 
 
 def item(batch: Any) -> Any:
@@ -53,7 +53,7 @@ def odd_modality(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def behind_a_gridless_video(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
-    """Rows before it would follow the config's window."""
+    """Moves the chunk after the video, because rows before it would follow the config's window."""
     without_raster(prefill, batch, patch)
     vars(batch).update(vars(observed.batch(VIDEO[0])), mm_inputs=batch.mm_inputs)
 
@@ -70,7 +70,7 @@ def failing(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("a test")
 
-    patch.setattr("sglang_mminfer.kernels.executors.EXECUTORS", {prefill._executor: fail})
+    patch.setattr("sglang_mminfer.kernels.executors.EXECUTORS", {prefill.executor: fail})
 
 
 def failed(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def of_layer(**values: Any) -> dict[str, Any]:
 
 
 REQUESTS: dict[str, tuple[str, Change]] = {
-    # reason: (config, what is changed)
+    # reason: (config, change)
     "no_media": ("test_a_shape", of_batch(mm_inputs=None)),
     "short": ("test_a_shape", short),
     "dense_config": ("dense", nothing),
@@ -110,7 +110,7 @@ REQUESTS: dict[str, tuple[str, Change]] = {
 }
 
 LAYERS: dict[str, dict[str, Any]] = {
-    # reason: what is changed of every layer
+    # reason: change of every layer
     "layer_not_causal": {"is_cross_attention": True},
     "layer_sliding_window": {"sliding_window_size": 128},
     "layer_modified_softmax": {"logit_cap": 30.0},
@@ -164,7 +164,7 @@ def test_of_a_request(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
 def test_of_a_layer(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     prefill = observed.prefill("test_a_shape", monkeypatch)
     if reason == "layer_unknown":
-        monkeypatch.setattr(prefill, "_num_layers", 0)
+        monkeypatch.setattr(prefill, "num_layers", 0)
         (record,), _ = records_of(prefill, observed.batch())
     else:
         (record,), _ = records_of(prefill, observed.batch(), **LAYERS[reason])
@@ -172,11 +172,11 @@ def test_of_a_layer(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
 
 
 def test_a_retracted_request_is_dense_from_its_prompts_end_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No M-RoPE positions and no mode tell where that is; SGLang calls such batches EXTEND."""
+    """Neither M-RoPE positions nor the mode, which is EXTEND, tell where the prompt ends."""
     prompt = LENGTH - 60
     prefill = observed.prefill("test_a_shape", monkeypatch)
     prefill.begin(observed.batch(prompt=prompt))
-    assert [(c.map is not None, c.q_start, c.kv_len) for c in prefill._batch.planner.requests] == [
+    assert [(c.map is not None, c.q_start, c.kv_len) for c in prefill.batch.planner.requests] == [
         (True, 0, prompt),
         (False, prompt, LENGTH),
     ]
@@ -196,7 +196,7 @@ def test_a_retracted_request_is_dense_from_its_prompts_end_on(monkeypatch: pytes
 
 
 def test_a_text_turn_of_a_session_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It shares the media of the turn before, whose M-RoPE positions end with that turn's prompt."""
+    """It shares the media of the turn before; their M-RoPE positions end with that turn's prompt."""
     batch = observed.batch(600)
     batch.mm_inputs[0].mrope_positions = torch.zeros(3, 600, dtype=torch.long)
     (record,), _ = records_of(observed.prefill("test_a_shape", monkeypatch), batch)
@@ -213,7 +213,7 @@ def test_a_dense_layer_beside_sparse_ones(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_mask_of_the_model_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma's, which a Triton base finds in its metadata: only that base can apply it."""
+    """Gemma's mask is in the metadata of the Triton backend, and only that backend can apply it."""
     monkeypatch.setattr(observed.Stock, "forward_metadata", SimpleNamespace(custom_mask=torch.ones(1)), raising=False)
     (record,), answers = records_of(observed.prefill("test_a_shape", monkeypatch), observed.batch())
     assert record.dense_reason == "layer_custom_mask"
@@ -223,10 +223,10 @@ def test_a_mask_of_the_model_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_that_nobody_owns(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = observed.prefill("test_a_shape", monkeypatch)
     prefill.begin(observed.batch(stop=LENGTH - 10))
-    prefill._batch.num_rows += 1
+    prefill.batch.num_rows += 1
     layer = observed.layer(0)
     assert not prefill.takes(prefill.kv_pool.q[0, : LENGTH - 10], layer, {})
-    assert set(prefill._batch.layer_reasons) == {"padded_rows"}
+    assert set(prefill.batch.layer_reasons) == {"padded_rows"}
 
 
 def test_a_batch_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_a_batch_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_fp8_cache_is_said_at_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_start: bool
 ) -> None:
-    """And no plan is made; a pool that nobody told of is found with the first layer."""
+    """No plan is made then. If only the pool's dtype differs, the first layer shows it."""
     if at_start:
         monkeypatch.setattr(observed, "KV_DTYPE", torch.float8_e4m3fn)
     prefill = observed.prefill("test_a_shape", monkeypatch)
@@ -249,8 +249,8 @@ def test_an_fp8_cache_is_said_at_start(
     if not at_start:
         monkeypatch.setattr(prefill.kv_pool, "get_key_buffer", lambda layer: torch.empty(1, dtype=torch.float8_e4m3fn))
     prefill.begin(observed.batch())
-    assert (prefill._batch.planner is None) == at_start
-    prefill._batch = None
+    assert (prefill.batch.planner is None) == at_start
+    prefill.batch = None
     (record,), answers = records_of(prefill, observed.batch())
     assert record.dense_reason == "kv_cache_dtype"
     assert same(answers, stock_answers(monkeypatch, observed.batch()))
@@ -260,7 +260,7 @@ def test_an_fp8_cache_is_said_at_start(
 def test_a_map_without_raster_that_leaves_something_out_is_sparse(
     monkeypatch: pytest.MonkeyPatch, config: str, prefix: int
 ) -> None:
-    """By a pattern that needs no raster, and by a grid in the text before the medium."""
+    """A pattern may need no raster, and a grid leaves keys out in the text before the medium."""
     batch = observed.batch(prefix)
     without_raster(None, batch, monkeypatch)
     (record,), _ = records_of(observed.prefill(config, monkeypatch), batch)
@@ -277,4 +277,4 @@ def test_failures_turn_the_executor_off_with_one_traceback(
     assert sum(record.exc_info is not None for record in caplog.records) == 1
     (said,) = [r.getMessage() for r in caplog.records if "everything runs dense now" in r.getMessage()]
     assert "3 failures" in said
-    assert prefill._unfit == "executor_failed"
+    assert prefill.unfit == "executor_failed"

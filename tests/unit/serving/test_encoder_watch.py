@@ -1,7 +1,8 @@
-"""Media that SGLang's embedding cache refuses: encoded again for every chunk, noticed, said once, counted, ended by
-the value that is said.
+"""Media that SGLang's embedding cache refuses, so that each chunk encodes them again.
 
-SGLang's own functions, cache and items; chunk after chunk as a scheduler asks for them. The encoder is a linear layer.
+The watch counts that, and warns once with a cache size that ends it.
+
+Functions, cache and items are SGLang's; chunks follow one another as in a scheduler. The encoder is a linear layer.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.plugins import load_plugins
 
 import observed
-from sglang_mminfer.serving import encoder_watch as embedding_cache
+from sglang_mminfer.serving import encoder_watch
 
 load_plugins()
 
-HIDDEN = 2048  # 8 KB a token in fp32
+HIDDEN = 2048  # 8 KB for each token in fp32
 SECONDS = 0.02
 
 
 class Encoder:
-    """A vision tower that counts what it is given."""
+    """A vision tower that records the items it gets."""
 
     def __init__(self) -> None:
         self.layer = torch.nn.Linear(4, HIDDEN)
@@ -42,7 +43,7 @@ class Encoder:
 
 
 def video(*spans: tuple[int, int], seed: int = 0) -> MultimodalDataItem:
-    """Of tokens [start, stop) each."""
+    """A video with a span of tokens [start, stop) for each of `spans`."""
     tokens = sum(stop - start for start, stop in spans)
     feature = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(seed))
     item = MultimodalDataItem(
@@ -53,7 +54,7 @@ def video(*spans: tuple[int, int], seed: int = 0) -> MultimodalDataItem:
 
 
 def embed(encoder: Encoder, items: list[MultimodalDataItem], prefix: int, length: int) -> torch.Tensor | None:
-    """What SGLang embeds for one chunk of one request."""
+    """SGLang's embeddings for one chunk of one request."""
     ids = torch.zeros(prefix + length, dtype=torch.long)
     for item in items:
         for start, last in item.offsets or []:
@@ -72,16 +73,16 @@ def embed(encoder: Encoder, items: list[MultimodalDataItem], prefix: int, length
 
 
 def prompt(encoder: Encoder, items: list[MultimodalDataItem], tokens: int, chunk: int) -> None:
-    """All chunks of a prompt; what they embed is the right thing each time."""
+    """Embeds all chunks of a prompt, and asserts that the embeddings are right."""
     parts = [embed(encoder, items, start, min(chunk, tokens - start)) for start in range(0, tokens, chunk)]
     whole = torch.cat([part for part in parts if part is not None])
     assert torch.allclose(whole, encoder.layer(torch.cat([item.feature for item in items])), atol=1e-6)
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[embedding_cache.EncoderWatch]:
-    found = embedding_cache.EncoderWatch()
-    monkeypatch.setattr(embedding_cache, "watch", found)
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[encoder_watch.EncoderWatch]:
+    found = encoder_watch.EncoderWatch()
+    monkeypatch.setattr(encoder_watch, "watch", found)
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
     yield found
     assert found.active
@@ -100,7 +101,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 SHAPES = {
     "one_video": [[(10, 910)]],
     "two_videos": [[(10, 910)], [(950, 1550)]],
-    "frames_apart": [[(10, 310), (320, 620), (630, 930)], [(950, 1550)]],  # SGLang keeps all of it in one entry
+    "frames_apart": [[(10, 310), (320, 620), (630, 930)], [(950, 1550)]],  # SGLang keeps both videos in one entry
 }
 
 
@@ -114,16 +115,16 @@ def test_a_refused_video_is_said_once_and_counted_and_the_value_ends_it(
     prompt(encoder, items, tokens=1600, chunk=200)
     repeats = len(encoder.seen) - len(items)
     again = watch.take()
-    # A single entry is counted once for all its items.
+    # An entry counts once, however many items it has.
     assert again.times == (repeats // 2 if shape == "frames_apart" else repeats) > 3
     assert again.milliseconds >= 0.99 * again.times * 1e3 * SECONDS / len(items)
-    assert watch.take() == embedding_cache.EncodedAgain()
+    assert watch.take() == encoder_watch.EncodedAgain()
 
     (sentence,) = said(caplog)
     size = sum(len(item.feature) for item in items) * 8192
     one = items if shape == "frames_apart" else items[:1]
     tokens = sum(len(item.feature) for item in one)
-    assert f"SGLANG_VLM_CACHE_SIZE_MB=2) could not keep {embedding_cache.named(one)} at token 10" in sentence
+    assert f"SGLANG_VLM_CACHE_SIZE_MB=2) could not keep {encoder_watch.named(one)} at token 10" in sentence
     assert f"{tokens} tokens, {tokens * 8192 / 2**20:.1f} MB" in sentence
     took = re.search(r"second time took ([\d.]+) s; (\d+) more", sentence)
     assert took and float(took[1]) >= SECONDS
@@ -145,16 +146,16 @@ def test_a_refused_video_is_said_once_and_counted_and_the_value_ends_it(
 def test_nothing_is_said_where_nothing_is_encoded_again(
     chunk: int, watch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One chunk and no cache; chunks and a cache that is large enough."""
+    """A single chunk without a cache, and several chunks with a large enough cache."""
     cache_of(0 if chunk == 1600 else 16, monkeypatch)
     encoder = Encoder()
-    for seed in (0, 1, 0):  # the last one is a video that was refused before, in a conversation of its own
+    for seed in (0, 1, 0):  # the last video was refused before, in another conversation
         prompt(encoder, [video((10, 910), seed=seed)], tokens=1600, chunk=chunk)
-    assert watch.take() == embedding_cache.EncodedAgain() and not said(caplog)
+    assert watch.take() == encoder_watch.EncodedAgain() and not said(caplog)
 
 
 def test_the_method_that_sglang_asks_for_its_owner_is_still_one(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang leaves the upload of features to some encoders, which it knows by class and method."""
+    """Some encoders move features to the GPU themselves; SGLang knows them by class and method."""
     cache_of(0, monkeypatch)
     encoder, seen = Encoder(), []
     real = mm_schedule._can_skip_pre_embed_feature_move
@@ -166,7 +167,7 @@ def test_the_method_that_sglang_asks_for_its_owner_is_still_one(watch: Any, monk
 def test_a_server_without_mminfer_is_not_watched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(embedding_cache, "watch", None)
+    monkeypatch.setattr(encoder_watch, "watch", None)
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
     cache_of(0, monkeypatch)
     prompt(Encoder(), [video((10, 910))], tokens=1600, chunk=200)
@@ -176,9 +177,9 @@ def test_a_server_without_mminfer_is_not_watched(
 def test_a_defect_of_the_watch_costs_no_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(embedding_cache, "watch", embedding_cache.EncoderWatch())
+    monkeypatch.setattr(encoder_watch, "watch", encoder_watch.EncoderWatch())
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
-    monkeypatch.setattr(embedding_cache, "tokens_of", lambda items: 1 / 0)
+    monkeypatch.setattr(encoder_watch, "tokens_of", lambda items: 1 / 0)
     cache_of(0, monkeypatch)
     with caplog.at_level(logging.ERROR):
         prompt(Encoder(), [video((10, 910))], tokens=1600, chunk=200)
@@ -186,7 +187,7 @@ def test_a_defect_of_the_watch_costs_no_request(
 
 
 class Event:
-    """What a GPU's event is asked: work that is done when somebody says so."""
+    """A GPU event whose work is done when `done` is set."""
 
     done = False
 
@@ -199,17 +200,17 @@ class Event:
 
 
 def test_time_on_a_gpu_is_not_waited_for() -> None:
-    watch, start, stop = embedding_cache.EncoderWatch(), Event(), Event()
-    watch._times, watch._unread = 2, [(embedding_cache._Span(start, stop), 0.25)]
-    assert watch.take() == embedding_cache.EncodedAgain(2, 0.0)
+    watch, start, stop = encoder_watch.EncoderWatch(), Event(), Event()
+    watch._times, watch._unread = 2, [(encoder_watch._Span(start, stop), 0.25)]
+    assert watch.take() == encoder_watch.EncodedAgain(2, 0.0)
     stop.done = True
-    assert watch.take() == embedding_cache.EncodedAgain(0, pytest.approx(10.0))
-    assert watch.take() == embedding_cache.EncodedAgain()
+    assert watch.take() == encoder_watch.EncodedAgain(0, pytest.approx(10.0))
+    assert watch.take() == encoder_watch.EncodedAgain()
 
 
 def test_the_trace_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend's own watch, between the metadata and the layers of each chunk."""
-    monkeypatch.setattr(embedding_cache, "watch", None)
+    """The backend's own watch; embeddings are made between the metadata and the layers of each chunk."""
+    monkeypatch.setattr(encoder_watch, "watch", None)
     monkeypatch.setattr(mm_schedule, "embedding_cache", None)
     cache_of(0, monkeypatch)
     kept = observed.Keeps()

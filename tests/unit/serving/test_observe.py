@@ -1,4 +1,4 @@
-"""What observers are shown, on the CPU and without a server: a real stock backend under our class, a real pool."""
+"""What observers see, on the CPU without a server: a real stock backend under our class, and a real KV pool."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whoever does not ask for mminfer, or for the CPU, does not notice that the package is installed.
+"""Servers that ask neither for mminfer nor for the CPU do not notice that the package is installed.
 
-SGLang resolves each launch in a process with the plugin and in one where SGLANG_PLUGINS leaves it out. The device is
-one that is not there: SGLang resolves arguments for it all the same, and the CPU would bring our platform.
+SGLang resolves each launch in a process with the plugin and in a process where SGLANG_PLUGINS leaves it out. The device
+is "cuda", which this machine may lack: SGLang resolves arguments for it anyway, and "cpu" would bring our platform.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_other_backends_are_served_as_without_the_package(models: dict[str, str]
     ]
     with_it, without = launch(*steps), launch(*steps, environ=WITHOUT)
     for step, ours, stock in zip(steps, with_it, without):
-        assert ours.pop("hooks") and not stock.pop("hooks")  # the plugin was there, and was not
+        assert ours.pop("hooks") and not stock.pop("hooks")  # the first process had the plugin, the second had not
         assert ours == stock, step
     classes = {found["model"].rpartition(".")[2] for found in with_it}
     assert "LlavaQwenForCausalLM" in classes and not any("mminfer" in found["model"] for found in with_it)
@@ -52,7 +52,7 @@ def test_a_machine_that_lost_its_gpus_fails_as_without_the_package(models: dict[
 
 @on_cpu
 def test_engines_of_one_process_go_by_their_own_arguments(models: dict[str, str]) -> None:
-    """Also one that does not ask for the CPU, after one that does."""
+    """This includes an engine that does not ask for the CPU after one that does."""
     llava = {"model_path": models["llava_video"], "device": "cpu"}
     ask, stock, lost = (
         {**llava, "attention_backend": "mminfer"},
@@ -77,7 +77,6 @@ def test_nothing_is_asked_of_the_hub_for_others(monkeypatch: pytest.MonkeyPatch,
         raise AssertionError(f"{name} was looked for")
 
     monkeypatch.setattr(checkpoint.Checkpoint, "_file", refuse)
-    monkeypatch.setattr(asked, "_insisted", False)
     for backend in ("triton", None):
         monkeypatch.setattr(asked, "_last", type("Arguments", (), {"attention_backend": backend}))
         assert registration.parse_config(lambda *args, **kwargs: "stock", None, "some/model", False) == "stock"

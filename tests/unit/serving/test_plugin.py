@@ -1,4 +1,4 @@
-"""The plugin as SGLang meets it: registration, the flag, precedence, what is refused, and the media hooks.
+"""The plugin as SGLang uses it: registration, flags and their precedence, refusals, and the media hooks.
 
 Nothing of SGLang is replaced here. Models are directories with a config.json and no weights.
 """
@@ -22,6 +22,7 @@ from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
+from config_files import config_file
 from sglang_mminfer import mends, plugin, settings
 from sglang_mminfer.families.qwen_vl.processor import videos_of
 from sglang_mminfer.head_config import HeadConfig, HeadConfigError
@@ -111,7 +112,7 @@ def test_sglang_knows_the_backend() -> None:
 
     assert ATTENTION_BACKENDS["mminfer"] is backend_entry.create_backend
     assert ATTENTION_BACKEND_CHOICES.count("mminfer") == 1
-    assert "mminfer" not in DRAFT_ATTENTION_BACKEND_CHOICES  # a draft model has other heads
+    assert "mminfer" not in DRAFT_ATTENTION_BACKEND_CHOICES  # a head config is not for a draft model's heads
 
 
 def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,21 +135,23 @@ def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_missing_target_costs_mminfer_alone(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of an SGLang that moved it: registration is silent, a launch with mminfer is told, and others are not."""
+    """If SGLang lacks a target, registration is silent, a launch with mminfer fails, and others do not notice."""
     gone = [
         Hook("sglang.srt.no.f", "around", "sglang_mminfer.serving.ffmpeg:decode_without_ffmpeg", "Why it is there."),
         Hook("handle_nothing", "resolution", "sglang_mminfer.serving.launch:check_launch", "A test.", essential=True),
     ]
     monkeypatch.setattr(plugin, "HOOKS", tuple(gone))
     monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setattr(hooks, "missing", [])
+    monkeypatch.setattr(hooks, "_declared", ())
+    monkeypatch.setattr(hooks, "_begun", [])
     plugin.register()
-    assert hooks.missing == gone and not caplog.text
     arguments(models, attention_backend="triton", device="cuda").resolve_once()
+    assert "mminfer" not in caplog.text
     with pytest.raises(hooks.UnsupportedLaunch, match=r"has no handle_nothing, without which answers could be wrong"):
         arguments(models).resolve_once()
     assert "Why it is there" not in caplog.text
-    monkeypatch.setattr(hooks, "missing", gone[:1])
+    monkeypatch.setattr(hooks, "_declared", tuple(gone[:1]))
+    monkeypatch.setattr(hooks, "_begun", [])
     arguments(models, device="cpu").resolve_once()
     assert caplog.text.count("so this goes unmended: Why it is there.") == 1
 
@@ -170,9 +173,11 @@ def test_the_tested_versions_are_those_of_the_distribution() -> None:
 
 def test_failure_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     target = "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
-    broken = Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.")
+    broken = Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.", when=("load",))
     monkeypatch.setattr(plugin, "HOOKS", (broken,))
     monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(hooks, "_declared", ())
+    monkeypatch.setattr(hooks, "_begun", [])
     with pytest.raises(AttributeError, match="not_there"):
         plugin.register()
     assert "could NOT be registered" in caplog.text
@@ -180,7 +185,7 @@ def test_failure_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 
 
 def test_another_selected_platform_hides_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's rule, which the doctor explains: a distribution goes as a whole."""
+    """SGLang skips the whole distribution then; the doctor explains it."""
     from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, _get_excluded_dists, load_plugins_by_group
 
     monkeypatch.setenv("SGLANG_PLATFORM", "some_other")
@@ -199,7 +204,7 @@ def test_help_of_the_server_lists_flag_and_choice() -> None:
     assert "mminfer" in backends[: backends.index("}")]
 
 
-# The flag, and what goes before what
+# The flags and their precedence
 
 
 def parse(models: dict[str, str], *flags: str) -> ServerArgs:
@@ -280,7 +285,7 @@ def test_override_reaches_the_model_config(models: dict[str, str]) -> None:
 
 
 def _in_a_child(pickled: bytes, queue: Any) -> None:
-    """What a scheduler process does with the arguments: unpickle, load plugins, use them."""
+    """Does what a scheduler process does: unpickles the arguments, loads plugins, uses the arguments."""
     server_args = pickle.loads(pickled)
     load_plugins()
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -298,7 +303,7 @@ def test_flag_survives_the_spawn_of_a_scheduler(models: dict[str, str]) -> None:
     queue = context.SimpleQueue()
     child = context.Process(target=_in_a_child, args=(pickle.dumps(server_args), queue))
     child.start()
-    child.join(60)
+    child.join(300)
     assert child.exitcode == 0
     assert queue.get() == (head_config_choice.ConfigChoice("dense", settings.CONFIG.flag), True, "mminfer", "cpu")
 
@@ -351,9 +356,9 @@ def test_dense_backend(models: dict[str, str], fields: dict[str, Any], device: s
 @pytest.mark.parametrize(
     "default, page_size, expected, dense",
     [
-        ("trtllm_mha", None, 64, "trtllm_mha"),  # as SGLang would set it if it saw this name
+        ("trtllm_mha", None, 64, "trtllm_mha"),  # as SGLang sets it for this name
         ("trtllm_mha", 32, 32, "trtllm_mha"),
-        ("trtllm_mha", 8, 8, "flashinfer"),  # the user's, which trtllm_mha does not take
+        ("trtllm_mha", 8, 8, "flashinfer"),  # the user's page size, which trtllm_mha does not take
         ("fa4", None, 128, "fa4"),
         ("fa3", None, None, "fa3"),
         ("flashinfer", None, None, "flashinfer"),
@@ -368,7 +373,7 @@ def test_blackwell_keeps_its_dense_backend(
     expected: int | None,
     dense: str,
 ) -> None:
-    """Decoding and whatever is not sparse run on what SGLang would have used, page size and all."""
+    """Decoding and dense prefill use the backend, and the page size, that SGLang would use without mminfer."""
     from sglang.srt.arg_groups import model_override_base
 
     monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *args: default)
@@ -381,7 +386,7 @@ def test_blackwell_keeps_its_dense_backend(
 
 
 def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str]) -> None:
-    from sglang.srt.managers.cache_controller import storage_model_name
+    from sglang.srt.managers import cache_controller
 
     pool = SimpleNamespace(storage_format_tag=None)
 
@@ -389,12 +394,14 @@ def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str])
         server_args = arguments(models, model, device="cuda", **fields)
         setattr(server_args, flags.CONFIG_ATTRIBUTE, head_config)
         server_args.resolve_once()
-        return storage_model_name("served", pool)
+        return cache_controller.storage_model_name("served", pool)
 
-    default, other = name(), name(head_config="test_a_shape")
+    default, other = name(), name(head_config=config_file("test_a_shape"))
     assert default.startswith("served-mminfer-") and other.startswith("served-mminfer-") and default != other
     assert name() == default
-    assert name(head_config="dense") == name(attention_backend="triton") == "served"  # that KV is stock's
+    assert (
+        name(head_config="dense") == name(attention_backend="triton") == "served"
+    )  # dense heads compute the same KV as stock SGLang
 
 
 # Refusals
@@ -439,7 +446,7 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("block_scaled_kv", {"kv_cache_dtype": "mxfp8"}),
     ("prefill_context_parallel", {"enable_prefill_cp": True}),
     ("decode_only", {"prefill_attention_backend": "triton"}),
-    ("tokenizer_workers", {"tokenizer_worker_num": 2, "device": "cuda"}),  # of a model whose media are mended
+    ("tokenizer_workers", {"tokenizer_worker_num": 2, "device": "cuda"}),  # the model's media are mended
     ("hicache_storage", {"enable_hierarchical_cache": True, "hicache_storage_backend": "dynamic"}),
 ]
 ACCEPTED: list[dict[str, Any]] = [
@@ -462,7 +469,7 @@ ACCEPTED: list[dict[str, Any]] = [
 
 
 def with_environment(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The other fields; "environ" is set."""
+    """The fields without "environ", whose variables are set."""
     for name, value in fields.get("environ", {}).items():
         monkeypatch.setenv(name, value)
     return {name: value for name, value in fields.items() if name != "environ"}
@@ -497,7 +504,7 @@ def test_two_reasons_are_both_given(models: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_the_real_resolution(models: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """In SGLang's own pipeline, before its checks by backend name and before any process is started."""
+    """SGLang's own pipeline refuses it before its checks by backend name, and before any process starts."""
     fields = with_environment(REFUSED[name], monkeypatch)
     with pytest.raises(hooks.UnsupportedLaunch) as refused:
         arguments(models, **fields).resolve_once()
@@ -569,13 +576,13 @@ def test_every_video_becomes_an_item() -> None:
 
     grids = [[3, 4, 4], [2, 4, 8], [5, 2, 2]]
     whole = _videos(grids)
-    assert len(get_new_expanded_mm_items([whole])) == 1  # SGLang as it is
+    assert len(get_new_expanded_mm_items([whole])) == 1  # stock SGLang
     items = _split(whole)
     assert [item.offsets for item in items] == [[offset] for offset in whole.offsets]
     assert torch.equal(torch.cat([item.feature for item in items]), whole.feature)
     assert [item.video_grid_thw.tolist() for item in items] == [[grid] for grid in grids]
     assert [item.second_per_grid_ts for item in items] == [[0.5], [1.5], [2.5]]
-    # What comes after a video does not change its hash, and so not the radix keys of its tokens.
+    # Later videos do not change a video's hash, so the radix keys of its tokens stay the same.
     assert hashes(grids)[:2] == hashes(grids[:2])
     assert hashes(grids[:1]) == hashes(grids)[:1]
 
@@ -603,7 +610,7 @@ def test_decord_decodes_where_ffmpeg_is_missing(tmp_path: Path) -> None:
     make_video(path, 12, 64, 32)
     video = VideoDecoderWrapper(path.read_bytes())
     assert len(video) == 12
-    frames = video.get_frames_as_tensor([0, 5, 11])  # pins them where that is possible
+    frames = video.get_frames_as_tensor([0, 5, 11])  # pins them if there is an accelerator
     assert frames.shape == (3, 32, 64, 3)
-    with pytest.raises(Exception):  # noqa: B017 - either decoder's own error
+    with pytest.raises(Exception):  # noqa: B017 - each decoder raises its own error
         VideoDecoderWrapper(os.urandom(64))

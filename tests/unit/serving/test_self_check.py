@@ -1,4 +1,4 @@
-"""What a server on a GPU asks of its executor before it takes a request, asked here of those that run here."""
+"""The check that a server on a GPU runs before its first request, on the executors that run on this machine."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,7 @@ import torch
 
 import support
 from sglang_mminfer.kernels.executors import EXECUTORS, name_for
-from sglang_mminfer.serving.backend import SparsePrefill
-from sglang_mminfer.serving.self_check import check
+from sglang_mminfer.serving.self_check import check, why_unfit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -44,16 +43,15 @@ def test_wrong_executors_are_found_out(run):
 
 
 def test_an_executor_that_does_not_run_leaves_the_server_dense_and_says_so(caplog):
-    """As on a GPU whose compiler, driver or card is at odds with the kernel: here there is no card at all."""
+    """As on a GPU whose compiler or driver rejects the kernel; here there is no GPU at all."""
     assert not torch.cuda.is_available() or pytest.skip("there is a GPU, on which it runs")
     runner = SimpleNamespace(
         model_config=SimpleNamespace(num_attention_heads=4, get_num_kv_heads=lambda ranks: 2, head_dim=16),
         dtype=torch.bfloat16,
     )
-    backend = SimpleNamespace(device=torch.device("cuda"), _executor="triton", ranks=1)
-    assert SparsePrefill._why_unfit(backend, runner) == "executor_failed"
+    assert why_unfit(runner, "triton", torch.device("cuda"), 1, "fa3") == "executor_failed"
     assert "the triton executor does not run here; everything runs dense" in caplog.text
-    assert SparsePrefill._why_unfit(SimpleNamespace(device=torch.device("cpu")), runner) is None
+    assert why_unfit(runner, "torch", torch.device("cpu"), 1, "torch_native") is None
 
 
 def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():

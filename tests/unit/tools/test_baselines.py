@@ -1,4 +1,4 @@
-"""The paper's baselines as head configs: the packaged files, and sizes for a wished density."""
+"""The paper's baselines as head configs: the packaged files, and sizes for a given density."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`mminfer compare` with a stand-in for the server: what is asked, what is kept, and what is not asked twice."""
+"""`mminfer compare` with a stand-in for the server: what it asks, what it writes, and what it does not ask twice."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "needle_vlm"
 
 
 class StandIn:
-    """Takes Server's place: answers "3" to everything, and traces every request as visited by a third."""
+    """Takes the place of Server: answers "3" to every question, and traces every request with a density of a third."""
 
     started: list[str] = []  # noqa: RUF012
     density = 1 / 3
@@ -84,7 +84,7 @@ def test_it_goes_on_where_it_was_stopped(stand_in, monkeypatch, tmp_path, capsys
     assert table[0] == "| config | density, 512 | V-NIAH, 512 | prefill ms, 512 | errors |"
     assert len(table) == 5 and table[2].startswith("| dense | 0.333 | ")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-    # Other questions are another table.
+    # Other questions need another result file.
     assert _compare(tmp_path, *configs, "--seed", "9") == 2
     assert "was made with other settings; name another --out" in " ".join(capsys.readouterr().out.split())
 

@@ -1,4 +1,4 @@
-"""`mminfer doctor`: what it finds here, what it says about what is wrong, and its exit status."""
+"""`mminfer doctor`: what it finds here, what it says about errors, and its exit status."""
 
 from __future__ import annotations
 
@@ -59,6 +59,27 @@ def test_what_would_run_for_a_model(model: str) -> None:
     assert named(findings, "hooks").status == "ok"
 
 
+def test_settings_are_listed_with_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in settings.SETTINGS:
+        monkeypatch.delenv(setting.variable, raising=False)
+    monkeypatch.setenv(settings.AUDIT.variable, "0.25")
+    monkeypatch.setenv(settings.TRACE.variable, "/tmp/trace.jsonl")
+    findings = [finding for finding in doctor.examine() if finding.section == "settings"]
+    *is_set, others = findings
+    assert [(finding.name, finding.status) for finding in is_set] == [
+        (settings.AUDIT.variable, "ok"),
+        (settings.TRACE.variable, "ok"),
+    ]
+    assert is_set[0].text == "0.25 (--mminfer-audit of a server wins over it)"
+    assert is_set[1].text == "/tmp/trace.jsonl"
+    listed = dict(text.split("=") for text in others.text.removeprefix("not set, so default: ").split(", "))
+    assert listed == {
+        setting.variable.removeprefix("SGLANG_MMINFER_"): setting.default
+        for setting in settings.SETTINGS
+        if setting not in (settings.AUDIT, settings.TRACE)
+    }
+
+
 def test_every_error_has_a_fix(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_PLATFORM", "some_other")
     monkeypatch.setenv(settings.CONFIG.variable, str(tmp_path / "absent.json"))
@@ -71,7 +92,7 @@ def test_every_error_has_a_fix(model: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    found = list(doctor._model(str(tmp_path / "absent"), None, False))
+    found = list(doctor.examine_model(str(tmp_path / "absent"), None, False))
     assert [finding.status for finding in found] == ["error"]
     assert found[0].fix
 
@@ -87,28 +108,28 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         "num_hidden_layers": 2,
     }
     (tmp_path / "config.json").write_text(json.dumps(content))
-    (found,) = doctor._model(str(tmp_path), None, False)
+    (found,) = doctor.examine_model(str(tmp_path), None, False)
     assert found.status == "error"
     assert "latent attention" in (found.fix or "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so() -> None:
-    (found,) = doctor._gpu()
+    (found,) = doctor.examine_gpu()
     assert found.status == "note"
     assert "none that torch can use" in found.text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_named_and_tried() -> None:
-    found = list(doctor._gpu())
+    found = list(doctor.examine_gpu())
     assert [finding.name for finding in found] == ["gpu", "kernel, bfloat16", "kernel, float16"]
     assert not [finding for finding in found if finding.status == "error"], found
     assert "compute capability" in found[0].text
 
 
 def test_the_kernels_smoke_test_in_the_interpreter() -> None:
-    """What the GPU is asked, by the same code, where the kernel is not compiled."""
+    """The same code that checks a GPU, with the kernel in Triton's interpreter."""
     program = (
         "import torch; from sglang_mminfer.tools.doctor import report; print(report.check_kernel('cpu', torch.float16))"
     )
@@ -142,21 +163,21 @@ def test_wrong_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (None, None, ["ok", "ok"]),
         ("mminfer, mminfer_cpu", "mminfer_cpu", ["ok", "ok"]),
-        ("mminfer", None, ["warning", "ok"]),  # the CPU platform goes by the same list
+        ("mminfer", None, ["warning", "ok"]),  # the CPU platform uses the same list
         ("other", None, ["error", "ok"]),
         (None, "other", ["ok", "error"]),
     ],
 )
 def test_filters(plugins: str | None, platform: str | None, statuses: list[str]) -> None:
-    found = list(doctor._filters(plugins, platform))
+    found = list(doctor.examine_filters(plugins, platform))
     assert [finding.status for finding in found] == statuses
     assert all((finding.fix is None) == (finding.status == "ok") for finding in found)
 
 
 def test_an_outdated_requirement(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.4.0" if name == "sglang" else real(name))
-    finding = named(list(doctor._versions()), "sglang")
+    real = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: "0.4.0" if name == "sglang" else real(name))
+    finding = named(list(doctor.examine_versions()), "sglang")
     assert finding.status == "error"
     assert "0.4.0" in finding.text and ">=0.5.23" in finding.text
     assert "pip install" in (finding.fix or "")

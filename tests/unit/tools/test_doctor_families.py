@@ -1,4 +1,4 @@
-"""What `mminfer doctor --video` says for every family of tests/families, against the family's oracle."""
+"""What `mminfer doctor --video` says for every family of `tests/families`, against the family's oracle."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def case(request: pytest.FixtureRequest, video: str, tmp_path_factory: pytest.Te
 
 
 def text_config(path: str) -> dict[str, Any]:
-    """The language model's part of a config.json, wherever it lies."""
+    """The language model's part of a config.json, wherever the config has it."""
     root = Path(path)
     config = json.loads((root / "config.json").read_text())
     for name in ("text_config", "llm_config"):
@@ -77,7 +77,7 @@ def test_tokens_grid_and_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     prompt = doctor_video.prompt_of(server_args, case.video)
     assert prompt.input_ids == expected
 
-    # Without room in the cache: what it would have to hold is said, and so is how often it is made without it.
+    # Without room in the cache, the command says what the cache would have to hold and how often the encoder runs.
     monkeypatch.setenv("SGLANG_VLM_CACHE_SIZE_MB", "0")
     found = case.found(chunked_prefill_size=32)
     assert set(found) == {"file", "tokens", "grid", "vision encoder", "KV cache", "density"}, found

@@ -1,4 +1,4 @@
-"""What `mminfer doctor --video` says of a real file, against transformers' own processor on the same checkpoint."""
+"""What `mminfer doctor --video` says of a real file, against transformers' processor on the same checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from sglang.srt.plugins import load_plugins
 from sglang_mminfer import cli
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.kernels import reference
-from sglang_mminfer.patterns.spec import AShape, Dense, Grid
+from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
 from sglang_mminfer.testing.oracle import HFOracle
 from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
@@ -42,7 +44,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def without_weights(model: str, tmp_path: Path) -> str:
-    """The same checkpoint: nobody may ask for its weights."""
+    """The same checkpoint without its weights, because the command must not need them."""
     copy = tmp_path / "no_weights"
     shutil.copytree(model, copy, ignore=shutil.ignore_patterns("*.safetensors*"))
     return str(copy)
@@ -98,12 +100,12 @@ def test_tokens_grid_and_map_are_those_of_the_processor(
 
 
 def test_a_video_that_the_cache_refuses(without_weights: str, video: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As often as the prompt has chunks with a part of it, and the value that is said ends it."""
+    """The video is encoded once for every chunk that holds a part of it; with the suggested cache size, only once."""
     monkeypatch.setenv("SGLANG_VLM_CACHE_SIZE_MB", "0")
     found = asked(without_weights, video, chunked_prefill_size=100)
     media = int(found["tokens"].text.split(": ")[1].split(" of")[0].replace(",", ""))
     finding = found["vision encoder"]
-    first = 20  # of about 30 text tokens, most stand before the video; the count allows one chunk more or less
+    first = 20  # most of the 30 text tokens precede the video; the count may be off by one chunk
     runs = int(finding.text.split("runs ")[1].split()[0])
     assert abs(runs - (first + media) / 100) <= 1
     assert finding.status == "warning" and f"{media * HEADS * D * 4 / 2**20:.1f} MB of embeddings" in finding.text
@@ -145,7 +147,7 @@ def test_density_is_that_of_what_all_heads_visit() -> None:
     assert expected == pytest.approx(sum(shares) / len(shares), rel=1e-6)
 
 
-# What cannot be told is one clear sentence.
+# If something cannot be told, the command says so in one clear sentence.
 
 
 @pytest.fixture

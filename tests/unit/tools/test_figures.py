@@ -1,4 +1,4 @@
-"""What is drawn is what was planned: the data behind every picture against the plan, on odd maps too."""
+"""Pictures show what was planned: the data behind every picture against the plan, on odd maps too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mminfer inspect` shows is what the layers did: against their LSE, the exact masks, and whole pictures."""
+"""`mminfer inspect` shows what the layers did: checked against their LSE, the exact masks, and whole pictures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ import pytest
 import torch
 
 import observed
+from config_files import config_file
 from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, QBoundary, settings
 from sglang_mminfer.kernels import reference
+from sglang_mminfer.kernels.rows import dense_rows
+from sglang_mminfer.patterns import dense, grid
+from sglang_mminfer.patterns.index import TEXT_AFTER_VISION
 from sglang_mminfer.planning.visited import order_of, visited_rows
 from sglang_mminfer.serving import audit, observe
 from sglang_mminfer.tools.inspect import command
@@ -30,7 +34,7 @@ CHUNKS = {"whole": [0, observed.LENGTH], "chunks": [0, 96, 300, 555, observed.LE
 def captured(
     folder: Path, config: str, monkeypatch: pytest.MonkeyPatch, cuts: list[int], rows: int = 5000
 ) -> list[observe.LayerView]:
-    """Prefills a prompt with a Capture at work; what it leaves is in `folder`."""
+    """Prefill a prompt with a Capture at work, which writes its record to `folder`."""
     monkeypatch.setenv(settings.TRACE.variable, str(folder / "trace.jsonl"))
     (folder / REQUEST).write_bytes(msgspec.json.encode(Request(command.RID, HEADS, rows=rows, bins=50)))
     capture = create(str(folder), observe.RankInfo(0, 1, observed.LAYERS, None))
@@ -51,7 +55,7 @@ def test_squares_and_rows_are_those_of_the_layers(
     views = captured(tmp_path, config, monkeypatch, CHUNKS[cuts])
     for layer, head in HEADS:
         with np.load(tmp_path / f"head-{layer}-{head}.npz") as saved:
-            assert np.array_equal(saved["position"], np.arange(observed.LENGTH))  # few enough to take all
+            assert np.array_equal(saved["position"], np.arange(observed.LENGTH))  # so few rows that all are sampled
             lost = 0.0
             for view in (view for view in views if view.layer_id == layer):
                 (request,) = view.requests
@@ -61,7 +65,7 @@ def test_squares_and_rows_are_those_of_the_layers(
                     continue
                 where = torch.arange(request.prefix_len, request.seq_len)
                 k, v = view.k_cache, view.v_cache
-                o, lse = audit.dense_rows(view.q, where, k, v, request.slots, view.sm_scale)
+                o, lse = dense_rows(view.q, where, k, v, request.slots, view.sm_scale)
                 recall = torch.exp2(view.lse[:, head] - lse[:, head])
                 assert np.allclose(saved["recall"][mine], recall, atol=1e-4)
                 assert np.allclose(saved["error"][mine], (view.out - o)[:, head].norm(dim=1), atol=1e-4)
@@ -114,22 +118,22 @@ def test_reasons_are_those_of_the_config(tmp_path: Path, monkeypatch: pytest.Mon
     modality_map, pattern = view.requests[0].map, view.patterns[0]
     assert modality_map is not None and view.plan is not None and isinstance(pattern, Grid) and pattern.h
     visited = view.plan.visited_by_row[:, 0].numpy()
-    start = 400  # behind what sink and window reach anyway
+    start = 400  # not in the sink and the window, which the row sees anyway
     found = inspect_reasons.reasons_by_row(modality_map, pattern, 50, visited[start:], start, False)
     phase = modality_map.cells("frame").numpy() == pattern.phase
-    assert (found[phase[start:]] == inspect_reasons.PHASE).all()
-    assert (found[observed.VIDEO[1] + 1 - start :] == inspect_reasons.TEXT).all()
-    assert set(found) <= {inspect_reasons.PHASE, inspect_reasons.TEXT, inspect_reasons.TILES, inspect_reasons.SPARSE}
+    assert (found[phase[start:]] == grid.ON_PHASE).all()
+    assert (found[observed.VIDEO[1] + 1 - start :] == TEXT_AFTER_VISION).all()
+    assert set(found) <= {grid.ON_PHASE, TEXT_AFTER_VISION, inspect_reasons.TILES, inspect_reasons.SPARSE}
     early = inspect_reasons.reasons_by_row(modality_map, pattern, 50, visited, 0, False)
     assert (early[:50] == inspect_reasons.BELOW).all() and early[51] == inspect_reasons.START
     everything = np.arange(1, 9)
-    assert set(inspect_reasons.reasons_by_row(modality_map, Dense(), 0, everything, 0, False)) == {inspect_reasons.HEAD}
+    assert set(inspect_reasons.reasons_by_row(modality_map, Dense(), 0, everything, 0, False)) == {dense.BY_CONFIG}
     assert set(inspect_reasons.reasons_by_row(modality_map, AShape(1, 1), 0, everything, 0, True)) == {
         inspect_reasons.ALL_DENSE
     }
     boundary = QBoundary({Modality.VIDEO: pattern})
     found_q = inspect_reasons.reasons_by_row(modality_map, boundary, 50, visited[start:], start, False)
-    assert (found_q[phase[start:]] == inspect_reasons.PHASE).all()
+    assert (found_q[phase[start:]] == grid.ON_PHASE).all()
     assert (found_q[observed.VIDEO[1] + 1 - start :] == inspect_reasons.MODALITY).all()
     account = inspect_reasons.account(found, visited[start:])
     assert sum(why.rows for why in account) == len(found)
@@ -137,7 +141,7 @@ def test_reasons_are_those_of_the_config(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def embedded_only(page: Path) -> str:
-    """The page's text, which fetches nothing."""
+    """The text of a page; the page must fetch nothing."""
     text = page.read_text()
     assert set(re.findall(r'(?:src|href)="(.{0,20})', text)) <= {"data:image/png;base64"[:20]}
     assert "http" not in re.sub(r"base64,[^\"]*", "", text) and "<script" not in text and "url(" not in text
@@ -147,8 +151,8 @@ def embedded_only(page: Path) -> str:
 def test_page_and_pictures_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captured(tmp_path, "test_mixed_heads", monkeypatch, CHUNKS["chunks"])
     shape = SimpleNamespace(layers=observed.LAYERS, heads=observed.HEADS)
-    monkeypatch.setattr("sglang_mminfer.head_config.fingerprint_of", lambda _: shape)
-    config = HeadConfig.load("test_mixed_heads").bind(None)
+    monkeypatch.setattr("sglang_mminfer.head_config.config.fingerprint_of", lambda _: shape)
+    config = HeadConfig.load(config_file("test_mixed_heads")).bind(None)
     chosen = command.default_heads([config.patterns(layer) for layer in range(observed.LAYERS)])
     assert len(chosen) == len({config.patterns(layer)[head] for layer, head in chosen}) == command.MOST_HEADS
     out = tmp_path / "out"

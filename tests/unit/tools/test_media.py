@@ -1,4 +1,4 @@
-"""Videos and images of the demo and the tests: what is encoded is what is read back."""
+"""Videos and images of the demo and the tests: reading a file gives what was encoded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_video_reads_back_as_it_was_drawn(tmp_path):
     drawn = np.stack(list(video_frames(20, 112, 84, 8, seed=3)))
     assert decoded.shape == drawn.shape == (20, 84, 112, 3)
     assert fps == 8
-    # Frame by frame, so that a dropped or doubled one shows.
+    # Frame by frame, so that a dropped or doubled frame shows.
     error = np.abs(decoded.astype(int) - drawn).mean(axis=(1, 2, 3))
     assert error.max() < 8
 

@@ -1,4 +1,4 @@
-"""Needle conversations: the short way round files ends in what the processor makes, and the models find needles."""
+"""Needle conversations: inputs built without files equal those of the processor, and the models find needles."""
 
 from pathlib import Path
 
@@ -159,7 +159,7 @@ def test_a_shipped_model_answers_through_files(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_files_stand_in_time_where_the_models_were_trained(kind, tmp_path):
-    """2 frames a second, two to a step: a step lasts a second, which is what `interval` is 1.0 for."""
+    """2 frames per second, two frames to a step: a step lasts a second, hence the `interval` of 1.0."""
     from sglang_mminfer.testing.oracle import HFOracle
 
     oracle = HFOracle(EXAMPLES / kind, mm_process_config=media_files.MM_PROCESS_CONFIG)

@@ -1,4 +1,4 @@
-"""`mminfer niah`: needles where they should be, media that can be read, servers that fail, tables and pictures."""
+"""`mminfer niah`: the places of needles, media that can be read, servers that fail, tables and pictures."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_a_card_stands_in_its_pair_of_frames_and_no_other():
     bare = task.Part("video", 90, 3)
     numbers = {"A": "1234", "B": "5678"}
     changed = (cards.frames_of(part, numbers) != cards.frames_of(bare, numbers)).any((2, 3))
-    assert changed.any(1).nonzero()[0].tolist() == [10, 11]  # of 10 pairs the sixth
+    assert changed.any(1).nonzero()[0].tolist() == [10, 11]  # the sixth of 10 pairs
     assert changed[10].sum() == 2 * cards.HEIGHT // cards.STRIPS  # two cards, one below the other
     with pytest.raises(ValueError, match="has no room for 4 cards"):
         cards.frames_of(
@@ -140,7 +140,7 @@ def _answers(settings: niah.Settings) -> dict[str, str]:
 
 
 def test_servers_side_by_side(tmp_path, capsys):
-    """One knows everything, one fails on every long conversation and is wrong otherwise."""
+    """One server knows everything; the other fails on every long conversation and is wrong otherwise."""
     settings = niah.Settings(("v-niah", "v-relay"), (512, 768), depths=3, seeds=2, seed=4)
     right = _answers(settings)
 

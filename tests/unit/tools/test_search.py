@@ -25,12 +25,12 @@ from support import IMAGE, TEXT, VIDEO, VISION, conversation
 CHAT = conversation(260, (28, 4, 4), 260, (20, 4, 4), 150)  # 1438 tokens: two videos of 16 cells among text
 CELLS = CHAT.cells("frame")
 D = 64
-LOUD = 14.0  # score of what a row looks for, against about 0 of everything else
+LOUD = 14.0  # the score of a key that a row looks for; other scores are about 0
 KINDS = ("grid v", "grid s", "a_shape", "vertical_slash", "q-boundary", "2d-boundary")
 
 
 def planted(kind: str, seed: int, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k [tokens, 1, D] of a head that looks for one thing. Dims: cells, then flags, then noise."""
+    """q and k [tokens, 1, D] of a head that looks for one thing. The dims are cells, then flags, then noise."""
     random = torch.Generator().manual_seed(seed)
     n = CHAT.length
     q, k = torch.zeros(2, n, D)
@@ -62,8 +62,8 @@ def rows_see(head, modality: Modality):
 
 
 def named(kind: str, head, phase: int) -> bool:
-    """Whether the head that was found is the one that was planted. Text rows that a grid leaves dense by its own
-    rule may get anything."""
+    """Whether the found head is the planted head. Text rows that a grid leaves dense by its own rule may get any
+    pattern."""
     of_video, of_text = rows_see(head, VIDEO), rows_see(head, TEXT)
     if kind == "grid v":
         return isinstance(of_video, Grid) and (of_video.v, of_video.stride, of_video.phase) == (True, "frame", phase)
@@ -117,14 +117,14 @@ def small_table(seed: int, candidates: int = 4, layers: int = 2, heads: int = 2)
     patterns = [[[AShape(0, 1 + c)] * heads] * layers for c in range(candidates)]
     shape = (candidates, layers, heads, 2)
     cost = np.sort(random.random(shape), axis=0)
-    error = -np.sort(-random.random(shape), axis=0)  # what costs more errs less
+    error = -np.sort(-random.random(shape), axis=0)  # a higher cost has a lower error
     cost[-1], error[-1] = 1.0, 0.0
     return Table(patterns, error, cost, np.ones(2), (TEXT, VIDEO))
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_other_choice_of_the_same_density_errs_less(seed):
-    """Against all 4^4 choices of two heads by two modalities. On its price curve an allocation is the best there is."""
+    """Against all 4^4 choices for two heads and two modalities: an allocation on the price curve is the best."""
     table = small_table(seed, layers=1)
     for price in (0.05, 0.3, 1.0, 3.0):
         found = at_price(table, price)
@@ -158,7 +158,7 @@ def test_modalities_that_choose_differently_make_a_q_boundary_and_missing_ones_d
     error = np.array([[[[0.0, np.nan, 0.0]]], [[[0.0, np.nan, 5.0]]], [[[9.0, np.nan, 0.0]]]])
     cost = np.array([[[[5.0, 0.0, 5.0]]], [[[1.0, 0.0, 1.0]]], [[[1.0, 0.0, 1.0]]]])
     found = at_price(Table(patterns, error, cost, np.array([5.0, 0.0, 5.0]), (TEXT, IMAGE, VIDEO)), 1.0)
-    # Rows of a video have nothing of a tri-shape but its A-shape.
+    # For rows of a video a tri-shape is only its A-shape.
     assert found.heads == [[QBoundary({TEXT: AShape(1, 1), VIDEO: AShape(1, 2)})]]
     assert found.error == 0 and found.density == pytest.approx(0.2)
 
@@ -171,7 +171,7 @@ def kinds(found) -> set[str]:
 
 
 def test_only_the_boundaries_asked_for_are_found():
-    """On planted heads, one of each boundary: without its boundary a head gets another, and errs more."""
+    """On planted heads, one for each boundary: without its boundary a head gets another one, and a larger error."""
     made = [planted(kind, 1, 5) for kind in ("grid v", "q-boundary", "2d-boundary")]
     table, _ = table_of(*(torch.cat(x, dim=1) for x in zip(*made)), 1)
     free = at_price(table, 1.0)

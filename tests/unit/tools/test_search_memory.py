@@ -21,7 +21,7 @@ LIMIT = 80 * MIB
 
 
 def measured(folder: Path, limit: int) -> tuple[int, dict]:
-    """The most memory that measuring took, in bytes, and what was found."""
+    """The peak memory of measuring, in bytes, and the measured scores."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, process.__file__, str(folder), str(limit)], env=env, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""What a tile visit takes, how visits are counted, and what a price of time does to a choice."""
+"""The time of a tile visit, how visits are counted, and how weighing by time changes a choice."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from sglang_mminfer import AShape, Dense, Grid, Modality, QBoundary, VerticalSla
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
-from sglang_mminfer.planning.tiles import FULL, PARTIAL, PICKED
+from sglang_mminfer.planning.tiles import FULL, GATHERED, PARTIAL
 from sglang_mminfer.tools.search import tile_times
 from sglang_mminfer.tools.search.allocate import Table, within_density
 from sglang_mminfer.tools.search.measure import MODALITIES, LayerProbe, visits_by_modality
@@ -45,16 +45,16 @@ def test_visits_are_those_of_the_plan_tile_by_tile() -> None:
     for own in plan.passes:
         for tile in range(own.num_tiles):
             rows = own.q_rows[own.q_indptr[tile] : own.q_indptr[tile + 1]].long()
-            visits, full, picked = (
-                int(x) for x in (own.block_indptr.diff()[tile], own.num_full[tile], own.num_picked[tile])
+            visits, full, gathered = (
+                int(x) for x in (own.block_indptr.diff()[tile], own.num_full[tile], own.num_gathered[tile])
             )
             for head in own.head_groups[own.q_heads[tile]]:
                 for row in rows.tolist():
-                    kinds = np.array([full, visits - full - picked, picked])
+                    kinds = np.array([full, visits - full - gathered, gathered])
                     expected[head, modality_of_row[row]] += kinds / len(rows)
     np.testing.assert_allclose(found, expected)
-    assert (found[0] == found[4]).all() and found[0, :, PICKED].sum() == 0
-    assert found[3, :, PICKED].sum() > 0, "nothing was picked: the case shows too little"
+    assert (found[0] == found[4]).all() and found[0, :, GATHERED].sum() == 0
+    assert found[3, :, GATHERED].sum() > 0, "no tile was gathered: the case shows too little"
     tiles = -(-CHAT.length // BLOCK_Q)
     whole = sum(-(-min((t + 1) * BLOCK_Q, CHAT.length) // BLOCK_K) for t in range(tiles))
     assert float(found[0].sum()) == pytest.approx(whole), "dense visits every key tile up to the diagonal"
@@ -68,7 +68,7 @@ def test_an_estimate_counts_as_full_visits() -> None:
     measured = probe.measure([pattern])
     _, rows = visited_plan([pattern])
     more = 2 * pattern.last_q * CHAT.length / (BLOCK_Q * BLOCK_K)
-    extra = measured.visits.sum() - visits_by_modality(probe._plan([pattern]), rows).sum()
+    extra = measured.visits.sum() - visits_by_modality(probe.plan([pattern]), rows).sum()
     assert float(extra) == pytest.approx(more)
 
 
@@ -78,8 +78,8 @@ def test_a_made_up_plan_is_of_one_kind_and_runs(kind: int) -> None:
     found = visits_by_modality(plan, torch.zeros(3 * BLOCK_Q, dtype=torch.int64))
     assert found[:, 0].tolist() == [[24.0 if k == kind else 0.0 for k in range(3)]] * tile_times.HEADS
     visited = plan.visited_by_row.double() / (8 * BLOCK_K)
-    low, high = {FULL: (1, 1), PARTIAL: (0.4, 0.6), PICKED: (7 / 8, 7 / 8)}[kind]
-    assert low <= float(visited.mean()) <= high and float(visited.max()) == (7 / 8 if kind == PICKED else 1)
+    low, high = {FULL: (1, 1), PARTIAL: (0.4, 0.6), GATHERED: (7 / 8, 7 / 8)}[kind]
+    assert low <= float(visited.mean()) <= high and float(visited.max()) == (7 / 8 if kind == GATHERED else 1)
     q, k, v = torch.randn(3, 3 * BLOCK_Q, tile_times.HEADS, 32, generator=torch.Generator().manual_seed(2))
     k, v = (t.repeat(11, 1, 1)[: 2 * tile_times.MANY * BLOCK_K, :1].contiguous() for t in (k, v))
     outs = []
@@ -91,13 +91,13 @@ def test_a_made_up_plan_is_of_one_kind_and_runs(kind: int) -> None:
 
 
 def test_a_dearer_kind_measures_dearer() -> None:
-    """An executor that takes its time for every picked tile: what it takes more is found, to a fifth."""
+    """An executor that is slow on gathered tiles: the measured difference is right to a fifth."""
     import time
 
     def execute(q, k, v, plan: PrefillPlan, *rest) -> None:
         own = plan.passes[0]
         visits = int(own.block_indptr[-1])
-        end = time.perf_counter() + 2e-3 + visits * (30e-6 if int(own.num_picked.sum()) else 10e-6)
+        end = time.perf_counter() + 2e-3 + visits * (30e-6 if int(own.num_gathered.sum()) else 10e-6)
         while time.perf_counter() < end:
             pass
 
@@ -114,7 +114,7 @@ def test_times_agree_to_two_digits_and_are_read_as_they_were_written(tmp_path: P
     assert found == TileTimes(10.0, 20.0, 15.0, "torch")
     path = tmp_path / tile_times.FILE
     path.write_bytes(msgspec.json.encode(found))
-    assert tile_times.load(path) == found and "full 10, partial 20, picked 15 µs (torch)" in str(found)
+    assert tile_times.load(path) == found and "full 10, partial 20, gathered 15 µs (torch)" in str(found)
     for broken in ("{", '{"full": 1}', '{"full": 0, "partial": 1, "picked": 1, "executor": "torch"}'):
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"tile_times.json: expected times of tile visits"):
@@ -122,16 +122,16 @@ def test_times_agree_to_two_digits_and_are_read_as_they_were_written(tmp_path: P
 
 
 def scores(visits: np.ndarray) -> Scores:
-    """Of 2 candidates and dense: [3, L, H, M] pairs are those of the tiles."""
+    """The scores of 2 candidates and dense. [3, L, H, M] pairs are the pairs of the tiles."""
     pairs = visits.sum(axis=-1) * BLOCK_Q * BLOCK_K
     return Scores(["a", "b", "dense"], np.zeros(pairs.shape), pairs, visits, pairs[2, 0, 0], np.zeros((3, 1)))
 
 
 def test_of_as_many_pairs_the_quicker_one_is_taken_where_time_counts() -> None:
-    """Two candidates of one density and nearly one error: whole tiles, or picked ones that take twice as long."""
+    """Two candidates of equal density and nearly equal error: full tiles, or gathered tiles that take twice as long."""
     visits = np.zeros((3, 1, 2, 2, len(KINDS)))
     visits[0, ..., FULL] = 10  # a
-    visits[1, ..., PICKED] = 10  # b, a little better
+    visits[1, ..., GATHERED] = 10  # b, a little better
     visits[2, ..., FULL] = 40  # dense
     own = scores(visits)
     error = np.zeros((3, 1, 2, 2))

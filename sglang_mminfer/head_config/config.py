@@ -1,0 +1,225 @@
+"""A head config: what every head of a model does, and whether it fits a model (design, section 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import msgspec
+
+from sglang_mminfer.families.maps import reader_of
+from sglang_mminfer.head_config import json_format
+from sglang_mminfer.head_config.fingerprint import HeadConfigError, ModelFingerprint, fingerprint_of
+from sglang_mminfer.head_config.json_format import SCHEMA
+from sglang_mminfer.head_config.provenance import NO_DEFAULTS, Defaults, Provenance
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary, patterns_of
+from sglang_mminfer.patterns.dense import Dense
+
+_PACKAGE = "sglang_mminfer.head_configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """What every head of a model does.
+
+    `form` says how `rows` are spread over the model: "all" has one head for everything, "cycle" has n heads
+    and head h of layer l takes entry (l + h) % n, "layers" has one row of heads for each layer.
+    """
+
+    name: str
+    provenance: Provenance
+    form: Literal["all", "cycle", "layers"]
+    rows: tuple[tuple[HeadPattern, ...], ...]
+    model: ModelFingerprint | None = None
+    defaults: Defaults = NO_DEFAULTS
+    path: str | None = None
+    schema: int = SCHEMA
+    num_layers: int | None = None
+    num_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(tuple(row) for row in self.rows))
+        if not self.rows or not self.rows[0]:
+            self._fail("heads", "expected at least one head, got none")
+        if self.form != "layers":
+            if len(self.rows) != 1 or (self.form == "all" and len(self.rows[0]) != 1):
+                self._fail("heads", f"expected one row of heads, got {len(self.rows)}")
+            return
+        for i, row in enumerate(self.rows):
+            if len(row) != len(self.rows[0]):
+                self._fail(f"heads[{i}]", f"expected {len(self.rows[0])} heads as in heads[0], got {len(row)}")
+        if self.model is not None:
+            self._fit(self.model.layers, self.model.heads, "the fingerprint in `model`")
+
+    # Reading
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> HeadConfig:
+        """Read a built-in config by its name, or a file by its path (with a separator, or ending in .json).
+
+        Raises:
+            HeadConfigError: if there is no such config, or anything in it is wrong.
+        """
+        text = str(name_or_path)
+        if isinstance(name_or_path, Path) or "/" in text or "\\" in text or text.endswith(".json"):
+            path = Path(name_or_path).expanduser()
+            return cls._parse(_read(path, str(path)), path.stem, str(path))
+        packaged = resources.files(_PACKAGE) / f"{text}.json"
+        if not re.fullmatch(r"[\w-]+", text) or not packaged.is_file():
+            raise HeadConfigError(
+                f'head config "{text}": no built-in config has this name; available: '
+                f"{', '.join(cls.available())}. A path needs a separator or the ending .json."
+            )
+        return cls._parse(_read(packaged, str(packaged)), text, str(packaged))
+
+    @staticmethod
+    def available() -> list[str]:
+        """Names of the built-in configs."""
+        files = (Path(entry.name) for entry in resources.files(_PACKAGE).iterdir())
+        return sorted(f.stem for f in files if f.suffix == ".json")
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "unnamed") -> HeadConfig:
+        """Read a config that is no file (yet)."""
+        return cls._parse(text, name, None)
+
+    @classmethod
+    def _parse(cls, text: str, name: str, path: str | None) -> HeadConfig:
+        try:
+            content = json_format.decode(text)
+        except json_format.Misplaced as error:
+            raise HeadConfigError(f"{_label(path, name)}: {error}") from None
+        return cls(name, content.provenance, content.form, content.rows, content.model, content.defaults, path)
+
+    # Asking
+
+    def patterns(self, layer: int, num_heads: int | None = None) -> list[HeadPattern]:
+        """One pattern for each query head of a layer: all heads of the model, not those of one rank.
+
+        Before `bind` the number of heads may be unknown: then an "all" config gives ONE pattern that stands
+        for every head, and a "cycle" config needs `num_heads`.
+        """
+        heads = num_heads if num_heads is not None else self.num_heads
+        layers = len(self.rows) if self.form == "layers" else self.num_layers
+        if layer < 0 or (layers is not None and layer >= layers):
+            self._fail("heads", f"expected a layer of 0 .. {(layers or 1) - 1}, asked for layer {layer}")
+        if self.form == "all":
+            return list(self.rows[0]) * (heads or 1)
+        if self.form == "cycle":
+            if heads is None:
+                self._fail("heads.cycle", "the number of heads must be known: bind the config to a model first")
+            return [self.rows[0][(layer + h) % len(self.rows[0])] for h in range(heads)]
+        if heads is not None and heads != len(self.rows[layer]):
+            self._fail(f"heads[{layer}]", f"has {len(self.rows[layer])} heads, asked for {heads}")
+        return list(self.rows[layer])
+
+    def is_dense(self, layer: int) -> bool:
+        """True if no head of the layer leaves anything out."""
+        row = self.rows[layer] if self.form == "layers" else self.rows[0]
+        return all(isinstance(pattern, Dense) for head in row for pattern in patterns_of(head))
+
+    def bind(self, hf_config: Any) -> HeadConfig:
+        """This config for one model: checked against it, and with its number of layers and heads."""
+        self.check_model(hf_config)
+        self._check_strides(hf_config)
+        shape = fingerprint_of(hf_config)
+        return dataclasses.replace(self, num_layers=shape.layers, num_heads=shape.heads)
+
+    def check_model(self, hf_config: Any) -> None:
+        """Compare with a transformers config.
+
+        Raises:
+            HeadConfigError: naming every field that differs, with both values.
+        """
+        if self.model is None and self.form != "layers":
+            return
+        found = fingerprint_of(hf_config)
+        if self.model is not None:
+            made, has = msgspec.to_builtins(self.model), msgspec.to_builtins(found)
+            differing = [
+                f"{field} (config {value}, model {has[field]})"
+                for field, value in made.items()
+                if value != has[field] and not (field == "rope_theta" and math.isclose(value, has[field], rel_tol=1e-6))
+            ]
+            if differing:
+                self._fail("model", f"was made for another model: {', '.join(differing)}")
+        if self.form == "layers":
+            self._fit(found.layers, found.heads, "the model")
+
+    def _check_strides(self, hf_config: Any) -> None:
+        """Refuse what could never be sparse: lines through columns where the model's tokens have none."""
+        reader = reader_of(hf_config)
+        if reader is None or reader.has_raster:
+            return
+        for layer, row in enumerate(self.rows):
+            for number, head in enumerate(row):
+                if by_column := next((p for p in patterns_of(head) if p.raster_stride == "row"), None):
+                    where = {"all": "heads.all", "cycle": f"heads.cycle[{number}]"}.get(self.form)
+                    self._fail(
+                        where or f"heads[{layer}][{number}]",
+                        f'a {by_column.kind} of stride "row" needs columns, and the vision tokens of this model are '
+                        'merged and have neither rows nor columns; use stride "frame"',
+                    )
+
+    def _fit(self, layers: int, heads: int, whose: str) -> None:
+        if len(self.rows) != layers:
+            self._fail("heads", f"expected {layers} layers as in {whose}, got {len(self.rows)}")
+        if len(self.rows[0]) != heads:
+            self._fail("heads[0]", f"expected {heads} heads as in {whose}, got {len(self.rows[0])}")
+
+    def _fail(self, where: str, what: str) -> NoReturn:
+        raise HeadConfigError(f"{_label(self.path, self.name)}: {where}: {what}")
+
+    def describe(self) -> str:
+        """One line for the log."""
+        distinct = list(dict.fromkeys(head for row in self.rows for head in row))
+        first = words_of(distinct[0])
+        if self.form == "all":
+            heads = f"all heads {first}"
+        else:
+            shape = "cycled over heads" if self.form == "cycle" else f"{len(self.rows)} x {len(self.rows[0])} heads"
+            heads = f"{shape}, {len(distinct)} distinct, the first {first}"
+        model = "any model" if self.model is None else self.model.architecture
+        dense = f"; rows below {self.defaults.dense_below} dense" if self.defaults.dense_below else ""
+        return f"{self.name} ({model}, {self.provenance.how}): {heads}{dense}"
+
+    # Writing
+
+    def to_json(self) -> str:
+        """The text of a file that reads back as this config."""
+        return json_format.encode(json_format.Content(self.provenance, self.form, self.rows, self.model, self.defaults))
+
+
+def _label(path: str | None, name: str) -> str:
+    return path or f'head config "{name}"'
+
+
+def _read(source: Any, label: str) -> str:
+    try:
+        return source.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HeadConfigError(f"{label}: no such file") from None
+    except IsADirectoryError:
+        raise HeadConfigError(f"{label}: expected a file, this is a directory") from None
+    except UnicodeDecodeError as error:
+        raise HeadConfigError(f"{label}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except (OSError, ValueError) as error:
+        raise HeadConfigError(f"{label}: cannot be read: {error}") from None
+
+
+def words_of(head: HeadPattern) -> str:
+    """A head's pattern in a few words."""
+    if isinstance(head, QBoundary):
+        return "q(" + ", ".join(f"{m}: {words_of(p)}" for m, p in head.patterns.items()) + ")"
+    if isinstance(head, Boundary2D):
+        return "2d(" + ", ".join(f"{q}/{k}: {words_of(p)}" for (q, k), p in head.patterns.items()) + ")"
+    values = [
+        (f.name if value is True else f"{f.name} {value}")
+        for f in dataclasses.fields(head)
+        if (value := getattr(head, f.name)) is not False
+    ]
+    return f"{head.kind}({', '.join(values)})" if values else head.kind

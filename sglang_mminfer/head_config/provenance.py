@@ -1,0 +1,50 @@
+"""Where a head config comes from, and what holds for all of its heads."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any, Literal
+
+import msgspec
+
+LARGEST = 2**31 - 1  # positions are int32 in the index tables
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a config came about. A search names its calibration input, budget and date; a hand says why.
+
+    `details` is for whatever else a search wants to keep; nothing reads it.
+    """
+
+    how: Literal["handwritten", "search"]
+    note: str
+    calibration: str | None = None
+    budget: str | None = None
+    date: str | None = None
+    details: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.note.strip():
+            raise ValueError("note: expected some words, got none")
+        if self.how == "search":
+            for name in ("calibration", "budget", "date"):
+                if not getattr(self, name):
+                    raise ValueError(f'{name}: expected a value, as `how` is "search"')
+        if self.date is not None:
+            try:
+                date.fromisoformat(self.date)
+            except ValueError:
+                raise ValueError(f'date: expected YYYY-MM-DD, got "{self.date}"') from None
+
+
+class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What holds for all heads. Rows at absolute positions below `dense_below` see everything."""
+
+    dense_below: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dense_below <= LARGEST:
+            raise ValueError(f"dense_below: expected an integer of 0 .. {LARGEST}, got {self.dense_below}")
+
+
+NO_DEFAULTS = Defaults()

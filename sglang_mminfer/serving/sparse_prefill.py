@@ -1,0 +1,407 @@
+"""The sparse side of the backend: decides which requests and layers of a prefill batch run on a plan, and runs them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_mminfer import settings
+from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
+from sglang_mminfer.kernels import executors
+from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.planning.budget import PlanBudget, line_strides
+from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
+from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
+from sglang_mminfer.serving.audit import Audit
+from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
+from sglang_mminfer.serving.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
+from sglang_mminfer.serving.encoder_watch import EncoderWatch
+from sglang_mminfer.serving.trace import TraceFile
+
+logger = logging.getLogger(__name__)
+
+MOST_FAILURES = 3
+"""After this many failures of plans or layers everything runs dense, so a lasting defect costs few failed layers."""
+
+
+@dataclass(frozen=True)
+class _LayerHeads:
+    """The query heads of one layer.
+
+    Attributes:
+        planned: the pattern of each head; None for a head that the stock backend runs.
+        dense: the heads that the stock backend runs; None if there are none.
+    """
+
+    planned: tuple[HeadPattern | None, ...]
+    dense: DenseHeads | None
+
+
+class SparsePrefill:
+    """Plans and runs the sparse layers of one model runner's prefill batches, and records what it did.
+
+    `begin` runs while SGLang makes a batch's metadata, because SGLang drops the batch's media before the first layer.
+    The plan of a layer is made when the layer runs, and all layers whose heads have the same patterns share it.
+
+    Args:
+        runner: SGLang's ModelRunner.
+        dense_backend: the name of the dense backend beneath ours.
+
+    Raises:
+        HeadConfigError: if the head config does not fit the model.
+    """
+
+    def __init__(self, runner: Any, dense_backend: str) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
+        hf_config = runner.model_config.hf_config
+        self.head_config, _ = head_config_choice.load_for_model(runner.server_args, hf_config)
+        self.reader = reader_of(hf_config)
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.kv_pool = runner.token_to_kv_pool
+        self.device = torch.device(runner.device)
+        parallel = get_parallel()
+        self.rank, self.ranks = parallel.attn_tp_rank, parallel.attn_tp_size
+        # One rank keeps the records of each group of ranks that have the same requests. Tensor-parallel ranks and
+        # pipeline stages have the same requests; ranks of data-parallel attention have different ones.
+        self.leads = self.rank == 0 and getattr(parallel, "pp_rank", 0) == 0
+        data_rank = getattr(parallel, "attn_dp_rank", 0)
+        audit_rate = flags.audit_rate(runner.server_args)
+        self.trace = TraceFile(None)
+        if self.leads or (audit_rate and self.rank):
+            self.trace = TraceFile.from_environment(self.rank, data_rank)
+        self.metrics = metrics.prefill_metrics() if runner.server_args.enable_metrics and self.leads else None
+        self.failures = 0
+        prompts.watch()
+        # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
+        self.waits = self.device.type == "cpu" or self.trace.enabled
+        self._encoder = EncoderWatch()
+        if self.leads:
+            encoder_watch.watch = self._encoder
+        self.num_layers = runner.model_config.num_hidden_layers
+        self._last_layer = getattr(runner, "end_layer", None) or self.num_layers
+        self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self.num_layers))
+        self._patterns = {head for layer in range(self.num_layers) for head in self.head_config.patterns(layer)}
+        self._budget, self._line_strides = PlanBudget(*settings.plan_budget()), line_strides(self._patterns)
+        self._heads: dict[tuple[int, int], _LayerHeads] = {}
+        self._dense_backend = dense_backend
+        self.executor = executors.name_for(settings.executor(), self.device)
+        self.unfit: str | None = None
+        if not self._all_dense:
+            self.unfit = self_check.why_unfit(runner, self.executor, self.device, self.ranks, dense_backend)
+        self.batch: PrefillBatch | None = None
+        self.observers = observe.from_environment(
+            observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
+        )
+        if audit_rate:
+            self.observers.add(
+                Audit(audit_rate, metrics.audit_metrics() if runner.server_args.enable_metrics else None)
+            )
+
+    # ---- a batch -------------------------------------------------------------------------------------------
+
+    def begin(self, forward_batch: Any) -> None:
+        """Decides what runs sparse in this batch.
+
+        Never raises: a request that cannot run sparse runs dense, and its reason is counted.
+        """
+        if forward_batch.forward_mode.is_decode_or_idle() or forward_batch.extend_seq_lens_cpu is None:
+            return
+        if getattr(forward_batch, "tbo_children", None):
+            return  # two-batch overlap: the backends of the two parts record it
+        self.batch = batch = PrefillBatch(forward_batch)
+        batch.started = start = self.clock()
+        try:
+            self._decide(batch, forward_batch)
+        except Exception:
+            batch.run_dense("internal_error")
+            self._failed("planning a prefill batch")
+        batch.plan_s = self.clock() - start
+
+    def end(self) -> None:
+        """Ends the current batch, if any, and writes its records. Without this a plan could outlive its batch."""
+        batch, self.batch = self.batch, None
+        if batch is None:
+            return
+        encoded_again = self._encoder.take()
+        if self.trace.enabled or self.metrics is not None or self.observers:
+            records = batch.records(encoded_again, self.waits)
+            self.observers.batch_done(records)
+            self.trace.append(records if self.leads else [record for record in records if record.audit])
+            if self.metrics is not None:
+                self.metrics.add(records)
+
+    def _failed(self, what: str) -> None:
+        """Counts a failure of ours; called in the handler of its exception.
+
+        Logs the traceback of the first failure. After `MOST_FAILURES` everything runs dense.
+        """
+        self.failures += 1
+        if self.failures == 1:
+            logger.exception("mminfer: %s failed; it runs dense", what)
+        if self.failures == MOST_FAILURES:
+            logger.error("mminfer: %d failures, the last one in %s; everything runs dense now", MOST_FAILURES, what)
+            self.unfit = "executor_failed"
+
+    def _decide(self, batch: PrefillBatch, forward_batch: Any) -> None:
+        mode = forward_batch.forward_mode
+        if mode.name not in ("EXTEND", "MIXED"):
+            return batch.run_dense(f"mode_{mode.name.lower()}")
+        if getattr(forward_batch, "tbo_parent_token_range", None) is not None:
+            return batch.run_dense("two_batch_overlap")  # SGLang gives its parts no media
+        media = forward_batch.mm_inputs or [None] * len(batch.requests)
+        for request, mm_inputs in zip(batch.requests, media):
+            self._read(request, mm_inputs)
+        if self.observers:
+            for i, request in enumerate(batch.requests):
+                request.slots = self._slots(forward_batch, i, request)
+        if all(request.dense_reason for request in batch.requests):
+            return None
+        chunks = []
+        for i, request in enumerate(batch.requests):
+            # Rows without a map see everything before them. These are the rows of a dense request that shares a batch
+            # with a sparse one, and the rows of generated tokens.
+            map_stop = request.prefix_len
+            if request.dense_reason is None:
+                map_stop = min(request.prompt_stop, request.seq_len)
+            slots = request.slots if request.slots is not None else self._slots(forward_batch, i, request)
+            for modality_map, start, stop in (
+                (request.map, request.prefix_len, map_stop),
+                (None, map_stop, request.seq_len),
+            ):
+                if start < stop:
+                    row_start = request.row_start + start - request.prefix_len
+                    chunks.append(RequestChunk(modality_map, start, stop, row_start, slots[:stop]))
+        dense_below = self.head_config.defaults.dense_below
+        batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
+        return None
+
+    def _slots(self, forward_batch: Any, i: int, request: PrefillRequest) -> torch.Tensor:
+        """int64 [seq_len]: the KV slot of each position of request number `i`."""
+        # Indexing with a tensor element would make the host wait for the device.
+        row = forward_batch.req_pool_indices[i : i + 1]
+        return self.req_to_token[:, : request.seq_len].index_select(0, row)[0].long()
+
+    def _read(self, request: PrefillRequest, mm_inputs: Any) -> None:
+        """Sets the request's prompt length, its map, and why it runs dense (None: it runs sparse)."""
+        prompt = prompts.length_of(request.rid)
+        request.prompt_stop = request.seq_len if prompt is None else prompt
+        all_dense = "dense_config" if self._all_dense else self.unfit
+        if all_dense is not None and (mm_inputs is None or not self.observers):
+            request.dense_reason = all_dense
+        elif mm_inputs is None:
+            request.dense_reason = "no_media"
+        elif prompt is None:
+            request.dense_reason = all_dense or "no_prompt_length"
+        else:
+            request.map, reason = self._map(request, mm_inputs, prompt)
+            request.dense_reason = all_dense or reason
+
+    def _map(self, request: PrefillRequest, mm_inputs: Any, prompt: int) -> tuple[ModalityMap | None, str | None]:
+        """The modality map of a request, and the reason in the request itself for running dense.
+
+        Args:
+            prompt: tokens of the whole prompt.
+
+        Returns:
+            (map, dense_reason); the map is None if the media do not add up, the reason None if the request can run
+            sparse.
+        """
+        try:
+            modality_map = cached_map(mm_inputs, prompt, self.reader)
+        except GeometryError as error:
+            if not error.repeated:
+                logger.warning("mminfer: request %s runs dense: %s", request.rid, error)
+            return None, error.reason
+        if not modality_map.has_vision:
+            return modality_map, "no_media"
+        if request.prefix_len >= prompt:
+            return modality_map, "decode"
+        dense_below = self.head_config.defaults.dense_below
+        if request.seq_len <= dense_below:
+            return modality_map, "short"
+        if lacks_raster(modality_map):
+            rows = max(request.prefix_len, dense_below), min(prompt, request.seq_len)
+            if not any(leaves_out(head, modality_map, *rows) for head in self._patterns):
+                return modality_map, "no_raster"
+        # The budget counts operations and reads no clock, so all ranks decide alike.
+        if not self._budget.allows(modality_map, request.prefix_len, min(prompt, request.seq_len), self._line_strides):
+            return modality_map, "plan_budget"
+        return modality_map, None
+
+    # ---- a layer -------------------------------------------------------------------------------------------
+
+    def takes(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], masked: bool = False) -> bool:
+        """Whether this layer of the current batch runs on a plan; if not, the reason is counted.
+
+        Args:
+            q: [tokens, Hq * D].
+            layer: SGLang's RadixAttention.
+            kwargs: further arguments that the model passes to its attention; sparse layers take none.
+            masked: whether the dense backend would apply a mask of the model's own.
+        """
+        batch = self.batch
+        if batch is None:
+            return False
+        batch.masked = masked
+        if batch.planner is None:
+            return False
+        reason = self._layer_reason(q, layer, kwargs, batch)
+        if reason is not None:
+            batch.layer_reasons[reason] += 1
+        return reason is None
+
+    def _layer_reason(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], batch: PrefillBatch) -> str | None:
+        if layer.is_cross_attention or layer.attn_type.name != "DECODER":
+            return "layer_not_causal"
+        if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
+            return "layer_sliding_window"
+        if layer.logit_cap or layer.xai_temperature_len > 0 or kwargs:
+            return "layer_modified_softmax"
+        if batch.masked:
+            return "layer_custom_mask"
+        if layer.qk_head_dim != layer.v_head_dim:
+            return "layer_unequal_head_dims"
+        if not 0 <= layer.layer_id < self.num_layers:
+            return "layer_unknown"
+        if self.head_config.is_dense(layer.layer_id):
+            return "layer_dense_config"
+        if self.kv_pool.get_key_buffer(layer.layer_id).dtype != q.dtype:
+            return "kv_cache_dtype"
+        if q.shape[0] != batch.num_rows:
+            return "padded_rows"
+        return None
+
+    def save_kv(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+        """Writes the batch's K and V of one layer into the KV pool."""
+        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+        self.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+
+    def run_layer(self, q: torch.Tensor, layer: Any, stock: Callable[..., torch.Tensor]) -> torch.Tensor | None:
+        """Attention of one layer over the KV pool, which already holds the batch's K and V.
+
+        Args:
+            q: [tokens, Hq * D].
+            layer: SGLang's RadixAttention.
+            stock: stock(q of some heads, a view of the layer with only these heads) runs dense heads on the stock
+                backend.
+
+        Returns:
+            [tokens, Hq * D], or None if it failed.
+        """
+        batch = self.batch
+        assert batch is not None and batch.planner is not None
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        try:
+            start, heads = self.clock(), self._heads_of(layer)
+            plan = batch.planner.plan(heads.planned, q, k_cache, layer.scaling)
+            batch.plan_s += self.clock() - start
+            out = q.new_empty(q.shape)
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            executors.EXECUTORS[self.executor](q, k_cache, v_cache, plan, layer.scaling, out, lse)
+            if heads.dense is not None:
+                heads.dense.run(stock, q, layer, out)
+        except Exception:
+            batch.layer_reasons["internal_error"] += 1
+            self._failed(f"layer {layer.layer_id}")
+            if self.unfit is not None:
+                batch.planner = None
+            return None
+        batch.sparse_layers += 1
+        batch.ran = plan, lse
+        if self.waits and (self.trace.enabled or self.metrics is not None):
+            self._note_density(batch, plan, heads)
+        return out.flatten(1)
+
+    def layer_done(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], o: torch.Tensor, start: float) -> None:
+        """Called when the layer has its output: takes the time, and shows the layer to observers.
+
+        Args:
+            q, o: [tokens, Hq * D], the layer's queries and its output.
+            start: the clock when the layer's attention began.
+        """
+        batch = self.batch
+        if batch is None:
+            return
+        now = self.clock()
+        batch.attn_s += now - start
+        batch.forward_s = now - batch.started
+        if self.observers:
+            self.observers.show(lambda: self._view(batch, q, layer, kwargs, o))
+        batch.ran = None
+        if layer.layer_id == self._last_layer - 1:
+            self.end()
+
+    def _view(
+        self, batch: PrefillBatch, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], o: torch.Tensor
+    ) -> observe.LayerView | None:
+        """What observers see of a layer of plain causal attention over the pool, sparse or dense; else None."""
+        if self._layer_reason(q, layer, kwargs, batch) not in (None, "layer_dense_config"):
+            return None
+        requests = tuple(request.view() for request in batch.requests if request.slots is not None)
+        if not requests:
+            return None
+        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        count, heads = layer.tp_q_head_num, self._heads_of(layer)
+        plan, lse = batch.ran or (None, None)
+        first_head = self.rank * count
+        q = q.view(-1, count, layer.qk_head_dim)
+        return observe.LayerView(
+            layer_id=layer.layer_id,
+            first_head=first_head,
+            q=q,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            sm_scale=layer.scaling,
+            requests=requests,
+            patterns=tuple(self.head_config.patterns(layer.layer_id)[first_head : first_head + count]),
+            stock_heads=tuple(h for h, pattern in enumerate(heads.planned) if pattern is None) if plan else (),
+            out=o.view(q.shape),
+            plan=plan,
+            lse=lse,
+        )
+
+    def _heads_of(self, layer: Any) -> _LayerHeads:
+        """The layer's query heads on this rank."""
+        count = layer.tp_q_head_num
+        key = (layer.layer_id, count)
+        if key not in self._heads:
+            model_patterns = self.head_config.patterns(layer.layer_id)
+            patterns = tuple(model_patterns[self.rank * count : (self.rank + 1) * count])
+            dense = None
+            when = settings.dense_heads_on_stock(str(self.device))
+            if self._dense_backend in BACKENDS and when != "never":
+                limit = math.inf if when == "always" else MOST_REPEATED
+                dense = dense_heads(patterns, layer.tp_k_head_num, self.device, limit)
+            on_stock = dense.heads if dense is not None else ()
+            planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))
+            self._heads[key] = _LayerHeads(planned, dense)
+        return self._heads[key]
+
+    def _note_density(self, batch: PrefillBatch, plan: PrefillPlan, heads: _LayerHeads) -> None:
+        visited, stock_heads = plan.visited_by_row, heads.planned.count(None)
+        for request in batch.requests:
+            if request.dense_reason is None and request.chunk_len:
+                rows = visited[request.row_start : request.row_start + request.chunk_len]
+                causal = (request.prefix_len + 1 + request.seq_len) * request.chunk_len // 2
+                request.densities.append((rows.sum() / causal + stock_heads) / plan.num_heads)
+
+    def clock(self) -> float:
+        """The host's clock, in seconds.
+
+        A GPU runs kernels asynchronously, so with a trace each reading waits for the GPU once.
+        """
+        if self.trace.enabled and self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+        return time.perf_counter()
