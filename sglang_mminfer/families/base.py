@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from sglang_mminfer.families import placed
+from sglang_mminfer.modality.items import is_placed
 from sglang_mminfer.modality.segments import Modality, Segment
 
 
@@ -44,12 +46,14 @@ class Reader(ABC):
         Raises:
             GeometryError: naming the item, what it has and what was expected.
         """
+        yield from placed.segments([one for one in items if is_placed(one.item)], self.has_raster)
         for one in items:
-            yield from self.of_item(one)
+            if not is_placed(one.item):
+                yield from self.of_item(one)
 
     @abstractmethod
     def of_item(self, one: MediaItem) -> Iterable[LabelledSegment]:
-        """The segments of one item, for a layout in which each item says all of itself. Errors: as `segments`."""
+        """The segments of an item that SGLang's own processor, or a client, made. Errors: as `segments`."""
 
 
 class Family(ABC):

@@ -9,7 +9,6 @@ which these processors do not read:
 
 from __future__ import annotations
 
-import os
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
@@ -77,12 +76,3 @@ def count_for(video: Any, usual: int) -> int:
         height, width = video.frame_shape
         limits.check_frames(count, width, height)
     return count
-
-
-def fresh_numbers(count: int) -> range:
-    """A number for each of `count` media of a request, which those of no other request have.
-
-    A session puts the items of its requests behind each other.
-    """
-    first = int.from_bytes(os.urandom(7))
-    return range(first, first + count)

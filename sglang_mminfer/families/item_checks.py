@@ -22,7 +22,7 @@ from sglang_mminfer.modality.items import GeometryError, modality_of, offsets_of
 
 NAME = "item_checks"
 
-_OWN_KEYS = "mminfer_"
+_OWN_KEYS = "mminfer"
 """Begins keys of `model_specific_data` that only this package writes."""
 
 

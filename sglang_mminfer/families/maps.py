@@ -13,7 +13,7 @@ from typing import Any
 from sglang_mminfer import families
 from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
 from sglang_mminfer.families.generic import SpanReader
-from sglang_mminfer.modality.items import GeometryError, modality_of, offsets_of, whole_videos
+from sglang_mminfer.modality.items import GeometryError, modality_of, offsets_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
 __all__ = ["GeometryError", "cached_map", "map_from_mm_inputs", "reader_of"]
@@ -64,7 +64,7 @@ def _readable() -> Iterator[None]:
 
 def _read(mm_inputs: Any, length: int, reader: Reader) -> ModalityMap:
     items: list[MediaItem] = []
-    for index, item in enumerate(whole_videos(mm_inputs.mm_items) if mm_inputs is not None else ()):
+    for index, item in enumerate(mm_inputs.mm_items if mm_inputs is not None else ()):
         modality = modality_of(item, index)
         if modality is not Modality.TEXT:
             label = f"mm_items[{index}] ({modality})"

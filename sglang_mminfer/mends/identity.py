@@ -64,11 +64,13 @@ def _mix(item: Any) -> None:
 
 def arrangement(item: Any) -> bytes:
     """A digest (16 bytes) of an item's modality, its features' shapes, and its small values: grids, sizes, seconds."""
-    from sglang_mminfer.modality.items import VIDEO_KEY
+    from sglang_mminfer.modality import items
 
     lines = [item.modality.name, _shape(item.feature)]
     for name, value in sorted(item.model_specific_data.items()):
-        if name not in (KEY, VIDEO_KEY):  # these count within one request, so they are no part of a medium's identity
+        if name == items.KEY:  # where a raster belongs counts within one request, so it is no part of the identity
+            value = [place[3:] for place in value]
+        if name != KEY:
             lines.append(f"{name}={_written(value)}")
     return hashlib.sha256("\n".join(lines).encode()).digest()[:16]
 

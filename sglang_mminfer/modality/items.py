@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable, Mapping
 from itertools import groupby, pairwise
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
-VIDEO_KEY = "mminfer_video"
-"""Key in the `model_specific_data` of an item that is one frame of a video or one tile of an image: the number of that
-video or image. The number is unique in a session."""
+KEY = "mminfer"
+"""In the `model_specific_data` of an item that our processors made: a `Place` for each of its rasters, in order."""
 
-FRAME_KEY = "placed_frame"
-"""Key in the `model_specific_data` of an item, for the families that this package brings: the number of the frame in
-its video, or of the view in its picture. Number 0 begins a new medium."""
+
+class Place(NamedTuple):
+    """One raster of an item, and where it belongs. Items hold it as a plain tuple: they go to other processes.
+
+    Attributes:
+        medium: the number of its picture or video; no two of a session have the same.
+        frame, frames: it is number `frame` of `frames` rasters of one shape, which stand one behind the other. The
+            frames of a video may be items each, and so may the tiles of a picture.
+        rows, cols: of its tokens. Where a model ends each row with a newline token, that is the last column. Where it
+            merges tokens until no raster is left, there is one row.
+        tail: tokens behind the raster that have no cell.
+    """
+
+    medium: int
+    frame: int
+    frames: int
+    rows: int
+    cols: int
+    tail: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.cols + self.tail
 
 
 class GeometryError(ValueError):
@@ -76,31 +95,57 @@ def data_of(item: Any) -> Mapping[str, Any]:
     return getattr(item, "model_specific_data", None) or {}
 
 
-def whole_videos(items: Iterable[Any]) -> list[Any]:
-    """The items, one for each medium: items that are frames of one video, or tiles of one image, are joined."""
-    media: list[Any] = []
-    for video, group in groupby(items, key=lambda item: data_of(item).get(VIDEO_KEY)):
-        frames = list(group)
-        if video is None:
-            media += frames
-        else:
-            offsets = [offset for frame in frames for offset in offsets_of(frame, "a frame")]
-            data = data_of(frames[0])
-            media.append(SimpleNamespace(modality=frames[0].modality, offsets=offsets, model_specific_data=data))
-    return media
+def fresh_numbers(count: int) -> range:
+    """A number for each of `count` media of a request, which those of no other request have.
+
+    A session puts the items of its requests behind each other.
+    """
+    first = int.from_bytes(os.urandom(7))
+    return range(first, first + count)
+
+
+def is_placed(item: Any) -> bool:
+    """Whether one of our processors wrote where the item's rasters belong."""
+    return data_of(item).get(KEY) is not None
+
+
+def places_of(item: Any, name: str) -> list[Place]:
+    """What an item that `is_placed` says of its rasters; `name` is what an error calls it.
+
+    Raises:
+        GeometryError: "grid_mismatch" or "zero_frames".
+    """
+    given: Any = data_of(item)[KEY]
+    try:
+        places = [Place(*map(whole, place)) for place in given]
+        if not places or any(min(place.rows, place.cols) < 1 or place.tail < 0 for place in places):
+            raise ValueError
+    except (TypeError, ValueError):
+        fields = ", ".join(Place._fields)
+        raise GeometryError(
+            "grid_mismatch", f"{name}: expected [{fields}] of each raster in {KEY}, got {given!r:.80}"
+        ) from None
+    for place in places:
+        if place.frames < 1:
+            raise GeometryError("zero_frames", f"{name}: expected at least one frame, got {place.frames}")
+    return places
 
 
 def media_of(items: Iterable[Any]) -> list[list[Any]]:
     """The items of each medium: a list of one item, or of one item for each frame or tile."""
     media: list[list[Any]] = []
-    for item in items:
-        data = data_of(item)
-        same = data.get(VIDEO_KEY) is not None and media and data[VIDEO_KEY] == data_of(media[-1][0]).get(VIDEO_KEY)
-        if media and (same or data.get(FRAME_KEY)):
-            media[-1].append(item)
-        else:
-            media.append([item])
+    for number, group in groupby(items, key=_number_of):
+        same = list(group)
+        media += [[item] for item in same] if number is None else [same]
     return media
+
+
+def _number_of(item: Any) -> int | None:
+    """The number of an item's medium, None for an item that is a medium."""
+    try:
+        return whole(data_of(item)[KEY][0][0])
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
 
 
 def extents_of(items: Iterable[Any]) -> list[tuple[int, int, list[Any]]]:

@@ -11,15 +11,15 @@ import torch
 from transformers import Qwen2Config
 
 from sglang_mminfer import Boundary2D, Grid, Modality, ModalityMap, QBoundary, pattern_mask
+from sglang_mminfer.families.generic import SpanReader
 from sglang_mminfer.families.grid_thw import FrameSpanReader, GridReader
 from sglang_mminfer.families.internvl import geometry as internvl
 from sglang_mminfer.families.llava_hf.geometry import LlavaReader
-from sglang_mminfer.families.llava_original.geometry import RASTERS, PictureReader
 from sglang_mminfer.families.maps import map_from_mm_inputs
 from sglang_mminfer.families.nvila import geometry as nvila
-from sglang_mminfer.families.own.geometry import KEYS, PlacedReader
+from sglang_mminfer.families.own.geometry import PlacedReader
 from sglang_mminfer.head_config import HeadConfig, HeadConfigError, Provenance
-from sglang_mminfer.modality.items import VIDEO_KEY
+from sglang_mminfer.modality.items import KEY, Place
 from support import Batch, alone, cut_out
 
 
@@ -30,10 +30,9 @@ def item(kind: str, *spans: tuple[int, int], **data):
 
 
 def placed(kind: str, start: int, apart: int, frames: int, rows: int, cols: int, tail: int = 0):
-    """A medium of our own models: an item for each frame, each `apart` tokens behind the one before."""
-    tokens = rows * cols + tail
+    """A medium whose items say where they belong: one for each frame, each `apart` tokens behind the one before."""
     return [
-        item(kind, (start + apart * n, tokens), **dict(zip(KEYS, (n, frames, rows, cols, tail), strict=True)))
+        item(kind, (start + apart * n, rows * cols + tail), **{KEY: [Place(start, n, frames, rows, cols, tail)]})
         for n in range(frames)
     ]
 
@@ -41,10 +40,7 @@ def placed(kind: str, start: int, apart: int, frames: int, rows: int, cols: int,
 # Layouts as the tests of each family's geometry find them in real prompts, with few cells: media, each of its items.
 ONEVISION = LlavaReader(3, 42, 2, 1, ((1, 1), (1, 2), (2, 1), (2, 2)), 9)
 NEXT_VIDEO = LlavaReader(4, 56, 2, 0, ((1, 2), (2, 1), (2, 2)), 0)
-NVILA_VIDEOS = [
-    [item("VIDEO", (8 + 5 * frame, 4), **{VIDEO_KEY: 1}) for frame in range(4)],
-    [item("VIDEO", (85 + 5 * frame, 4), **{VIDEO_KEY: 2}) for frame in range(3)],
-]
+NVILA_VIDEOS = [placed("VIDEO", 8, 5, 4, 2, 2), placed("VIDEO", 85, 5, 3, 2, 2)]
 FAMILIES = {
     "qwen2_5_vl": (
         [
@@ -64,16 +60,16 @@ FAMILIES = {
     ),
     "internvl": (
         [
-            [item("VIDEO", (8 + 13 * frame, 4), **{VIDEO_KEY: 0}) for frame in range(4)],
+            placed("VIDEO", 8, 13, 4, 2, 2),
             [item("IMAGE", (62, 12))],
-            [item("VIDEO", (85 + 13 * frame, 4), **{VIDEO_KEY: 1}) for frame in range(2)],
+            placed("VIDEO", 85, 13, 2, 2, 2),
         ],
         internvl.TileReader(2),
     ),
     # A single image is cut: into one raster by NVILA, into tiles of its own by NVILA-Lite.
-    "nvila": ([[item("IMAGE", (40, 24), block_sizes=[(2, 3)], **{VIDEO_KEY: 0})], *NVILA_VIDEOS], nvila.TileReader(2)),
+    "nvila": ([placed("IMAGE", 40, 24, 1, 4, 6), *NVILA_VIDEOS], nvila.TileReader(2)),
     "nvila_lite": (
-        [[item("IMAGE", (40 + 6 * tile, 4), **{VIDEO_KEY: 0}) for tile in range(5)], *NVILA_VIDEOS],
+        [placed("IMAGE", 40, 6, 5, 2, 2), *NVILA_VIDEOS],
         nvila.TileReader(2),
     ),
     "llava_onevision": (
@@ -87,11 +83,11 @@ FAMILIES = {
     # Newlines: the last column of a picture that was cut up, or one behind a whole one.
     "llava_original": (
         [
-            [item("IMAGE", (6, 9 + 4 * 6), **{RASTERS: [(3, 3, 0), (4, 6, 0)]})],
-            [item("IMAGE", (50, 10), **{RASTERS: [(3, 3, 1)]})],
-            [item("IMAGE", (75, 10), **{RASTERS: [(3, 3, 1)]})],
+            [item("IMAGE", (6, 9 + 4 * 6), **{KEY: [(0, 0, 1, 3, 3, 0), (0, 0, 1, 4, 6, 0)]})],
+            [item("IMAGE", (50, 10), **{KEY: [(1, 0, 1, 3, 3, 1)]})],
+            [item("IMAGE", (75, 10), **{KEY: [(2, 0, 1, 3, 3, 1)]})],
         ],
-        PictureReader(),
+        SpanReader(),
     ),
     # Frame behind frame, the last column of each newlines; of a picture the whole and its tiles.
     "llava_video": (

@@ -5,8 +5,9 @@ last; each tile, the thumbnail too, is a frame of its raster. A video is one spa
 stand `</img>`, a line break and the next frame's number as text, and `<img>`: these tokens are members of the video
 without a cell.
 
-Our processor says which frames are of one video. SGLang's own keeps all videos of a conversation in one item; there
-frames are of one video as long as no more text stands between them than a frame's number needs.
+Our processor says which frames are of one video (`modality.items.Place`). SGLang's own keeps all videos of a
+conversation in one item; there frames are of one video as long as no more text stands between them than a frame's
+number needs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
-from sglang_mminfer.modality.items import VIDEO_KEY, GeometryError, Span, data_of, one_segment, spans_of
+from sglang_mminfer.modality.items import GeometryError, Span, one_segment, spans_of
 from sglang_mminfer.modality.segments import Modality
 
 SIDE = 16  # of a tile of every published checkpoint, in tokens
@@ -52,8 +53,6 @@ class TileReader(Reader):
         spans = spans_of(one.item, one.label)
         if one.modality is not Modality.VIDEO:
             videos = [[span] for span in spans]
-        elif VIDEO_KEY in data_of(one.item):
-            videos = [spans]
         else:
             videos = [spans[:1]]
             for before, span in pairwise(spans):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang_mminfer import mends
-from sglang_mminfer.families.counted_frames import VIDEO_OPTIONS, counting_frames, fresh_numbers
+from sglang_mminfer.families.counted_frames import VIDEO_OPTIONS, counting_frames
 from sglang_mminfer.families.frames import frames_at
 from sglang_mminfer.mends import options, verbatim
 from sglang_mminfer.mends.token_ids import Piece
-from sglang_mminfer.modality.items import VIDEO_KEY
+from sglang_mminfer.modality.items import KEY, fresh_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +122,6 @@ def processor_class(base: Any) -> type:
             )
             if len(spans) != len(media):
                 raise ValueError(f"prompt: expected {len(media)} pictures and frames in it, found {len(spans)}")
-            numbers = fresh_numbers(len(films))
             return MultimodalProcessorOutput(
                 input_ids=ids.tolist(),
                 mm_items=[
@@ -128,15 +129,29 @@ def processor_class(base: Any) -> type:
                         modality=Modality.IMAGE if one.video is None else Modality.VIDEO,
                         feature=one.tiles,
                         offsets=[span],
-                        model_specific_data={} if one.video is None else {VIDEO_KEY: numbers[one.video]},
+                        model_specific_data=data,
                     )
-                    for one, span in zip(media, spans, strict=True)
+                    for one, span, data in zip(media, spans, self._placed(media, films), strict=True)
                 ],
                 im_start_id=self.img_start_token_id,
                 im_end_id=self.img_end_token_id,
                 im_token_id=self.img_context_token_id,
                 video_token_id=self.video_token_id,
             )
+
+        def _placed(self, media: Sequence[_Medium], films: Sequence[Sequence[_Medium]]) -> Iterator[dict[str, Any]]:
+            """What the item of each medium says of itself: a frame, which of the tiles of its video are its own."""
+            side = math.isqrt(self.num_image_token)
+            numbers = fresh_numbers(len(films))
+            tiles = [sum(len(frame.tiles) for frame in film) for film in films]
+            following = [itertools.count() for _ in films]
+            for one in media:
+                if (video := one.video) is None:
+                    yield {}
+                else:
+                    yield {
+                        KEY: [(numbers[video], next(following[video]), tiles[video], side, side, 0) for _ in one.tiles]
+                    }
 
         def _tiles_wanted(self, kind: str, request: Any, given: dict[str, Any], usual: int) -> int:
             names = (f"{kind}_max_dynamic_patch", "max_dynamic_patch")

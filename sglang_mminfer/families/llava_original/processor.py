@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sglang_mminfer.families.llava_original.geometry import RASTERS
 from sglang_mminfer.mends import pictures
+from sglang_mminfer.modality.items import KEY, fresh_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -168,13 +168,13 @@ def processor_class(base: Any) -> type:
             merge = getattr(config, "mm_patch_merge_type", "flat")
             pinpoints = getattr(config, "image_grid_pinpoints", None)
             lengths = []
-            for item in output.mm_items:
+            for number, item in zip(fresh_numbers(len(output.mm_items)), output.mm_items):
                 data = item.model_specific_data
                 # A picture that was cut up has several views; one that came as an object is never cut.
                 aspect = data["image_aspect_ratio"] if len(item.feature) > 1 else None
                 (size,) = data["image_sizes"]
                 rasters = rasters_of(size, side, pixels, aspect, merge, pinpoints, item.is_video())
-                data[RASTERS] = rasters
+                data[KEY] = [(number, 0, 1, *raster) for raster in rasters]
                 lengths.append(sum(rows * cols + tail for rows, cols, tail in rasters))
             ids = self._processor.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             output.input_ids, offsets = lay_out(ids, config.image_token_index, lengths)

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from sglang_mminfer.families.llava_video import layout
 from sglang_mminfer.families.llava_video.config import POOL_STRIDE, check
-from sglang_mminfer.families.own.geometry import TAIL
 from sglang_mminfer.families.own.siglip import SiglipTower
+from sglang_mminfer.modality.items import KEY, Place
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
@@ -34,7 +34,7 @@ class LlavaVideoEncoder(nn.Module):
         """[n, patches, hidden]: pictures after the projector."""
         return self.mm_projector(self.vision_tower(pixels))
 
-    def encode(self, is_video: bool, data: Mapping[str, int], features: torch.Tensor) -> torch.Tensor:
+    def encode(self, is_video: bool, data: Mapping[str, Any], features: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] of one item.
 
         Args:
@@ -46,10 +46,10 @@ class LlavaVideoEncoder(nn.Module):
             frame = pooled(raster, self.config.mm_spatial_pool_mode)
             if layout.newline(self.config) == "grid":
                 frame = self._with_newlines(frame)
-            return self._with_tail(frame[0].flatten(0, 1), data[TAIL])
+            return self._with_tail(frame[0].flatten(0, 1), Place(*data[KEY][0]).tail)
         if "width" in data:
             return self._of_tiles(raster, layout.tiles_of(self.config, data["width"], data["height"]))
-        return self._with_tail(raster[0].flatten(0, 1), data[TAIL])
+        return self._with_tail(raster[0].flatten(0, 1), Place(*data[KEY][0]).tail)
 
     def _of_tiles(self, raster: torch.Tensor, tiles: layout.Tiles) -> torch.Tensor:
         """A picture put together from its tiles, its padding cut away, each row with its newline."""

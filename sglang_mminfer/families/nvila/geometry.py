@@ -11,8 +11,8 @@ many tiles as its `block_sizes` says.
 
 Line breaks between two tiles of a medium are members of it without a cell. The ones behind the last tile are text.
 
-Our processor says which tiles are of one medium. Without it each span is a medium of its own: nothing in the prompt
-tells two frames of a video from two videos, or two tiles of an image from two images.
+Our processor says which tiles are of one medium (`modality.items.Place`). Without it each span is a medium of its own:
+nothing in the prompt tells two frames of a video from two videos, or two tiles of an image from two images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
-from sglang_mminfer.modality.items import VIDEO_KEY, GeometryError, Span, data_of, one_segment, spans_of, whole
+from sglang_mminfer.modality.items import GeometryError, Span, data_of, one_segment, spans_of, whole
 
 MERGED = {"nvila": 2, "nvila_lite": 3}
 """Patches that the projector merges, by side, for each model type."""
@@ -48,15 +48,15 @@ class TileReader(Reader):
         """Raises GeometryError "grid_mismatch", besides what offsets can be wrong in."""
         side = self.side
         spans = spans_of(one.item, one.label)
-        if len(spans) == 1 and (blocks := _blocks(one.item, one.label)) is not None:
+        if len(spans) == 1 and (blocks := blocks_of(one.item, one.label)) is not None:
             rows, cols = blocks
             _check(spans[0], side, rows * cols)
             yield one_segment(spans, rows * side, cols * side, one.modality)
             return
         for span in spans:
             _check(span, side, 1)
-        for medium in [spans] if VIDEO_KEY in data_of(one.item) else [[span] for span in spans]:
-            yield one_segment(medium, side, side, one.modality)
+        for span in spans:
+            yield one_segment([span], side, side, one.modality)
 
 
 def _check(span: Span, side: int, tiles: int) -> None:
@@ -65,7 +65,7 @@ def _check(span: Span, side: int, tiles: int) -> None:
         raise GeometryError("grid_mismatch", f"{span.name}: expected {tiles} x {side * side} tokens, got {tokens}")
 
 
-def _blocks(item: Any, name: str) -> tuple[int, int] | None:
+def blocks_of(item: Any, name: str) -> tuple[int, int] | None:
     """Rows and columns of tiles that were put together in a span; None where the span is a tile."""
     given: Any = data_of(item).get("block_sizes")
     if given is None:

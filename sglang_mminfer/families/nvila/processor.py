@@ -8,11 +8,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from sglang_mminfer.families.counted_frames import count_for, counting_frames, fresh_numbers
+from sglang_mminfer.families.counted_frames import count_for, counting_frames
 from sglang_mminfer.families.frames import frames_at
+from sglang_mminfer.families.nvila.geometry import blocks_of, side_of
 from sglang_mminfer.families.sampling import evenly
 from sglang_mminfer.mends.token_ids import Piece
-from sglang_mminfer.modality.items import VIDEO_KEY
+from sglang_mminfer.modality.items import KEY, fresh_numbers
 
 
 @functools.cache
@@ -61,7 +62,8 @@ def processor_class(base: Any) -> type:
             items, ids, _ = await self.process_and_combine_mm_data_async(
                 loaded, self.mm_tokens, processor_video_config={}
             )
-            number_media(items, len(loaded.images), [len(video) for video in loaded.videos])
+            films = [len(video) for video in loaded.videos]
+            place_media(items, len(loaded.images), films, side_of(self.hf_config))
             if self.hf_config.model_type == "nvila":
                 name_blocks(items)
             return MultimodalProcessorOutput(
@@ -91,29 +93,36 @@ def frames_of(video: Any, usual: int) -> list[Any]:
     return [np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame) for frame in frames]
 
 
-def number_media(items: Sequence[Any], images: int, videos: Sequence[int]) -> None:
-    """Gives each item the number of its medium.
+def place_media(items: Sequence[Any], images: int, videos: Sequence[int], side: int) -> None:
+    """Says of each item where in its medium it belongs.
 
     Items are of one tile each, or of a whole image, and in the order of their media.
 
     Args:
         videos: the number of frames of each.
+        side: of a tile, in tokens.
     """
     pictures = [item for item in items if not item.is_video()]
     if images and len(pictures) % images == 0:
-        _number(pictures, [len(pictures) // images] * images)
+        _place(pictures, [len(pictures) // images] * images, side)
     frames = [item for item in items if item.is_video()]
     if len(frames) == sum(videos):
-        _number(frames, videos)
+        _place(frames, videos, side)
     elif videos and len(frames) % len(videos) == 0:
-        _number(frames, [len(frames) // len(videos)] * len(videos))
+        _place(frames, [len(frames) // len(videos)] * len(videos), side)
 
 
-def _number(items: Sequence[Any], lengths: Sequence[int]) -> None:
+def _place(items: Sequence[Any], lengths: Sequence[int], side: int) -> None:
     left = iter(items)
     for number, length in zip(fresh_numbers(len(lengths)), lengths):
-        for item in itertools.islice(left, length):
-            item.model_specific_data[VIDEO_KEY] = number
+        medium = list(itertools.islice(left, length))
+        rows, cols = (len(medium) == 1 and blocks_of(medium[0], "image")) or (1, 1)
+        tiles = sum(len(item.offsets) for item in medium)
+        following = itertools.count()
+        for item in medium:
+            item.model_specific_data[KEY] = [
+                (number, next(following), tiles, rows * side, cols * side, 0) for _ in item.offsets
+            ]
 
 
 def name_blocks(items: Sequence[Any]) -> None:

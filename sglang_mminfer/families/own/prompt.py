@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from sglang_mminfer.families.own import geometry
+from sglang_mminfer.modality.items import KEY, Place, fresh_numbers
 
 IMAGE, VIDEO = "<image>", "<video>"
 _PLACEHOLDER = re.compile(f"({re.escape(IMAGE)}|{re.escape(VIDEO)})")
@@ -55,19 +55,15 @@ class Placed:
     raster: Raster
     kind: Literal["image", "video"]
     start: int
+    medium: int
     frame: int
     frames: int
 
-    def data(self) -> dict[str, int]:
+    def data(self) -> dict[str, Any]:
         """What the map and the family's encoder read, as SGLang's item carries it."""
-        return {
-            geometry.FRAME: self.frame,
-            geometry.FRAMES: self.frames,
-            geometry.ROWS: self.raster.rows,
-            geometry.COLS: self.raster.cols,
-            geometry.TAIL: self.raster.tail,
-            **self.raster.values,
-        }
+        raster = self.raster
+        place = Place(self.medium, self.frame, self.frames, raster.rows, raster.cols, raster.tail)
+        return {KEY: [tuple(place)], **raster.values}
 
 
 def fill_id(config: Any, tokenizer: Any) -> int:
@@ -110,12 +106,14 @@ def lay_out(
     """
     ids: list[int] = []
     placed: list[Placed] = []
+    numbers = iter(fresh_numbers(len(pieces)))
     for run in _runs(pieces):
         if isinstance(run, str):
             ids.extend(encode(run))
             continue
+        medium = next(numbers)
         for frame, raster in enumerate(run.rasters):
-            placed.append(Placed(raster, run.kind, len(ids), frame, len(run.rasters)))
+            placed.append(Placed(raster, run.kind, len(ids), medium, frame, len(run.rasters)))
             ids.extend([fill] * raster.tokens)
             if raster.separator:
                 ids.extend(encode(raster.separator))

@@ -43,6 +43,7 @@ class Newcomer(Family):
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The families with one more file in their folder."""
+    families.known()  # so that what registers below is the newcomer alone
     (tmp_path / "newcomer.py").write_text(NEWCOMER)
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     monkeypatch.setattr(base, "REGISTERED", list(base.REGISTERED))

@@ -14,10 +14,10 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 
 from families import llava_original
 from processing import Processing
-from sglang_mminfer.families.llava_original.geometry import RASTERS, PictureReader
 from sglang_mminfer.families.llava_original.processor import lay_out, rasters_of, side_of
 from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.families.processors import adapt_model
+from sglang_mminfer.modality.items import KEY, Place
 from sglang_mminfer.settings import SPLIT_VIDEOS
 from sglang_mminfer.tools.media import make_image
 
@@ -75,7 +75,11 @@ def item_of(size: tuple[int, int], modality: SglModality, merge: str, aspect: st
     return MultimodalDataItem(
         modality=modality,
         feature=np.array(views, dtype=np.float32)[:, :, None, None],
-        model_specific_data={"image_sizes": [size], "image_aspect_ratio": aspect, RASTERS: rasters},
+        model_specific_data={
+            "image_sizes": [size],
+            "image_aspect_ratio": aspect,
+            KEY: [(0, 0, 1, *raster) for raster in rasters],
+        },
     )
 
 
@@ -141,7 +145,7 @@ def test_a_map_says_what_the_model_puts_where(prompt, merge, data):
     ids = data.draw(words)
     for _ in items:
         ids += [IMAGE, *data.draw(words)]
-    lengths = [sum(rows * cols + tail for rows, cols, tail in one.model_specific_data[RASTERS]) for one in items]
+    lengths = [sum(Place(*place).tokens for place in one.model_specific_data[KEY]) for one in items]
     whole, offsets = lay_out(ids, IMAGE, lengths)
     for i, (item, offset) in enumerate(zip(items, offsets)):
         item.offsets, item.pad_value = [offset], 1000 + i
@@ -225,11 +229,11 @@ def test_what_the_items_do_not_say():
     (_, segment) = map_from_mm_inputs(item(25), 32, reader_of(CONFIG)).segments
     assert (segment.modality, segment.start, segment.stop, segment.grid) == ("image", 7, 32, None)
     with pytest.raises(GeometryError, match=r"expected one span of 26 tokens for rasters .*, got \[25\]") as caught:
-        map_from_mm_inputs(item(25, **{RASTERS: [(5, 5, 1)]}), 32, reader_of(CONFIG))
+        map_from_mm_inputs(item(25, **{KEY: [(0, 0, 1, 5, 5, 1)]}), 32, reader_of(CONFIG))
     assert caught.value.reason == "grid_mismatch"
     with pytest.raises(GeometryError) as caught:
         map_from_mm_inputs(
-            SimpleNamespace(mm_items=[SimpleNamespace(modality="IMAGE", offsets=None)]), 9, PictureReader()
+            SimpleNamespace(mm_items=[SimpleNamespace(modality="IMAGE", offsets=None)]), 9, reader_of(CONFIG)
         )
     assert caught.value.reason == "no_offsets"
 

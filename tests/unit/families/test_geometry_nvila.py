@@ -21,7 +21,7 @@ from processing import Processing, cells_of, check_padding, kind_of, runs_of
 from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.families.nvila.geometry import TileReader
 from sglang_mminfer.families.nvila.processor import frames_of
-from sglang_mminfer.modality.items import VIDEO_KEY
+from sglang_mminfer.modality.items import KEY, Place
 from sglang_mminfer.settings import SPLIT_VIDEOS
 from sglang_mminfer.tools.media import make_image, make_video
 
@@ -207,10 +207,10 @@ def test_what_is_wrong_is_named(item, message):
 
 
 def test_frames_out_of_order_are_named():
-    frames = [(VIDEO, [span], {VIDEO_KEY: 0}) for span in ((9, 12), (4, 7))]
-    with pytest.raises(GeometryError, match="overlaps") as caught:
+    frames = [(VIDEO, [span], {KEY: [Place(0, i, 2, 2, 2)]}) for i, span in enumerate(((9, 12), (4, 7)))]
+    with pytest.raises(GeometryError, match=r"the 2 frames of one video of 2 x 2 tokens in order, got") as caught:
         map_from_mm_inputs(media(*frames), 60, TileReader(2))
-    assert caught.value.reason == "overlapping_offsets"
+    assert caught.value.reason == "grid_mismatch"
 
 
 def test_a_joined_image_is_one_raster():

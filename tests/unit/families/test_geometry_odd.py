@@ -17,18 +17,17 @@ from sglang_mminfer.families.base import Reader
 from sglang_mminfer.families.grid_thw import FrameSpanReader, GridReader
 from sglang_mminfer.families.internvl import geometry as internvl
 from sglang_mminfer.families.llava_hf.geometry import LlavaReader
-from sglang_mminfer.families.llava_original.geometry import RASTERS, PictureReader
 from sglang_mminfer.families.maps import GeometryError, cached_map, map_from_mm_inputs
 from sglang_mminfer.families.nvila import geometry as nvila
-from sglang_mminfer.families.own.geometry import KEYS, PlacedReader
+from sglang_mminfer.families.own.geometry import PlacedReader
 from sglang_mminfer.families.qwen_vl.processor import videos_of
-from sglang_mminfer.modality.items import VIDEO_KEY
+from sglang_mminfer.modality.items import KEY
 from sglang_mminfer.modality.segments import Modality
 
 TILES = ((1, 1), (1, 2), (2, 1))
 READERS = [
     *(None, GridReader(), GridReader(3), FrameSpanReader(), internvl.TileReader(), internvl.TileReader(2)),
-    *(nvila.TileReader(2), PictureReader(), PlacedReader(), PlacedReader(merged=True)),
+    *(nvila.TileReader(2), PlacedReader(), PlacedReader(merged=True)),
     *(LlavaReader(2, 28, 1, 1, TILES, 9), LlavaReader(2, 28, 1, 0, TILES, 0)),
 ]
 LENGTH = 64
@@ -66,13 +65,15 @@ held_rows = st.builds(held, rows, st.sampled_from(["list", "array", "int64", "fl
 good_offsets = st.lists(st.integers(0, LENGTH - 1), min_size=2, max_size=6).map(
     lambda ends: [(a, b) for a, b in zip(sorted(ends)[::2], sorted(ends)[1::2])]
 )
-DATA = ["image_grid_thw", "video_grid_thw", "image_sizes", "block_sizes", RASTERS, VIDEO_KEY, *KEYS]
+DATA = ["image_grid_thw", "video_grid_thw", "image_sizes", "block_sizes", KEY]
 
 
 @st.composite
 def items(draw: st.DrawFn) -> Any:
     data = draw(st.dictionaries(st.sampled_from(DATA), st.one_of(held_rows, numbers), max_size=7))
-    data |= draw(st.sampled_from([{}, {"pre_chunked_input_ids": 1}, {"placed_frame": 0, "placed_frames": 1}]))
+    data |= draw(st.sampled_from([{}, {"pre_chunked_input_ids": 1}, {KEY: [(0, 0, 1, 2, 2, 0)]}]))
+    if draw(st.booleans()):
+        data[KEY] = draw(st.lists(st.tuples(*[st.one_of(st.integers(0, 4), numbers)] * 6), max_size=3))
     modality = draw(st.sampled_from([*SglModality, "VIDEO", "image", "smell", None, 3]))
     offsets = draw(st.one_of(good_offsets, held_rows, st.none()))
     if draw(st.booleans()) and isinstance(modality, SglModality):

@@ -109,7 +109,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "words for offsets": (with_(offsets="all"), r"."),
     "a pad value that is a word's": (with_(hash=7, pad_value=11), r"pad_value"),
     "pad values that are words'": (with_(hash=7, pad_value=1 << 40, pad_values=(1, 2)), r"pad_value"),
-    "a key of ours": (with_(mminfer_video=3), r"mminfer_video"),
+    "a key of ours": (with_(mminfer=[(0, 0, 1, 1, 1, 0)]), r"mminfer is no field"),
     "nothing": (lambda data: {"format": "processor_output"}, r"."),
 }
 

@@ -24,6 +24,7 @@ from sglang_mminfer.families.own.checkpoint import Checkpoint
 from sglang_mminfer.families.own.geometry import PlacedReader
 from sglang_mminfer.families.own.prompt import IMAGE, VIDEO, Medium, Raster, lay_out, split
 from sglang_mminfer.families.sampling import evenly, every_second, first_seconds
+from sglang_mminfer.modality.items import KEY, Place
 from sglang_mminfer.modality.segments import Modality
 
 PIXELS = torch.zeros(3, 2, 2, dtype=torch.uint8)
@@ -166,7 +167,8 @@ def test_items_that_do_not_fit_run_dense() -> None:
 
     def changed(index: int, **data: Any) -> list[Any]:
         found = items(placed)
-        found[index].model_specific_data |= {f"placed_{name}": value for name, value in data.items()}
+        place = Place(*found[index].model_specific_data[KEY][0])
+        found[index].model_specific_data[KEY] = [place._replace(**data)]
         return found
 
     assert reason(items(placed)[1:]) == "grid_mismatch"

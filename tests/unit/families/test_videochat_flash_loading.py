@@ -28,7 +28,7 @@ from sglang_mminfer.families.own.processor import _item
 from sglang_mminfer.families.own.prompt import Medium, Raster, lay_out
 from sglang_mminfer.head_config import HeadConfigError
 from sglang_mminfer.mends import asked
-from sglang_mminfer.serving import head_config_choice
+from sglang_mminfer.serving import head_config_choice, hooks
 from sglang_mminfer.settings import CONFIG
 
 load_plugins()
@@ -55,7 +55,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 
     def launch(path: str) -> Any:
         arguments = ServerArgs(model_path=path, attention_backend="mminfer")
-        asked.note(arguments)
+        hooks.note(arguments)
         return model_config_of(resolving_view(arguments))
 
     return launch
