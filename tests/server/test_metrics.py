@@ -20,15 +20,17 @@ def figures(served: Served) -> dict[tuple[str, str], float]:
 
 def traced(served: Served) -> dict[tuple[str, str], float]:
     sums: dict[tuple[str, str], float] = defaultdict(float)
-    batches = set()  # by all three times: batches often share one of them, but not all three
+    audits: dict[tuple[float, float], float] = {}  # by the times of a batch: those of two batches are never all equal
     for record in served.records():
         ran = record.dense_reason or "sparse"
         sums["prefill_requests", ran] += 1
         sums["prefill_tokens", ran] += record.chunk_len
         sums["density_tokens", ""] += (record.density or 0.0) * record.chunk_len
-        batches.add((record.plan_ms, record.attn_ms, record.audit_ms))
-    for name, times in zip(("plan_ms", "attn_ms", "audit_ms"), zip(*batches, strict=True), strict=True):
-        sums[name, ""] = sum(times)
+        batch = record.plan_ms, record.attn_ms
+        audits[batch] = max(audits.get(batch, 0.0), record.audit_ms)  # requests that are not audited have 0
+    sums["plan_ms", ""] = sum(plan_ms for plan_ms, _ in audits)
+    sums["attn_ms", ""] = sum(attn_ms for _, attn_ms in audits)
+    sums["audit_ms", ""] = sum(audits.values())
     sums["audit_failures", ""] = sums["encoded_again", ""] = sums["encoded_again_ms", ""] = 0.0
     return sums
 
