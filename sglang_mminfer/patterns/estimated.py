@@ -57,10 +57,13 @@ class Evidence:
 
 
 class Crossings(Protocol):
-    """Which key tiles what was picked crosses in each query tile. far: int64 [T], keys of the class up to the last row
-    of a tile."""
+    """Which key tiles of a query tile are crossed by what was picked.
 
-    far: torch.Tensor
+    Attributes:
+        keys_of_last_row: int64 [T], keys of the class up to the last row of each query tile.
+    """
+
+    keys_of_last_row: torch.Tensor
 
     def ranges(self, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key tiles number 0 to below[t] - 1 that are crossed: start and count, int64 [H, T, S]; starts ascend, no two
@@ -88,12 +91,12 @@ class Estimated(Pattern):
 
     @abstractmethod
     def select(
-        self, masses: Masses, near: torch.Tensor, far: torch.Tensor, block_k: int
+        self, masses: Masses, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
     ) -> tuple[torch.Tensor, Crossings]:
         """What each head picks.
 
         Args:
-            near, far: int64 [T], keys of the class up to the first and the last row of each query tile.
+            keys_of_first_row, keys_of_last_row: int64 [T], keys of the class up to that row of each query tile.
 
         Returns:
             the columns, int64 [H, V], indices in the class, ascending, which every row sees; and the rest.
@@ -110,8 +113,8 @@ def column_lanes(columns: torch.Tensor, crossings: Crossings, block_k: int) -> t
         int64 [H, T, C] (1: visited) and int32 [H, T, C, words], packed: a column whose own tile is crossed is visited
         there.
     """
-    heads, tiles, lanes = len(columns), len(crossings.far), -(-columns.shape[1] // block_k) * block_k
-    excluded = crossings.cross(columns[:, None] // block_k) | (columns[:, None] >= crossings.far[:, None])
+    heads, tiles, lanes = len(columns), len(crossings.keys_of_last_row), -(-columns.shape[1] // block_k) * block_k
+    excluded = crossings.cross(columns[:, None] // block_k) | (columns[:, None] >= crossings.keys_of_last_row[:, None])
     excluded = torch.nn.functional.pad(excluded, (0, lanes - columns.shape[1]), value=True)
     excluded = excluded.view(heads, tiles, -1, block_k)
     return (~excluded).any(dim=3).long(), pack_lanes(excluded)

@@ -121,12 +121,12 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
         )
 
     def select(
-        self, masses: Masses, near: torch.Tensor, far: torch.Tensor, block_k: int
+        self, masses: Masses, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
     ) -> tuple[torch.Tensor, Crossings]:
         column_mass, diagonal_mass = masses
         columns = _heaviest(column_mass, self.vertical, self.forced_columns)
         distances = _heaviest(diagonal_mass, self.slash, self.forced_diagonals)
-        return columns, Diagonals(distances, near, far, block_k)
+        return columns, Diagonals(distances, keys_of_first_row, keys_of_last_row, block_k)
 
     # ---- for reports and searches --------------------------------------------------------------------------
 
@@ -190,14 +190,18 @@ def _heaviest(mass: torch.Tensor, count: int, forced: int) -> torch.Tensor:
 class Diagonals:
     """Which key tiles the diagonals of each head cross in each query tile.
 
-    The diagonal at distance d crosses a tile's keys near - 1 - d .. far - 1 - d.
+    In a tile the diagonal at distance d crosses the keys keys_of_first_row - 1 - d .. keys_of_last_row - 1 - d.
 
     Args:
-        distances: int64 [H, S], ascending; near, far: int64 [T], keys up to the first and the last row of a tile.
+        distances: int64 [H, S], ascending.
+        keys_of_first_row, keys_of_last_row: int64 [T], keys up to that row of a tile.
     """
 
-    def __init__(self, distances: torch.Tensor, near: torch.Tensor, far: torch.Tensor, block_k: int) -> None:
-        self.distances, self.near, self.far, self.block_k = distances, near, far, block_k
+    def __init__(
+        self, distances: torch.Tensor, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
+    ) -> None:
+        self.distances, self.block_k = distances, block_k
+        self.keys_of_first_row, self.keys_of_last_row = keys_of_first_row, keys_of_last_row
 
     def ranges(self, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key tiles number 0 to below[t] - 1: start and count, int64 [H, T, S]; starts ascend, no two overlap.
@@ -206,19 +210,19 @@ class Diagonals:
         before the next one's start, and what they add together is all they cross.
         """
         back = self.distances.flip(1)[:, None, :]
-        start = (self.near[:, None] - 1 - back).clamp_min(0) // self.block_k
-        stop = (self.far[:, None] - 1 - back + self.block_k).clamp_min(0) // self.block_k
+        start = (self.keys_of_first_row[:, None] - 1 - back).clamp_min(0) // self.block_k
+        stop = (self.keys_of_last_row[:, None] - 1 - back + self.block_k).clamp_min(0) // self.block_k
         stop = stop.minimum(below[:, None])
         stop[:, :, :-1] = stop[:, :, :-1].minimum(start[:, :, 1:])
         return start, (stop - start).clamp_min(0)
 
     def cross(self, blocks: torch.Tensor) -> torch.Tensor:
         """bool [H, T, X]: whether any diagonal crosses key tile blocks[h, t, x] (blocks: [H or 1, T or 1, X])."""
-        heads, tiles = len(self.distances), len(self.near)
+        heads, tiles = len(self.distances), len(self.keys_of_first_row)
         blocks = blocks.expand(heads, tiles, -1)
         # Of those that start at or before the tile's end, the nearest reaches farthest.
-        bound = self.near[:, None] - 1 - (blocks + 1) * self.block_k
+        bound = self.keys_of_first_row[:, None] - 1 - (blocks + 1) * self.block_k
         number = torch.searchsorted(self.distances, bound.flatten(1), right=True)
         distances = torch.nn.functional.pad(self.distances, (0, 1), value=1 << 40)
         nearest = distances.gather(1, number).view(bound.shape)
-        return self.far[:, None] - 1 - nearest >= blocks * self.block_k
+        return self.keys_of_last_row[:, None] - 1 - nearest >= blocks * self.block_k

@@ -228,25 +228,25 @@ class Tiles:
 
 @dataclass
 class EstimatedTiles:
-    """`EstimatedVisits` on the device: int64 [T'] near, far and sure."""
+    """`EstimatedVisits` on the device: int64 [T'] keys_of_first_row, keys_of_last_row and full_tiles."""
 
     visits: EstimatedVisits
     first_tile: int  # of the base order in the table
-    near: torch.Tensor
-    far: torch.Tensor
-    sure: torch.Tensor
+    keys_of_first_row: torch.Tensor
+    keys_of_last_row: torch.Tensor
+    full_tiles: torch.Tensor
 
     @property
     def most_partial(self) -> int:
         """Key tiles that some rows of a query tile see in part, at most."""
         visits = self.visits
-        return int((-(-visits.far // visits.base.block_k) - visits.sure).max())
+        return int((-(-visits.keys_of_last_row // visits.base.block_k) - visits.full_tiles).max())
 
     def room(self, ranges: int) -> int:
         """A bound on the full key tiles that so many crossing ranges have."""
         visits = self.visits
-        each = (visits.far - visits.near) // visits.base.block_k + 2
-        return int(np.minimum(ranges * each, visits.sure).sum())
+        each = (visits.keys_of_last_row - visits.keys_of_first_row) // visits.base.block_k + 2
+        return int(np.minimum(ranges * each, visits.full_tiles).sum())
 
 
 def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrders, device: torch.device) -> Tiles:
@@ -267,7 +267,7 @@ def _tiles(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
     ends = np.stack([ends[:-1:3], ends[1::3], ends[2::3], ends[3::3]], axis=1)
     rows, stop = joined(tile_pass.q_pos), joined(tile_pass.q_stop)
     estimated = tile_pass.estimated
-    uploads = [[e.near, e.far, e.sure] for e in estimated]
+    uploads = [[e.keys_of_first_row, e.keys_of_last_row, e.full_tiles] for e in estimated]
     q_rows, q_stop, rows_per_tile, *parts = to_device(
         device,
         rows - chunk.q_start + chunk.row_start,
@@ -315,12 +315,12 @@ def _with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: 
             return torch.nn.functional.pad(x.transpose(1, -1), beside).transpose(1, -1)
 
         masses = estimates.of(pattern, estimated.visits.scope)
-        columns, crossings = pattern.select(masses, estimated.near, estimated.far, block_k)
-        start, count = crossings.ranges(estimated.sure)
+        columns, crossings = pattern.select(masses, estimated.keys_of_first_row, estimated.keys_of_last_row, block_k)
+        start, count = crossings.ranges(estimated.full_tiles)
         ranges[FULL].append((placed(start + estimated.first_tile), placed(count)))
         room += heads * estimated.room(start.shape[2])
         lanes = torch.arange(estimated.most_partial, device=start.device)
-        blocks = (estimated.sure[:, None] + lanes)[None]
+        blocks = (estimated.full_tiles[:, None] + lanes)[None]
         crossed = crossings.cross(blocks)
         ranges[PARTIAL].append((placed(blocks + estimated.first_tile), placed(crossed.long())))
         room += heads * blocks.numel()

@@ -50,7 +50,7 @@ class Visits:
 class EstimatedVisits:
     """Tiles that also visit what an estimate picks: all tiles of one group.
 
-    near, far: keys of the class up to the first and the last row of a tile; sure: the first so many key tiles are
+    keys_of_first_row, keys_of_last_row: keys of the class up to that row of a tile; full_tiles: the first so many are
     visible to all of its rows.
     """
 
@@ -58,9 +58,9 @@ class EstimatedVisits:
     scope: Scope
     base: CompactOrder
     tile: Ints
-    near: Ints
-    far: Ints
-    sure: Ints
+    keys_of_first_row: Ints
+    keys_of_last_row: Ints
+    full_tiles: Ints
 
 
 @dataclass
@@ -89,10 +89,10 @@ class TilePass:
         if some.any():
             self.visits.append(Visits(order, kind, tiles[some], start[some], (stop - start)[some]))
 
-    def visit_ascending(self, order: KeyOrder, tiles: Ints, start: Ints, stop: Ints, sure: Ints) -> None:
-        """The same, where the first `sure` key tiles are visible to all rows of the query tile."""
-        self.visit(order, FULL, tiles, start, np.minimum(stop, sure))
-        self.visit(order, PARTIAL, tiles, np.maximum(start, sure), stop)
+    def visit_ascending(self, order: KeyOrder, tiles: Ints, start: Ints, stop: Ints, full_tiles: Ints) -> None:
+        """The same, where the first `full_tiles` key tiles are visible to all rows of the query tile."""
+        self.visit(order, FULL, tiles, start, np.minimum(stop, full_tiles))
+        self.visit(order, PARTIAL, tiles, np.maximum(start, full_tiles), stop)
 
     def gather(self, order: KeyOrder, tiles: Ints, blocks: Ints, excluded: NDArray[np.int32]) -> None:
         """Tile tiles[i] visits key tile blocks[i], of which excluded[i] (packed) does not count."""
@@ -174,34 +174,36 @@ class ChunkTiler:
         begin, end = self._query_tiles(order, low, sees_whole, pairs)
         live_begin = np.maximum(begin, low)
         first_row, last_row, first_live = order.select(begin), order.select(end - 1), order.select(live_begin)
-        live = order.clip(self.q_start, self.kv_len).members()
+        rows_of_chunk = order.clip(self.q_start, self.kv_len).members()
         rows_per_tile = end - live_begin
-        tiles = out.add_tiles(live, live + 1, rows_per_tile)
+        tiles = out.add_tiles(rows_of_chunk, rows_of_chunk + 1, rows_per_tile)
         zero = np.zeros_like(tiles)
         for j, (scope, index) in enumerate(pairs):
             base = self._base_order(scope)
             if base.num_tiles == 0:
                 continue
             # Keys of the class up to the first and the last row.
-            near, far = base.keys.rank(first_row + 1), base.keys.rank(last_row + 1)
-            stop, sure = -(-far // self.block_k), base.keys.rank(first_live + 1) // self.block_k
+            keys_of_first_row, keys_of_last_row = base.keys.rank(first_row + 1), base.keys.rank(last_row + 1)
+            stop, full_tiles = -(-keys_of_last_row // self.block_k), base.keys.rank(first_live + 1) // self.block_k
             if sees_whole[j]:
-                out.visit_ascending(base, tiles, zero, stop, sure)
+                out.visit_ascending(base, tiles, zero, stop, full_tiles)
                 continue
             if index.estimated is not None:
-                visits = EstimatedVisits(index.estimated, scope, base, tiles, near, far, sure)
+                visits = EstimatedVisits(
+                    index.estimated, scope, base, tiles, keys_of_first_row, keys_of_last_row, full_tiles
+                )
                 out.estimated.append(visits)
                 continue
             sink_tiles = -(-index.sink // self.block_k)
-            window = np.maximum(near - index.local, 0) // self.block_k
-            out.visit_ascending(base, tiles, zero, np.minimum(np.minimum(window, stop), sink_tiles), sure)
-            out.visit_ascending(base, tiles, window, stop, sure)
+            window = np.maximum(keys_of_first_row - index.local, 0) // self.block_k
+            out.visit_ascending(base, tiles, zero, np.minimum(np.minimum(window, stop), sink_tiles), full_tiles)
+            out.visit_ascending(base, tiles, window, stop, full_tiles)
             if index.columns is not None:
                 self._visit_columns(index.columns, scope, base, sink_tiles, window, tiles, out)
             if index.lines is not None:
                 # local >= 1, so the window starts inside the order
                 starts = np.where(window == 0, 0, base.keys.select(window * self.block_k))
-                bounds[j][live - self.q_start] = np.repeat(starts, rows_per_tile)
+                bounds[j][rows_of_chunk - self.q_start] = np.repeat(starts, rows_per_tile)
 
     def _query_tiles(
         self, order: Runs, low: int, sees_whole: tuple[bool, ...], pairs: list[tuple[Scope, PairIndex]]
