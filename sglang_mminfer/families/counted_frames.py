@@ -1,8 +1,8 @@
 """SGLang's media processors of models whose limits or mistakes stand in the way of long video.
 
 Each class here is SGLang's own with little changed, made when SGLang makes the processor of such a model and not
-before: `mends.processor` is the hook, `mends.MENDS` says why. The number of frames is SGLang's own option for video,
-which these processors do not read:
+before: `families.processors` has the hook, `mends.MENDS` says why. The number of frames is SGLang's own option for
+video, which these processors do not read:
 
     --mm-process-config '{"video": {"num_frames": 256}}'
 """

@@ -16,27 +16,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from sglang_mminfer import mends
-from sglang_mminfer.families.base import Family, MediaItem, Reader
-from sglang_mminfer.families.grid_thw import FrameSpanReader, check_patches, merge_of
+from sglang_mminfer.families.grid_thw import FrameSpanReader, GridFamily
 from sglang_mminfer.mends import options, videos
 from sglang_mminfer.mends.token_ids import Piece
 
 
-class Glm4V(Family):
+class Glm4V(GridFamily):
     """GLM-4.1V, GLM-4.5V and GLM-4.6V: dense models and those with experts."""
 
     model_types = ("glm4v", "glm4v_moe")
     why = "A video is a span for each frame, with its second as text behind it and the placeholder of a picture."
     processors = ("Glm4vImageProcessor",)
-
-    def geometry(self, hf_config: Any) -> Reader:
-        return FrameSpanReader(merge_of(hf_config))
+    reader = FrameSpanReader
 
     def processor(self, base: type, hf_config: Any) -> type | None:
         return _processor_class(base) if hf_config.model_type in self.model_types else None
-
-    def check_features(self, one: MediaItem, shape: tuple[int, ...], tokens: int, hf_config: Any) -> None:
-        check_patches(one, shape, hf_config)
 
 
 @functools.cache

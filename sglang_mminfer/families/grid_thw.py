@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
+from sglang_mminfer.families.base import Family, LabelledSegment, MediaItem, Reader
 from sglang_mminfer.modality.items import GeometryError, Span, data_of, grid_rows, one_segment, spans_of
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
@@ -129,7 +129,19 @@ class FrameSpanReader(GridReader):
             yield one_segment(frames, raster.rows, raster.cols, one.modality)
 
 
-def check_patches(one: MediaItem, shape: tuple[int, ...], hf_config: Any) -> None:
+class GridFamily(Family):
+    """A family whose items have grid rows, and features with a row for each patch."""
+
+    reader: ClassVar[type[GridReader]] = GridReader
+
+    def geometry(self, hf_config: Any) -> Reader:
+        return self.reader(merge_of(hf_config))
+
+    def check_features(self, one: MediaItem, shape: tuple[int, ...], tokens: int, hf_config: Any) -> None:
+        _check_patches(one, shape, hf_config)
+
+
+def _check_patches(one: MediaItem, shape: tuple[int, ...], hf_config: Any) -> None:
     """Holds the features of an item against its grid: a row for each patch.
 
     Raises:

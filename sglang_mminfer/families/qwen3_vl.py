@@ -13,26 +13,20 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sglang_mminfer.families.base import Family, MediaItem, Reader
-from sglang_mminfer.families.grid_thw import FrameSpanReader, check_patches, merge_of
+from sglang_mminfer.families.grid_thw import FrameSpanReader, GridFamily
 from sglang_mminfer.mends.token_ids import Piece
 
 
-class Qwen3VL(Family):
+class Qwen3VL(GridFamily):
     """Qwen3-VL and Qwen3-VL-MoE."""
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     why = "A video is a span for each frame, with timestamps as text between them."
     processors = ("QwenVLImageProcessor",)
-
-    def geometry(self, hf_config: Any) -> Reader:
-        return FrameSpanReader(merge_of(hf_config))
+    reader = FrameSpanReader
 
     def processor(self, base: type, hf_config: Any) -> type | None:
         return _processor_class(base) if hf_config.model_type in self.model_types else None
-
-    def check_features(self, one: MediaItem, shape: tuple[int, ...], tokens: int, hf_config: Any) -> None:
-        check_patches(one, shape, hf_config)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ rows wants. A row's group, its tile and that tile's rows so far depend only on w
 neither chunks nor cached prefixes nor later turns change what it sees.
 
 All of this is arithmetic on runs and ranges, done on the host while the device is busy with what came before: it
-costs what segments, frames, and tiles of the chunk cost, not what the prompt's tokens do. `plan.py` spells it out
+costs what segments, frames, and tiles of the chunk cost, not what the prompt's tokens do. `planner.py` spells it out
 on the device.
 """
 

@@ -289,6 +289,19 @@ def _write(path: Path, arch: str, recipe: dict[str, Any]) -> None:
     save_processor(processor, path)
 
 
+def save_all(model: Any, processor: Any, tokenizer: Any, rows: int, seed: int, path: Path) -> None:
+    """Draws the weights of a new model, in float32, and writes it and its processor to the folder `path`.
+
+    Args:
+        rows: of its token embedding.
+    """
+    model.generation_config = generation_config(tokenizer)
+    model = model.to(torch.float32).eval()
+    draw_weights(model, seed, spoken_tokens(tokenizer, rows))
+    save_model(model, path)
+    save_processor(processor, path)
+
+
 def vocabulary_rows(tokenizer: Any) -> int:
     """Rows of an embedding for all tokens: a multiple of 64, as in released checkpoints."""
     return -(-len(tokenizer) // 64) * 64

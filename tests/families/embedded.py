@@ -19,6 +19,20 @@ Piece = str | list[int] | torch.Tensor
 """Text that is tokenized as a whole, ids, or the embeddings [tokens, hidden] of a medium."""
 
 
+LANGUAGE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}
+"""A small Qwen2, by the names in its config."""
+
+
 @dataclass(frozen=True)
 class Chat:
     """What a template says around messages: `head` and `tail` of each (the role for {}), `first` before all."""

@@ -137,13 +137,9 @@ def _write(path: Path, moe: bool) -> None:
     else:
         config = transformers.Glm4vConfig(text_config=text, vision_config=vision, **tokens)
         model = transformers.Glm4vForConditionalGeneration(config)
-    model.generation_config = tiny_model.generation_config(tokenizer)
-    model = model.to(torch.float32).eval()
-    tiny_model.draw_weights(model, SEED, tiny_model.spoken_tokens(tokenizer, rows))
-    tiny_model.save_model(model, path)
+    tiny_model.save_all(model, processor, tokenizer, rows, SEED, path)
     if moe:
         _lay_out_experts(path / "model.safetensors")
-    tiny_model.save_processor(processor, path)
 
 
 def _lay_out_experts(file: Path) -> None:

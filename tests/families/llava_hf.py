@@ -67,11 +67,7 @@ def _write(path: Path, parts: Any) -> None:
     }
     shared = {"image_token_index": image, "video_token_index": video, "tie_word_embeddings": False}
     processor, model = parts(tokenizer, text, vision, shared)
-    model.generation_config = tiny_model.generation_config(tokenizer)
-    model = model.to(torch.float32).eval()
-    tiny_model.draw_weights(model, SEED, tiny_model.spoken_tokens(tokenizer, rows))
-    tiny_model.save_model(model, path)
-    tiny_model.save_processor(processor, path)
+    tiny_model.save_all(model, processor, tokenizer, rows, SEED, path)
 
 
 def _pinpoints(size: int, most: int) -> list[list[int]]:

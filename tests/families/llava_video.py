@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from families import Family, Prompt
-from families.embedded import EmbeddedOracle, Piece, output_of
+from families.embedded import LANGUAGE, EmbeddedOracle, Piece, output_of
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle_media import open_video, read_picture
 
@@ -31,18 +31,6 @@ TOWER = {
     "patch_size": 14,
 }
 """As many patches as the released tower has, in a smaller one; the checkpoint names it as `mm_vision_config`."""
-
-LANGUAGE = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-}
 
 RELEASED = {
     "add_faster_video": False,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from families import NO_ROWS, Family
-from families.embedded import EmbeddedOracle, Piece
+from families.embedded import LANGUAGE, EmbeddedOracle, Piece
 from families.videochat_towers import Tower
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle_media import open_video, read_picture
@@ -32,18 +32,6 @@ TOWERS: dict[str, dict[str, int]] = {
 }
 """By `mm_vision_tower`; the released towers in small, told as `mm_vision_config`."""
 SHARED_SIZES = {"hidden": 32, "layers": 3, "heads": 4}
-
-LANGUAGE = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-}
 
 RELEASED = {
     "frame_aspect_ratio": "square",

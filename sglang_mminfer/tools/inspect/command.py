@@ -22,7 +22,6 @@ from sglang_mminfer.serving.trace import LayerAudit, MapEntry, PrefillRecord, ma
 
 RID = "mminfer-inspect"
 MOST_HEADS = 6
-WAIT_S = 600.0
 
 
 class InspectError(Exception):
