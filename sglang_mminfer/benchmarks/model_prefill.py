@@ -44,7 +44,8 @@ from sglang_mminfer.patterns.a_shape import AShape
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.grid import Grid
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.prefill import SparsePrefillWithPagedKVCacheWrapper
 from sglang_mminfer.tools import machine
 

@@ -51,7 +51,8 @@ import json, resource, sys, time
 from statistics import median
 import torch
 from sglang_mminfer import Grid, Modality, ModalityMap, Segment, VisionGrid
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 try:
     from sglang_mminfer.planning.budget import PlanBudget, count_work, estimate
     from sglang_mminfer.settings import plan_budget

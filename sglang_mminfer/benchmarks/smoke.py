@@ -14,7 +14,8 @@ import torch
 from sglang_mminfer.benchmarks import cases, measure
 from sglang_mminfer.benchmarks.inputs import make_inputs
 from sglang_mminfer.kernels.triton import launch
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.serving import self_check
 
 SMALL = cases.Case("28/4", 32768, 8192, "a_shape")

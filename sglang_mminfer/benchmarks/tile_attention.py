@@ -33,7 +33,8 @@ from sglang_mminfer.benchmarks.inputs import Inputs, make_inputs
 from sglang_mminfer.kernels.block_plan import PrefillPlan
 from sglang_mminfer.kernels.triton import launch
 from sglang_mminfer.kernels.triton.work_order import work_order
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk, is_static
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner, is_static
 from sglang_mminfer.tools import machine
 
 RESULTS = Path("sglang_mminfer/benchmarks/results")

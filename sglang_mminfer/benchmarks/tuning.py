@@ -22,7 +22,9 @@ from sglang_mminfer.benchmarks.cases import CHUNK, PATTERNS, ROW, TARGET, video_
 from sglang_mminfer.benchmarks.inputs import Inputs, make_inputs
 from sglang_mminfer.kernels.triton import launch
 from sglang_mminfer.kernels.triton.configurations import HEAD_DIMS, Configuration, configuration
-from sglang_mminfer.planning.planner import BLOCK_K, BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
+from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.tools import machine
 
 HEADS = (28, 4)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern, patterns_of
 from sglang_mminfer.planning.lines import LineOrder
-from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
 
 ROWS = 8192
 """The budget's milliseconds are for a chunk of so many rows or fewer; a longer one has more in proportion."""

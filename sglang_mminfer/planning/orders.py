@@ -6,13 +6,15 @@ described on the host, by runs and frames; its positions are spelled out on the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from sglang_mminfer.kernels.block_plan import PAD_POSITION
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, KeyTable
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.modality.runs import Runs
+from sglang_mminfer.planning.chunk import RequestChunk
 
 
 class KeyOrder(Protocol):
@@ -45,3 +47,41 @@ class CompactOrder:
         offset = torch.repeat_interleave(first, lengths, output_size=total)
         torch.add(offset, torch.arange(total, dtype=torch.int32, device=device), out=out[:total])
         return out
+
+
+class KeyOrders:
+    """The key orders of a batch, each with its place in one table. The table grows as patterns ask for more."""
+
+    def __init__(self, requests: Sequence[RequestChunk], block_k: int) -> None:
+        self.requests, self.block_k = requests, block_k
+        self._first_tile: dict[tuple[int, KeyOrder], int] = {}
+        self._positions: list[torch.Tensor] = []
+        self._slots: list[torch.Tensor] = []
+        self._num_tiles = 0
+
+    def first_tile(self, request: int, order: KeyOrder) -> int:
+        """The number of the order's first key tile in the table."""
+        if (request, order) not in self._first_tile:
+            slots = self.requests[request].slots
+            positions = order.positions(slots.device)
+            self._positions.append(positions)
+            self._slots.append(_slots_of(positions, slots, self.block_k))
+            self._first_tile[request, order] = self._num_tiles
+            self._num_tiles += order.num_tiles
+        return self._first_tile[request, order]
+
+    def table(self) -> KeyTable:
+        """Of all orders so far. Numbers of tiles stay what they are when it grows."""
+        for parts in (self._positions, self._slots):
+            if len(parts) != 1:
+                none = torch.empty(0, dtype=torch.int32, device=parts[0].device if parts else None)
+                parts[:] = [torch.cat([none, *parts])]
+        return KeyTable(self._positions[0], self._slots[0])
+
+
+def _slots_of(positions: torch.Tensor, slots: torch.Tensor, block_k: int) -> torch.Tensor:
+    """int32: the cache rows of the keys at `positions`. For padding, and keys that are yet to come, see KeyTable."""
+    real = positions < len(slots)
+    nearest = positions.where(real, PAD_POSITION).view(-1, block_k).amin(dim=1)
+    nearest = nearest.where(nearest < len(slots), 0).repeat_interleave(block_k, output_size=len(positions))
+    return slots[positions.where(real, nearest).long()].to(torch.int32)

@@ -6,8 +6,8 @@ rows wants. A row's group, its tile and that tile's rows so far depend only on w
 neither chunks nor cached prefixes nor later turns change what it sees.
 
 All of this is arithmetic on runs and ranges, done on the host while the device is busy with what came before: it
-costs what segments, frames, and tiles of the chunk cost, not what the prompt's tokens do. `planner.py` spells it out
-on the device.
+costs what segments, frames, and tiles of the chunk cost, not what the prompt's tokens do. `device_tiles.py` uploads
+the ranges, and `assembly.py` spells them out on the device.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
 from sglang_mminfer.planning.lines import LineOrder
 from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
+
+BLOCK_Q, BLOCK_K = 128, 64
+"""The rows of a query tile, at most, and the keys of a key tile."""
 
 # How a key tile is visited, and so which mask it needs: none, a comparison of positions, that and a mask of lanes.
 FULL, PARTIAL, GATHERED = range(3)

@@ -21,7 +21,8 @@ from sglang_mminfer.patterns.a_shape import AShape
 from sglang_mminfer.patterns.boundary import HeadPattern, QBoundary
 from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.patterns.tri_shape import TriShape
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern
 from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.patterns.tri_shape import TriShape
 from sglang_mminfer.patterns.vertical_slash import VerticalSlash
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk, is_static
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner, is_static
 from sglang_mminfer.tools.figures import plan_of
 
 FRAME = 256

@@ -22,7 +22,8 @@ from sglang_mminfer.families.maps import map_from_mm_inputs
 from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns.boundary import HeadPattern
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.planning.visited import tile_positions
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from sglang_mminfer import (
     VerticalSlash,
 )
 from sglang_mminfer.kernels import flashinfer_paged, reference, torch_gather
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from support import conversation, halves
 
 

@@ -19,7 +19,8 @@ from sglang_mminfer import (
 from sglang_mminfer.kernels import reference, torch_gather
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan
 from sglang_mminfer.kernels.triton import launch
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from support import conversation
 
 DEVICE = "cuda"

@@ -16,7 +16,8 @@ import torch
 from serving import DENSE_BELOW, LAYERS, RECIPE, Media
 from sglang_mminfer import Dense, Modality, ModalityMap, Segment, cli
 from sglang_mminfer.head_config import HeadConfig
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.tools.inspect import command as inspect_command
 
 HEADS = RECIPE["heads"]

@@ -12,7 +12,7 @@ from sglang_mminfer.patterns.base import kinds
 from sglang_mminfer.patterns.boundary import UNNAMED, Boundary, HeadPattern, row_classes
 from sglang_mminfer.patterns.dense import BY_CONFIG
 from sglang_mminfer.patterns.index import Scope
-from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
 
 SPARSE = "no reason: these left keys out"
 ALL_DENSE = "the whole layer or request ran dense"

@@ -20,8 +20,9 @@ from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
 from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.estimated import Estimated
-from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q, BatchPlanner, RequestChunk
-from sglang_mminfer.planning.tiles import FULL
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, FULL
 
 MODALITIES = (Modality.TEXT, Modality.IMAGE, Modality.VIDEO)
 STRETCHES = 3  # the early, middle and late rows of a modality count equally

@@ -14,7 +14,7 @@ import torch
 
 from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
 from sglang_mminfer.patterns.estimated import Estimated
-from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
 
 GIB = 1 << 30
 SHARE_OF_HOST, SHARE_OF_GPU = 1 / 4, 1 / 20  # SGLang's pool and the weights take nearly all of a GPU

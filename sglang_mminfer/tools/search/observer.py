@@ -15,7 +15,7 @@ from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
-from sglang_mminfer.planning.planner import RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.serving.observe import LayerView, RankInfo, RequestView
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import memory, tile_times

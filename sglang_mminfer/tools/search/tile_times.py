@@ -18,8 +18,7 @@ import torch
 
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan, pack_lanes
 from sglang_mminfer.kernels.executors import Executor
-from sglang_mminfer.planning.planner import BLOCK_K, BLOCK_Q
-from sglang_mminfer.planning.tiles import FULL, GATHERED, PARTIAL
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, FULL, GATHERED, PARTIAL
 
 FILE = "tile_times.json"
 KINDS = ("full", "partial", "picked")  # in the order FULL, PARTIAL, GATHERED; the names in tile_times.json

@@ -17,7 +17,8 @@ from sglang_mminfer.benchmarks import cases, inputs, measure, model_prefill, rep
 from sglang_mminfer.benchmarks import rivals as baselines
 from sglang_mminfer.kernels import reference, torch_gather
 from sglang_mminfer.kernels.triton.configurations import Configuration
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from support import conversation
 
 

@@ -18,7 +18,8 @@ from sglang_mminfer import AShape, Grid, Modality, QBoundary, VerticalSlash
 from sglang_mminfer.kernels import flashinfer_paged, reference, torch_gather
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan, pack_lanes
 from sglang_mminfer.kernels.flashinfer_paged import KeyPages, PagedVisits, paged_visits
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from support import conversation, halves
 
 CHAT = conversation(20, (6, 4, 5), 30, (1, 4, 5), 40)  # 230 tokens

@@ -18,7 +18,8 @@ from sglang_mminfer.kernels.block_plan import (
     pack_lanes_on_host,
     unpack_lanes,
 )
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from support import D, any_pattern, batches, conversation
 
 EXECUTORS = [pytest.param(prefill.EXECUTORS[name], id=name) for name in support.EXECUTORS]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from sglang_mminfer import Boundary2D, Dense, Grid, ModalityMap, QBoundary, Segment, VisionGrid
 from sglang_mminfer.kernels.block_plan import PAD_POSITION
 from sglang_mminfer.planning.budget import PlanBudget, count_work, line_strides
+from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.lines import LineOrder
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from support import IMAGE, TEXT, VIDEO, VISION, Batch, alone, conversation, cut_out, maps
 
 DEFAULT = Grid("frame", v=True, h=True, s=True, phase=0, sink=128, local=1024)

@@ -12,7 +12,8 @@ import support
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VisionGrid
 from sglang_mminfer.kernels.triton import estimate
 from sglang_mminfer.kernels.triton.work_order import work_order
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from support import D, any_pattern, batches, conversation
 
 VIDEO, TEXT = Modality.VIDEO, Modality.TEXT

@@ -17,7 +17,8 @@ from sglang_mminfer.kernels import reference
 from sglang_mminfer.patterns.a_shape import AShape
 from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.grid import Grid
-from sglang_mminfer.planning.planner import BatchPlanner, RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.testing.oracle import HFOracle
 from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.tools.doctor import report as doctor

@@ -8,7 +8,7 @@ import torch
 
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VerticalSlash
 from sglang_mminfer.kernels.executors import EXECUTORS
-from sglang_mminfer.planning.planner import RequestChunk
+from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.tools.search import BOUNDARIES
 from sglang_mminfer.tools.search.allocate import (
     Table,
