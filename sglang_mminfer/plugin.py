@@ -233,10 +233,8 @@ HOOKS: tuple[Hook, ...] = (
 
 @functools.cache
 def register() -> None:
-    """Entry point of group `sglang.srt.plugins`: declares `HOOKS` and installs those that every server needs.
-
-    A second call does nothing, unless the first one raised.
-    """
+    """Entry point of group `sglang.srt.plugins`: declares `HOOKS` and installs those that every server needs. A second
+    call does nothing."""
     try:
         hooks.declare(HOOKS)
         hooks.install("load")
