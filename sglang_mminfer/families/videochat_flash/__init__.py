@@ -34,7 +34,7 @@ class VideoChatFlash(OwnFamily):
         return VideoChatFlashForConditionalGeneration, VideoChatFlashProcessor
 
     def chat_template(self, config: Any) -> str:
-        """ChatML as the original's `chat` writes it; what follows a video, the processor adds."""
+        """ChatML as the original's `chat` writes it. The processor adds the text behind a video."""
         from sglang_mminfer.families.own.chat_templates import chatml
 
         return chatml("You are a helpful assistant.", after_image="\\n")
