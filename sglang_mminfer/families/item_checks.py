@@ -23,7 +23,7 @@ from sglang_mminfer.modality.items import GeometryError, modality_of, offsets_of
 NAME = "item_checks"
 
 _OWN_PREFIX = "mminfer"
-"""How the keys of `model_specific_data` begin that only this package writes."""
+"""The prefix of those keys of `model_specific_data` that only this package writes."""
 
 
 def check_placeholders(processor: Any, prompt: Any, request: Any) -> None:

@@ -59,7 +59,7 @@ def _mended(base: Any) -> type:
     signature = inspect.signature(base.process_mm_data_async)
 
     class Mended(base):
-        """The class of a family with the mends that hold for every family."""
+        """The processor class `base` with the mends that every family needs."""
 
         @classmethod
         def _load_single_item(cls, data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:

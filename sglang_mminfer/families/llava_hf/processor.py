@@ -21,8 +21,8 @@ def processor_class(base: Any) -> type:
     class MMInferLlavaProcessor(counting_frames(base, NUM_FRAMES)):  # type: ignore[misc]
         """The Transformers fallback with videos read by SGLang's own decoder, and any number of frames.
 
-        Stock, it lets transformers fetch files. Transformers knows no data: URL, needs torchcodec with FFmpeg's
-        libraries, and takes every frame.
+        In stock SGLang transformers fetches the files: it knows no data: URL, needs torchcodec with FFmpeg's libraries,
+        and takes every frame.
         """
 
         def _load_images(self, image_data: Any) -> list[Any]:

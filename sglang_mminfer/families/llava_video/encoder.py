@@ -53,13 +53,13 @@ class LlavaVideoEncoder(nn.Module):
 
     def _of_tiles(self, raster: torch.Tensor, tiles: layout.Tiles) -> torch.Tensor:
         """The tokens of a picture, put together from its tiles without the padding, a newline behind each row."""
-        whole = raster.unflatten(0, (tiles.down, tiles.across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        whole = whole[tiles.top : tiles.top + tiles.height, tiles.left : tiles.left + tiles.width]
+        picture = raster.unflatten(0, (tiles.down, tiles.across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        picture = picture[tiles.top : tiles.top + tiles.height, tiles.left : tiles.left + tiles.width]
         if (tiles.rows, tiles.cols) != (tiles.height, tiles.width):
-            whole = _interpolated(whole[None], tiles.rows, tiles.cols)[0]
+            picture = _interpolated(picture[None], tiles.rows, tiles.cols)[0]
         if "unpad" in self.config.mm_patch_merge_type:
-            whole = self._with_newlines(whole[None])[0]
-        return whole.flatten(0, 1)
+            picture = self._with_newlines(picture[None])[0]
+        return picture.flatten(0, 1)
 
     def _with_newlines(self, raster: torch.Tensor) -> torch.Tensor:
         """The raster with a column of newlines: [n, rows, cols + 1, hidden]."""

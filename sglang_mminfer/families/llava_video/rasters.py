@@ -64,17 +64,17 @@ class LlavaVideoRasters:
         """The whole picture, and its tiles if the model takes any resolution."""
         config, size, side = self.config, self.size, layout.patches(self.config)
         if not config.image_aspect_ratio.startswith("anyres"):
-            whole = resize(squared(picture) if config.image_aspect_ratio == "pad" else picture, size, size)
-            return [Medium("image", [Raster(whole, side, side, int("unpad" in config.mm_patch_merge_type))])]
-        whole = resize(picture, size, size)
+            overview = resize(squared(picture) if config.image_aspect_ratio == "pad" else picture, size, size)
+            return [Medium("image", [Raster(overview, side, side, int("unpad" in config.mm_patch_merge_type))])]
+        overview = resize(picture, size, size)
         tiles = layout.tiles_of(config, *picture.size)
         parts = _cut(_on_canvas(picture, tiles.across * size, tiles.down * size), size)
         if config.mm_patch_merge_type == "flat":  # tile by tile, each like a picture of its own
-            return [Medium("image", [Raster(pixels, side, side) for pixels in (whole, *parts)])]
+            return [Medium("image", [Raster(pixels, side, side) for pixels in (overview, *parts)])]
         ends = int("unpad" in config.mm_patch_merge_type)  # each row ends with a newline
         values = {"width": picture.width, "height": picture.height}
         view = Raster(torch.stack(parts), tiles.rows, tiles.cols + ends, values=values)
-        return [Medium("image", [Raster(whole, side, side)]), Medium("image", [view])]
+        return [Medium("image", [Raster(overview, side, side)]), Medium("image", [view])]
 
 
 def time_instruction(sampled: Sampled) -> str:

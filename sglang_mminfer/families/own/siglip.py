@@ -48,7 +48,7 @@ class SiglipTower(nn.Module):
         return self.encoder(inputs_embeds=self.embeddings(values.to(weight.dtype))).last_hidden_state
 
     def wants(self, name: str) -> bool:
-        """Whether a tensor of the checkpoint, by its name within the tower, belongs to a layer that is used."""
+        """Whether a tensor of the checkpoint, by its name within the tower, belongs to a part that is used."""
         if name.startswith(("post_layernorm.", "head.")) or name == "embeddings.position_ids":
             return False
         if name.startswith("encoder.layers."):

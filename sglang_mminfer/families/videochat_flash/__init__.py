@@ -1,4 +1,4 @@
-"""VideoChat-Flash: the five checkpoints of OpenGVLab, from their original files.
+"""VideoChat-Flash (arXiv 2501.00574): the five checkpoints of OpenGVLab, from their original files.
 
 A video tower (UMT-L at 224 or 448 pixels, or InternVideo2-1B) sees clips of 4 frames; the patches of a clip are
 merged until 64 tokens are left, so a frame costs 16. Clips stand one behind the other, and their tokens have no

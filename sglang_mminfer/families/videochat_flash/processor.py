@@ -1,4 +1,4 @@
-"""Pictures and videos as VideoChat-Flash wants them."""
+"""Pictures and videos in the form that VideoChat-Flash was trained with: clips of frames, views and tiles."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class VideoChatFlashProcessor(MediaProcessor):
         media = [Medium("image", [_view([resize(picture, self.size, self.size)], 1)])]
         if "anyres" in self.aspect:
             across, down = best_canvas(*picture.size, self.canvases, self.size)
-            whole = resize(picture, across * self.size, down * self.size)
-            tiles = [tile for row in whole.split(self.size, dim=1) for tile in row.split(self.size, dim=2)]
+            canvas = resize(picture, across * self.size, down * self.size)
+            tiles = [tile for row in canvas.split(self.size, dim=1) for tile in row.split(self.size, dim=2)]
             media.append(Medium("image", [_view(tiles, across)]))
         return media
 

@@ -14,7 +14,7 @@ from sglang_mminfer.tools.search import BOUNDARIES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_mminfer.tools.search.run import Found
+    from sglang_mminfer.tools.search.run import SearchResult
 
 DENSITY = 0.25
 
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _search(options: argparse.Namespace, console: Console) -> Found:
+def _search(options: argparse.Namespace, console: Console) -> SearchResult:
     from transformers import AutoConfig
 
     from sglang_mminfer.head_config import fingerprint_of
@@ -165,7 +165,7 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
             server.stop()
 
 
-def _print(result: Found) -> None:
+def _print(result: SearchResult) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 

@@ -284,8 +284,19 @@ def baselines(layers: int, heads: int, local: int) -> list[tuple[str, list[list[
 
 
 @dataclass
-class Found:
-    """The result of a search."""
+class SearchResult:
+    """The result of a search.
+
+    config:      the head config that was searched.
+    allocation:  the choices that `config` holds.
+    equal:       the choices with an equal budget for each head.
+    curve:       (density, error) of many budgets, ascending.
+    doubts:      sentences about what the calibration does not show.
+    times:       the times of tile visits.
+    by_time:     whether errors were weighed against times; else against visited pairs.
+    calibration: the measurements of the finalists on the calibration input.
+    held_out:    the same on the held-out input; None if there is none.
+    """
 
     config: HeadConfig
     allocation: Allocation
@@ -318,7 +329,7 @@ def search(
     dense_below: int,
     name: str,
     today: datetime.date,
-) -> Found:
+) -> SearchResult:
     """Measure the candidates, allocate a pattern to each head, and measure the result.
 
     Args:
@@ -376,7 +387,7 @@ def search(
     texts = [*((label, jobs.as_config(label, heads)) for label, heads in finalists), default]
     on_calibration = joined([prober.scores(calibration, texts) for calibration in calibrations])
     on_held_out = prober.scores(held_out, texts) if held_out is not None else None
-    return Found(config, chosen, equal, frontier(table), unseen, tile_us, by_time, on_calibration, on_held_out)
+    return SearchResult(config, chosen, equal, frontier(table), unseen, tile_us, by_time, on_calibration, on_held_out)
 
 
 def _as_dense_as(table: Table, densities: dict[str, float]) -> list[tuple[str, list[list[HeadPattern]]]]:
