@@ -20,6 +20,7 @@ DENSITY = 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("model_path", help="a model directory, or its name on the hub")
     parser.add_argument("--video", type=Path, action="append", default=[], help="a calibration video; may be repeated")
     parser.add_argument(
@@ -89,6 +90,7 @@ def _boundaries(text: str) -> tuple[str, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command. Returns the exit status: 1 if the search cannot go on, else 0."""
     from rich.console import Console
 
     from sglang_mminfer.tools.search.run import SearchError

@@ -54,6 +54,7 @@ class Calibration:
 
     @staticmethod
     def of_video(path: Path, question: str = "What happens in this video?") -> Calibration:
+        """One message with a video and a question."""
         url = str(path.resolve())
         content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}]
         return Calibration._named(path.stem, [{"role": "user", "content": content}])
@@ -99,6 +100,7 @@ class Scores:
     ms: np.ndarray
 
     def density(self, config: int) -> float:
+        """Visited over causal pairs of one config, mean over all heads."""
         return float(self.visited[config].sum(axis=-1).mean() / self.causal.sum())
 
     def first(self, count: int) -> Scores:
@@ -118,6 +120,7 @@ class Scores:
         return spent / spent[self.names.index(DENSE)].sum(axis=-1).mean()
 
     def mean_error(self, config: int) -> float:
+        """The error of one config, summed over modalities, mean over all heads."""
         return float(np.nansum(self.error[config], axis=-1).mean())
 
 
@@ -177,6 +180,7 @@ class Prober:
         return self.ask(jobs.Job("phases", result, max_memory=self.max_memory), calibration)
 
     def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
+        """The map of the prompt, and the phases of each head, [layers][heads]. Errors: as `ask`."""
         results = self._first_look(calibration)
         heads = [[of_head for rank in ranks for of_head in rank["phases"]] for ranks in results]
         return jobs.map_from_json(results[0][0]["map"]), heads
@@ -191,6 +195,7 @@ class Prober:
         return read_times(path)
 
     def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
+        """The measurements of configs, given as (name, head config as JSON text), on one prompt. Errors: as `ask`."""
         digest = hashlib.sha256(json.dumps([jobs.FORMAT, configs]).encode()).hexdigest()[:10]
         job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory)
         results = self.ask(job, calibration)
