@@ -32,8 +32,11 @@ TUNED_ON = (ROW, "a_shape", "grid frame")  # many lines and few, with and withou
 
 
 def candidates(head_dim: int) -> Iterator[tuple[str, Configuration, int]]:
-    """(name, how to compile, keys of a key tile). Head dim 256 takes 64 rows, because 128 rows spill registers. None has
-    two programs of 128 rows at 128 registers a thread: the assembler would serialise their products."""
+    """(name, how to compile, keys of a key tile).
+
+    Head dim 256 takes 64 rows, because 128 rows spill registers. No candidate has two programs of 128 rows at 128
+    registers a thread: the assembler would serialise their products.
+    """
     rows = 64 if head_dim == 256 else 128
     yield "one program, 7 stages", Configuration(rows, 8, 7), 64
     yield "wide key tiles", Configuration(rows, 8, 4), 128
