@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ import torch
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.orders import KeyOrders
-from sglang_mminfer.planning.tiles import GATHERED, EstimatedVisits, TilePass
+from sglang_mminfer.planning.row_loops import sort_ranges
+from sglang_mminfer.planning.tiles import EstimatedVisits, TilePass
 
 
 @dataclass
@@ -64,38 +65,29 @@ class EstimatedTiles:
 
 def upload(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrders, device: torch.device) -> Tiles:
     """The pass of request number `request` on the device; the key orders that it visits get their place in `keys`."""
-
-    def joined(parts: Sequence[np.ndarray], none: tuple[int, ...] = (0,)) -> np.ndarray:
-        return np.concatenate(parts) if parts else np.zeros(none, dtype=np.int64)
-
-    visits, num_tiles = tile_pass.visits, tile_pass.num_tiles
-    tile, count = joined([v.tile for v in visits]), joined([v.count for v in visits])
-    start = joined([v.start + keys.first_tile(request, v.order) for v in visits])
-    kind = joined([np.full(len(v.tile), v.kind) for v in visits])
-    excluded = joined([v.excluded for v in visits if v.excluded is not None], (0, -(-keys.block_k // 32)))
-    # One number for tile, kind and start: parts are ascending already, which a stable sort makes use of.
-    order = ((tile * 3 + kind) * (start.max(initial=0) + 1) + start).argsort(kind="stable")
-    row_of = np.cumsum(kind == GATHERED) - 1  # in `excluded`
-    excluded = excluded[row_of[order[kind[order] == GATHERED]]]
-    by_kind = np.bincount(tile * 3 + kind, minlength=3 * num_tiles).reshape(num_tiles, 3)
-    ends = np.concatenate([[0], np.cumsum(by_kind)])
-    ends = np.stack([ends[:-1:3], ends[1::3], ends[2::3], ends[3::3]], axis=1)
-    rows, stop = joined(tile_pass.q_pos), joined(tile_pass.q_stop)
+    start, count, excluded = tile_pass.start, tile_pass.count, tile_pass.excluded
+    if tile_pass.orders:
+        first_tile = np.array([keys.first_tile(request, order) for order in tile_pass.orders], dtype=np.int32)
+        start = start + first_tile[tile_pass.order]
+    if len(tile_pass.orders) > 1:
+        count, excluded = count.copy(), excluded.copy()
+        sort_ranges(start, count, tile_pass.ends, excluded)
     estimated = tile_pass.estimated
     uploads = [[e.keys_of_first_row, e.keys_of_last_row, e.full_tiles] for e in estimated]
     q_rows, q_stop, rows_per_tile, *parts = to_device(
         device,
-        rows - chunk.q_start + chunk.row_start,
-        stop,
-        joined(tile_pass.rows_per_tile),
-        start[order],
-        count[order],
-        ends,
+        tile_pass.q_pos + (chunk.row_start - chunk.q_start),
+        tile_pass.q_stop,
+        tile_pass.rows_per_tile,
+        start,
+        count,
+        tile_pass.ends,
         excluded,
         *(array for arrays in uploads for array in arrays),
     )
+    by_kind = np.diff(tile_pass.ends, axis=1)
     return Tiles(
-        num_tiles=num_tiles,
+        num_tiles=tile_pass.num_tiles,
         q_rows=q_rows,
         q_stop=q_stop,
         rows_per_tile=rows_per_tile,
@@ -108,5 +100,35 @@ def upload(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         estimated=tuple(
             EstimatedTiles(e, keys.first_tile(request, e.base), *(x.long() for x in parts[4 + 3 * i : 7 + 3 * i]))
             for i, e in enumerate(estimated)
+        ),
+    )
+
+
+def joined(parts: Sequence[TilePass]) -> TilePass:
+    """The tiles of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    first_tile = np.cumsum([0, *(part.num_tiles for part in parts)])
+    first_range = np.cumsum([0, *(len(part.start) for part in parts)], dtype=np.int32)
+    orders = tuple(dict.fromkeys(order for part in parts for order in part.orders))
+    places = [np.array([*map(orders.index, part.orders), 0], dtype=np.int32) for part in parts]
+
+    def all_of(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return TilePass(
+        q_pos=all_of("q_pos"),
+        q_stop=all_of("q_stop"),
+        rows_per_tile=all_of("rows_per_tile"),
+        orders=orders,
+        order=np.concatenate([place[part.order] for place, part in zip(places, parts)]),
+        start=all_of("start"),
+        count=all_of("count"),
+        ends=np.concatenate([part.ends + first for part, first in zip(parts, first_range)]),
+        excluded=all_of("excluded"),
+        estimated=tuple(
+            replace(visits, tile=visits.tile + first)
+            for part, first in zip(parts, first_tile)
+            for visits in part.estimated
         ),
     )

@@ -10,7 +10,7 @@ from sglang_mminfer.patterns.index import Scope
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.device_tiles import Tiles
 from sglang_mminfer.planning.orders import CompactOrder
-from sglang_mminfer.planning.tiles import FULL, GATHERED, PARTIAL
+from sglang_mminfer.planning.row_loops import FULL, GATHERED, PARTIAL
 
 
 class Estimates:

@@ -18,7 +18,7 @@ from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.planning.assembly import HeadTiles, assemble
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.device_tiles import Tiles, upload
+from sglang_mminfer.planning.device_tiles import Tiles, joined, upload
 from sglang_mminfer.planning.estimated import Estimates, with_estimate
 from sglang_mminfer.planning.orders import KeyOrders
 from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, ChunkTiler
@@ -125,5 +125,7 @@ class BatchPlanner:
         name = (request, pattern)
         if name not in self._tiles:
             chunk, passes = self.requests[request], self._tilers[request].tile(pattern)
-            self._tiles[name] = [upload(tile_pass, request, chunk, self._keys, self.device) for tile_pass in passes]
+            self._tiles[name] = [
+                upload(joined(parts), request, chunk, self._keys, self.device) for parts in passes if parts
+            ]
         return self._tiles[name]
