@@ -55,28 +55,34 @@ class KeyOrders:
     def __init__(self, requests: Sequence[RequestChunk], block_k: int) -> None:
         self.requests, self.block_k = requests, block_k
         self._first_tile: dict[tuple[int, KeyOrder], int] = {}
-        self._positions: list[torch.Tensor] = []
-        self._slots: list[torch.Tensor] = []
         self._num_tiles = 0
+        self._spelled_out = 0
+        self._table: KeyTable | None = None
 
     def first_tile(self, request: int, order: KeyOrder) -> int:
         """The number of the order's first key tile in the table."""
         if (request, order) not in self._first_tile:
-            slots = self.requests[request].slots
-            positions = order.positions(slots.device)
-            self._positions.append(positions)
-            self._slots.append(_slots_of(positions, slots, self.block_k))
             self._first_tile[request, order] = self._num_tiles
             self._num_tiles += order.num_tiles
         return self._first_tile[request, order]
 
-    def table(self) -> KeyTable:
+    def table(self, device: torch.device) -> KeyTable:
         """Of all orders so far. Numbers of tiles stay what they are when it grows."""
-        for parts in (self._positions, self._slots):
-            if len(parts) != 1:
-                none = torch.empty(0, dtype=torch.int32, device=parts[0].device if parts else None)
-                parts[:] = [torch.cat([none, *parts])]
-        return KeyTable(self._positions[0], self._slots[0])
+        orders = list(self._first_tile)[self._spelled_out :]
+        if self._table is None:
+            none = torch.empty(0, dtype=torch.int32, device=device)
+            self._table = KeyTable(none, none)
+        if orders:
+            positions = [order.positions(device) for _, order in orders]
+            slots = [
+                _slots_of(own, self.requests[request].slots, self.block_k)
+                for (request, _), own in zip(orders, positions)
+            ]
+            self._table = KeyTable(
+                torch.cat([self._table.kv_pos, *positions]), torch.cat([self._table.kv_slots, *slots])
+            )
+            self._spelled_out += len(orders)
+        return self._table
 
 
 def _slots_of(positions: torch.Tensor, slots: torch.Tensor, block_k: int) -> torch.Tensor:

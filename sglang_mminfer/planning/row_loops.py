@@ -160,6 +160,21 @@ def sort_ranges(start: Ints, count: Ints, ends: Ints, excluded: Ints) -> None:
 
 
 @compiled
+def key_tiles_of(count: Ints, ends: Ints) -> Ints:
+    """int32 [tiles, 3]: how many key tiles of each kind the ranges of each tile have.
+
+    Args:
+        count: int32 [ranges]. ends: int32 [tiles, 4].
+    """
+    out = np.zeros((len(ends), 3), dtype=np.int32)
+    for t in range(len(ends)):
+        for kind in range(3):
+            for i in range(ends[t, kind], ends[t, kind + 1]):
+                out[t, kind] += count[i]
+    return out
+
+
+@compiled
 def tile_rows(
     groups: RunTable,
     sees_whole: Bools,

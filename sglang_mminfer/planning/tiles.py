@@ -13,8 +13,8 @@ them out on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -56,7 +56,7 @@ class EstimatedVisits:
     full_tiles: Ints
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TilePass:
     """Tiles of one pass: T query tiles of R rows, and the E ranges of key tiles that they visit, tile by tile.
 
@@ -83,6 +83,30 @@ class TilePass:
     def num_tiles(self) -> int:
         return len(self.rows_per_tile)
 
+    @classmethod
+    def joined(cls, parts: Sequence[TilePass]) -> TilePass:
+        """The tiles of all parts, one after the other."""
+        first_tile = accumulate((part.num_tiles for part in parts), initial=0)
+        first_range = accumulate((len(part.start) for part in parts), initial=0)
+        orders = tuple(dict.fromkeys(order for part in parts for order in part.orders))
+        place = [np.array([*map(orders.index, part.orders), 0], dtype=np.int32) for part in parts]
+        return cls(
+            q_pos=np.concatenate([part.q_pos for part in parts]),
+            q_stop=np.concatenate([part.q_stop for part in parts]),
+            rows_per_tile=np.concatenate([part.rows_per_tile for part in parts]),
+            orders=orders,
+            order=np.concatenate([own[part.order] for own, part in zip(place, parts)]),
+            start=np.concatenate([part.start for part in parts]),
+            count=np.concatenate([part.count for part in parts]),
+            ends=np.concatenate([part.ends + np.int32(first) for part, first in zip(parts, first_range)]),
+            excluded=np.concatenate([part.excluded for part in parts]),
+            estimated=tuple(
+                replace(visits, tile=visits.tile + first)
+                for part, first in zip(parts, first_tile)
+                for visits in part.estimated
+            ),
+        )
+
 
 class ChunkTiler:
     """Tiles of one request's chunk: rows [q_start, kv_len), keys [0, kv_len). Orders are built once and shared."""
@@ -107,6 +131,8 @@ class ChunkTiler:
         """The passes of one head pattern, in parts: first the tiles of each row class, then those of each set of raster
         lines."""
         of_classes = [tiles for row_class in row_classes(head) if (tiles := self._row_class(row_class))]
+        if not of_classes:
+            return []
         return [[first for first, *_ in of_classes], *([lines] for _, *passes in of_classes for lines in passes)]
 
     def _row_class(self, row_class: RowClass) -> list[TilePass]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.serving import observe
@@ -98,7 +98,7 @@ class PrefillBatch:
         self.masked = False
         self.plan_s = self.attn_s = self.forward_s = 0.0
         self.started = 0.0
-        self.ran: tuple[PrefillPlan, torch.Tensor] | None = None
+        self.ran: tuple[BlockPlan, torch.Tensor] | None = None
 
     def run_dense(self, reason: str) -> None:
         """Makes the whole batch dense; a request that has a dense_reason keeps it."""

@@ -14,7 +14,7 @@ import torch
 from sglang_mminfer import settings
 from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
 from sglang_mminfer.kernels import executors
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.budget import PlanBudget, line_strides
@@ -390,7 +390,7 @@ class SparsePrefill:
             self._heads[key] = _LayerHeads(planned, dense)
         return self._heads[key]
 
-    def _note_density(self, batch: PrefillBatch, plan: PrefillPlan, heads: _LayerHeads) -> None:
+    def _note_density(self, batch: PrefillBatch, plan: BlockPlan, heads: _LayerHeads) -> None:
         visited, stock_heads = plan.visited_by_row, heads.planned.count(None)
         for request in batch.requests:
             if request.dense_reason is None and request.chunk_len:
