@@ -45,24 +45,21 @@ def assemble(
     if not tiles:
         return nothing(num_rows, num_heads, block_q, block_k, keys.kv_pos.device)
     groups: dict[tuple[int, ...], int] = {}
-    numbers = [[groups.setdefault(heads, len(groups)) for heads in part.head_groups] for part in parts]
-    num_tiles = [len(own.rows) for own in tiles]
-    copies = [np.repeat(own, count // len(own)) for own, count in zip(numbers, num_tiles)]
+    numbers = [groups.setdefault(heads, len(groups)) for part in parts for heads in part.head_groups]
+    num_tiles = [len(own.rows_per_tile) for own in tiles]
+    copies = [count // len(part.head_groups) for part, count in zip(parts, num_tiles) for _ in part.head_groups]
+    visits = np.concatenate([own.visits for own in tiles]).astype(np.int64)
     sizes = TileSizes(
-        rows=np.concatenate([own.rows for own in tiles]).astype(np.int64),
-        visits=np.concatenate([own.most_visits for own in tiles]).astype(np.int64),
-        group=np.concatenate(copies),
+        rows=np.concatenate([own.rows_per_tile for own in tiles]).astype(np.int64),
+        visits=visits.sum(axis=1),
+        group=np.repeat(numbers, copies),
         alone=np.repeat([part.alone for part in parts], num_tiles),
     )
-    start, count, excluded, q_rows, q_stop = (
-        torch.cat([getattr(own, name) for own in tiles]) for name in ("start", "count", "excluded", "q_rows", "q_stop")
-    )
-    device, room = start.device, int(sizes.visits.sum())
-    before = count.cumsum(0, dtype=torch.int32) - count
-    shift = start - before
-    static = [own for own in tiles if isinstance(own, Tiles)]
-    if len(static) == len(tiles):
-        visits = np.concatenate([own.placed.visits for own in static])
+    rows, ranges = torch.cat([own.rows for own in tiles], dim=1), torch.cat([own.ranges for own in tiles], dim=1)
+    excluded = torch.cat([own.excluded for own in tiles])
+    device, room, (start, count) = rows.device, int(sizes.visits.sum()), ranges.unbind()
+    shift = start - (count.cumsum(0, dtype=torch.int32) - count)
+    if all(isinstance(own, Tiles) for own in tiles):
         gathered_before = visits[:, 2].cumsum() - visits[:, 2]
         q_heads, q_indptr, *by_tile = to_device(
             device,
@@ -86,8 +83,8 @@ def assemble(
     block_indptr, num_full, num_gathered, gathered_start = by_tile
     return BlockPlan(
         keys=keys,
-        q_rows=q_rows,
-        q_stop=q_stop,
+        q_rows=rows[0],
+        q_stop=rows[1],
         q_indptr=q_indptr,
         q_heads=q_heads,
         block_indptr=block_indptr,
@@ -101,7 +98,7 @@ def assemble(
         num_heads=num_heads,
         block_q=block_q,
         block_k=block_k,
-        pass_indptr=(0, *accumulate(sum(len(part.tiles.rows) for part in own) for own in passes)),
+        pass_indptr=(0, *accumulate(sum(len(part.tiles.rows_per_tile) for part in own) for own in passes)),
         known_sizes=sizes,
         once=once,
     )
@@ -111,21 +108,21 @@ def _indptr(counts: Ints) -> Ints:
     return np.concatenate([[0], counts.cumsum()])
 
 
-def _counted_on_device(tiles: Sequence[Tiles | EstimatedTiles], count: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _counted_on_device(tiles: Sequence[Tiles | EstimatedTiles], count: torch.Tensor) -> list[torch.Tensor]:
     """What only the device knows where patterns are estimated, int32: `block_indptr`, `num_full`, `num_gathered` and
     `gathered_start`.
 
     Args:
         count: int [E], key tiles of all ranges.
     """
-    first = [0, *accumulate(len(own.count) for own in tiles)]
+    first = [0, *accumulate(own.ranges.shape[1] for own in tiles)]
     known = [own.placed.ends + at for own, at in zip(tiles, first) if isinstance(own, Tiles)]
     uploaded = iter(to_device(count.device, *known) if known else ())
     ends = torch.cat([next(uploaded) if isinstance(own, Tiles) else own.ends + at for own, at in zip(tiles, first)])
     at = torch.nn.functional.pad(count.cumsum(0), (1, 0))[ends.long()]
     visits, full, gathered = at[:, 3] - at[:, 0], at[:, 1] - at[:, 0], at[:, 3] - at[:, 2]
     indptr = torch.nn.functional.pad(visits.cumsum(0), (1, 0))
-    return tuple(x.to(torch.int32) for x in (indptr, full, gathered, gathered.cumsum(0) - gathered))
+    return [x.to(torch.int32) for x in (indptr, full, gathered, gathered.cumsum(0) - gathered)]
 
 
 def _without_unvisited(tiles: Sequence[Tiles | EstimatedTiles], excluded: torch.Tensor) -> torch.Tensor:

@@ -5,38 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.indexing import to_device
-from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.planning.placed import PlacedTiles
 
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """Query tiles of one pass of one request and what they hold on the device, as `PlacedTiles` has it on the host.
-
-    rows, most_visits: int [T] on the host, the rows of each tile, and its key tiles or a bound on them.
-    """
+    """Query tiles of one pass of one request. `rows`, `ranges` and `excluded` of `PlacedTiles` are on the device."""
 
     placed: PlacedTiles
-    q_rows: torch.Tensor
-    q_stop: torch.Tensor
-    start: torch.Tensor
-    count: torch.Tensor
+    rows: torch.Tensor
+    ranges: torch.Tensor
     excluded: torch.Tensor
 
     @property
-    def rows(self) -> Ints:
+    def rows_per_tile(self) -> NDArray[np.int32]:
         return self.placed.rows_per_tile
 
     @property
-    def most_visits(self) -> Ints:
-        return self.placed.visits.sum(axis=1)
+    def visits(self) -> NDArray[np.int32]:
+        return self.placed.visits
 
 
 def upload(tiles: Sequence[PlacedTiles], device: torch.device) -> list[Tiles]:
     """All of them in one copy."""
-    arrays = [(t.q_rows, t.q_stop, t.start, t.count, t.excluded) for t in tiles]
-    tensors = iter(to_device(device, *(array for own in arrays for array in own)))
-    return [Tiles(t, *(next(tensors) for _ in own)) for t, own in zip(tiles, arrays)]
+    tensors = iter(to_device(device, *(array for own in tiles for array in (own.rows, own.ranges, own.excluded))))
+    return [Tiles(own, next(tensors), next(tensors), next(tensors)) for own in tiles]

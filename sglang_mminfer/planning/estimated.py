@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.block_plan import PAD_POSITION, KeyTable
 from sglang_mminfer.kernels.indexing import to_device
@@ -39,7 +40,7 @@ class Estimates:
         if name not in self._masses:
             keys = None
             if scope.keys is not None:
-                keys = CompactOrder(scope.key_members, 1).positions(self.q.device).long()
+                keys = CompactOrder.positions_of([CompactOrder(scope.key_members, 1)], self.q.device)[0].long()
             evidence = Evidence(self.request, scope, self.heads, self.q, self.k_cache, keys, self.sm_scale)
             self._masses[name] = pattern.estimate(evidence)
         return self._masses[name]
@@ -49,26 +50,24 @@ class Estimates:
 class EstimatedTiles:
     """Query tiles of one pass of one request; only the device knows how much they visit.
 
-    q_rows, q_stop, start, count, excluded: as in `Tiles`. ends: int64 [T, 4], see `TilePass`. gathered_count: int64
+    rows, ranges, excluded: as in `Tiles`, ranges int64. ends: int64 [T, 4], see `TilePass`. gathered_count: int64
     [gathered ranges], 0 or 1.
-    rows, most_visits: int64 [T] on the host, the rows of each tile, and a bound on its key tiles.
+    rows_per_tile, visits: as in `PlacedTiles`, on the host; `visits` are bounds.
     """
 
-    q_rows: torch.Tensor
-    q_stop: torch.Tensor
-    start: torch.Tensor
-    count: torch.Tensor
+    rows: torch.Tensor
+    ranges: torch.Tensor
     excluded: torch.Tensor
     ends: torch.Tensor
     gathered_count: torch.Tensor
-    rows: Ints
-    most_visits: Ints
+    rows_per_tile: NDArray[np.int32]
+    visits: NDArray[np.int32]
 
 
 def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int) -> tuple[EstimatedTiles, KeyTable]:
     """A copy of `tiles` for each head, with what the head's estimate adds, and `keys` with the gathered columns."""
     heads, num_tiles, on_host = len(estimates.heads), tiles.placed.num_tiles, tiles.placed
-    device, most_visits = tiles.start.device, tiles.most_visits.astype(np.int64)
+    device, bounds = tiles.ranges.device, on_host.visits.copy()
     uploads = [(x.keys_of_first_row, x.keys_of_last_row, x.full_tiles) for x, _ in on_host.estimated]
     ends, *parts = (x.long() for x in to_device(device, on_host.ends, *(array for own in uploads for array in own)))
     most = np.diff(on_host.ends, axis=1).max(axis=0, initial=0).tolist()
@@ -92,12 +91,12 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
         columns, crossings = pattern.select(masses, keys_of_first_row, keys_of_last_row, block_k)
         start, count = crossings.ranges(full_tiles)
         ranges[FULL].append((placed(start + first_tile), placed(count)))
-        most_visits[own] += _most_full(visits, start.shape[2])
+        bounds[own, FULL] += _most_full(visits, start.shape[2])
         lanes = torch.arange(_most_partial(visits), device=device)
         blocks = (full_tiles[:, None] + lanes)[None]
         crossed = crossings.cross(blocks)
         ranges[PARTIAL].append((placed(blocks + first_tile), placed(crossed.long())))
-        most_visits[own] += blocks.shape[-1]
+        bounds[own, PARTIAL] += blocks.shape[-1]
         if not columns.shape[1]:
             continue
         count, lanes_excluded = column_lanes(columns, crossings, block_k)
@@ -105,7 +104,7 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
         start = (column_tiles + len(keys.kv_pos) // block_k).expand_as(count)
         ranges[GATHERED].append((placed(start), placed(count)))
         excluded.append(placed(lanes_excluded))
-        most_visits[own] += count.shape[2]
+        bounds[own, GATHERED] += count.shape[2]
         keys = _with_columns(keys, columns + first_tile * block_k, block_k)
     starts, counts = (
         torch.cat([pair[i].expand(heads, num_tiles, -1) for of_kind in ranges for pair in of_kind], dim=2)
@@ -117,15 +116,13 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
     all_excluded = torch.cat([rows.expand(heads, num_tiles, -1, -1) for rows in excluded], dim=2)
     return (
         EstimatedTiles(
-            q_rows=tiles.q_rows.repeat(heads),
-            q_stop=tiles.q_stop.repeat(heads),
-            start=starts.flatten(),
-            count=counts.flatten(),
+            rows=tiles.rows.repeat(1, heads),
+            ranges=torch.stack([starts.flatten(), counts.flatten()]),
             excluded=all_excluded.flatten(0, 2),
             ends=torch.stack(all_ends, dim=1),
             gathered_count=counts[:, :, sum(sizes[:2]) :].flatten(),
-            rows=np.tile(tiles.rows, heads),
-            most_visits=np.tile(most_visits, heads),
+            rows_per_tile=np.tile(on_host.rows_per_tile, heads),
+            visits=np.tile(bounds, (heads, 1)),
         ),
         keys,
     )
@@ -147,7 +144,8 @@ def _padded(tiles: Tiles, ends: torch.Tensor, kind: int, most: int) -> tuple[tor
     number = ends[:, kind, None] + torch.arange(most, device=ends.device)
     real = number < ends[:, kind + 1, None]
     number = number.where(real, 0)
-    return tiles.start[number].long()[None], tiles.count[number].long().where(real, 0)[None]
+    start, count = tiles.ranges[:, number].long()
+    return start[None], count.where(real, 0)[None]
 
 
 def _with_columns(keys: KeyTable, lanes: torch.Tensor, block_k: int) -> KeyTable:

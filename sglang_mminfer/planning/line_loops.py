@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sglang_mminfer.kernels.block_plan import PAD_POSITION
 from sglang_mminfer.kernels.compiled import compiled
 from sglang_mminfer.modality.runs import Bools, Ints
+from sglang_mminfer.planning.row_loops import last_at_most
 
 UNKNOWN, NOTHING = -1, -2
 """What `tile_lines` remembers of a key tile before it has looked at its lanes, and where no lane counts."""
@@ -54,17 +55,27 @@ class LineRows(NamedTuple):
     position: Ints
 
 
+class TileEnds(NamedTuple):
+    """Where the keys of each key tile lie. int64 [key tiles] each:
+
+    nearest: the least position; PAD_POSITION where the tile has no key yet. farthest: the greatest; PAD_POSITION where
+    the tile is not filled. ascend_to: from here to ascend_to - 1 both ascend.
+    """
+
+    nearest: Ints
+    farthest: Ints
+    ascend_to: Ints
+
+
 class LineTiles(NamedTuple):
     """T query tiles of R rows and the E ranges of key tiles that they visit, tile by tile.
 
-    q_pos, q_stop: int32 [R]. rows_per_tile: int32 [T]. start, count: int32 [E]. ends, excluded: as in `RowTiles`.
+    rows: int32 [2, R]. rows_per_tile: int32 [T]. ranges: int32 [2, E]. ends, excluded: all as in `RowTiles`.
     """
 
-    q_pos: NDArray[np.int32]
-    q_stop: NDArray[np.int32]
+    rows: NDArray[np.int32]
     rows_per_tile: NDArray[np.int32]
-    start: NDArray[np.int32]
-    count: NDArray[np.int32]
+    ranges: NDArray[np.int32]
     ends: NDArray[np.int32]
     excluded: NDArray[np.int32]
 
@@ -107,9 +118,8 @@ def _position(packs: Packs, pack: int, line: int, at: int) -> int:
 
 
 @compiled
-def ends_of_tiles(packs: Packs, block_k: int) -> tuple[Ints, Ints]:
-    """int64 [key tiles] twice: the least position in each, PAD_POSITION where it has no key yet; and the greatest,
-    PAD_POSITION where it is not filled."""
+def ends_of_tiles(packs: Packs, block_k: int) -> TileEnds:
+    """Where the keys of each key tile lie."""
     nearest = np.full(packs.first_tile[-1], PAD_POSITION, dtype=np.int64)
     farthest = np.full(packs.first_tile[-1], PAD_POSITION, dtype=np.int64)
     for p in range(len(packs.code)):
@@ -127,7 +137,11 @@ def ends_of_tiles(packs: Packs, block_k: int) -> tuple[Ints, Ints]:
             farthest[tile] = _position(packs, p, last_line, last - last_line * length)
             if first_line < last_line:
                 farthest[tile] = max(farthest[tile], _position(packs, p, last_line - 1, length - 1))
-    return nearest, farthest
+    ascend_to = np.arange(1, len(nearest) + 1)
+    for tile in range(len(nearest) - 2, -1, -1):
+        if nearest[tile] <= nearest[tile + 1] and farthest[tile] <= farthest[tile + 1]:
+            ascend_to[tile] = ascend_to[tile + 1]
+    return TileEnds(nearest, farthest, ascend_to)
 
 
 @compiled
@@ -158,8 +172,7 @@ def _exclude(
 def tile_lines(
     packs: Packs,
     rows: LineRows,
-    nearest: Ints,
-    farthest: Ints,
+    tile_ends: TileEnds,
     bound: Ints,
     row_codes: Bools,
     key_codes: Bools,
@@ -179,7 +192,7 @@ def tile_lines(
         skip: the line whose rows are left out, -1 for none; skip_keys: whether its keys are excluded.
     """
     num_rows = len(rows.pack)
-    q_pos, q_stop = np.empty(num_rows, dtype=np.int32), np.empty(num_rows, dtype=np.int32)
+    out = np.empty((2, num_rows), dtype=np.int32)
     pack, number = np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.int64)
     least, most = np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.int64)
     rows_per_tile = np.zeros(num_rows, dtype=np.int32)
@@ -193,7 +206,7 @@ def tile_lines(
             t += 1
             pack[t], number[t], least[t], most[t] = p, own, stop, stop
         least[t], most[t] = min(least[t], stop), max(most[t], stop)
-        q_pos[n], q_stop[n] = rows.position[i], stop
+        out[0, n], out[1, n] = rows.position[i] - q_start, stop
         rows_per_tile[t] += 1
         n += 1
     tiles = t + 1
@@ -201,16 +214,17 @@ def tile_lines(
     ends = np.zeros((tiles, 4), dtype=np.int32)
     memory = np.full(packs.first_tile[-1] if tiles else 0, UNKNOWN, dtype=np.int64)  # its row of `excluded`
     excluded = np.empty((64, -(-block_k // 32)), dtype=np.int32)
-    start, count = np.empty(1024, dtype=np.int32), np.empty(1024, dtype=np.int32)
-    partial, gathered = np.empty(256, dtype=np.int32), np.empty(256, dtype=np.int32)
+    ranges = np.empty((2, 1024), dtype=np.int32)
+    partial, gathered = np.empty((2, 256), dtype=np.int32), np.empty((256, 1), dtype=np.int32)
+    nearest, farthest = tile_ends.nearest, tile_ends.farthest
     skipped = skip if skip_keys else -1
-    ranges = num_gathered = 0
+    num_ranges = num_gathered = 0
     for t in range(tiles):
         p = pack[t]
         # A tile's lines are those of all its places, whether their rows are in this chunk or not.
         first, last = number[t] * block_q, min((number[t] + 1) * block_q, packs.size[p]) - 1
         first_line, last_line = first // packs.length[p], last // packs.length[p]
-        ends[t, 0] = ranges
+        ends[t, 0] = num_ranges
         num_partial = own_gathered = 0
         for other in range(packs.alike[p], len(packs.code)):
             if packs.alike[other] != packs.alike[p]:
@@ -218,79 +232,85 @@ def tile_lines(
             if not key_codes[packs.code[other]] or packs.nearest_key[other] >= most[t]:
                 continue
             length, tile = packs.length[other], packs.first_tile[other]
-            low, high = tile + first_line * length // block_k, tile - (-(last_line + 1) * length // block_k)
-            skip_low = skip_high = np.int64(0)
+            block, high = tile + first_line * length // block_k, tile - (-(last_line + 1) * length // block_k)
+            skip_low = skip_high = high
             if skip_keys and skip < packs.num_lines[other]:
                 skip_low, skip_high = tile + skip * length // block_k, tile - (-(skip + 1) * length // block_k)
-            room = high - low
-            if ranges + room > len(start):
-                start, count = _grown(start, ranges + room), _grown(count, ranges + room)
-            if num_partial + room > len(partial):
-                partial = _grown(partial, num_partial + room)
-            if own_gathered + room > len(gathered):
-                gathered = _grown(gathered, own_gathered + room)
-            for block in range(low, high):
+            partial = _with_room(partial, num_partial + high - block)
+            gathered = _rows_with_room(gathered, own_gathered + high - block)
+            ranges = _with_room(ranges, num_ranges + num_partial + own_gathered + high - block)
+            full_start = full_stop = np.int64(-1)
+            while block < high:
+                stop = min(tile_ends.ascend_to[block], high)
                 if nearest[block] >= most[t]:
+                    block = stop
                     continue
                 if nearest[block] < first_key or skip_low <= block < skip_high:
                     row = memory[block]
-                    if num_gathered == len(excluded):
-                        excluded = _grown_rows(excluded)
+                    excluded = _rows_with_room(excluded, num_gathered + 1)
                     if row == UNKNOWN:
                         counts = _exclude(packs, other, block, first_key, skipped, block_k, excluded[num_gathered])
                         row = memory[block] = num_gathered if counts else NOTHING
                     if row != NOTHING:
                         excluded[num_gathered] = excluded[row]
-                        gathered[own_gathered] = block
+                        gathered[own_gathered, 0] = block
                         own_gathered += 1
                         num_gathered += 1
-                elif farthest[block] < least[t]:
-                    ranges = _append(start, count, ends[t, 0], ranges, block)
+                    block += 1
+                    continue
+                if block < skip_low:
+                    stop = min(stop, skip_low)
+                if farthest[block] < least[t]:
+                    if block != full_stop:
+                        num_ranges = _append(ranges, num_ranges, full_start, full_stop)
+                        full_start = block
+                    block = full_stop = last_at_most(farthest, block, stop, least[t] - 1) + 1
                 else:
-                    partial[num_partial] = block
+                    partial[0, num_partial] = block
+                    block = last_at_most(nearest, block, stop, most[t] - 1) + 1
+                    partial[1, num_partial] = block
                     num_partial += 1
-        if ranges + num_partial + own_gathered > len(start):
-            room = ranges + num_partial + own_gathered
-            start, count = _grown(start, room), _grown(count, room)
-        ends[t, 1] = ranges
+            num_ranges = _append(ranges, num_ranges, full_start, full_stop)
+        ends[t, 1] = num_ranges
         for i in range(num_partial):
-            ranges = _append(start, count, ends[t, 1], ranges, partial[i])
-        ends[t, 2] = ranges
+            num_ranges = _append(ranges, num_ranges, partial[0, i], partial[1, i])
+        ends[t, 2] = num_ranges
         for i in range(own_gathered):
-            start[ranges], count[ranges] = gathered[i], 1
-            ranges += 1
-        ends[t, 3] = ranges
+            num_ranges = _append(ranges, num_ranges, gathered[i, 0], gathered[i, 0] + 1)
+        ends[t, 3] = num_ranges
     return LineTiles(
-        q_pos[:n].copy(),
-        q_stop[:n].copy(),
+        out[:, :n].copy(),
         rows_per_tile[:tiles].copy(),
-        start[:ranges].copy(),
-        count[:ranges].copy(),
+        ranges[:, :num_ranges].copy(),
         ends,
         excluded[:num_gathered].copy(),
     )
 
 
 @compiled
-def _append(start: Ints, count: Ints, begin: int, ranges: int, block: int) -> int:
-    """Append a key tile to the ranges begin .. ranges - 1, and return how many ranges there are then."""
-    if ranges > begin and start[ranges - 1] + count[ranges - 1] == block:
-        count[ranges - 1] += 1
-        return ranges
-    start[ranges], count[ranges] = block, 1
-    return ranges + 1
+def _append(ranges: NDArray[np.int32], number: int, start: int, stop: int) -> int:
+    """Append the key tiles start .. stop - 1 to so many ranges, if there are any. Returns how many ranges there are."""
+    if start < stop:
+        ranges[0, number], ranges[1, number] = start, stop - start
+        number += 1
+    return number
 
 
 @compiled
-def _grown(values: NDArray[np.int32], room: int) -> NDArray[np.int32]:
-    """The values with room for at least so many, and as many again as there were."""
-    grown = np.empty(max(room, 2 * len(values)), dtype=np.int32)
-    grown[: len(values)] = values
+def _with_room(values: NDArray[np.int32], room: int) -> NDArray[np.int32]:
+    """int32 [2, values], in an array with room for so many."""
+    if room <= values.shape[1]:
+        return values
+    grown = np.empty((2, 2 * room), dtype=np.int32)
+    grown[:, : values.shape[1]] = values
     return grown
 
 
 @compiled
-def _grown_rows(values: NDArray[np.int32]) -> NDArray[np.int32]:
-    grown = np.empty((2 * len(values), values.shape[1]), dtype=np.int32)
-    grown[: len(values)] = values
+def _rows_with_room(values: NDArray[np.int32], room: int) -> NDArray[np.int32]:
+    """int32 [values, words], in an array with room for so many."""
+    if room <= values.shape[0]:
+        return values
+    grown = np.empty((2 * room, values.shape[1]), dtype=np.int32)
+    grown[: values.shape[0]] = values
     return grown

@@ -12,6 +12,7 @@ after its segment, and frames that are yet to come, of this turn or another, hav
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +22,7 @@ from sglang_mminfer.kernels.block_plan import PAD_POSITION
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.modality.runs import Bools, Ints, expand
 from sglang_mminfer.modality.segment_table import CODES, SegmentTable
-from sglang_mminfer.planning.line_loops import LineRows, Packs, ends_of_tiles, rows_by_line
+from sglang_mminfer.planning.line_loops import LineRows, Packs, TileEnds, ends_of_tiles, rows_by_line
 
 PACK_QUERY_TILES = 4
 """A pack of small segments has room for at most so many query tiles of rows. A larger one visits fewer other lines
@@ -94,8 +95,8 @@ class LineOrder:
         return rows_by_line(self.packs, self._q_start, self._kv_len)
 
     @cached_property
-    def ends_of_tiles(self) -> tuple[Ints, Ints]:
-        """See `line_loops.ends_of_tiles`."""
+    def tile_ends(self) -> TileEnds:
+        """Where the keys of each key tile lie."""
         return ends_of_tiles(self.packs, self.block_k)
 
     def count_visits(self) -> int:
@@ -117,6 +118,10 @@ class LineOrder:
         by_shape = [np.bincount(packs.alike, weights) for weights in (query_tiles * share, query_tiles)]
         key_tiles = np.bincount(packs.alike, packs.size / self.block_k)
         return int(by_shape[0] @ key_tiles + by_shape[1] @ np.bincount(packs.alike))
+
+    @staticmethod
+    def positions_of(orders: Sequence[LineOrder], device: torch.device) -> list[torch.Tensor]:
+        return [order.positions(device) for order in orders]
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """int32 [num_tiles * block_k] absolute positions, PAD_POSITION where a tile is not filled."""

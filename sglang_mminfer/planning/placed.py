@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.orders import KeyOrders
-from sglang_mminfer.planning.row_loops import key_tiles_of, sort_ranges
+from sglang_mminfer.planning.row_loops import place
 from sglang_mminfer.planning.tiles import EstimatedVisits, TilePass
 
 
@@ -17,17 +17,16 @@ from sglang_mminfer.planning.tiles import EstimatedVisits, TilePass
 class PlacedTiles:
     """T query tiles of R rows of one pass, and the E ranges of key tiles that they visit, tile by tile. All int32.
 
-    q_rows, q_stop: [R], rows of q and their bounds. rows_per_tile: [T].
-    start, count: [E]. ends: [T, 4], see `TilePass`; the ranges of one kind ascend. excluded: [gathered ranges, words].
+    rows: [2, R], rows of q, and bounds on the positions that they see. rows_per_tile: [T].
+    ranges: [2, E], the first key tile and how many. ends: [T, 4], see `TilePass`; the ranges of one kind ascend.
+    excluded: [gathered ranges, words].
     visits: [T, 3], how many full, partial and gathered key tiles the ranges of each tile have.
     estimated: what estimates add, and the number of the first key tile of the order that each looks at.
     """
 
-    q_rows: NDArray[np.int32]
-    q_stop: NDArray[np.int32]
+    rows: NDArray[np.int32]
     rows_per_tile: NDArray[np.int32]
-    start: NDArray[np.int32]
-    count: NDArray[np.int32]
+    ranges: NDArray[np.int32]
     ends: NDArray[np.int32]
     excluded: NDArray[np.int32]
     visits: NDArray[np.int32]
@@ -40,21 +39,24 @@ class PlacedTiles:
 
 def placed(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrders) -> PlacedTiles:
     """The pass of request number `request`; the key orders that it visits get their place in `keys`."""
-    start, count, excluded = tile_pass.start, tile_pass.count, tile_pass.excluded
-    first_tile = [keys.first_tile(request, order) for order in tile_pass.orders]
-    if len(first_tile) == 1:
-        start = start + np.int32(first_tile[0])
-    elif first_tile:
-        start, count, excluded = start + np.array(first_tile, np.int32)[tile_pass.order], count.copy(), excluded.copy()
-        sort_ranges(start, count, tile_pass.ends, excluded)
+    first_tile = np.zeros(1 + max(tile_pass.orders, default=0), dtype=np.int64)
+    for number, order in tile_pass.orders.items():
+        first_tile[number] = keys.first_tile(request, order)
+    rows, ranges, excluded, visits = place(
+        tile_pass.rows,
+        tile_pass.order,
+        tile_pass.ranges,
+        tile_pass.ends,
+        tile_pass.excluded,
+        chunk.row_start,
+        first_tile,
+    )
     return PlacedTiles(
-        q_rows=tile_pass.q_pos + np.int32(chunk.row_start - chunk.q_start),
-        q_stop=tile_pass.q_stop,
+        rows=rows,
         rows_per_tile=tile_pass.rows_per_tile,
-        start=start,
-        count=count,
+        ranges=ranges,
         ends=tile_pass.ends,
         excluded=excluded,
-        visits=key_tiles_of(count, tile_pass.ends),
-        estimated=tuple((visits, keys.first_tile(request, visits.base)) for visits in tile_pass.estimated),
+        visits=visits,
+        estimated=tuple((added, keys.first_tile(request, added.base)) for added in tile_pass.estimated),
     )

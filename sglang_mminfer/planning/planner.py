@@ -8,6 +8,7 @@ size of everything it allocates, exactly for static patterns and as a bound for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -29,6 +30,7 @@ def _any_map(length: int) -> ModalityMap:
     return ModalityMap([Segment(Modality.TEXT, 0, length)])
 
 
+@cache
 def is_static(head: HeadPattern) -> bool:
     """True if the pattern's tiles do not depend on q and k."""
     return not any(isinstance(pattern, Estimated) for pattern in patterns_of(head))

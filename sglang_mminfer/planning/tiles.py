@@ -13,7 +13,7 @@ them out on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
@@ -21,7 +21,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_mminfer.modality.runs import Bools, Ints, Runs
+from sglang_mminfer.modality.runs import Bools, Ints
 from sglang_mminfer.modality.segment_table import CODES, codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern, RowClass, row_classes
@@ -30,7 +30,7 @@ from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
 from sglang_mminfer.planning.groups import RowGroups
 from sglang_mminfer.planning.line_loops import tile_lines
 from sglang_mminfer.planning.lines import LineOrder
-from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
+from sglang_mminfer.planning.orders import ColumnOrder, CompactOrder, KeyOrder
 from sglang_mminfer.planning.row_loops import RowTiles, RunTable, rank, select, tile_rows
 
 BLOCK_Q, BLOCK_K = 128, 64
@@ -60,21 +60,19 @@ class EstimatedVisits:
 class TilePass:
     """Tiles of one pass: T query tiles of R rows, and the E ranges of key tiles that they visit, tile by tile.
 
-    q_pos, q_stop: int32 [R], the rows by position and their bounds. rows_per_tile: int32 [T].
-    orders: the key orders that are visited. order, start, count: int32 [E], an index into `orders`, and the range of
-    its key tiles. ends: int32 [T, 4]: a tile's full ranges begin at ends[t, 0], its partial ones at ends[t, 1], its
-    gathered ones, which are of one key tile each, at ends[t, 2], and end at ends[t, 3]. A tile has those of one kind
-    and order in ascending order.
+    rows: int32 [2, R], their numbers in the chunk, and bounds on the positions that they see. rows_per_tile: int32 [T].
+    orders: the key orders that are visited, by numbers, in the sequence in which they come up. order: int32 [E], such a
+    number; ranges: int32 [2, E], the first key tile of that order, and how many. ends: int32 [T, 4]: a tile's full
+    ranges begin at ends[t, 0], its partial ones at ends[t, 1], its gathered ones, which are of one key tile each, at
+    ends[t, 2], and end at ends[t, 3]. A tile has those of one kind and order in ascending order.
     excluded: int32 [gathered ranges, words], excluded lanes, packed.
     """
 
-    q_pos: NDArray[np.int32]
-    q_stop: NDArray[np.int32]
+    rows: NDArray[np.int32]
     rows_per_tile: NDArray[np.int32]
-    orders: tuple[KeyOrder, ...]
+    orders: Mapping[int, KeyOrder]
     order: NDArray[np.int32]
-    start: NDArray[np.int32]
-    count: NDArray[np.int32]
+    ranges: NDArray[np.int32]
     ends: NDArray[np.int32]
     excluded: NDArray[np.int32]
     estimated: tuple[EstimatedVisits, ...] = ()
@@ -86,23 +84,20 @@ class TilePass:
     @classmethod
     def joined(cls, parts: Sequence[TilePass]) -> TilePass:
         """The tiles of all parts, one after the other."""
-        first_tile = accumulate((part.num_tiles for part in parts), initial=0)
-        first_range = accumulate((len(part.start) for part in parts), initial=0)
-        orders = tuple(dict.fromkeys(order for part in parts for order in part.orders))
-        place = [np.array([*map(orders.index, part.orders), 0], dtype=np.int32) for part in parts]
+        first_tile = list(accumulate((part.num_tiles for part in parts), initial=0))
+        first_range = accumulate((len(part.order) for part in parts), initial=0)
+        first_order = list(accumulate((1 + max(part.orders, default=-1) for part in parts), initial=0))
         return cls(
-            q_pos=np.concatenate([part.q_pos for part in parts]),
-            q_stop=np.concatenate([part.q_stop for part in parts]),
+            rows=np.concatenate([part.rows for part in parts], axis=1),
             rows_per_tile=np.concatenate([part.rows_per_tile for part in parts]),
-            orders=orders,
-            order=np.concatenate([own[part.order] for own, part in zip(place, parts)]),
-            start=np.concatenate([part.start for part in parts]),
-            count=np.concatenate([part.count for part in parts]),
-            ends=np.concatenate([part.ends + np.int32(first) for part, first in zip(parts, first_range)]),
+            orders={first + n: order for first, part in zip(first_order, parts) for n, order in part.orders.items()},
+            order=np.concatenate([part.order + np.int32(first) for first, part in zip(first_order, parts)]),
+            ranges=np.concatenate([part.ranges for part in parts], axis=1),
+            ends=np.concatenate([part.ends + np.int32(first) for first, part in zip(first_range, parts)]),
             excluded=np.concatenate([part.excluded for part in parts]),
             estimated=tuple(
                 replace(visits, tile=visits.tile + first)
-                for part, first in zip(parts, first_tile)
+                for first, part in zip(first_tile, parts)
                 for visits in part.estimated
             ),
         )
@@ -123,7 +118,7 @@ class ChunkTiler:
         self.map, self.q_start, self.kv_len = modality_map, q_start, kv_len
         self.dense_below, self.block_q, self.block_k = dense_below, block_q, block_k
         self._base: dict[Modality | None, CompactOrder] = {}
-        self._columns: dict[tuple[Modality | None, int, int, int], CompactOrder] = {}
+        self._columns: dict[tuple[Modality | None, int, int, int], ColumnOrder] = {}
         self._lines: dict[str, LineOrder] = {}
         self._row_classes: dict[RowClass, list[TilePass]] = {}
 
@@ -142,11 +137,12 @@ class ChunkTiler:
         return self._row_classes[row_class]
 
     def _tile(self, row_class: RowClass) -> list[TilePass]:
-        groups = RowGroups.of(self.map, row_class, self.dense_below)
+        groups = RowGroups.of(self.map, row_class, self.dense_below, self.block_q)
         columns = [self._columns_of(groups, pair) for pair in range(len(groups.pairs))]
         parts = [index.columns[slice(*own)] for index, own in zip(groups.pairs, columns) if index.columns is not None]
         tiles = tile_rows(
             groups.rows,
+            groups.first_run,
             groups.sees_whole,
             groups.keys,
             groups.wanted,
@@ -159,26 +155,21 @@ class ChunkTiler:
         )
         if not tiles.num_tiles:
             return []
-        # Orders in the sequence in which groups, and in a group pairs, come upon them.
         group_of = tiles.group_of_order.tolist()
-        seen = sorted((group, order) for order, group in enumerate(group_of) if group >= 0)
-        orders: list[KeyOrder] = []
-        for _, order in seen:
+        orders: dict[int, KeyOrder] = {}
+        # In the sequence in which groups, and in a group pairs, come upon them.
+        for _, order in sorted((group, order) for order, group in enumerate(group_of) if group >= 0):
             keys, index = row_class.pairs[order // 2][0], groups.pairs[order // 2]
             if order % 2 and index.columns is not None:
-                orders.append(self._column_order(keys, index.columns, *columns[order // 2]))
+                orders[order] = self._column_order(keys, index.columns, *columns[order // 2])
             else:
-                orders.append(self._base_order(keys))
-        place = np.zeros(len(group_of), dtype=np.int32)
-        place[[order for _, order in seen]] = np.arange(len(seen))
+                orders[order] = self._base_order(keys)
         first = TilePass(
-            q_pos=tiles.q_pos,
-            q_stop=tiles.q_pos + np.int32(1),
+            rows=tiles.rows,
             rows_per_tile=tiles.rows_per_tile,
-            orders=tuple(orders),
-            order=place[tiles.order],
-            start=tiles.start,
-            count=tiles.count,
+            orders=orders,
+            order=tiles.order,
+            ranges=tiles.ranges,
             ends=tiles.ends,
             excluded=tiles.excluded,
             estimated=tuple(self._estimated(row_class, groups, tiles)) if groups.wanted.estimated.any() else (),
@@ -201,9 +192,7 @@ class ChunkTiler:
                         Scope(self.map, self.kv_len, row_class.rows, keys, row_class.text_rule),
                         base,
                         np.arange(begin, end),
-                        tiles.keys_of_first_row[pair, begin:end],
-                        tiles.keys_of_last_row[pair, begin:end],
-                        tiles.full_tiles[pair, begin:end],
+                        *tiles.counts[:, pair, begin:end],
                     )
 
     def _line_pass(self, row_class: RowClass, groups: RowGroups, pair: int, lines: Lines, bound: Ints) -> TilePass:
@@ -215,7 +204,7 @@ class ChunkTiler:
         tiles = tile_lines(
             order.packs,
             order.rows,
-            *order.ends_of_tiles,
+            order.tile_ends,
             bound,
             _covered(row_class.rows),
             _covered(row_class.pairs[pair][0]),
@@ -226,14 +215,13 @@ class ChunkTiler:
             self.block_q,
             self.block_k,
         )
+        num_ranges = tiles.ranges.shape[1]
         return TilePass(
-            q_pos=tiles.q_pos,
-            q_stop=tiles.q_stop,
+            rows=tiles.rows,
             rows_per_tile=tiles.rows_per_tile,
-            orders=(order,) if len(tiles.start) else (),
-            order=np.zeros_like(tiles.start),
-            start=tiles.start,
-            count=tiles.count,
+            orders={0: order} if num_ranges else {},
+            order=np.zeros(num_ranges, dtype=np.int32),
+            ranges=tiles.ranges,
             ends=tiles.ends,
             excluded=tiles.excluded,
         )
@@ -262,10 +250,10 @@ class ChunkTiler:
             self._base[keys] = CompactOrder(Scope(self.map, self.kv_len, keys=keys).key_members, self.block_k)
         return self._base[keys]
 
-    def _column_order(self, keys: Modality | None, columns: Ints, first: int, stop: int) -> CompactOrder:
+    def _column_order(self, keys: Modality | None, columns: Ints, first: int, stop: int) -> ColumnOrder:
         name = (keys, id(columns), first, stop)  # the map keeps the columns
         if name not in self._columns:
-            self._columns[name] = CompactOrder(Runs.points(columns[first:stop]), self.block_k)
+            self._columns[name] = ColumnOrder(columns[first:stop], self.block_k)
         return self._columns[name]
 
     def _line_order(self, stride: str) -> LineOrder:

@@ -121,9 +121,11 @@ def test_an_order_holds_every_key_of_its_shapes_once_and_knows_its_tiles(chat, s
     assert sorted(positions[positions < PAD_POSITION].tolist()) == sorted(expected)
     if not order.num_tiles:
         return
-    nearest, farthest = order.ends_of_tiles
+    nearest, farthest, ascend_to = order.tile_ends
     assert (positions.amin(1).numpy() == nearest).all()
     assert (positions.amax(1).numpy() == farthest).all()
+    for tile, stop in enumerate(ascend_to):
+        assert tile < stop and (np.diff(nearest[tile:stop]) >= 0).all() and (np.diff(farthest[tile:stop]) >= 0).all()
     packs, rows = order.packs, order.rows
     placed = [p for p in range(q_start, kv_len) if cells[p] >= 0]
     assert sorted(rows.position.tolist()) == placed
