@@ -8,6 +8,7 @@ size of everything it allocates, exactly for static patterns and as a bound for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -21,13 +22,15 @@ from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.device_tiles import Tiles, upload
 from sglang_mminfer.planning.estimated import Estimates, with_estimate
 from sglang_mminfer.planning.orders import KeyOrders
-from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, ChunkTiler
+from sglang_mminfer.planning.placed import PlacedTiles, placed
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, ChunkTiler, TilePass
 
 
 def _any_map(length: int) -> ModalityMap:
     return ModalityMap([Segment(Modality.TEXT, 0, length)])
 
 
+@cache
 def is_static(head: HeadPattern) -> bool:
     """True if the pattern's tiles do not depend on q and k."""
     return not any(isinstance(pattern, Estimated) for pattern in patterns_of(head))
@@ -58,7 +61,9 @@ class BatchPlanner:
             for r in self.requests
         ]
         self._keys = KeyOrders(self.requests, block_k)
-        self._tiles: dict[tuple[int, HeadPattern], list[Tiles]] = {}
+        self._tiles: dict[tuple[int, HeadPattern], list[list[PlacedTiles]]] = {}
+        self._placed: dict[TilePass, PlacedTiles] = {}
+        self._on_device: dict[PlacedTiles, Tiles] = {}
         self._static_plans: dict[tuple[HeadPattern | None, ...], BlockPlan] = {}
 
     def plan(
@@ -102,25 +107,25 @@ class BatchPlanner:
         without = [r for r in range(len(self.requests)) if r not in with_map]
         items = [(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
         items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
-        keys = self._keys.table()
-        levels: list[list[Part]] = []
+        keys = self._keys.table(self.device)
+        self._upload([part for _, _, passes in items for parts in passes for part in parts])
+        levels: list[list[Part]] = [[] for _ in range(max((len(passes) for _, _, passes in items), default=0))]
         for r, own, passes in items:
-            alone = sum(tiles.num_tiles > 0 for tiles in passes) == 1
-            for number, tiles in enumerate(passes):
-                if not tiles.num_tiles:
-                    continue
-                while len(levels) <= number:
-                    levels.append([])
-                if not tiles.estimated:
-                    levels[number].append(Part((own,), tiles, alone))
-                    continue
-                if q is None or k_cache is None:
-                    raise ValueError(f"{heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys")
-                estimates = Estimates(self.requests[r], own, q, k_cache, sm_scale)
-                tiles, keys = with_estimate(tiles, estimates, keys, self.block_k)
-                levels[number].append(Part(tuple((head,) for head in own), tiles, alone))
+            alone = len(passes) == 1
+            for level, parts in zip(levels, passes):
+                for tiles in (self._on_device[part] for part in parts):
+                    if not tiles.placed.estimated:
+                        level.append(Part((own,), tiles, alone))
+                        continue
+                    if q is None or k_cache is None:
+                        raise ValueError(
+                            f"{heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys"
+                        )
+                    estimates = Estimates(self.requests[r], own, q, k_cache, sm_scale)
+                    estimated, keys = with_estimate(tiles, estimates, keys, self.block_k)
+                    level.append(Part(tuple((head,) for head in own), estimated, alone))
         return assemble(
-            [level for level in levels if level],
+            levels,
             keys,
             num_rows=self.num_rows,
             num_heads=len(heads),
@@ -129,9 +134,22 @@ class BatchPlanner:
             once=not self.keep,
         )
 
-    def _tiles_of(self, request: int, pattern: HeadPattern) -> list[Tiles]:
+    def _tiles_of(self, request: int, pattern: HeadPattern) -> list[list[PlacedTiles]]:
+        """The passes of one pattern, none of them without tiles."""
         name = (request, pattern)
         if name not in self._tiles:
-            chunk, passes = self.requests[request], self._tilers[request].tile(pattern)
-            self._tiles[name] = [upload(tile_pass, request, chunk, self._keys, self.device) for tile_pass in passes]
+            passes = self._tilers[request].tile(pattern)
+            if not is_static(pattern):
+                passes = [[TilePass.joined(parts)] for parts in passes]
+            self._tiles[name] = [[self._placed_of(request, part) for part in parts] for parts in passes]
         return self._tiles[name]
+
+    def _placed_of(self, request: int, part: TilePass) -> PlacedTiles:
+        if part not in self._placed:
+            self._placed[part] = placed(part, request, self.requests[request], self._keys)
+        return self._placed[part]
+
+    def _upload(self, parts: Sequence[PlacedTiles]) -> None:
+        new = list(dict.fromkeys(part for part in parts if part not in self._on_device))
+        if new:
+            self._on_device.update(zip(new, upload(new, self.device)))
