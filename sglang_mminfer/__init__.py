@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "sglang_mminfer.modality.segments": ("Modality", "ModalityMap", "Segment", "VisionGrid"),
     "sglang_mminfer.patterns.a_shape": ("AShape",),
+    "sglang_mminfer.patterns.adaptive": ("Adaptive",),
+    "sglang_mminfer.patterns.basis": ("Basis",),
     "sglang_mminfer.patterns.boundary": ("Boundary2D", "QBoundary"),
     "sglang_mminfer.patterns.dense": ("Dense",),
     "sglang_mminfer.patterns.dilated": ("Dilated",),
@@ -32,6 +34,8 @@ __all__ = [  # noqa: RUF022 - grouped by room
     "Segment",
     "VisionGrid",
     "AShape",
+    "Adaptive",
+    "Basis",
     "Boundary2D",
     "Dense",
     "Dilated",
@@ -48,6 +52,8 @@ if TYPE_CHECKING:
     from sglang_mminfer.head_config import HeadConfig
     from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
     from sglang_mminfer.patterns.a_shape import AShape
+    from sglang_mminfer.patterns.adaptive import Adaptive
+    from sglang_mminfer.patterns.basis import Basis
     from sglang_mminfer.patterns.boundary import Boundary2D, QBoundary
     from sglang_mminfer.patterns.dense import Dense
     from sglang_mminfer.patterns.dilated import Dilated

@@ -15,6 +15,7 @@ from sglang_mminfer.kernels import executors, reference
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
@@ -72,6 +73,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
         q_data_type: torch.dtype | str = torch.float16,
         kv_data_type: torch.dtype | str | None = None,
         dense_below: int = 0,
+        basis: Basis | None = None,
     ) -> None:
         """Plan one batch. The rows of request i are the last of its keys (bottom-right causal).
 
@@ -85,6 +87,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
             sm_scale: the factor on q . k. Default: 1 / sqrt(head_dim_qk).
             q_data_type, kv_data_type: checked against the tensors given to `run`; kv defaults to q's.
             dense_below: rows at absolute positions below this see every key.
+            basis: low-rank forms of q . k, for patterns that choose keys by them. Default: they choose by q . k.
 
         Raises:
             ValueError: naming the argument, what was expected and what came.
@@ -140,6 +143,10 @@ class SparsePrefillWithPagedKVCacheWrapper:
             f"{num_qo_heads} patterns (or one for all)",
             str(len(patterns)),
         )
+        if basis is not None:
+            expected = f"forms for {num_kv_heads} or {num_qo_heads} heads of {head_dim_qk} dimensions"
+            fits = len(basis.keys) in (num_kv_heads, num_qo_heads) and basis.keys.shape[2] == head_dim_qk
+            _expect(fits, "basis", expected, str(list(basis.keys.shape)))
         sm_scale = head_dim_qk**-0.5 if sm_scale is None else sm_scale
         _expect(isinstance(sm_scale, int | float), "sm_scale", "a number", repr(sm_scale))
         dtypes = _dtype("q_data_type", q_data_type), _dtype("kv_data_type", kv_data_type or q_data_type)
@@ -178,6 +185,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
         self._planner = BatchPlanner(
             requests, row_starts[-1], dense_below=dense_below, block_q=self._block_q, block_k=self._block_k
         )
+        self._basis = basis
         self._last_plan = None
 
     def run(
@@ -220,7 +228,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
         _expect(out.dtype == q.dtype, "out", f"the dtype {q.dtype}", str(out.dtype))
         _expect(lse.shape == q.shape[:2], "lse", f"the shape {tuple(q.shape[:2])}", str(tuple(lse.shape)))
         _expect(lse.dtype == torch.float32, "lse", "the dtype torch.float32", str(lse.dtype))
-        self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale)
+        self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale, self._basis)
         # Executors write contiguous outputs; the caller's tensors may be views of larger ones.
         outputs = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (out, lse)]
         execute = EXECUTORS[executors.name_for(self.backend, q.device)]

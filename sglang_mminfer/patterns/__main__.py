@@ -26,7 +26,7 @@ def _fields(pattern: type[Pattern]) -> str:
 
 
 def _field(field: Field) -> str:
-    values = field.expected.removeprefix("an integer ")
+    values = field.expected.removeprefix("an integer ").removeprefix("a number ")
     default = "" if field.default is dataclasses.MISSING else f"; {field.default} if left out"
     return f"`{field.name}` ({values}{default})"
 

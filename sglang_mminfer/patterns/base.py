@@ -33,6 +33,7 @@ from sglang_mminfer.patterns.pair import Pair
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Size = Annotated[int, msgspec.Meta(ge=1)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 _BY_KIND: dict[str, type[Pattern]] = {}
 _PALETTE = ("#eeca3b", "#9d755d", "#ff9da6", "#1f77b4", "#17becf", "#bcbd22", "#8c6d31", "#d67195")
@@ -110,7 +111,8 @@ class Pattern(ABC):
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a pattern. type: int, bool or a Literal, without bounds; least: of an integer."""
+    """One field of a pattern. type: int, float, bool or a Literal, without bounds; a float is a share: above 0 and at
+    most 1. least: of an integer."""
 
     name: str
     type: Any
@@ -127,6 +129,8 @@ class Field:
         """The values that it may have, in words."""
         if self.choices:
             return " or ".join(f'"{choice}"' for choice in self.choices)
+        if self.type is float:
+            return "a number above 0 and at most 1"
         return "true or false" if self.type is bool else f"an integer >= {self.least}"
 
     def allows(self, value: object) -> bool:
@@ -134,6 +138,8 @@ class Field:
             return value in self.choices
         if self.type is bool or isinstance(value, bool):
             return self.type is bool and isinstance(value, bool)
+        if self.type is float:
+            return isinstance(value, int | float) and 0 < value <= 1
         return isinstance(value, int) and self.least is not None and value >= self.least
 
 
@@ -142,18 +148,22 @@ def fields_of(pattern: type[Pattern]) -> tuple[Field, ...]:
     """The fields of a pattern class, in order.
 
     Raises:
-        TypeError: a field that is neither a bounded integer, nor a flag, nor a choice among words.
+        TypeError: a field that is neither a bounded integer, nor a share, nor a flag, nor a choice among words.
     """
     hints = typing.get_type_hints(pattern, include_extras=True)
     found = []
     for field in dataclasses.fields(pattern):
         hint, least = hints[field.name], None
+        is_share = hint == Share
         if typing.get_origin(hint) is Annotated:
             hint, *notes = typing.get_args(hint)
             bounds = (note.ge for note in notes if isinstance(note, msgspec.Meta))
             least = next((int(bound) for bound in bounds if bound is not None), None)
-        if not (hint is bool or typing.get_origin(hint) is Literal or (hint is int and least is not None)):
-            raise TypeError(f"{pattern.__name__}.{field.name}: expected a bounded integer, a bool or a Literal")
+        known = hint is bool or is_share or typing.get_origin(hint) is Literal or (hint is int and least is not None)
+        if not known:
+            raise TypeError(
+                f"{pattern.__name__}.{field.name}: expected a bounded integer, a Share, a bool or a Literal"
+            )
         found.append(Field(field.name, hint, least, field.default))
     return tuple(found)
 

@@ -65,7 +65,8 @@ class PairIndex:
     whole:     rows that see every key of the class, by the reason why.
     columns:   int64, ascending absolute positions of keys that every row sees; None for none.
     lines:     through a raster: rows see the keys of their own line; None for none.
-    estimated: the pattern itself, where only q and k can tell what more it wants; None for none.
+    estimated: the pattern itself, where only q and k can tell what more it wants; None for none. Without a window
+        (`local` is 0) it picks from all keys, else from those between the sink's tiles and the window's.
     """
 
     sink: int = 0
@@ -81,8 +82,9 @@ class PairIndex:
         return reduce(or_, self.whole.values()) if self.whole else None
 
     def keys_of_one_more_tile(self, tokens: int) -> int:
-        """How many keys one more query tile would visit in a prompt of so many tokens, about; columns apart."""
-        return self.sink + self.local + (self.estimated.picks(tokens) if self.estimated else 0)
+        """How many keys one more query tile would visit in a prompt of so many tokens, about; without columns, and
+        without what is picked beside a window."""
+        return self.estimated.picks(tokens) if self.estimated and not self.local else self.sink + self.local
 
 
 @dataclass(frozen=True)

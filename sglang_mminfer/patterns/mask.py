@@ -11,6 +11,7 @@ import torch
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.base import Pattern
+from sglang_mminfer.patterns.basis import HeadBasis
 from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, QBoundary
 from sglang_mminfer.patterns.pair import Pair
 
@@ -25,6 +26,7 @@ def pattern_mask(
     k: torch.Tensor | None = None,
     *,
     sm_scale: float | None = None,
+    basis: HeadBasis | None = None,
 ) -> torch.Tensor:
     """The keys that each row of one chunk may see under one head's pattern.
 
@@ -36,6 +38,7 @@ def pattern_mask(
         q: [q_stop - q_start, D], the head's queries; k: [kv_stop, D], its keys. Needed by patterns that are
             estimated from them.
         sm_scale: factor on q . k in that estimate. Default: 1 / sqrt(D).
+        basis: A [rank, D] and B [rank, D] of the head, for patterns that choose by (A q) . (B k). Default: by q . k.
 
     Returns:
         bool [q_stop - q_start, kv_stop].
@@ -59,6 +62,7 @@ def pattern_mask(
         q=q,
         k=k,
         sm_scale=sm_scale,
+        basis=basis,
     )
     if isinstance(pattern, Pattern):
         return pattern.visible(chunk) & chunk.causal

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.basis import HeadBasis
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Pair:
     rows: bool [Lq], keys: bool [Lk]: members of the two classes. text_rule: False where a boundary gives every
     (row, key) pair its own pattern, so that "a text row with vision before it sees all" does not hold by itself.
     q: [Lq, D], k: [Lk, D]: one head's queries and keys, for patterns that are estimated. sm_scale: factor on q . k;
-    None: 1 / sqrt(D).
+    None: 1 / sqrt(D). basis: the head's low-rank form of q . k; None: there is none.
     """
 
     map: ModalityMap
@@ -33,6 +34,7 @@ class Pair:
     q: torch.Tensor | None = None
     k: torch.Tensor | None = None
     sm_scale: float | None = None
+    basis: HeadBasis | None = None
 
     @cached_property
     def q_pos(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.patterns.base import Count, Pattern, Size
-from sglang_mminfer.patterns.estimated import Crossings, Estimated, Evidence, Masses
+from sglang_mminfer.patterns.estimated import Estimated, Evidence, Masses, Picked, QueryTiles, crossed
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.patterns.ladder import Prompt
 from sglang_mminfer.patterns.pair import Pair
@@ -34,6 +34,7 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
     vertical: Count
     slash: Size
     last_q: Size = 64
+    """How many of the last rows of its row class it looks at."""
 
     @property
     def forced_columns(self) -> int:
@@ -93,6 +94,9 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
     def picks(self, tokens: int) -> int:
         return min(self.vertical, tokens) + min(self.slash, tokens)
 
+    def looks_at(self, rows: int, keys: int) -> float:
+        return 2.0 * self.last_q * keys  # two kernels compute each pair
+
     def estimate(self, evidence: Evidence) -> Masses:
         """Mass of every column and diagonal: float32 [heads, keys of the class] twice, see `masses_of`."""
         request, scope, device = evidence.request, evidence.scope, evidence.q.device
@@ -120,13 +124,12 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
             evidence.keys,
         )
 
-    def select(
-        self, masses: Masses, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
-    ) -> tuple[torch.Tensor, Crossings]:
+    def select(self, evidence: Evidence, masses: Masses, tiles: QueryTiles) -> Picked:
         column_mass, diagonal_mass = masses
         columns = _heaviest(column_mass, self.vertical, self.forced_columns)
         distances = _heaviest(diagonal_mass, self.slash, self.forced_diagonals)
-        return columns, Diagonals(distances, keys_of_first_row, keys_of_last_row, block_k)
+        keys_of_first_row, keys_of_last_row, _ = tiles.on_device
+        return crossed(columns, Diagonals(distances, keys_of_first_row, keys_of_last_row, tiles.block_k), tiles)
 
     # ---- for reports and searches --------------------------------------------------------------------------
 

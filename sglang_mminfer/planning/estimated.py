@@ -1,4 +1,4 @@
-"""What estimated patterns add to the tiles of a request: columns and diagonals that follow from q and the keys."""
+"""What estimated patterns add to the tiles of a request: visits that follow from q and the keys."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.block_plan import PAD_POSITION, KeyTable
 from sglang_mminfer.kernels.indexing import to_device
-from sglang_mminfer.modality.runs import Ints
-from sglang_mminfer.patterns.estimated import Estimated, Evidence, Masses, column_lanes
+from sglang_mminfer.patterns.basis import Basis
+from sglang_mminfer.patterns.estimated import Estimated, Evidence, Masses, Picked, QueryTiles
 from sglang_mminfer.patterns.index import Scope
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.device_tiles import Tiles
 from sglang_mminfer.planning.orders import CompactOrder
 from sglang_mminfer.planning.row_loops import FULL, GATHERED, PARTIAL
-from sglang_mminfer.planning.tiles import EstimatedVisits
+
+KINDS = {"full": FULL, "partial": PARTIAL, "gathered": GATHERED}
 
 
 class Estimates:
@@ -28,22 +29,32 @@ class Estimates:
     """
 
     def __init__(
-        self, request: RequestChunk, heads: tuple[int, ...], q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float
+        self,
+        request: RequestChunk,
+        heads: tuple[int, ...],
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        sm_scale: float,
+        basis: Basis | None,
     ) -> None:
-        self.request, self.heads, self.k_cache, self.sm_scale = request, heads, k_cache, sm_scale
+        self.request, self.heads, self.k_cache, self.sm_scale, self.basis = request, heads, k_cache, sm_scale, basis
         self.q = q[request.row_start : request.row_start + request.num_rows]
-        self._masses: dict[tuple, Masses] = {}
+        self._masses: dict[tuple, tuple[Evidence, Masses]] = {}
+        self.overflow: list[torch.Tensor] = []
 
-    def of(self, pattern: Estimated, scope: Scope) -> Masses:
-        """See `Estimated.estimate`."""
+    def of(self, pattern: Estimated, scope: Scope, tiles: QueryTiles) -> Picked:
+        """See `Estimated.select`."""
         name = (pattern, scope.rows, scope.keys)
         if name not in self._masses:
             keys = None
             if scope.keys is not None:
                 keys = CompactOrder.positions_of([CompactOrder(scope.key_members, 1)], self.q.device)[0].long()
-            evidence = Evidence(self.request, scope, self.heads, self.q, self.k_cache, keys, self.sm_scale)
-            self._masses[name] = pattern.estimate(evidence)
-        return self._masses[name]
+            evidence = Evidence(self.request, scope, self.heads, self.q, self.k_cache, keys, self.sm_scale, self.basis)
+            self._masses[name] = evidence, pattern.estimate(evidence)
+        picked = pattern.select(*self._masses[name], tiles)
+        if picked.overflow is not None:
+            self.overflow.append(picked.overflow)
+        return picked
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +88,9 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
     lane_rows = before[:, None] + torch.arange(most[GATHERED], device=device)
     # [heads or 1, T, most, words]
     excluded = [tiles.excluded[lane_rows.clamp_max(max(len(tiles.excluded) - 1, 0))][None]]
+    rows_before = np.concatenate([[0], on_host.rows_per_tile.cumsum()])
     for number, (visits, first_tile) in enumerate(on_host.estimated):
-        pattern, first = visits.pattern, int(visits.tile[0])
-        keys_of_first_row, keys_of_last_row, full_tiles = parts[3 * number : 3 * number + 3]
+        first = int(visits.tile[0])
         own = slice(first, first + len(visits.tile))
         beside = (first, num_tiles - own.stop)  # tiles of other groups: none of this
 
@@ -87,25 +98,19 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
             """[heads or 1, T', most, ...] -> [heads or 1, T, most, ...]"""
             return torch.nn.functional.pad(x.transpose(1, -1), beside).transpose(1, -1)
 
-        masses = estimates.of(pattern, visits.scope)
-        columns, crossings = pattern.select(masses, keys_of_first_row, keys_of_last_row, block_k)
-        start, count = crossings.ranges(full_tiles)
-        ranges[FULL].append((placed(start + first_tile), placed(count)))
-        bounds[own, FULL] += _most_full(visits, start.shape[2])
-        lanes = torch.arange(_most_partial(visits), device=device)
-        blocks = (full_tiles[:, None] + lanes)[None]
-        crossed = crossings.cross(blocks)
-        ranges[PARTIAL].append((placed(blocks + first_tile), placed(crossed.long())))
-        bounds[own, PARTIAL] += blocks.shape[-1]
-        if not columns.shape[1]:
-            continue
-        count, lanes_excluded = column_lanes(columns, crossings, block_k)
-        column_tiles = torch.arange(heads * count.shape[2], device=device).view(heads, 1, -1)
-        start = (column_tiles + len(keys.kv_pos) // block_k).expand_as(count)
-        ranges[GATHERED].append((placed(start), placed(count)))
-        excluded.append(placed(lanes_excluded))
-        bounds[own, GATHERED] += count.shape[2]
-        keys = _with_columns(keys, columns + first_tile * block_k, block_k)
+        on_device = parts[3 * number], parts[3 * number + 1], parts[3 * number + 2]
+        rows = tiles.rows[0, rows_before[own.start] : rows_before[own.stop]].long() - estimates.request.row_start
+        query_tiles = QueryTiles(rows, on_host.rows_per_tile[own], *uploads[number], on_device, block_k)
+        picked = estimates.of(visits.pattern, visits.scope, query_tiles)
+        first_picked = len(keys.kv_pos) // block_k
+        for more in picked.added:
+            kind = KINDS[more.kind]
+            start = more.start + (first_picked if more.picked else first_tile)
+            ranges[kind].append((placed(start), placed(more.count)))
+            bounds[own, kind] += more.most
+            if more.excluded is not None:
+                excluded.append(placed(more.excluded))
+        keys = _with_picked(keys, picked.lanes, first_tile * block_k, block_k)
     starts, counts = (
         torch.cat([pair[i].expand(heads, num_tiles, -1) for of_kind in ranges for pair in of_kind], dim=2)
         for i in range(2)
@@ -128,17 +133,6 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
     )
 
 
-def _most_partial(visits: EstimatedVisits) -> int:
-    """Key tiles that some rows of a query tile see in part, at most."""
-    return int((-(-visits.keys_of_last_row // visits.base.block_k) - visits.full_tiles).max())
-
-
-def _most_full(visits: EstimatedVisits, ranges: int) -> Ints:
-    """int64 [T']: a bound on the full key tiles that so many crossing ranges have."""
-    each = (visits.keys_of_last_row - visits.keys_of_first_row) // visits.base.block_k + 2
-    return np.minimum(ranges * each, visits.full_tiles)
-
-
 def _padded(tiles: Tiles, ends: torch.Tensor, kind: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranges of one kind as int64 [1, T, most]: start and count, 0 where a tile has fewer."""
     number = ends[:, kind, None] + torch.arange(most, device=ends.device)
@@ -148,12 +142,12 @@ def _padded(tiles: Tiles, ends: torch.Tensor, kind: int, most: int) -> tuple[tor
     return start[None], count.where(real, 0)[None]
 
 
-def _with_columns(keys: KeyTable, lanes: torch.Tensor, block_k: int) -> KeyTable:
-    """`keys` and, after them, the keys `lanes` [H, V] of each head, padded to whole tiles."""
-    number = torch.arange(-(-lanes.shape[1] // block_k) * block_k, device=lanes.device)
-    real = number < lanes.shape[1]
-    taken = lanes[:, number.where(real, number // block_k * block_k)]
+def _with_picked(keys: KeyTable, lanes: torch.Tensor, first_lane: int, block_k: int) -> KeyTable:
+    """`keys` and, after them, the keys at `lanes` of the order that begins at `first_lane`; see `Picked`."""
+    if not len(lanes):
+        return keys
+    real = lanes >= 0
+    nearest = lanes[::block_k].clamp_min(0).repeat_interleave(block_k, output_size=len(lanes))
+    taken = lanes.where(real, nearest) + first_lane
     positions = keys.kv_pos[taken].where(real, PAD_POSITION)
-    return KeyTable(
-        torch.cat([keys.kv_pos, positions.flatten()]), torch.cat([keys.kv_slots, keys.kv_slots[taken].flatten()])
-    )
+    return KeyTable(torch.cat([keys.kv_pos, positions]), torch.cat([keys.kv_slots, keys.kv_slots[taken]]))

@@ -67,7 +67,7 @@ class RowGroups:
             np.array([index.local for index in pairs]),
             np.array([index.keys_of_one_more_tile(length) for index in pairs]),
             np.array([index.lines is not None for index in pairs]),
-            np.array([index.estimated is not None for index in pairs]),
+            np.array([index.estimated is not None and not index.local for index in pairs]),
         )
         rows, whole_pairs = run_table([own for _, own in groups]), np.array([sees_whole for sees_whole, _ in groups])
         keys = run_table([scope.key_members for scope in scopes])

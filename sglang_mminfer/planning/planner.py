@@ -15,6 +15,7 @@ import torch
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.threads import one_thread
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
+from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.planning.assembly import Part, assemble
@@ -65,6 +66,8 @@ class BatchPlanner:
         self._placed: dict[TilePass, PlacedTiles] = {}
         self._on_device: dict[PlacedTiles, Tiles] = {}
         self._static_plans: dict[tuple[HeadPattern | None, ...], BlockPlan] = {}
+        self.overflow: list[torch.Tensor] = []
+        """int64 scalars on the device: query tiles of a head that saw everything because they asked for too much."""
 
     def plan(
         self,
@@ -72,12 +75,14 @@ class BatchPlanner:
         q: torch.Tensor | None = None,
         k_cache: torch.Tensor | None = None,
         sm_scale: float = 1.0,
+        basis: Basis | None = None,
     ) -> BlockPlan:
         """The plan of one layer.
 
         Args:
             heads: the pattern of every query head; None for heads that somebody else computes.
             q [tokens, Hq, D], k_cache [slots, Hkv, D], sm_scale: for the heads whose pattern is estimated.
+            basis: the layer's low-rank forms of q . k, for heads that choose by them; None: they choose by q . k.
 
         Raises:
             ValueError: a pattern that is estimated, without q and k_cache.
@@ -85,7 +90,7 @@ class BatchPlanner:
         name = tuple(heads)
         if name not in self._static_plans:
             with one_thread():
-                plan = self._make(name, q, k_cache, sm_scale)
+                plan = self._make(name, q, k_cache, sm_scale, basis)
             if not self.keep or not all(is_static(head) for head in set(name) if head is not None):
                 return plan
             self._static_plans[name] = plan
@@ -97,6 +102,7 @@ class BatchPlanner:
         q: torch.Tensor | None,
         k_cache: torch.Tensor | None,
         sm_scale: float,
+        basis: Basis | None,
     ) -> BlockPlan:
         sharing: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(heads):
@@ -121,8 +127,9 @@ class BatchPlanner:
                         raise ValueError(
                             f"{heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys"
                         )
-                    estimates = Estimates(self.requests[r], own, q, k_cache, sm_scale)
+                    estimates = Estimates(self.requests[r], own, q, k_cache, sm_scale, basis)
                     estimated, keys = with_estimate(tiles, estimates, keys, self.block_k)
+                    self.overflow += estimates.overflow
                     level.append(Part(tuple((head,) for head in own), estimated, alone))
         return assemble(
             levels,

@@ -31,7 +31,7 @@ class Wanted(NamedTuple):
     """What rows want of the keys of each of their pairs. Arrays have a value for each pair.
 
     sink, local: int64, tokens. of_one_more: int64, about how many keys one more query tile would visit. lines: bool,
-    whether rows also visit along lines. estimated: bool, an estimate says what is visited.
+    whether rows also visit along lines. estimated: bool, an estimate alone says what is visited.
     """
 
     sink: Ints

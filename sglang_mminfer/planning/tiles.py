@@ -172,7 +172,9 @@ class ChunkTiler:
             ranges=tiles.ranges,
             ends=tiles.ends,
             excluded=tiles.excluded,
-            estimated=tuple(self._estimated(row_class, groups, tiles)) if groups.wanted.estimated.any() else (),
+            estimated=tuple(self._estimated(row_class, groups, tiles))
+            if any(x.estimated for x in groups.pairs)
+            else (),
         )
         passes = [first]
         for pair, index in enumerate(groups.pairs):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from sglang_mminfer import (
+    Basis,
     Boundary2D,
     Grid,
     Modality,
@@ -99,6 +100,8 @@ def values(field: Field, scale: int) -> st.SearchStrategy:
     """What a field may hold; of numbers mostly small ones, so that something lies between the sink and the window."""
     if field.choices:
         return st.sampled_from(field.choices)
+    if field.type is float:
+        return st.sampled_from([0.001, 0.03, 0.3, 1.0]) | st.floats(0, 1, exclude_min=True)
     if field.least is None:
         return st.booleans()
     return st.integers(field.least, min(field.least + 3, scale)) | st.integers(field.least, scale)
@@ -176,6 +179,7 @@ class Batch:
     sm_scale: float | None = None
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    basis: Basis | None = None
     qs: list[torch.Tensor] = field(default_factory=list)
     ks: list[torch.Tensor] = field(default_factory=list)
     vs: list[torch.Tensor] = field(default_factory=list)
@@ -250,6 +254,7 @@ class Batch:
             q_data_type=self.q.dtype,
             kv_data_type=self.ks[0].dtype if self.ks else self.q.dtype,
             dense_below=self.dense_below,
+            basis=self.basis,
         )
         return wrapper
 
@@ -264,7 +269,9 @@ class Batch:
         """pattern_mask of one head in one request."""
         q_start, kv_len = self.q_start(request), self.kv_lens[request]
         q, k = self.qs[request][:, head], self.ks[request][:, head // self.group]
-        return pattern_mask(self.maps[request], self.heads[head], q_start, kv_len, kv_len, q, k, sm_scale=self.sm_scale)
+        basis = None if self.basis is None else self.basis.of_head(head, len(self.heads))
+        whole = self.maps[request], self.heads[head], q_start, kv_len, kv_len
+        return pattern_mask(*whole, q, k, sm_scale=self.sm_scale, basis=basis)
 
 
 def _indptr(counts: Sequence[int]) -> torch.Tensor:
@@ -279,6 +286,14 @@ EXECUTORS = ["triton"] if INTERPRETED else ["torch", "reference"]
 def examples(number: int) -> int:
     """How many cases to draw: fewer of them where each takes long."""
     return max(4, number // 8) if INTERPRETED else number
+
+
+@st.composite
+def bases(draw, num_heads: int, num_kv_heads: int) -> Basis | None:
+    """Any low-rank forms of q . k, for KV heads or for query heads; or none."""
+    number, rank = draw(st.sampled_from([0, num_kv_heads, num_heads])), draw(st.integers(1, D))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    return Basis(*torch.randn(2, number, rank, D, generator=random)) if number else None
 
 
 tile_sizes = st.tuples(st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]))
@@ -308,6 +323,7 @@ def batches(draw, patterns: st.SearchStrategy = any_pattern, max_requests: int =
         draw(st.sampled_from([0, 0, 0, 10])),
         draw(st.sampled_from([None, None, 0.1, 1.0])),
         draw(st.integers(0, 2**16)),
+        basis=draw(bases(num_kv_heads * group, num_kv_heads)),
     )
 
 

@@ -108,15 +108,15 @@ class LayerProbe:
         return planner.plan(heads, q, k_cache, self.sm_scale)
 
     def _estimate_pairs(self, head: HeadPattern) -> torch.Tensor:
-        """float64 [modalities]: (row, key) pairs that the estimate computes for rows of a modality. Each counts twice,
-        because two kernels compute it."""
+        """float64 [modalities]: what the estimate costs for rows of a modality, in (row, key) pairs."""
         pairs = torch.zeros(len(MODALITIES), dtype=torch.float64)
         for row_class in row_classes(head):
-            last = [p.last_q for _, p in row_class.pairs if isinstance(p, Estimated)]
+            rows_and_keys = self.chunk.num_rows, self.chunk.kv_len
+            cost = sum(p.looks_at(*rows_and_keys) for _, p in row_class.pairs if isinstance(p, Estimated))
             rows = [m for m, modality in enumerate(MODALITIES) if row_class.rows in (None, modality)]
             present = [m for m in rows if bool((self.strata // STRETCHES == m).any())]
             for m in present:  # all rows of the class share one estimate
-                pairs[m] += 2.0 * sum(last) * self.chunk.kv_len / len(present)
+                pairs[m] += cost / len(present)
         return pairs
 
     def _run(self, plan: BlockPlan) -> tuple[torch.Tensor, float]:

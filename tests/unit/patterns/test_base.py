@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sglang_mminfer
-from sglang_mminfer import Dense, Grid
+from sglang_mminfer import Adaptive, Dense, Grid
 from sglang_mminfer.patterns import grid
 from sglang_mminfer.patterns.__main__ import table
 from sglang_mminfer.patterns.base import Pattern, fields_of, kinds
@@ -58,7 +58,7 @@ def test_a_field_without_bounds_is_refused() -> None:
     class Loose(Dense):
         depth: int
 
-    with pytest.raises(TypeError, match=r"Loose\.depth: expected a bounded integer, a bool or a Literal"):
+    with pytest.raises(TypeError, match=r"Loose\.depth: expected a bounded integer, a Share, a bool or a Literal"):
         Loose(3)
 
 
@@ -83,6 +83,16 @@ def test_fields_say_what_they_may_hold() -> None:
     stride, v, *_, phase, _, local = fields_of(Grid)
     assert (stride.expected, v.expected) == ('"frame" or "row"', "true or false")
     assert (phase.expected, local.expected) == ("an integer >= 0", "an integer >= 1")
+    *_, alpha, _ = fields_of(Adaptive)
+    assert alpha.expected == "a number above 0 and at most 1"
+    assert [alpha.allows(value) for value in (0, 1e-9, 1, 1.0, 1.01, float("nan"))] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 # ---- what follows from the class ---------------------------------------------------------------------------
@@ -156,7 +166,8 @@ def test_whole_rows_have_reasons_that_the_class_names(kind: str, data: st.DataOb
         its_rows = runs.clip(0, chat.length).members()
         assert index.whole_rows is not None and index.whole_rows.has(its_rows).all()
         if reason != grid.NO_RASTER:
-            pair = Pair(chat, 0, chat.length, chat.length, rows, keys, scope.text_rule)
+            q, k = torch.zeros(2, chat.length, 4)
+            pair = Pair(chat, 0, chat.length, chat.length, rows, keys, scope.text_rule, q, k)
             its_rows = torch.from_numpy(its_rows)[rows[its_rows]]
             assert pattern.visible(pair)[its_rows][:, keys].all()
 

@@ -1,0 +1,109 @@
+"""adaptive: sink and local window, and every key that a low-rank score says the row cannot do without."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from sglang_mminfer.patterns.base import Count, Share, Size
+from sglang_mminfer.patterns.choice import Between, HeadsOfKeys, choose, packed
+from sglang_mminfer.patterns.estimated import Added, Estimated, Evidence, Masses, Picked, QueryTiles
+from sglang_mminfer.patterns.index import TEXT_AFTER_VISION, PairIndex, Scope
+from sglang_mminfer.patterns.pair import Pair
+
+
+@dataclass(frozen=True)
+class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
+    """As `a_shape`, plus every key whose score weighs more than `alpha` times all that the row sees in the sink and the
+    window together: (A q) . (B k) * sm_scale > ln(alpha) + log-sum-exp of their q . k * sm_scale. A and B, of `rank`
+    rows, belong to the head; where there are none, the score is q . k. A text row that has vision before it sees all,
+    unless a boundary says otherwise.
+
+    What a row asks for depends on the row and the keys before it alone, so it is the same however a prompt is cut. A
+    query tile visits what any of its rows asks for, or everything if that is more than `budget` of the keys between the
+    sink and the window.
+
+    Scores are rounded. Planning keeps a key whose score lies below the bound by no more than `choice.MARGIN`, so
+    that its float32 visits whatever the exact rule's float64 asks for.
+    """
+
+    reasons: ClassVar[tuple[str, ...]] = (TEXT_AFTER_VISION,)
+    sink: Count
+    local: Size
+    rank: Size
+    alpha: Share
+    budget: Share = 0.5
+
+    # ---- the exact rule ------------------------------------------------------------------------------------
+
+    def visible(self, pair: Pair) -> torch.Tensor:
+        if pair.q is None or pair.k is None:
+            raise ValueError("pattern_mask: adaptive chooses by q and k, so it needs q [rows, D] and k [kv_stop, D]")
+        q, k = pair.q.flatten(1).double(), pair.k.flatten(1).double()
+        if q.shape[0] != len(pair.q_pos) or k.shape[0] != pair.kv_stop or q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"pattern_mask: expected q [{len(pair.q_pos)}, D] and k [{pair.kv_stop}, D] of one head, "
+                f"got {list(q.shape)} and {list(k.shape)}"
+            )
+        scale = q.shape[1] ** -0.5 if pair.sm_scale is None else pair.sm_scale
+        window = pair.window(self.sink, self.local)
+        scores = q @ k.T * scale
+        mass = scores.masked_fill(~(window & pair.causal & pair.keys), -torch.inf).logsumexp(dim=1)
+        if pair.basis is not None:
+            a, b = (part[: self.rank].double() for part in pair.basis)
+            scores = (q @ a.T) @ (k @ b.T).T * scale
+        mask = window | (scores > (mass + math.log(self.alpha))[:, None])
+        return mask | pair.text_after_vision[:, None] if pair.text_rule else mask
+
+    # ---- for planning --------------------------------------------------------------------------------------
+
+    def index(self, scope: Scope) -> PairIndex:
+        whole = {TEXT_AFTER_VISION: scope.text_after_vision} if scope.text_rule else {}
+        return PairIndex(sink=self.sink, local=self.local, whole=whole, estimated=self)
+
+    def picks(self, tokens: int) -> int:
+        return math.ceil(self.budget * tokens)
+
+    def looks_at(self, rows: int, keys: int) -> float:
+        return rows * (2 * keys - rows) / 2 / 8
+
+    def estimate(self, evidence: Evidence) -> Masses:
+        """The keys of the class and their low-rank form, two tensors for each of `HeadsOfKeys.of`."""
+        forms = [heads.project(evidence, self.rank) for heads in HeadsOfKeys.of(evidence)]
+        return tuple(tensor for pair in forms for tensor in pair)
+
+    def select(self, evidence: Evidence, masses: Masses, tiles: QueryTiles) -> Picked:
+        between = Between.of(self.sink, self.local, tiles)
+        chosen, count = choose(evidence, masses, tiles, between, self.sink, self.local, self.rank, math.log(self.alpha))
+        within = np.floor(self.budget * between.num_keys)
+        (most,) = between.upload(evidence.q.device, within)
+        overflow = count > most
+        count = count.masked_fill(overflow, 0)
+        lanes, first = packed(evidence, chosen, count, between, within, tiles.block_k)
+        full = count // tiles.block_k
+        first_between, tiles_between = between.upload(evidence.q.device, between.first, between.num_tiles)
+        # A tile visits either all key tiles between sink and window, or those that were picked.
+        start = torch.stack([first_between.expand_as(first), first], dim=2)
+        everything, nothing = tiles_between * overflow, torch.zeros_like(full)
+        added = (
+            Added("full", False, start[..., :1], everything[..., None], between.num_tiles),
+            Added("full", True, start[..., 1:], full[..., None], np.zeros_like(between.num_tiles)),
+            Added(
+                "partial",
+                True,
+                (first + full)[..., None],
+                (nothing + (count % tiles.block_k > 0))[..., None],
+                np.minimum(between.num_tiles, 1),
+            ),
+        )
+        return Picked(added, lanes, overflow.sum())
+
+    # ---- for reports ---------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        return f"ad {self.rank},{self.alpha:g}"

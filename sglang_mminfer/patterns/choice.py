@@ -1,0 +1,199 @@
+"""Choosing keys row by row: which keys between the sink and the window any row of a query tile asks for.
+
+For each query tile its rows are scored against these keys, in slabs that stay in the cache. The bound of a row goes
+into the product as one more dimension, (A q, -bound) . (B k, 1), so that a key is asked for if the largest score of the
+tile's rows is above 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang_mminfer.kernels.indexing import to_device
+from sglang_mminfer.kernels.threads import for_each
+from sglang_mminfer.modality.runs import Ints
+from sglang_mminfer.patterns.estimated import Evidence, Masses, QueryTiles
+
+MARGIN = 1e-3
+"""How far below its bound a score may lie and its key be kept all the same: more than what rounding takes."""
+
+SLAB = 1 << 18
+"""Scores of a slab: 1 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """The keys between the sink and the window of T query tiles, in whole key tiles. int64 [T] on the host.
+
+    first, num_tiles: key tiles of the class. All rows of a query tile see all of their keys.
+    """
+
+    first: Ints
+    num_tiles: Ints
+    block_k: int
+
+    @classmethod
+    def of(cls, sink: int, local: int, tiles: QueryTiles) -> Between:
+        window = np.maximum(tiles.keys_of_first_row - local, 0) // tiles.block_k
+        first = np.minimum(window, -(-sink // tiles.block_k))
+        return cls(first, window - first, tiles.block_k)
+
+    @property
+    def num_keys(self) -> Ints:
+        return self.num_tiles * self.block_k
+
+    @property
+    def before(self) -> Ints:
+        """int64 [T + 1]: the keys of all query tiles one after the other, where those of each begin."""
+        return np.concatenate([[0], self.num_keys.cumsum()])
+
+    @staticmethod
+    def upload(device: torch.device, *arrays: np.ndarray) -> Sequence[torch.Tensor]:
+        """int64 on the device."""
+        return [x.long() for x in to_device(device, *(array.astype(np.int64) for array in arrays))]
+
+
+@dataclass(frozen=True)
+class HeadsOfKeys:
+    """Query heads that share their keys and the low-rank form of them.
+
+    index: where they stand among the heads of the evidence. form: the number of their form; None: there is none.
+    """
+
+    index: slice
+    heads: tuple[int, ...]
+    kv_head: int
+    form: int | None
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> list[HeadsOfKeys]:
+        num_heads, kv_heads = evidence.q.shape[1], evidence.k_cache.shape[1]
+        by_form: dict[tuple[int, int | None], list[int]] = {}
+        for head in evidence.heads:
+            form = None if evidence.basis is None else evidence.basis.number(head, num_heads)
+            by_form.setdefault((head * kv_heads // num_heads, form), []).append(head)
+        found, at = [], 0
+        for (kv_head, form), heads in by_form.items():  # heads ascend, so those of one form stand side by side
+            found.append(cls(slice(at, at + len(heads)), tuple(heads), kv_head, form))
+            at += len(heads)
+        return found
+
+    def project(self, evidence: Evidence, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [keys, D], the keys of the class; and [keys, r + 1], (B k, 1)."""
+        slots = evidence.request.slots if evidence.keys is None else evidence.request.slots[evidence.keys]
+        keys = evidence.k_cache[slots, self.kv_head].float()
+        low = keys
+        if evidence.basis is not None and self.form is not None:
+            low = keys @ evidence.basis.keys[self.form, :rank].T
+        return keys, torch.nn.functional.pad(low, (0, 1), value=1.0)
+
+    def queries(self, evidence: Evidence, rank: int, q: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+        """[r + 1, heads * m]: (A q, -bound). q: float32 [heads, m, D], scaled; bound: [heads, m]."""
+        low = q
+        if evidence.basis is not None and self.form is not None:
+            low = q @ evidence.basis.queries[self.form, :rank].T
+        return torch.cat([low, -bound[..., None]], dim=2).flatten(0, 1).T
+
+
+def choose(
+    evidence: Evidence,
+    masses: Masses,
+    tiles: QueryTiles,
+    between: Between,
+    sink: int,
+    local: int,
+    rank: int,
+    ln_alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which keys any row of each query tile asks for.
+
+    Returns:
+        bool [H, N], the keys of all query tiles one after the other (`Between.before`); and int64 [H, T], how many.
+    """
+    device, before = evidence.q.device, between.before
+    first_row = np.concatenate([[0], tiles.rows_per_tile.cumsum()])
+    chosen = torch.zeros(len(evidence.heads), int(before[-1]), dtype=torch.bool, device=device)
+    count = torch.zeros(len(evidence.heads), len(between.first), dtype=torch.int64, device=device)
+    position = tiles.rows + evidence.request.q_start
+    # int64 [R]: keys of the class up to each row
+    keys_of_row = position + 1
+    if evidence.keys is not None:
+        keys_of_row = torch.searchsorted(evidence.keys, position, right=True)
+    by_form = [(own, masses[2 * i], masses[2 * i + 1]) for i, own in enumerate(HeadsOfKeys.of(evidence))]
+
+    def choose_for(item: tuple[tuple[HeadsOfKeys, torch.Tensor, torch.Tensor], int]) -> None:
+        (own, keys, low), t = item
+        rows = slice(int(first_row[t]), int(first_row[t + 1]))
+        q = evidence.q[tiles.rows[rows]][:, list(own.heads)].transpose(0, 1).float() * evidence.sm_scale
+        window = slice(max(int(tiles.keys_of_first_row[t]) - local, 0), int(tiles.keys_of_last_row[t]))
+        mass = _log_mass(q, keys, sink, local, window, keys_of_row[rows])
+        queries = own.queries(evidence, rank, q, mass + (ln_alpha - MARGIN))
+        key, stop = (int(between.first[t] + n) * tiles.block_k for n in (0, between.num_tiles[t]))
+        size, at = max(SLAB // queries.shape[1], 1), int(before[t]) - key
+        for begin in range(key, stop, size):
+            end = min(begin + size, stop)
+            largest = (low[begin:end] @ queries).view(end - begin, len(own.heads), -1).amax(dim=2)
+            chosen[own.index, begin + at : end + at] = (largest > 0).T
+        count[own.index, t] = chosen[own.index, key + at : stop + at].sum(dim=1)
+
+    items = [(own, t) for own in by_form for t in np.flatnonzero(between.num_tiles).tolist()]
+    if device.type == "cpu":
+        for_each(choose_for, items)
+    else:
+        for item in items:
+            choose_for(item)
+    return chosen, count
+
+
+def _log_mass(
+    q: torch.Tensor, keys: torch.Tensor, sink: int, local: int, window: slice, keys_of_row: torch.Tensor
+) -> torch.Tensor:
+    """float32 [heads, m]: the log of what rows give to the sink and the last `local` keys together. The sink lies
+    before the windows of all rows.
+
+    Args:
+        q: [heads, m, D], scaled. window: the keys in which the windows of all rows lie.
+        keys_of_row: int64 [m], keys of the class up to each row.
+    """
+    number = torch.arange(window.start, window.stop, device=q.device)
+    outside = (number < keys_of_row[:, None] - local) | (number >= keys_of_row[:, None])
+    in_window = (q @ keys[window].T).masked_fill_(outside, -torch.inf)
+    return torch.cat([q @ keys[:sink].T, in_window], dim=2).logsumexp(dim=2)
+
+
+def packed(
+    evidence: Evidence, chosen: torch.Tensor, count: torch.Tensor, between: Between, most: np.ndarray, block_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key tiles of the chosen keys, those of each (head, query tile) by themselves.
+
+    Args:
+        chosen: bool [H, N], see `choose`. count: int64 [H, T], how many of them are taken: all of a query tile's, or 0.
+        most: [T], a bound on `count`.
+
+    Returns:
+        `Picked.lanes`; and int64 [H, T], the first key tile of each.
+    """
+    device, (heads, num_tiles) = chosen.device, count.shape
+    key_tiles = (-(-count // block_k)).flatten()
+    first = (key_tiles.cumsum(0) - key_tiles).view(heads, num_tiles)
+    room = int(key_tiles.sum()) if evidence.on_host else heads * int((-(-most // block_k)).sum())
+    lanes = torch.full((room * block_k + 1,), -1, dtype=torch.int64, device=device)  # the last lane takes what is left
+    # From a key's place among those of all query tiles to its index in the class.
+    sizes, shift = between.upload(device, between.num_keys, between.first * block_k - between.before[:-1])
+    for head in range(heads):
+        taken = chosen[head] & torch.repeat_interleave(count[head] > 0, sizes, output_size=chosen.shape[1])
+        number = int(count[head].sum()) if evidence.on_host else int(most.sum())
+        place = torch.nonzero_static(taken, size=number, fill_value=0).squeeze(1)
+        # One more query tile takes what is left of the room.
+        counts = torch.cat([count[head], number - count[head].sum(0, keepdim=True)])
+        tile = torch.repeat_interleave(counts, output_size=number)
+        rank = torch.arange(number, device=device) - (counts.cumsum(0) - counts)[tile]
+        is_left = tile == num_tiles
+        tile = tile.clamp_max(num_tiles - 1)
+        lane = (first[head][tile] * block_k + rank).masked_fill(is_left, room * block_k)
+        lanes[lane] = (place + shift[tile]).masked_fill(is_left, -1)
+    return lanes[:-1], first
