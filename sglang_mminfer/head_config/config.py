@@ -13,6 +13,7 @@ import msgspec
 
 from sglang_mminfer.families.maps import reader_of
 from sglang_mminfer.head_config import json_format
+from sglang_mminfer.head_config.basis_file import ENDING, ModelBasis
 from sglang_mminfer.head_config.fingerprint import HeadConfigError, ModelFingerprint, fingerprint_of
 from sglang_mminfer.head_config.json_format import SCHEMA
 from sglang_mminfer.head_config.provenance import NO_DEFAULTS, Defaults, Provenance
@@ -32,6 +33,8 @@ class HeadConfig:
             which head h of layer l takes entry (l + h) % n. "layers": one row of heads for each layer.
         model: the model that the config was made for; None: any model.
         path: the file that the config was read from; None: no file.
+        basis: the low-rank forms of the model's heads, for patterns that choose keys by them; None: these choose by
+            q . k itself.
         num_layers, num_heads: those of the model that the config is bound to; None before `bind`.
 
     Raises:
@@ -48,11 +51,13 @@ class HeadConfig:
     schema: int = SCHEMA
     num_layers: int | None = None
     num_heads: int | None = None
+    basis: ModelBasis | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(tuple(row) for row in self.rows))
         if not self.rows or not self.rows[0]:
             self._fail("heads", "expected at least one head, got none")
+        self._check_basis()
         if self.form != "layers":
             if len(self.rows) != 1 or (self.form == "all" and len(self.rows[0]) != 1):
                 self._fail("heads", f"expected one row of heads, got {len(self.rows)}")
@@ -67,7 +72,8 @@ class HeadConfig:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> HeadConfig:
-        """Read a built-in config by its name, or a file by its path (with a separator, or ending in .json).
+        """Read a built-in config by its name, or a file by its path (with a separator, or ending in .json). With a file
+        comes the basis that lies beside it, if there is one: see `basis_file`.
 
         Raises:
             HeadConfigError: if there is no such config, or anything in it is wrong.
@@ -75,7 +81,9 @@ class HeadConfig:
         text = str(name_or_path)
         if isinstance(name_or_path, Path) or "/" in text or "\\" in text or text.endswith(".json"):
             path = Path(name_or_path).expanduser()
-            return cls._parse(_read(path, str(path)), path.stem, str(path))
+            config = cls._parse(_read(path, str(path)), path.stem, str(path))
+            beside = path.with_name(path.stem + ENDING)
+            return dataclasses.replace(config, basis=ModelBasis.load(beside)) if beside.is_file() else config
         packaged = resources.files(_PACKAGE) / f"{text}.json"
         if not re.fullmatch(r"[\w-]+", text) or not packaged.is_file():
             raise HeadConfigError(
@@ -151,11 +159,14 @@ class HeadConfig:
         Raises:
             HeadConfigError: naming every field that differs, with both values.
         """
-        if self.model is None and self.form != "layers":
+        models = [("model", self.model), ("model of the basis", self.basis.model if self.basis else None)]
+        if all(model is None for _, model in models) and self.form != "layers":
             return
         fingerprint = fingerprint_of(hf_config)
-        if self.model is not None:
-            expected, actual = msgspec.to_builtins(self.model), msgspec.to_builtins(fingerprint)
+        for where, model in models:
+            if model is None:
+                continue
+            expected, actual = msgspec.to_builtins(model), msgspec.to_builtins(fingerprint)
             differing = [
                 f"{field} (config {value}, model {actual[field]})"
                 for field, value in expected.items()
@@ -163,7 +174,7 @@ class HeadConfig:
                 and not (field == "rope_theta" and math.isclose(value, actual[field], rel_tol=1e-6))
             ]
             if differing:
-                self._fail("model", f"was made for another model: {', '.join(differing)}")
+                self._fail(where, f"was made for another model: {', '.join(differing)}")
         if self.form == "layers":
             self._fit(fingerprint.layers, fingerprint.heads, "the model")
 
@@ -181,6 +192,13 @@ class HeadConfig:
                         f'a {by_column.kind} of stride "row" needs columns, and the vision tokens of this model are '
                         'merged and have neither rows nor columns; use stride "frame"',
                     )
+
+    def _check_basis(self) -> None:
+        if self.basis is None:
+            return
+        asked = max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
+        if asked > self.basis.rank:
+            self._fail("heads", f"expected a rank of at most {self.basis.rank}, which the basis has, got {asked}")
 
     def _fit(self, layers: int, heads: int, whose: str) -> None:
         if len(self.rows) != layers:
@@ -202,7 +220,10 @@ class HeadConfig:
             heads = f"{shape}, {len(distinct)} distinct, the first {first}"
         model = "any model" if self.model is None else self.model.architecture
         dense = f"; rows below {self.defaults.dense_below} dense" if self.defaults.dense_below else ""
-        return f"{self.name} ({model}, {self.provenance.how}): {heads}{dense}"
+        basis = ""
+        if any(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head)):
+            basis = f"; keys are chosen by a basis of rank {self.basis.rank}" if self.basis else "; no basis: by q . k"
+        return f"{self.name} ({model}, {self.provenance.how}): {heads}{dense}{basis}"
 
     # Writing
 

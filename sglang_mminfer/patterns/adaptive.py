@@ -107,3 +107,7 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     @property
     def label(self) -> str:
         return f"ad {self.rank},{self.alpha:g}"
+
+    @property
+    def basis_rank(self) -> int:
+        return self.rank

@@ -104,6 +104,11 @@ class Pattern(ABC):
         """Stride of the lines through rasters that its rows follow; None where they follow none."""
         return None
 
+    @property
+    def basis_rank(self) -> int:
+        """How many rows of a basis it reads; 0 where it reads none."""
+        return 0
+
     def plain(self, rows: Modality) -> Pattern:
         """What does the same to rows of one modality, by its simplest name."""
         return self

@@ -1,8 +1,7 @@
 """Choosing keys row by row: which keys between the sink and the window any row of a query tile asks for.
 
-For each query tile its rows are scored against these keys, in slabs that stay in the cache. The bound of a row goes
-into the product as one more dimension, (A q, -bound) . (B k, 1), so that a key is asked for if the largest score of the
-tile's rows is above 0.
+For each query tile its rows are scored against these keys, in slabs that stay in the cache: a key is asked for if the
+largest score minus bound of the tile's rows is above 0.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ import torch
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.threads import for_each
 from sglang_mminfer.modality.runs import Ints
+from sglang_mminfer.patterns.choice_loops import DIMENSIONS, any_row_above
 from sglang_mminfer.patterns.estimated import Evidence, Masses, QueryTiles
 
 MARGIN = 1e-3
 """How far below its bound a score may lie and its key be kept all the same: more than what rounding takes."""
 
 SLAB = 1 << 18
-"""Scores of a slab: 1 MiB of float32."""
+"""Scores of a slab where they are stored: 1 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,24 @@ class HeadsOfKeys:
         return found
 
     def project(self, evidence: Evidence, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [keys, D], the keys of the class; and [keys, r + 1], (B k, 1)."""
+        """float32 [keys, D], the keys of the class; and [r, keys], B k, with dimensions of 0 behind the last."""
         slots = evidence.request.slots if evidence.keys is None else evidence.request.slots[evidence.keys]
         keys = evidence.k_cache[slots, self.kv_head].float()
         low = keys
         if evidence.basis is not None and self.form is not None:
             low = keys @ evidence.basis.keys[self.form, :rank].T
-        return keys, torch.nn.functional.pad(low, (0, 1), value=1.0)
+        return keys, _whole(low).T.contiguous()
 
-    def queries(self, evidence: Evidence, rank: int, q: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-        """[r + 1, heads * m]: (A q, -bound). q: float32 [heads, m, D], scaled; bound: [heads, m]."""
-        low = q
+    def project_queries(self, evidence: Evidence, rank: int, q: torch.Tensor) -> torch.Tensor:
+        """[heads, m, r], A q. q: float32 [heads, m, D], scaled."""
         if evidence.basis is not None and self.form is not None:
-            low = q @ evidence.basis.queries[self.form, :rank].T
-        return torch.cat([low, -bound[..., None]], dim=2).flatten(0, 1).T
+            q = q @ evidence.basis.queries[self.form, :rank].T
+        return _whole(q)
+
+
+def _whole(low: torch.Tensor) -> torch.Tensor:
+    """With dimensions of 0 behind the last, as many as the loop of a CPU takes at a time."""
+    return torch.nn.functional.pad(low, (0, -low.shape[-1] % DIMENSIONS))
 
 
 def choose(
@@ -119,34 +123,52 @@ def choose(
     chosen = torch.zeros(len(evidence.heads), int(before[-1]), dtype=torch.bool, device=device)
     count = torch.zeros(len(evidence.heads), len(between.first), dtype=torch.int64, device=device)
     position = tiles.rows + evidence.request.q_start
-    # int64 [R]: keys of the class up to each row
-    keys_of_row = position + 1
+    # int32 [R]: keys of the class up to each row
+    keys_of_row = (position + 1).int()
     if evidence.keys is not None:
-        keys_of_row = torch.searchsorted(evidence.keys, position, right=True)
+        keys_of_row = torch.searchsorted(evidence.keys, position, right=True, out_int32=True)
+    (heads,) = to_device(device, np.array(evidence.heads))
+    scan = scan_on_host if evidence.on_host else scan_on_device
     by_form = [(own, masses[2 * i], masses[2 * i + 1]) for i, own in enumerate(HeadsOfKeys.of(evidence))]
 
     def choose_for(item: tuple[tuple[HeadsOfKeys, torch.Tensor, torch.Tensor], int]) -> None:
         (own, keys, low), t = item
         rows = slice(int(first_row[t]), int(first_row[t + 1]))
-        q = evidence.q[tiles.rows[rows]][:, list(own.heads)].transpose(0, 1).float() * evidence.sm_scale
+        q = evidence.q[tiles.rows[rows, None], heads[own.index]].transpose(0, 1).float() * evidence.sm_scale
         window = slice(max(int(tiles.keys_of_first_row[t]) - local, 0), int(tiles.keys_of_last_row[t]))
-        mass = _log_mass(q, keys, sink, local, window, keys_of_row[rows])
-        queries = own.queries(evidence, rank, q, mass + (ln_alpha - MARGIN))
+        bound = _log_mass(q, keys, sink, local, window, keys_of_row[rows]).add_(ln_alpha - MARGIN)
+        queries = own.project_queries(evidence, rank, q)
         key, stop = (int(between.first[t] + n) * tiles.block_k for n in (0, between.num_tiles[t]))
-        size, at = max(SLAB // queries.shape[1], 1), int(before[t]) - key
-        for begin in range(key, stop, size):
-            end = min(begin + size, stop)
-            largest = (low[begin:end] @ queries).view(end - begin, len(own.heads), -1).amax(dim=2)
-            chosen[own.index, begin + at : end + at] = (largest > 0).T
-        count[own.index, t] = chosen[own.index, key + at : stop + at].sum(dim=1)
+        asked = chosen[own.index, int(before[t]) : int(before[t + 1])]
+        scan(low, queries, bound, key, stop, asked)
+        count[own.index, t] = asked.sum(dim=1)
 
     items = [(own, t) for own in by_form for t in np.flatnonzero(between.num_tiles).tolist()]
-    if device.type == "cpu":
+    if evidence.on_host:
         for_each(choose_for, items)
     else:
         for item in items:
             choose_for(item)
     return chosen, count
+
+
+def scan_on_device(
+    low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int, out: torch.Tensor
+) -> None:
+    """See `choice_loops.any_row_above`."""
+    heads, rows = bound.shape
+    size = max(SLAB // (heads * rows), 1)
+    for begin in range(key, stop, size):
+        end = min(begin + size, stop)
+        scores = torch.addmm(-bound.reshape(-1, 1), queries.flatten(0, 1), low[:, begin:end])
+        out[:, begin - key : end - key] = scores.view(heads, rows, -1).amax(dim=1) > 0
+
+
+def scan_on_host(
+    low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int, out: torch.Tensor
+) -> None:
+    """See `choice_loops.any_row_above`."""
+    any_row_above(low.numpy(), queries.contiguous().numpy(), bound.contiguous().numpy(), key, stop, out.numpy())
 
 
 def _log_mass(
@@ -157,9 +179,9 @@ def _log_mass(
 
     Args:
         q: [heads, m, D], scaled. window: the keys in which the windows of all rows lie.
-        keys_of_row: int64 [m], keys of the class up to each row.
+        keys_of_row: int32 [m], keys of the class up to each row.
     """
-    number = torch.arange(window.start, window.stop, device=q.device)
+    number = torch.arange(window.start, window.stop, dtype=torch.int32, device=q.device)
     outside = (number < keys_of_row[:, None] - local) | (number >= keys_of_row[:, None])
     in_window = (q @ keys[window].T).masked_fill_(outside, -torch.inf)
     return torch.cat([q @ keys[:sink].T, in_window], dim=2).logsumexp(dim=2)

@@ -125,5 +125,7 @@ def storage_model_name(name: str | None, *args: Any, **kwargs: Any) -> str | Non
         return None
     content = json.loads(head_config.to_json())
     del content["provenance"]
+    if head_config.basis is not None:
+        content["basis"] = head_config.basis.digest
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     return f"{name or ''}-mminfer-{digest}"

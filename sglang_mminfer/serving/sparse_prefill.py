@@ -16,6 +16,7 @@ from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.budget import PlanBudget, line_strides
 from sglang_mminfer.planning.chunk import RequestChunk
@@ -41,10 +42,12 @@ class _LayerHeads:
     Attributes:
         planned: the pattern of each head; None for a head that the stock backend runs.
         dense: the heads that the stock backend runs; None if there are none.
+        basis: low-rank forms of q . k, for patterns that choose keys by them; None if there are none.
     """
 
     planned: tuple[HeadPattern | None, ...]
     dense: DenseHeads | None
+    basis: Basis | None
 
 
 class SparsePrefill:
@@ -306,7 +309,7 @@ class SparsePrefill:
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
         try:
             start, heads = self.clock(), self._heads_of(layer)
-            plan = batch.planner.plan(heads.planned, q, k_cache, layer.scaling)
+            plan = batch.planner.plan(heads.planned, q, k_cache, layer.scaling, heads.basis)
             batch.plan_s += self.clock() - start
             out = q.new_empty(q.shape)
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -387,7 +390,10 @@ class SparsePrefill:
                 dense = dense_heads(patterns, layer.tp_k_head_num, self.device, limit)
             on_stock = dense.heads if dense is not None else ()
             planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))
-            self._heads[key] = _LayerHeads(planned, dense)
+            basis = None
+            if (whole := self.head_config.basis) is not None:
+                basis = whole.layer(layer.layer_id, self.rank * count, count, self.device)
+            self._heads[key] = _LayerHeads(planned, dense, basis)
         return self._heads[key]
 
     def _note_density(self, batch: PrefillBatch, plan: BlockPlan, heads: _LayerHeads) -> None:

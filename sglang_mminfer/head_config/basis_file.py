@@ -1,0 +1,117 @@
+"""The low-rank forms of a model's heads in a file beside its head config: NAME.basis.npz beside NAME.json.
+
+A NumPy archive of three arrays: `header`, JSON text with `schema`, `model` (a fingerprint) and `provenance` as in a
+head config; `queries` and `keys`, float32 [layers, n, rank, D], as in `Basis`. Whatever else it holds, or holds
+otherwise, is an error. Nothing in it is executed: pickled objects are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import numpy as np
+import torch
+
+from sglang_mminfer.head_config.fingerprint import HeadConfigError, ModelFingerprint
+from sglang_mminfer.head_config.provenance import Provenance
+from sglang_mminfer.patterns.basis import Basis
+
+SCHEMA = 1
+ENDING = ".basis.npz"
+ARRAYS = ("header", "queries", "keys")
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    schema: int
+    model: ModelFingerprint
+    provenance: Provenance
+
+
+@dataclass(frozen=True, eq=False)
+class ModelBasis:
+    """The bases of all layers of a model.
+
+    queries, keys: float32 [layers, n, rank, D], see `Basis`.
+    """
+
+    model: ModelFingerprint
+    provenance: Provenance
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that it serves."""
+        return self.queries.shape[2]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the numbers: what rows see, and so what is cached, follows from them."""
+        content = hashlib.sha256()
+        for part in (self.queries, self.keys):
+            content.update(str(tuple(part.shape)).encode())
+            content.update(np.ascontiguousarray(part.numpy()).tobytes())
+        return content.hexdigest()[:12]
+
+    def layer(self, number: int, first_head: int, count: int, device: torch.device) -> Basis:
+        """Of the query heads [first_head, first_head + count) of a layer, which are those of one rank."""
+        whole = Basis(self.queries[number], self.keys[number])
+        forms = [whole.number(head, self.model.heads) for head in range(first_head, first_head + count)]
+        own = slice(forms[0], forms[-1] + 1)
+        return Basis(whole.queries[own].to(device), whole.keys[own].to(device))
+
+    def save(self, path: str | Path) -> None:
+        """Write it; `load` reads it back."""
+        header = msgspec.json.encode(_Header(SCHEMA, self.model, self.provenance)).decode()
+        with Path(path).open("wb") as file:
+            np.savez(file, header=np.array(header), queries=self.queries.numpy(), keys=self.keys.numpy())
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelBasis:
+        """Read a file.
+
+        Raises:
+            HeadConfigError: naming the file, the place in it, and what was expected there.
+        """
+
+        def fail(what: str) -> NoReturn:
+            raise HeadConfigError(f"{path}: {what}")
+
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                if set(archive.files) != set(ARRAYS):
+                    fail(f"expected the arrays {', '.join(ARRAYS)}, got {', '.join(archive.files) or 'none'}")
+                header, queries, keys = (archive[name] for name in ARRAYS)
+        except FileNotFoundError:
+            fail("no such file")
+        except HeadConfigError:
+            raise
+        except (OSError, ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+            fail(f"not a NumPy archive of plain arrays: {error}")
+        if header.dtype.kind != "U" or header.ndim:
+            fail(f"header: expected one text, got {header.dtype} {list(header.shape)}")
+        try:
+            found = msgspec.json.decode(str(header), type=_Header)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            fail(f"header: {error}")
+        if found.schema != SCHEMA:
+            fail(f"header.schema: expected {SCHEMA}, got {found.schema}")
+        model = found.model
+        for name, array in (("queries", queries), ("keys", keys)):
+            shape = f"[{model.layers}, {model.kv_heads} or {model.heads}, rank, {model.head_dim}]"
+            fits = array.ndim == 4 and (array.shape[0], array.shape[3]) == (model.layers, model.head_dim)
+            fits = fits and array.shape[1] in (model.kv_heads, model.heads) and 1 <= array.shape[2] <= model.head_dim
+            if array.dtype != np.float32 or not fits:
+                fail(f"{name}: expected float32 {shape} as in header.model, got {array.dtype} {list(array.shape)}")
+            if not np.isfinite(array).all():
+                fail(f"{name}: expected finite numbers")
+        if queries.shape != keys.shape:
+            fail(f"keys: expected the shape of queries {list(queries.shape)}, got {list(keys.shape)}")
+        return cls(model, found.provenance, torch.from_numpy(queries), torch.from_numpy(keys))
