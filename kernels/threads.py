@@ -53,6 +53,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
     def alone() -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()  # torch takes the number up when a thread first asks: now, before another is set
         started.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="mminfer", initializer=alone)

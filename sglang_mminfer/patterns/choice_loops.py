@@ -26,7 +26,7 @@ def any_row_above(
     """Which keys have a score above a row's bound.
 
     Args:
-        low: [r, keys], r a multiple of DIMENSIONS. queries: [heads, m, r]. bound: [heads, m].
+        low: [r, keys], r a multiple of DIMENSIONS, at least one. queries: [heads, m, r]. bound: [heads, m].
         key, stop: the keys to look at.
         out: [heads, stop - key], whether any of a head's m rows asks for a key.
     """
@@ -43,9 +43,16 @@ def any_row_above(
                 best[i] = 0
             for row in range(rows):
                 q, least = queries[h, row], bound[h, row]
+                a, b, c, d = q[0], q[1], q[2], q[3]
+                e, f, g, o = q[4], q[5], q[6], q[7]
                 for i in range(KEYS):
-                    score[i] = -least
-                for j in range(0, dimensions, DIMENSIONS):
+                    score[i] = (
+                        (a * block[0, i] + b * block[1, i])
+                        + (c * block[2, i] + d * block[3, i])
+                        + (e * block[4, i] + f * block[5, i])
+                        + (g * block[6, i] + o * block[7, i])
+                    ) - least
+                for j in range(DIMENSIONS, dimensions, DIMENSIONS):
                     a, b, c, d = q[j], q[j + 1], q[j + 2], q[j + 3]
                     e, f, g, o = q[j + 4], q[j + 5], q[j + 6], q[j + 7]
                     for i in range(KEYS):

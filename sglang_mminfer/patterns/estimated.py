@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.block_plan import pack_lanes
 from sglang_mminfer.modality.runs import Ints
@@ -68,14 +69,14 @@ class Evidence:
 class QueryTiles:
     """Query tiles of one scope, T of them with R rows of the chunk, of at most `block_q` rows each.
 
-    rows: int64 [R] on the device, numbers in the chunk, tile by tile. rows_per_tile: int [T].
+    rows: int64 [R] on the device, numbers in the chunk, tile by tile. rows_per_tile: int32 [T].
     keys_of_first_row, keys_of_last_row: int64 [T], keys of the class up to that row of a tile, whose first row may lie
     before the chunk; full_tiles: int64 [T], the first so many key tiles of the class are visible to all of its rows.
     `on_device` has these three.
     """
 
     rows: torch.Tensor
-    rows_per_tile: Ints
+    rows_per_tile: NDArray[np.int32]
     keys_of_first_row: Ints
     keys_of_last_row: Ints
     full_tiles: Ints

@@ -1,4 +1,4 @@
-"""Work is shared out over as many threads as torch may use, also by those who use one for their own small operations."""
+"""Work is shared out over as many threads as torch may use, also by callers whose own small operations use one."""
 
 from __future__ import annotations
 
