@@ -31,7 +31,17 @@ class Tiles:
         return self.placed.visits
 
 
-def upload(tiles: Sequence[PlacedTiles], device: torch.device) -> list[Tiles]:
-    """All of them in one copy."""
-    tensors = iter(to_device(device, *(array for own in tiles for array in (own.rows, own.ranges, own.excluded))))
-    return [Tiles(own, next(tensors), next(tensors), next(tensors)) for own in tiles]
+class Uploads:
+    """What is on the device already: no array goes there twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tensors: dict[int, tuple[NDArray[np.int32], torch.Tensor]] = {}  # by the array's id
+
+    def tiles(self, parts: Sequence[PlacedTiles]) -> list[Tiles]:
+        """All of them, with one copy of what is new."""
+        new = {id(x): x for own in parts for x in (own.rows, own.ranges, own.excluded) if id(x) not in self._tensors}
+        if new:
+            tensors = to_device(self.device, *new.values())
+            self._tensors.update((name, pair) for name, *pair in zip(new, new.values(), tensors))
+        return [Tiles(own, *(self._tensors[id(x)][1] for x in (own.rows, own.ranges, own.excluded))) for own in parts]

@@ -7,8 +7,12 @@ size of everything it allocates, exactly for static patterns and as a bound for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, Future
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,11 +23,13 @@ from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.planning.assembly import Part, assemble
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.device_tiles import Tiles, upload
+from sglang_mminfer.planning.device_tiles import Uploads
 from sglang_mminfer.planning.estimated import Estimates, with_estimate
 from sglang_mminfer.planning.orders import KeyOrders
 from sglang_mminfer.planning.placed import PlacedTiles, placed
 from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, ChunkTiler, TilePass
+
+Heads = tuple[HeadPattern | None, ...]
 
 
 def _any_map(length: int) -> ModalityMap:
@@ -34,6 +40,14 @@ def _any_map(length: int) -> ModalityMap:
 def is_static(head: HeadPattern) -> bool:
     """True if the pattern's tiles do not depend on q and k."""
     return not any(isinstance(pattern, Estimated) for pattern in patterns_of(head))
+
+
+class HeadTiles(NamedTuple):
+    """The passes of one request and of the heads that share a pattern, each in parts."""
+
+    request: int
+    heads: tuple[int, ...]
+    passes: list[list[PlacedTiles]]
 
 
 class BatchPlanner:
@@ -57,14 +71,31 @@ class BatchPlanner:
         self.block_q, self.block_k = block_q, block_k
         self.device = self.requests[0].slots.device if self.requests else torch.device("cpu")
         self._tilers = [
-            ChunkTiler(r.map or _any_map(r.kv_len), r.q_start, r.kv_len, dense_below, block_q, block_k)
+            ChunkTiler(r.map or _any_map(r.kv_len), r.q_start, r.kv_len, dense_below, block_q, block_k, r.row_start)
             for r in self.requests
         ]
         self._keys = KeyOrders(self.requests, block_k)
         self._tiles: dict[tuple[int, HeadPattern], list[list[PlacedTiles]]] = {}
         self._placed: dict[TilePass, PlacedTiles] = {}
-        self._on_device: dict[PlacedTiles, Tiles] = {}
-        self._static_plans: dict[tuple[HeadPattern | None, ...], BlockPlan] = {}
+        self._uploads = Uploads(self.device)
+        self._static_plans: dict[Heads, BlockPlan] = {}
+        self._lock = threading.Lock()  # of all that follows from `_tile`
+        self._ahead: dict[Heads, Future[list[HeadTiles]]] = {}
+        self._plans_to_come: Counter[Heads] = Counter()
+
+    def prepare(self, layers: Iterable[Sequence[HeadPattern | None]], worker: Executor | None = None) -> None:
+        """Do what the host can do for the plans of these layers, which will be asked for in this order, each once.
+
+        Args:
+            worker: where to do it, while the caller goes on and the device works; None: here.
+        """
+        names = [tuple(heads) for heads in layers]
+        self._plans_to_come = Counter(names)
+        for name in self._plans_to_come:
+            if worker is None:
+                self._tile(name)
+            else:
+                self._ahead[name] = worker.submit(self._tile, name)
 
     def plan(
         self,
@@ -83,46 +114,40 @@ class BatchPlanner:
             ValueError: a pattern that is estimated, without q and k_cache.
         """
         name = tuple(heads)
-        if name not in self._static_plans:
+        plan = self._static_plans.get(name)
+        if plan is None:
             with one_thread():
                 plan = self._make(name, q, k_cache, sm_scale)
-            if not self.keep or not all(is_static(head) for head in set(name) if head is not None):
-                return plan
+        if name in self._plans_to_come:
+            self._plans_to_come[name] -= 1
+        wanted_again = self.keep and self._plans_to_come.get(name, 1) > 0
+        if wanted_again and all(is_static(head) for head in set(name) if head is not None):
             self._static_plans[name] = plan
-        return self._static_plans[name]
+        else:
+            self._static_plans.pop(name, None)
+        return plan
 
-    def _make(
-        self,
-        heads: tuple[HeadPattern | None, ...],
-        q: torch.Tensor | None,
-        k_cache: torch.Tensor | None,
-        sm_scale: float,
-    ) -> BlockPlan:
-        sharing: dict[HeadPattern, list[int]] = {}
-        for head, pattern in enumerate(heads):
-            if pattern is not None:
-                sharing.setdefault(pattern, []).append(head)
-        planned = tuple(head for head, pattern in enumerate(heads) if pattern is not None)
-        with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
-        without = [r for r in range(len(self.requests)) if r not in with_map]
-        items = [(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
-        items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
+    def _make(self, heads: Heads, q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float) -> BlockPlan:
+        """Everything for which the device is needed."""
+        ahead = self._ahead.pop(heads, None)
+        items = self._tile(heads) if ahead is None else ahead.result()
         keys = self._keys.table(self.device)
-        self._upload([part for _, _, passes in items for parts in passes for part in parts])
-        levels: list[list[Part]] = [[] for _ in range(max((len(passes) for _, _, passes in items), default=0))]
-        for r, own, passes in items:
+        tiles = iter(self._uploads.tiles([part for item in items for parts in item.passes for part in parts]))
+        levels: list[list[Part]] = [[] for _ in range(max((len(item.passes) for item in items), default=0))]
+        for request, own, passes in items:
             alone = len(passes) == 1
             for level, parts in zip(levels, passes):
-                for tiles in (self._on_device[part] for part in parts):
-                    if not tiles.placed.estimated:
-                        level.append(Part((own,), tiles, alone))
+                for part in parts:
+                    on_device = next(tiles)
+                    if not part.estimated:
+                        level.append(Part((own,), on_device, alone))
                         continue
                     if q is None or k_cache is None:
                         raise ValueError(
                             f"{heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys"
                         )
-                    estimates = Estimates(self.requests[r], own, q, k_cache, sm_scale)
-                    estimated, keys = with_estimate(tiles, estimates, keys, self.block_k)
+                    estimates = Estimates(self.requests[request], own, q, k_cache, sm_scale)
+                    estimated, keys = with_estimate(on_device, estimates, keys, self.block_k)
                     level.append(Part(tuple((head,) for head in own), estimated, alone))
         return assemble(
             levels,
@@ -133,6 +158,23 @@ class BatchPlanner:
             block_k=self.block_k,
             once=not self.keep,
         )
+
+    # ---- on the host ---------------------------------------------------------------------------------------
+
+    def _tile(self, heads: Heads) -> list[HeadTiles]:
+        """The tiles of all heads of a layer."""
+        sharing: dict[HeadPattern, list[int]] = {}
+        for head, pattern in enumerate(heads):
+            if pattern is not None:
+                sharing.setdefault(pattern, []).append(head)
+        planned = tuple(head for head, pattern in enumerate(heads) if pattern is not None)
+        with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
+        without = [r for r in range(len(self.requests)) if r not in with_map]
+        with self._lock:
+            items = [HeadTiles(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
+            for pattern, own in sharing.items():
+                items += [HeadTiles(r, tuple(own), self._tiles_of(r, pattern)) for r in with_map]
+        return items
 
     def _tiles_of(self, request: int, pattern: HeadPattern) -> list[list[PlacedTiles]]:
         """The passes of one pattern, none of them without tiles."""
@@ -146,10 +188,5 @@ class BatchPlanner:
 
     def _placed_of(self, request: int, part: TilePass) -> PlacedTiles:
         if part not in self._placed:
-            self._placed[part] = placed(part, request, self.requests[request], self._keys)
+            self._placed[part] = placed(part, request, self._keys)
         return self._placed[part]
-
-    def _upload(self, parts: Sequence[PlacedTiles]) -> None:
-        new = list(dict.fromkeys(part for part in parts if part not in self._on_device))
-        if new:
-            self._on_device.update(zip(new, upload(new, self.device)))

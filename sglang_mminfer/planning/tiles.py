@@ -31,7 +31,7 @@ from sglang_mminfer.planning.groups import RowGroups
 from sglang_mminfer.planning.line_loops import tile_lines
 from sglang_mminfer.planning.lines import LineOrder
 from sglang_mminfer.planning.orders import ColumnOrder, CompactOrder, KeyOrder
-from sglang_mminfer.planning.row_loops import RowTiles, RunTable, rank, select, tile_rows
+from sglang_mminfer.planning.row_loops import RowCut, RowTiles, RunTable, cut_rows, rank, select, tile_rows
 
 BLOCK_Q, BLOCK_K = 128, 64
 """The rows of a query tile, at most, and the keys of a key tile."""
@@ -60,7 +60,7 @@ class EstimatedVisits:
 class TilePass:
     """Tiles of one pass: T query tiles of R rows, and the E ranges of key tiles that they visit, tile by tile.
 
-    rows: int32 [2, R], their numbers in the chunk, and bounds on the positions that they see. rows_per_tile: int32 [T].
+    rows: int32 [2, R], rows of q, and bounds on the positions that they see. rows_per_tile: int32 [T].
     orders: the key orders that are visited, by numbers, in the sequence in which they come up. order: int32 [E], such a
     number; ranges: int32 [2, E], the first key tile of that order, and how many. ends: int32 [T, 4]: a tile's full
     ranges begin at ends[t, 0], its partial ones at ends[t, 1], its gathered ones, which are of one key tile each, at
@@ -104,7 +104,11 @@ class TilePass:
 
 
 class ChunkTiler:
-    """Tiles of one request's chunk: rows [q_start, kv_len), keys [0, kv_len). Orders are built once and shared."""
+    """Tiles of one request's chunk: rows [q_start, kv_len), keys [0, kv_len). Orders are built once and shared.
+
+    Args:
+        row_start: the row of q at q_start.
+    """
 
     def __init__(
         self,
@@ -114,12 +118,14 @@ class ChunkTiler:
         dense_below: int,
         block_q: int,
         block_k: int,
+        row_start: int = 0,
     ) -> None:
-        self.map, self.q_start, self.kv_len = modality_map, q_start, kv_len
+        self.map, self.q_start, self.kv_len, self.row_start = modality_map, q_start, kv_len, row_start
         self.dense_below, self.block_q, self.block_k = dense_below, block_q, block_k
         self._base: dict[Modality | None, CompactOrder] = {}
         self._columns: dict[tuple[Modality | None, int, int, int], ColumnOrder] = {}
         self._lines: dict[str, LineOrder] = {}
+        self._cuts: dict[int, RowCut] = {}
         self._row_classes: dict[RowClass, list[TilePass]] = {}
 
     def tile(self, head: HeadPattern) -> list[list[TilePass]]:
@@ -138,23 +144,22 @@ class ChunkTiler:
 
     def _tile(self, row_class: RowClass) -> list[TilePass]:
         groups = RowGroups.of(self.map, row_class, self.dense_below, self.block_q)
+        cut = self._cut(groups)
+        if not len(cut.first_row):
+            return []
         columns = [self._columns_of(groups, pair) for pair in range(len(groups.pairs))]
         parts = [index.columns[slice(*own)] for index, own in zip(groups.pairs, columns) if index.columns is not None]
         tiles = tile_rows(
-            groups.rows,
-            groups.first_run,
+            cut,
             groups.sees_whole,
             groups.keys,
             groups.wanted,
             parts[0] if len(parts) == 1 else np.concatenate([NO_KEYS, *parts]),
             np.array([0, *accumulate(stop - first for first, stop in columns)]),
-            self.q_start,
-            self.kv_len,
-            self.block_q,
+            self.row_start,
+            self.kv_len - self.q_start,
             self.block_k,
         )
-        if not tiles.num_tiles:
-            return []
         group_of = tiles.group_of_order.tolist()
         orders: dict[int, KeyOrder] = {}
         # In the sequence in which groups, and in a group pairs, come upon them.
@@ -165,14 +170,14 @@ class ChunkTiler:
             else:
                 orders[order] = self._base_order(keys)
         first = TilePass(
-            rows=tiles.rows,
-            rows_per_tile=tiles.rows_per_tile,
+            rows=cut.rows,
+            rows_per_tile=cut.rows_per_tile,
             orders=orders,
             order=tiles.order,
             ranges=tiles.ranges,
             ends=tiles.ends,
             excluded=tiles.excluded,
-            estimated=tuple(self._estimated(row_class, groups, tiles)) if groups.wanted.estimated.any() else (),
+            estimated=tuple(self._estimated(row_class, groups, cut, tiles)) if groups.wanted.estimated.any() else (),
         )
         passes = [first]
         for pair, index in enumerate(groups.pairs):
@@ -182,8 +187,16 @@ class ChunkTiler:
                     passes.append(lines)
         return passes
 
-    def _estimated(self, row_class: RowClass, groups: RowGroups, tiles: RowTiles) -> Iterator[EstimatedVisits]:
-        for group, (begin, end) in enumerate(pairwise(tiles.tile_first.tolist())):
+    def _cut(self, groups: RowGroups) -> RowCut:
+        name = id(groups.rows)  # the map keeps the rows
+        if name not in self._cuts:
+            self._cuts[name] = cut_rows(*groups.rows, self.q_start, self.kv_len, self.row_start, self.block_q)
+        return self._cuts[name]
+
+    def _estimated(
+        self, row_class: RowClass, groups: RowGroups, cut: RowCut, tiles: RowTiles
+    ) -> Iterator[EstimatedVisits]:
+        for group, (begin, end) in enumerate(pairwise(cut.tile_first.tolist())):
             for pair, ((keys, _), index) in enumerate(zip(row_class.pairs, groups.pairs)):
                 base = self._base_order(keys)
                 if begin < end and index.estimated and not groups.sees_whole[group, pair] and base.num_tiles:
@@ -209,6 +222,7 @@ class ChunkTiler:
             _covered(row_class.rows),
             _covered(row_class.pairs[pair][0]),
             self.q_start,
+            self.row_start,
             self._position(groups.keys, pair, sink_stop),
             -1 if lines.skip is None else lines.skip,
             lines.skip_keys,
