@@ -32,16 +32,20 @@ class Tiles:
 
 
 class Uploads:
-    """What is on the device already: no array goes there twice."""
+    """The tiles that are on the device already. Rows that several of them share go there once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._tensors: dict[int, tuple[NDArray[np.int32], torch.Tensor]] = {}  # by the array's id
+        self._tiles: dict[PlacedTiles, Tiles] = {}
+        self._rows: dict[int, torch.Tensor] = {}  # by the id of what some of `_tiles` holds on the host
 
     def tiles(self, parts: Sequence[PlacedTiles]) -> list[Tiles]:
         """All of them, with one copy of what is new."""
-        new = {id(x): x for own in parts for x in (own.rows, own.ranges, own.excluded) if id(x) not in self._tensors}
+        new = {part: None for part in parts if part not in self._tiles}
         if new:
-            tensors = to_device(self.device, *new.values())
-            self._tensors.update((name, pair) for name, *pair in zip(new, new.values(), tensors))
-        return [Tiles(own, *(self._tensors[id(x)][1] for x in (own.rows, own.ranges, own.excluded))) for own in parts]
+            rows = {id(part.rows): part.rows for part in new if id(part.rows) not in self._rows}
+            arrays = (array for part in new for array in (part.ranges, part.excluded))
+            tensors = iter(to_device(self.device, *rows.values(), *arrays))
+            self._rows.update(zip(rows, tensors))
+            self._tiles.update({p: Tiles(p, self._rows[id(p.rows)], next(tensors), next(tensors)) for p in new})
+        return [self._tiles[part] for part in parts]

@@ -8,9 +8,9 @@ size of everything it allocates, exactly for static patterns and as a bound for 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -50,6 +50,21 @@ class HeadTiles(NamedTuple):
     passes: list[list[PlacedTiles]]
 
 
+@dataclass
+class _Layer:
+    """Layers whose heads have the same patterns.
+
+    plans_to_come: how often they will be asked for; None: nobody said. tiles: what `prepare` made of them. plan: kept
+    while it may be wanted again.
+    """
+
+    heads: Heads
+    is_static: bool
+    plans_to_come: int | None = None
+    tiles: Future[list[HeadTiles]] | None = None
+    plan: BlockPlan | None = None
+
+
 class BatchPlanner:
     """Plans for one batch. What is static is made once, whatever layer asks for it.
 
@@ -78,10 +93,8 @@ class BatchPlanner:
         self._tiles: dict[tuple[int, HeadPattern], list[list[PlacedTiles]]] = {}
         self._placed: dict[TilePass, PlacedTiles] = {}
         self._uploads = Uploads(self.device)
-        self._static_plans: dict[Heads, BlockPlan] = {}
-        self._lock = threading.Lock()  # of all that follows from `_tile`
-        self._ahead: dict[Heads, Future[list[HeadTiles]]] = {}
-        self._plans_to_come: Counter[Heads] = Counter()
+        self._layers: dict[Heads, _Layer] = {}
+        self._lock = threading.Lock()  # of all that `_tile` changes
 
     def prepare(self, layers: Iterable[Sequence[HeadPattern | None]], worker: Executor | None = None) -> None:
         """Do what the host can do for the plans of these layers, which will be asked for in this order, each once.
@@ -89,13 +102,13 @@ class BatchPlanner:
         Args:
             worker: where to do it, while the caller goes on and the device works; None: here.
         """
-        names = [tuple(heads) for heads in layers]
-        self._plans_to_come = Counter(names)
-        for name in self._plans_to_come:
-            if worker is None:
-                self._tile(name)
-            else:
-                self._ahead[name] = worker.submit(self._tile, name)
+        for heads in layers:
+            layer = self._layer(heads)
+            layer.plans_to_come = (layer.plans_to_come or 0) + 1
+            if layer.tiles is None:
+                layer.tiles = Future() if worker is None else worker.submit(self._tile, layer.heads)
+                if worker is None:
+                    layer.tiles.set_result(self._tile(layer.heads))
 
     def plan(
         self,
@@ -113,24 +126,26 @@ class BatchPlanner:
         Raises:
             ValueError: a pattern that is estimated, without q and k_cache.
         """
-        name = tuple(heads)
-        plan = self._static_plans.get(name)
+        layer = self._layer(heads)
+        plan = layer.plan
         if plan is None:
             with one_thread():
-                plan = self._make(name, q, k_cache, sm_scale)
-        if name in self._plans_to_come:
-            self._plans_to_come[name] -= 1
-        wanted_again = self.keep and self._plans_to_come.get(name, 1) > 0
-        if wanted_again and all(is_static(head) for head in set(name) if head is not None):
-            self._static_plans[name] = plan
-        else:
-            self._static_plans.pop(name, None)
+                plan = self._make(layer, q, k_cache, sm_scale)
+        if layer.plans_to_come is not None:
+            layer.plans_to_come -= 1
+        wanted_again = layer.plans_to_come is None or layer.plans_to_come > 0
+        layer.plan = plan if wanted_again and layer.is_static and self.keep else None
         return plan
 
-    def _make(self, heads: Heads, q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float) -> BlockPlan:
+    def _layer(self, heads: Sequence[HeadPattern | None]) -> _Layer:
+        name = tuple(heads)
+        if name not in self._layers:
+            self._layers[name] = _Layer(name, all(is_static(head) for head in set(name) if head is not None))
+        return self._layers[name]
+
+    def _make(self, layer: _Layer, q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float) -> BlockPlan:
         """Everything for which the device is needed."""
-        ahead = self._ahead.pop(heads, None)
-        items = self._tile(heads) if ahead is None else ahead.result()
+        items = self._tile(layer.heads) if layer.tiles is None else layer.tiles.result()
         keys = self._keys.table(self.device)
         tiles = iter(self._uploads.tiles([part for item in items for parts in item.passes for part in parts]))
         levels: list[list[Part]] = [[] for _ in range(max((len(item.passes) for item in items), default=0))]
@@ -144,7 +159,7 @@ class BatchPlanner:
                         continue
                     if q is None or k_cache is None:
                         raise ValueError(
-                            f"{heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys"
+                            f"{layer.heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys"
                         )
                     estimates = Estimates(self.requests[request], own, q, k_cache, sm_scale)
                     estimated, keys = with_estimate(on_device, estimates, keys, self.block_k)
@@ -153,7 +168,7 @@ class BatchPlanner:
             levels,
             keys,
             num_rows=self.num_rows,
-            num_heads=len(heads),
+            num_heads=len(layer.heads),
             block_q=self.block_q,
             block_k=self.block_k,
             once=not self.keep,
