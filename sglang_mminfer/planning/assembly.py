@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from sglang_mminfer.planning.device_tiles import Tiles
 from sglang_mminfer.planning.estimated import EstimatedTiles
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Tiles of one pass, and who runs them.
 
     head_groups: the query heads of each copy of the tiles; the copies follow each other.

@@ -13,7 +13,7 @@ from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.planning.placed import PlacedTiles
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Tiles:
     """Query tiles of one pass of one request. `rows`, `ranges` and `excluded` of `PlacedTiles` are on the device."""
 

@@ -4,16 +4,19 @@ kept with the map and serves all chunks, layers and turns of its request."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_mminfer.modality.runs import Bools, Runs
+from sglang_mminfer.modality.runs import Bools, Ints, Runs
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import RowClass
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.planning.row_loops import RunTable, Wanted, first_runs
+
+NO_KEYS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class RowGroups:
 
     pairs, wanted: what the class wants of each of its key classes. rows: those of each group, and `first_runs` of them;
     one object for all classes that have the same. sees_whole: bool [groups, pairs]. keys: those of each pair's class.
+    columns, column_first: int64, the columns of all pairs, those of pair p from column_first[p] to
+    column_first[p + 1] - 1. estimates: whether a pair is estimated.
     """
 
     pairs: tuple[PairIndex, ...]
@@ -29,6 +34,9 @@ class RowGroups:
     rows: tuple[RunTable, NDArray[np.int32]]
     sees_whole: Bools
     keys: RunTable
+    columns: Ints
+    column_first: Ints
+    estimates: bool
 
     @classmethod
     def of(cls, modality_map: ModalityMap, row_class: RowClass, dense_below: int, block_q: int) -> RowGroups:
@@ -73,7 +81,17 @@ class RowGroups:
         rows, whole_pairs = run_table([own for _, own in groups]), np.array([sees_whole for sees_whole, _ in groups])
         keys = run_table([scope.key_members for scope in scopes])
         first_run = first_runs(rows, whole_pairs, keys, wanted, block_q)
-        return cls(pairs, wanted, _shared(modality_map, rows, first_run), whole_pairs, keys)
+        columns = [NO_KEYS if index.columns is None else index.columns for index in pairs]
+        return cls(
+            pairs=pairs,
+            wanted=wanted,
+            rows=_shared(modality_map, rows, first_run),
+            sees_whole=whole_pairs,
+            keys=keys,
+            columns=columns[0] if len(columns) == 1 else np.concatenate(columns),
+            column_first=np.array([0, *accumulate(map(len, columns))]),
+            estimates=bool(wanted.estimated.any()),
+        )
 
 
 def _shared(modality_map: ModalityMap, *values: Any) -> Any:

@@ -12,7 +12,7 @@ from sglang_mminfer.planning.row_loops import place
 from sglang_mminfer.planning.tiles import EstimatedVisits, TilePass
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PlacedTiles:
     """T query tiles of R rows of one pass, and the E ranges of key tiles that they visit, tile by tile. All int32.
 

@@ -139,9 +139,10 @@ class BatchPlanner:
 
     def _layer(self, heads: Sequence[HeadPattern | None]) -> _Layer:
         name = tuple(heads)
-        if name not in self._layers:
-            self._layers[name] = _Layer(name, all(is_static(head) for head in set(name) if head is not None))
-        return self._layers[name]
+        layer = self._layers.get(name)
+        if layer is None:
+            layer = self._layers[name] = _Layer(name, all(is_static(head) for head in set(name) if head is not None))
+        return layer
 
     def _make(self, layer: _Layer, q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float) -> BlockPlan:
         """Everything for which the device is needed."""

@@ -68,6 +68,8 @@ class RowTiles(NamedTuple):
     bound: int64 [pairs, rows of the chunk], for pairs with lines: the position where a row's own window starts, 0
     where it has none.
     counts: int64 [3, pairs, T], keys_of_first_row, keys_of_last_row and full_tiles, see `EstimatedVisits`.
+    first_key: int64 [pairs], the position of the first key behind the sink's key tiles; the end of the chunk where it
+    has no such key. column_ends: int64 [pairs, 2], the columns from there to the end of the chunk, which are gathered.
     """
 
     order: NDArray[np.int32]
@@ -77,6 +79,8 @@ class RowTiles(NamedTuple):
     group_of_order: Ints
     bound: Ints
     counts: Ints
+    first_key: Ints
+    column_ends: Ints
 
 
 @compiled
@@ -198,6 +202,7 @@ def tile_rows(
     column_first: Ints,
     row_start: int,
     num_rows: int,
+    kv_len: int,
     block_k: int,
 ) -> RowTiles:
     """What the tiles of a cut visit.
@@ -206,8 +211,8 @@ def tile_rows(
         sees_whole: bool [groups, pairs]. keys: the keys of each pair.
         wanted: of the rows that do not see a pair whole.
         columns: int64, positions of the columns of all pairs, those of pair p from column_first[p] to
-            column_first[p + 1] - 1: keys of the pair from its sink's tiles to the end of the chunk, ascending.
-        row_start, num_rows: the chunk's rows in q.
+            column_first[p + 1] - 1: keys of the pair, ascending.
+        row_start, num_rows: the chunk's rows in q. kv_len: its keys.
     """
     num_groups, num_pairs = len(sees_whole), len(wanted.sink)
     tiles, most = len(cut.first_row), len(cut.first_row) * num_pairs * 5
@@ -218,6 +223,15 @@ def tile_rows(
     group_of_order = np.full(2 * num_pairs, -1, dtype=np.int64)
     bound = np.zeros((num_pairs, num_rows if wanted.lines.any() else 0), dtype=np.int64)
     counts = np.zeros((3, num_pairs, tiles), dtype=np.int64)
+    first_key = np.full(num_pairs, kv_len, dtype=np.int64)
+    column_ends = np.zeros((num_pairs, 2), dtype=np.int64)
+    for p in range(num_pairs):
+        sink_keys = -(-wanted.sink[p] // block_k) * block_k
+        if sink_keys < rank(keys, p, kv_len):
+            first_key[p] = select(keys, p, sink_keys)
+        for end, position in enumerate((first_key[p], kv_len)):
+            column = last_at_most(columns, column_first[p], column_first[p + 1], position - 1) + 1
+            column_ends[p, end] = column - column_first[p]
     n = gathered = 0
     for g in range(num_groups):
         for t in range(cut.tile_first[g], cut.tile_first[g + 1]):
@@ -250,8 +264,9 @@ def tile_rows(
                 if wanted.lines[p]:
                     for i in range(first, last + 1):
                         bound[p, cut.rows[0, i] - row_start] = position
-                column, column_stop = column_first[p], column_first[p + 1]
-                in_reach = last_at_most(columns, column, column_stop, position - 1) + 1 - column
+                first_column = column_first[p] + column_ends[p, 0]
+                stop_column = column_first[p] + column_ends[p, 1]
+                in_reach = last_at_most(columns, first_column, stop_column, position - 1) + 1 - first_column
                 if in_reach == 0:
                     continue
                 if group_of_order[2 * p + 1] < 0:
@@ -270,7 +285,17 @@ def tile_rows(
             for i in range(begin, n):
                 ends[t, 1] += kind[i] == FULL
                 ends[t, 2] += kind[i] != GATHERED
-    return RowTiles(order[:n].copy(), ranges[:, :n].copy(), ends, excluded[:gathered], group_of_order, bound, counts)
+    return RowTiles(
+        order[:n].copy(),
+        ranges[:, :n].copy(),
+        ends,
+        excluded[:gathered],
+        group_of_order,
+        bound,
+        counts,
+        first_key,
+        column_ends,
+    )
 
 
 @compiled
