@@ -1,15 +1,17 @@
 """From the tiles of single requests to the plan of a whole ragged batch, for one layer's head patterns.
 
-`tiles.py` says on the host what every tile visits, as ranges. `device_tiles.py` uploads them, `estimated.py` adds what
-an estimate picks, `assembly.py` spells all of it out on the device. The host never waits for the device: it knows the
-size of everything it allocates, exactly for static patterns and as a bound for estimated ones.
+`tiles.py` says on the host what every tile visits, as ranges, and `placed.py` numbers key tiles as the batch does. So
+far nothing needs the device, and a thread may do it ahead (`BatchPlanner.prepare`). `device_tiles.py` uploads the
+ranges, `estimated.py` adds what an estimate picks, `assembly.py` spells all of it out on the device. The host never
+waits for the device: it knows the size of everything it allocates, exactly for static patterns and as a bound for
+estimated ones.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -18,9 +20,10 @@ import torch
 
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.threads import one_thread
-from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
+from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
+from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.assembly import Part, assemble
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.device_tiles import Uploads
@@ -40,6 +43,23 @@ def _any_map(length: int) -> ModalityMap:
 def is_static(head: HeadPattern) -> bool:
     """True if the pattern's tiles do not depend on q and k."""
     return not any(isinstance(pattern, Estimated) for pattern in patterns_of(head))
+
+
+@cache
+def worker() -> Executor:
+    """The thread on which `BatchPlanner.prepare` works while the device does."""
+    return ThreadPoolExecutor(1, thread_name_prefix="mminfer-plan")
+
+
+def compile_ahead() -> None:
+    """Compile the loops of planning, or load them: the first process of a machine takes seconds for it, which no
+    request should wait for."""
+    grid = VisionGrid(2, 2, 2, (1, 5))
+    chat = ModalityMap(
+        [Segment(Modality.TEXT, 0, 1), Segment(Modality.VIDEO, 1, 9, grid), Segment(Modality.TEXT, 9, 10)]
+    )
+    head = Grid("frame", v=True, h=True, s=True, phase=0, sink=0, local=1)
+    BatchPlanner([RequestChunk(chat, 0, 10, 0, torch.arange(10))], 10, block_q=4, block_k=2).plan([head])
 
 
 class HeadTiles(NamedTuple):
