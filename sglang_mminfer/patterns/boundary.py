@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar
 
 from sglang_mminfer.modality.segments import Modality
@@ -138,7 +138,15 @@ class RowClass:
     pairs: tuple[tuple[Modality | None, Pattern], ...]
     text_rule: bool
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rows, self.pairs, self.text_rule))
 
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@cache
 def row_classes(head: HeadPattern) -> tuple[RowClass, ...]:
     """The row classes of one head's pattern; they part the rows."""
     if isinstance(head, QBoundary):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, TileSizes, nothing
+from sglang_mminfer.kernels.compiled import compiled
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.planning.device_tiles import Tiles
 from sglang_mminfer.planning.estimated import EstimatedTiles
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Tiles of one pass, and who runs them.
 
     head_groups: the query heads of each copy of the tiles; the copies follow each other.
@@ -48,39 +49,28 @@ def assemble(
     numbers = [groups.setdefault(heads, len(groups)) for part in parts for heads in part.head_groups]
     num_tiles = [len(own.rows_per_tile) for own in tiles]
     copies = [count // len(part.head_groups) for part, count in zip(parts, num_tiles) for _ in part.head_groups]
-    visits = np.concatenate([own.visits for own in tiles]).astype(np.int64)
-    sizes = TileSizes(
-        rows=np.concatenate([own.rows_per_tile for own in tiles]).astype(np.int64),
-        visits=visits.sum(axis=1),
-        group=np.repeat(numbers, copies),
-        alone=np.repeat([part.alone for part in parts], num_tiles),
+    on_host, table = _by_tile(
+        np.concatenate([own.rows_per_tile for own in tiles]),
+        np.concatenate([own.visits for own in tiles]),
+        np.array(numbers),
+        np.array(copies),
     )
+    sizes = TileSizes(*on_host, alone=np.repeat([part.alone for part in parts], num_tiles))
     rows, ranges = torch.cat([own.rows for own in tiles], dim=1), torch.cat([own.ranges for own in tiles], dim=1)
     excluded = torch.cat([own.excluded for own in tiles])
-    device, room, (start, count) = rows.device, int(sizes.visits.sum()), ranges.unbind()
+    device, room, (start, count) = rows.device, int(table[2, -1]), ranges.unbind()
     shift = start - (count.cumsum(0, dtype=torch.int32) - count)
-    if all(isinstance(own, Tiles) for own in tiles):
-        gathered_before = visits[:, 2].cumsum() - visits[:, 2]
-        q_heads, q_indptr, *by_tile = to_device(
-            device,
-            sizes.group,
-            _indptr(sizes.rows),
-            _indptr(sizes.visits),
-            visits[:, 0],
-            visits[:, 2],
-            gathered_before,
-        )
-    else:
-        q_heads, q_indptr = to_device(device, sizes.group, _indptr(sizes.rows))
-        by_tile = _counted_on_device(tiles, count)
+    q_heads, q_indptr, block_indptr, *by_tile = to_device(device, table)[0].unbind()
+    if not all(isinstance(own, Tiles) for own in tiles):
+        block_indptr, *by_tile = _counted_on_device(tiles, count)
         excluded = _without_unvisited(tiles, excluded)
         # One more range takes what is left of the room, so that the host knows the length of what follows.
         count = torch.cat([count, room - count.sum(0, keepdim=True)])
         shift = torch.nn.functional.pad(shift, (0, 1))
+    q_heads, num_full, num_gathered, gathered_start = (own[: table.shape[1] - 1] for own in (q_heads, *by_tile))
     blocks = torch.repeat_interleave(shift, count, output_size=room) + torch.arange(
         room, dtype=torch.int32, device=device
     )
-    block_indptr, num_full, num_gathered, gathered_start = by_tile
     return BlockPlan(
         keys=keys,
         q_rows=rows[0],
@@ -104,8 +94,29 @@ def assemble(
     )
 
 
-def _indptr(counts: Ints) -> Ints:
-    return np.concatenate([[0], counts.cumsum()])
+@compiled
+def _by_tile(
+    rows_per_tile: NDArray[np.int32], visits: NDArray[np.int32], numbers: Ints, copies: Ints
+) -> tuple[Ints, NDArray[np.int32]]:
+    """int64 [3, T], `rows`, `visits` and `group` of `TileSizes`. And int32 [6, T + 1], `q_heads`, `q_indptr`,
+    `block_indptr`, `num_full`, `num_gathered` and `gathered_start`, right where `visits` are no mere bounds.
+
+    Args:
+        visits: int32 [T, 3]. numbers, copies: the head groups, and how many tiles each has.
+    """
+    num_tiles = len(rows_per_tile)
+    sizes = np.empty((3, num_tiles), dtype=np.int64)
+    table = np.zeros((6, num_tiles + 1), dtype=np.int32)
+    t = 0
+    for number, count in zip(numbers, copies):
+        for _ in range(count):
+            full, partial, gathered = visits[t]
+            sizes[0, t], sizes[1, t], sizes[2, t] = rows_per_tile[t], full + partial + gathered, number
+            table[0, t], table[3, t], table[4, t] = number, full, gathered
+            table[1, t + 1], table[2, t + 1] = table[1, t] + sizes[0, t], table[2, t] + sizes[1, t]
+            table[5, t + 1] = table[5, t] + gathered
+            t += 1
+    return sizes, table
 
 
 def _counted_on_device(tiles: Sequence[Tiles | EstimatedTiles], count: torch.Tensor) -> list[torch.Tensor]:

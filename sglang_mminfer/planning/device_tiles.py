@@ -13,7 +13,7 @@ from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.planning.placed import PlacedTiles
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Tiles:
     """Query tiles of one pass of one request. `rows`, `ranges` and `excluded` of `PlacedTiles` are on the device."""
 
@@ -31,7 +31,21 @@ class Tiles:
         return self.placed.visits
 
 
-def upload(tiles: Sequence[PlacedTiles], device: torch.device) -> list[Tiles]:
-    """All of them in one copy."""
-    tensors = iter(to_device(device, *(array for own in tiles for array in (own.rows, own.ranges, own.excluded))))
-    return [Tiles(own, next(tensors), next(tensors), next(tensors)) for own in tiles]
+class Uploads:
+    """The tiles that are on the device already. Rows that several of them share go there once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tiles: dict[PlacedTiles, Tiles] = {}
+        self._rows: dict[int, torch.Tensor] = {}  # by the id of what some of `_tiles` holds on the host
+
+    def tiles(self, parts: Sequence[PlacedTiles]) -> list[Tiles]:
+        """All of them, with one copy of what is new."""
+        new = {part: None for part in parts if part not in self._tiles}
+        if new:
+            rows = {id(part.rows): part.rows for part in new if id(part.rows) not in self._rows}
+            arrays = (array for part in new for array in (part.ranges, part.excluded))
+            tensors = iter(to_device(self.device, *rows.values(), *arrays))
+            self._rows.update(zip(rows, tensors))
+            self._tiles.update({p: Tiles(p, self._rows[id(p.rows)], next(tensors), next(tensors)) for p in new})
+        return [self._tiles[part] for part in parts]

@@ -4,6 +4,8 @@ kept with the map and serves all chunks, layers and turns of its request."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,21 +16,27 @@ from sglang_mminfer.patterns.boundary import RowClass
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.planning.row_loops import RunTable, Wanted, first_runs
 
+NO_KEYS = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class RowGroups:
     """Rows of one class in the whole map.
 
-    pairs, wanted: what the class wants of each of its key classes. rows: those of each group. first_run: see
-    `row_loops.first_runs`. sees_whole: bool [groups, pairs]. keys: the members of each pair's key class.
+    pairs, wanted: what the class wants of each of its key classes. rows: those of each group, and `first_runs` of them;
+    one object for all classes that have the same. sees_whole: bool [groups, pairs]. keys: those of each pair's class.
+    columns, column_first: int64, the columns of all pairs, those of pair p from column_first[p] to
+    column_first[p + 1] - 1. estimates: whether a pair is estimated.
     """
 
     pairs: tuple[PairIndex, ...]
     wanted: Wanted
-    rows: RunTable
-    first_run: NDArray[np.int32]
+    rows: tuple[RunTable, NDArray[np.int32]]
     sees_whole: Bools
     keys: RunTable
+    columns: Ints
+    column_first: Ints
+    estimates: bool
 
     @classmethod
     def of(cls, modality_map: ModalityMap, row_class: RowClass, dense_below: int, block_q: int) -> RowGroups:
@@ -61,7 +69,8 @@ class RowGroups:
         groups = [group for group in groups if group[0] != every]
         groups.append((every, members.clip(0, dense_below) | seeing_all))
         for index in pairs:
-            index.columns = _shared(modality_map, index.columns)
+            if index.columns is not None:
+                (index.columns,) = _shared(modality_map, index.columns) if len(index.columns) else (None,)
         wanted = Wanted(
             np.array([index.sink for index in pairs]),
             np.array([index.local for index in pairs]),
@@ -71,19 +80,29 @@ class RowGroups:
         )
         rows, whole_pairs = run_table([own for _, own in groups]), np.array([sees_whole for sees_whole, _ in groups])
         keys = run_table([scope.key_members for scope in scopes])
-        return cls(pairs, wanted, rows, first_runs(rows, whole_pairs, keys, wanted, block_q), whole_pairs, keys)
+        first_run = first_runs(rows, whole_pairs, keys, wanted, block_q)
+        columns = [NO_KEYS if index.columns is None else index.columns for index in pairs]
+        return cls(
+            pairs=pairs,
+            wanted=wanted,
+            rows=_shared(modality_map, rows, first_run),
+            sees_whole=whole_pairs,
+            keys=keys,
+            columns=columns[0] if len(columns) == 1 else np.concatenate(columns),
+            column_first=np.array([0, *accumulate(map(len, columns))]),
+            estimates=any(index.estimated is not None for index in pairs),
+        )
 
 
-def _shared(modality_map: ModalityMap, columns: Ints | None) -> Ints | None:
-    """The same columns as one array, whichever pattern asks for them, so that they are gathered once."""
-    if columns is None or not len(columns):
-        return None
-    alike = modality_map.derived.setdefault(("columns", len(columns), int(columns[0]), int(columns[-1])), [])
-    for known in alike:
-        if np.array_equal(known, columns):
+def _shared(modality_map: ModalityMap, *values: Any) -> Any:
+    """Arrays and tuples of arrays that are equal, as one object, so that what follows from them is made once."""
+    arrays = [array for value in values for array in (value if isinstance(value, tuple) else (value,))]
+    name = ("shared", *((len(array), int(array.sum())) for array in arrays))
+    for known, known_arrays in modality_map.derived.setdefault(name, []):
+        if all(map(np.array_equal, arrays, known_arrays)):
             return known
-    alike.append(columns)
-    return columns
+    modality_map.derived[name].append((values, arrays))
+    return values
 
 
 def run_table(sets: list[Runs]) -> RunTable:

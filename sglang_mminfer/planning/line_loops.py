@@ -70,7 +70,8 @@ class TileEnds(NamedTuple):
 class LineTiles(NamedTuple):
     """T query tiles of R rows and the E ranges of key tiles that they visit, tile by tile.
 
-    rows: int32 [2, R]. rows_per_tile: int32 [T]. ranges: int32 [2, E]. ends, excluded: all as in `RowTiles`.
+    rows: int32 [2, R], rows of q and their bounds. rows_per_tile: int32 [T]. ranges: int32 [2, E]. ends, excluded: as
+    in `RowTiles`.
     """
 
     rows: NDArray[np.int32]
@@ -177,6 +178,7 @@ def tile_lines(
     row_codes: Bools,
     key_codes: Bools,
     q_start: int,
+    row_start: int,
     first_key: int,
     skip: int,
     skip_keys: bool,
@@ -188,6 +190,7 @@ def tile_lines(
     Args:
         rows: of the chunk. bound: int64 [rows of the chunk], a row sees keys below it. row_codes, key_codes: bool
             [codes], the modalities of rows and keys.
+        row_start: the row of q at q_start.
         first_key: keys before it are excluded, and rows whose bound is not above it are left out.
         skip: the line whose rows are left out, -1 for none; skip_keys: whether its keys are excluded.
     """
@@ -206,7 +209,7 @@ def tile_lines(
             t += 1
             pack[t], number[t], least[t], most[t] = p, own, stop, stop
         least[t], most[t] = min(least[t], stop), max(most[t], stop)
-        out[0, n], out[1, n] = rows.position[i] - q_start, stop
+        out[0, n], out[1, n] = row_start + rows.position[i] - q_start, stop
         rows_per_tile[t] += 1
         n += 1
     tiles = t + 1

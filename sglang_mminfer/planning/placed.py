@@ -1,4 +1,4 @@
-"""The tiles of a request in a batch: rows of q, and key tiles by their number in the batch's table. On the host."""
+"""The tiles of a request in a batch, on the host: key tiles have their number in the batch's table."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.orders import KeyOrders
 from sglang_mminfer.planning.row_loops import place
 from sglang_mminfer.planning.tiles import EstimatedVisits, TilePass
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PlacedTiles:
     """T query tiles of R rows of one pass, and the E ranges of key tiles that they visit, tile by tile. All int32.
 
@@ -37,22 +36,14 @@ class PlacedTiles:
         return len(self.rows_per_tile)
 
 
-def placed(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrders) -> PlacedTiles:
+def placed(tile_pass: TilePass, request: int, keys: KeyOrders) -> PlacedTiles:
     """The pass of request number `request`; the key orders that it visits get their place in `keys`."""
     first_tile = np.zeros(1 + max(tile_pass.orders, default=0), dtype=np.int64)
     for number, order in tile_pass.orders.items():
         first_tile[number] = keys.first_tile(request, order)
-    rows, ranges, excluded, visits = place(
-        tile_pass.rows,
-        tile_pass.order,
-        tile_pass.ranges,
-        tile_pass.ends,
-        tile_pass.excluded,
-        chunk.row_start,
-        first_tile,
-    )
+    ranges, excluded, visits = place(tile_pass.order, tile_pass.ranges, tile_pass.ends, tile_pass.excluded, first_tile)
     return PlacedTiles(
-        rows=rows,
+        rows=tile_pass.rows,
         rows_per_tile=tile_pass.rows_per_tile,
         ranges=ranges,
         ends=tile_pass.ends,

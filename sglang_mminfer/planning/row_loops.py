@@ -41,10 +41,25 @@ class Wanted(NamedTuple):
     estimated: Bools
 
 
-class RowTiles(NamedTuple):
-    """T query tiles of R rows, and the E ranges of key tiles that they visit, tile by tile.
+class RowCut(NamedTuple):
+    """T query tiles of R rows of a chunk.
 
-    rows: int32 [2, R], their numbers in the chunk, and bounds on the positions that they see. rows_per_tile: int32 [T].
+    rows: int32 [2, R], rows of q, and bounds on the positions that they see, which are one more than their own.
+    rows_per_tile: int32 [T]. first_row: int64 [T], the position of the first row of each tile, in this chunk or before
+    it. indptr: int64 [T + 1], the rows of tile t are indptr[t] to indptr[t + 1] - 1. tile_first: int64 [groups + 1],
+    the tiles of group g are tile_first[g] to tile_first[g + 1] - 1.
+    """
+
+    rows: NDArray[np.int32]
+    rows_per_tile: NDArray[np.int32]
+    first_row: Ints
+    indptr: Ints
+    tile_first: Ints
+
+
+class RowTiles(NamedTuple):
+    """The E ranges of key tiles that T query tiles visit, tile by tile.
+
     order: int32 [E], the key order: twice the number of a pair for its keys, one more for its columns. ranges: int32
     [2, E], the first key tile of it and how many. ends: int32 [T, 4]: a tile's full ranges begin at ends[t, 0], its
     partial ones at ends[t, 1], its gathered ones at ends[t, 2], and end at ends[t, 3].
@@ -52,24 +67,20 @@ class RowTiles(NamedTuple):
     group_of_order: int64 [2 * pairs], the first group that visits each order; -1: none does.
     bound: int64 [pairs, rows of the chunk], for pairs with lines: the position where a row's own window starts, 0
     where it has none.
-    tile_first: int64 [groups + 1], the tiles of each group.
     counts: int64 [3, pairs, T], keys_of_first_row, keys_of_last_row and full_tiles, see `EstimatedVisits`.
+    first_key: int64 [pairs], the position of the first key behind the sink's key tiles; the end of the chunk where it
+    has no such key. column_ends: int64 [pairs, 2], the columns from there to the end of the chunk, which are gathered.
     """
 
-    rows: NDArray[np.int32]
-    rows_per_tile: NDArray[np.int32]
     order: NDArray[np.int32]
     ranges: NDArray[np.int32]
     ends: NDArray[np.int32]
     excluded: NDArray[np.int32]
     group_of_order: Ints
     bound: Ints
-    tile_first: Ints
     counts: Ints
-
-    @property
-    def num_tiles(self) -> int:
-        return len(self.rows_per_tile)
+    first_key: Ints
+    column_ends: Ints
 
 
 @compiled
@@ -108,7 +119,7 @@ def first_runs(groups: RunTable, sees_whole: Bools, keys: RunTable, wanted: Want
     visit the video. Where rows are further apart than what one more tile would visit, a tile begins.
 
     Args:
-        groups, sees_whole, keys, wanted: as in `tile_rows`.
+        groups, sees_whole, keys, wanted: as in `cut_rows` and `tile_rows`.
     """
     out = np.empty(len(groups.starts), dtype=np.int32)
     for g in range(len(sees_whole)):
@@ -127,15 +138,17 @@ def first_runs(groups: RunTable, sees_whole: Bools, keys: RunTable, wanted: Want
 
 
 @compiled
-def _cut(
-    groups: RunTable, first_run: NDArray[np.int32], q_start: int, kv_len: int, block_q: int
-) -> tuple[NDArray[np.int32], Ints, Ints, Ints]:
-    """The rows [q_start, kv_len), group by group: int32 [R] positions; int64 [T], by the index in its group the first
-    row of each tile, in this chunk or before it; int64 [T + 1], the rows in this chunk before each tile; int64
-    [groups + 1], the tiles before those of each group."""
+def cut_rows(
+    groups: RunTable, first_run: NDArray[np.int32], q_start: int, kv_len: int, row_start: int, block_q: int
+) -> RowCut:
+    """The rows [q_start, kv_len), group by group.
+
+    Args:
+        groups: the rows of each group. first_run: see `first_runs`. row_start: the row of q at q_start.
+    """
     num_groups, num_rows = len(groups.first) - 1, kv_len - q_start
-    positions = np.empty(num_rows, dtype=np.int32)
-    begins, rows_before = np.empty(num_rows, dtype=np.int64), np.empty(num_rows + 1, dtype=np.int64)
+    rows = np.empty((2, num_rows), dtype=np.int32)
+    first_row, indptr = np.empty(num_rows, dtype=np.int64), np.empty(num_rows + 1, dtype=np.int64)
     tile_first = np.zeros(num_groups + 1, dtype=np.int64)
     n = tiles = 0
     for g in range(num_groups):
@@ -143,23 +156,23 @@ def _cut(
         run, index = last_at_most(groups.before, groups.first[g], groups.first[g + 1], low), low
         while index < high:
             # The tile that has this row, and its rows in this chunk.
-            first = groups.before[first_run[run]]
-            at = first + (index - first) // block_q * block_q
-            begins[tiles], rows_before[tiles] = at, n
+            first = first_run[run]
+            begin = groups.before[first] + (index - groups.before[first]) // block_q * block_q
+            first_row[tiles], indptr[tiles] = select(groups, g, begin), n
             tiles += 1
-            own = first_run[run]
-            while index < min(at + block_q, high) and first_run[run] == own:
+            while index < min(begin + block_q, high) and first_run[run] == first:
                 position = groups.starts[run] + index - groups.before[run]
-                count = min(groups.stops[run] - position, at + block_q - index, high - index)
+                count = min(groups.stops[run] - position, begin + block_q - index, high - index)
                 for i in range(count):
-                    positions[n + i] = position + i
+                    rows[0, n + i], rows[1, n + i] = row_start + position - q_start + i, position + i + 1
                 n += count
                 index += count
                 if position + count == groups.stops[run] and run + 1 < groups.first[g + 1]:
                     run += 1
         tile_first[g + 1] = tiles
-    rows_before[tiles] = n
-    return positions[:n], begins[:tiles], rows_before[: tiles + 1], tile_first
+    indptr[tiles] = n
+    rows_per_tile = (indptr[1 : tiles + 1] - indptr[:tiles]).astype(np.int32)
+    return RowCut(rows[:, :n].copy(), rows_per_tile, first_row[:tiles].copy(), indptr[: tiles + 1].copy(), tile_first)
 
 
 @compiled
@@ -181,45 +194,55 @@ def _sort_by_kind(kind: Ints, order: Ints, ranges: Ints, begin: int, end: int) -
 
 @compiled
 def tile_rows(
-    groups: RunTable,
-    first_run: NDArray[np.int32],
+    cut: RowCut,
     sees_whole: Bools,
     keys: RunTable,
     wanted: Wanted,
     columns: Ints,
     column_first: Ints,
-    q_start: int,
+    row_start: int,
+    num_rows: int,
     kv_len: int,
-    block_q: int,
     block_k: int,
 ) -> RowTiles:
-    """Tiles of the rows [q_start, kv_len), group by group.
+    """What the tiles of a cut visit.
 
     Args:
-        groups: the rows of each group. first_run: see `first_runs`. sees_whole: bool [groups, pairs]. keys: the keys of
-            each pair.
+        sees_whole: bool [groups, pairs]. keys: the keys of each pair.
         wanted: of the rows that do not see a pair whole.
         columns: int64, positions of the columns of all pairs, those of pair p from column_first[p] to
-            column_first[p + 1] - 1: keys of the pair from its sink's tiles to the end of the chunk, ascending.
+            column_first[p + 1] - 1: keys of the pair, ascending.
+        row_start, num_rows: the chunk's rows in q. kv_len: its keys.
     """
     num_groups, num_pairs = len(sees_whole), len(wanted.sink)
-    positions, begins, rows_before, tile_first = _cut(groups, first_run, q_start, kv_len, block_q)
-    tiles, most = len(begins), len(begins) * num_pairs * 5
+    tiles, most = len(cut.first_row), len(cut.first_row) * num_pairs * 5
     order, kind = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int8)
     ranges = np.empty((2, most), dtype=np.int32)
     ends = np.zeros((tiles, 4), dtype=np.int32)
     excluded = np.zeros((tiles * num_pairs, -(-block_k // 32)), dtype=np.int32)
     group_of_order = np.full(2 * num_pairs, -1, dtype=np.int64)
-    bound = np.zeros((num_pairs, kv_len - q_start if wanted.lines.any() else 0), dtype=np.int64)
+    bound = np.zeros((num_pairs, num_rows if wanted.lines.any() else 0), dtype=np.int64)
     counts = np.zeros((3, num_pairs, tiles), dtype=np.int64)
+    first_key = np.full(num_pairs, kv_len, dtype=np.int64)
+    column_ends = np.zeros((num_pairs, 2), dtype=np.int64)
+    for p in range(num_pairs):
+        sink_keys = -(-wanted.sink[p] // block_k) * block_k
+        if sink_keys < rank(keys, p, kv_len):
+            first_key[p] = select(keys, p, sink_keys)
+        for end, position in enumerate((first_key[p], kv_len)):
+            column = last_at_most(columns, column_first[p], column_first[p + 1], position - 1) + 1
+            column_ends[p, end] = column - column_first[p]
     n = gathered = 0
     for g in range(num_groups):
-        for t in range(tile_first[g], tile_first[g + 1]):
-            first_live, last_row = positions[rows_before[t]], positions[rows_before[t + 1] - 1]
-            first_row, begin = select(groups, g, begins[t]), n
+        for t in range(cut.tile_first[g], cut.tile_first[g + 1]):
+            begin, first, last = n, cut.indptr[t], cut.indptr[t + 1] - 1
             for p in range(num_pairs):
-                keys_of_first_row, keys_of_last_row = rank(keys, p, first_row + 1), rank(keys, p, last_row + 1)
-                full_tiles, stop = rank(keys, p, first_live + 1) // block_k, -(-keys_of_last_row // block_k)
+                keys_of_first_row = rank(keys, p, cut.first_row[t] + 1)
+                keys_of_last_row, full_tiles = (
+                    rank(keys, p, cut.rows[1, last]),
+                    rank(keys, p, cut.rows[1, first]) // block_k,
+                )
+                stop = -(-keys_of_last_row // block_k)
                 counts[0, p, t], counts[1, p, t], counts[2, p, t] = keys_of_first_row, keys_of_last_row, full_tiles
                 if stop == 0 or (wanted.estimated[p] and not sees_whole[g, p]):
                     continue
@@ -239,10 +262,11 @@ def tile_rows(
                     continue
                 position = select(keys, p, window * block_k)
                 if wanted.lines[p]:
-                    for i in range(rows_before[t], rows_before[t + 1]):
-                        bound[p, positions[i] - q_start] = position
-                column, column_stop = column_first[p], column_first[p + 1]
-                in_reach = last_at_most(columns, column, column_stop, position - 1) + 1 - column
+                    for i in range(first, last + 1):
+                        bound[p, cut.rows[0, i] - row_start] = position
+                first_column = column_first[p] + column_ends[p, 0]
+                stop_column = column_first[p] + column_ends[p, 1]
+                in_reach = last_at_most(columns, first_column, stop_column, position - 1) + 1 - first_column
                 if in_reach == 0:
                     continue
                 if group_of_order[2 * p + 1] < 0:
@@ -261,39 +285,28 @@ def tile_rows(
             for i in range(begin, n):
                 ends[t, 1] += kind[i] == FULL
                 ends[t, 2] += kind[i] != GATHERED
-    rows = np.empty((2, len(positions)), dtype=np.int32)
-    for i in range(len(positions)):
-        rows[0, i], rows[1, i] = positions[i] - q_start, positions[i] + 1
-    rows_per_tile = (rows_before[1:] - rows_before[:-1]).astype(np.int32)
     return RowTiles(
-        rows,
-        rows_per_tile,
         order[:n].copy(),
         ranges[:, :n].copy(),
         ends,
         excluded[:gathered],
         group_of_order,
         bound,
-        tile_first,
         counts,
+        first_key,
+        column_ends,
     )
 
 
 @compiled
-def place(
-    rows: Ints, order: Ints, ranges: Ints, ends: Ints, excluded: Ints, first_row: int, first_tile: Ints
-) -> tuple[Ints, Ints, Ints, Ints]:
-    """`rows`, with the rows of q in place of those of the chunk; `ranges`, with numbers in a table in place of those in
-    an order, those of each tile and kind sorted by them; `excluded`, sorted with them; and int32 [T, 3], how many key
-    tiles of each kind each tile visits.
+def place(order: Ints, ranges: Ints, ends: Ints, excluded: Ints, first_tile: Ints) -> tuple[Ints, Ints, Ints]:
+    """`ranges`, with numbers in a table in place of those in an order, those of each tile and kind sorted by them;
+    `excluded`, sorted with them; and int32 [T, 3], how many key tiles of each kind each tile visits.
 
     Args:
-        first_row: the chunk's. first_tile: int64 [orders], added to the key tiles of each order.
+        first_tile: int64 [orders], added to the key tiles of each order.
     """
     ranges, excluded = ranges.copy(), excluded.copy()
-    if first_row:
-        rows = rows.copy()
-        rows[0] += np.int32(first_row)
     for i in range(len(order)):
         ranges[0, i] += first_tile[order[i]]
     visits = np.zeros((len(ends), 3), dtype=np.int32)
@@ -313,4 +326,4 @@ def place(
                             excluded[row - 1, word], excluded[row, word] = excluded[row, word], excluded[row - 1, word]
                     j -= 1
         gathered += ends[t, 3] - ends[t, 2]
-    return rows, ranges, excluded, visits
+    return ranges, excluded, visits

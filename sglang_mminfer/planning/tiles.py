@@ -26,17 +26,15 @@ from sglang_mminfer.modality.segment_table import CODES, codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern, RowClass, row_classes
 from sglang_mminfer.patterns.estimated import Estimated
-from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
+from sglang_mminfer.patterns.index import Lines, Scope
 from sglang_mminfer.planning.groups import RowGroups
 from sglang_mminfer.planning.line_loops import tile_lines
 from sglang_mminfer.planning.lines import LineOrder
 from sglang_mminfer.planning.orders import ColumnOrder, CompactOrder, KeyOrder
-from sglang_mminfer.planning.row_loops import RowTiles, RunTable, rank, select, tile_rows
+from sglang_mminfer.planning.row_loops import RowCut, RowTiles, cut_rows, tile_rows
 
 BLOCK_Q, BLOCK_K = 128, 64
 """The rows of a query tile, at most, and the keys of a key tile."""
-
-NO_KEYS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,11 @@ class EstimatedVisits:
     full_tiles: Ints
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TilePass:
     """Tiles of one pass: T query tiles of R rows, and the E ranges of key tiles that they visit, tile by tile.
 
-    rows: int32 [2, R], their numbers in the chunk, and bounds on the positions that they see. rows_per_tile: int32 [T].
+    rows: int32 [2, R], rows of q, and bounds on the positions that they see. rows_per_tile: int32 [T].
     orders: the key orders that are visited, by numbers, in the sequence in which they come up. order: int32 [E], such a
     number; ranges: int32 [2, E], the first key tile of that order, and how many. ends: int32 [T, 4]: a tile's full
     ranges begin at ends[t, 0], its partial ones at ends[t, 1], its gathered ones, which are of one key tile each, at
@@ -104,7 +102,11 @@ class TilePass:
 
 
 class ChunkTiler:
-    """Tiles of one request's chunk: rows [q_start, kv_len), keys [0, kv_len). Orders are built once and shared."""
+    """Tiles of one request's chunk: rows [q_start, kv_len), keys [0, kv_len). Orders are built once and shared.
+
+    Args:
+        row_start: the row of q at q_start.
+    """
 
     def __init__(
         self,
@@ -114,12 +116,14 @@ class ChunkTiler:
         dense_below: int,
         block_q: int,
         block_k: int,
+        row_start: int = 0,
     ) -> None:
-        self.map, self.q_start, self.kv_len = modality_map, q_start, kv_len
+        self.map, self.q_start, self.kv_len, self.row_start = modality_map, q_start, kv_len, row_start
         self.dense_below, self.block_q, self.block_k = dense_below, block_q, block_k
         self._base: dict[Modality | None, CompactOrder] = {}
         self._columns: dict[tuple[Modality | None, int, int, int], ColumnOrder] = {}
         self._lines: dict[str, LineOrder] = {}
+        self._cuts: dict[int, RowCut] = {}
         self._row_classes: dict[RowClass, list[TilePass]] = {}
 
     def tile(self, head: HeadPattern) -> list[list[TilePass]]:
@@ -138,54 +142,58 @@ class ChunkTiler:
 
     def _tile(self, row_class: RowClass) -> list[TilePass]:
         groups = RowGroups.of(self.map, row_class, self.dense_below, self.block_q)
-        columns = [self._columns_of(groups, pair) for pair in range(len(groups.pairs))]
-        parts = [index.columns[slice(*own)] for index, own in zip(groups.pairs, columns) if index.columns is not None]
+        cut = self._cut(groups)
+        if not len(cut.first_row):
+            return []
         tiles = tile_rows(
-            groups.rows,
-            groups.first_run,
+            cut,
             groups.sees_whole,
             groups.keys,
             groups.wanted,
-            parts[0] if len(parts) == 1 else np.concatenate([NO_KEYS, *parts]),
-            np.array([0, *accumulate(stop - first for first, stop in columns)]),
-            self.q_start,
+            groups.columns,
+            groups.column_first,
+            self.row_start,
+            self.kv_len - self.q_start,
             self.kv_len,
-            self.block_q,
             self.block_k,
         )
-        if not tiles.num_tiles:
-            return []
         group_of = tiles.group_of_order.tolist()
         orders: dict[int, KeyOrder] = {}
         # In the sequence in which groups, and in a group pairs, come upon them.
         for _, order in sorted((group, order) for order, group in enumerate(group_of) if group >= 0):
             keys, index = row_class.pairs[order // 2][0], groups.pairs[order // 2]
             if order % 2 and index.columns is not None:
-                orders[order] = self._column_order(keys, index.columns, *columns[order // 2])
+                orders[order] = self._column_order(keys, index.columns, *tiles.column_ends[order // 2].tolist())
             else:
                 orders[order] = self._base_order(keys)
         first = TilePass(
-            rows=tiles.rows,
-            rows_per_tile=tiles.rows_per_tile,
+            rows=cut.rows,
+            rows_per_tile=cut.rows_per_tile,
             orders=orders,
             order=tiles.order,
             ranges=tiles.ranges,
             ends=tiles.ends,
             excluded=tiles.excluded,
-            estimated=tuple(self._estimated(row_class, groups, tiles))
-            if any(x.estimated for x in groups.pairs)
-            else (),
+            estimated=tuple(self._estimated(row_class, groups, cut, tiles)) if groups.estimates else (),
         )
         passes = [first]
         for pair, index in enumerate(groups.pairs):
             if index.lines is not None:
-                lines = self._line_pass(row_class, groups, pair, index.lines, tiles.bound[pair])
+                lines = self._line_pass(row_class, pair, index.lines, tiles)
                 if lines.num_tiles:
                     passes.append(lines)
         return passes
 
-    def _estimated(self, row_class: RowClass, groups: RowGroups, tiles: RowTiles) -> Iterator[EstimatedVisits]:
-        for group, (begin, end) in enumerate(pairwise(tiles.tile_first.tolist())):
+    def _cut(self, groups: RowGroups) -> RowCut:
+        name = id(groups.rows)  # the map keeps the rows
+        if name not in self._cuts:
+            self._cuts[name] = cut_rows(*groups.rows, self.q_start, self.kv_len, self.row_start, self.block_q)
+        return self._cuts[name]
+
+    def _estimated(
+        self, row_class: RowClass, groups: RowGroups, cut: RowCut, tiles: RowTiles
+    ) -> Iterator[EstimatedVisits]:
+        for group, (begin, end) in enumerate(pairwise(cut.tile_first.tolist())):
             for pair, ((keys, _), index) in enumerate(zip(row_class.pairs, groups.pairs)):
                 base = self._base_order(keys)
                 if begin < end and index.estimated and not groups.sees_whole[group, pair] and base.num_tiles:
@@ -197,21 +205,22 @@ class ChunkTiler:
                         *tiles.counts[:, pair, begin:end],
                     )
 
-    def _line_pass(self, row_class: RowClass, groups: RowGroups, pair: int, lines: Lines, bound: Ints) -> TilePass:
+    def _line_pass(self, row_class: RowClass, pair: int, lines: Lines, tiles_of_rows: RowTiles) -> TilePass:
         """Rows in phase-major order over the keys of their own line, in all packs of the same raster so far.
 
-        Only keys between the sink and the row's window count (`bound`); the rest is visited by the first pass.
+        Only keys between the sink and the row's window count; the rest is visited by the first pass.
         """
-        order, sink_stop = self._line_order(lines.stride), self._sink_stop(groups.pairs[pair])
+        order = self._line_order(lines.stride)
         tiles = tile_lines(
             order.packs,
             order.rows,
             order.tile_ends,
-            bound,
+            tiles_of_rows.bound[pair],
             _covered(row_class.rows),
             _covered(row_class.pairs[pair][0]),
             self.q_start,
-            self._position(groups.keys, pair, sink_stop),
+            self.row_start,
+            tiles_of_rows.first_key[pair],
             -1 if lines.skip is None else lines.skip,
             lines.skip_keys,
             self.block_q,
@@ -227,23 +236,6 @@ class ChunkTiler:
             ends=tiles.ends,
             excluded=tiles.excluded,
         )
-
-    def _columns_of(self, groups: RowGroups, pair: int) -> tuple[int, int]:
-        """The columns of a pair from its sink to the end of the chunk, by their index in `PairIndex.columns`."""
-        columns = groups.pairs[pair].columns
-        if columns is None:
-            return 0, 0
-        ends = self._position(groups.keys, pair, self._sink_stop(groups.pairs[pair])), self.kv_len
-        first, stop = columns.searchsorted(ends).tolist()
-        return first, stop
-
-    def _sink_stop(self, index: PairIndex) -> int:
-        """The first key behind the sink's key tiles, in the order of its class."""
-        return -(-index.sink // self.block_k) * self.block_k
-
-    def _position(self, keys: RunTable, pair: int, number: int) -> int:
-        """The position of a pair's key; the end of the chunk where there are not so many."""
-        return select(keys, pair, number) if number < rank(keys, pair, self.kv_len) else self.kv_len
 
     # ---- shared orders -------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.budget import PlanBudget, line_strides
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
-from sglang_mminfer.planning.planner import BatchPlanner
+from sglang_mminfer.planning.planner import BatchPlanner, compile_ahead, worker
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
@@ -101,6 +102,7 @@ class SparsePrefill:
         self.executor = executors.name_for(settings.executor(), self.device)
         self.unfit: str | None = None
         if not self._all_dense:
+            compile_ahead()
             self.unfit = self_check.why_unfit(runner, self.executor, self.device, self.ranks, dense_backend)
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
@@ -187,6 +189,10 @@ class SparsePrefill:
                     chunks.append(RequestChunk(modality_map, start, stop, row_start, slots[:stop]))
         dense_below = self.head_config.defaults.dense_below
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
+        # Only layers that ran in an earlier batch have said how many heads they have.
+        known = [(layer, heads.planned) for (layer, _), heads in sorted(self._heads.items(), key=itemgetter(0))]
+        layers = [planned for layer, planned in known if not self.head_config.is_dense(layer)]
+        batch.planner.prepare(layers, worker() if self.device.type != "cpu" else None)
         return None
 
     def _slots(self, forward_batch: Any, i: int, request: PrefillRequest) -> torch.Tensor:
