@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sglang_mminfer.patterns.base import Count, Share, Size
-from sglang_mminfer.patterns.choice import Between, HeadsOfKeys, choose, packed
+from sglang_mminfer.patterns.choice import Between, HeadsOfKeys, Rule, pick
 from sglang_mminfer.patterns.estimated import Added, Estimated, Evidence, Masses, Picked, QueryTiles
 from sglang_mminfer.patterns.index import TEXT_AFTER_VISION, PairIndex, Scope
 from sglang_mminfer.patterns.pair import Pair
@@ -69,36 +69,25 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
         return math.ceil(self.budget * tokens)
 
     def looks_at(self, rows: int, keys: int) -> float:
-        return rows * (2 * keys - rows) / 2 / 8
+        return rows * (2 * keys - rows) / 2 / 8  # about: 0.11 to 0.33 of dense were measured at 32K keys on a CPU
 
     def estimate(self, evidence: Evidence) -> Masses:
-        """The keys of the class and their low-rank form, two tensors for each of `HeadsOfKeys.of`."""
-        forms = [heads.project(evidence, self.rank) for heads in HeadsOfKeys.of(evidence)]
-        return tuple(tensor for pair in forms for tensor in pair)
+        """The low-rank form of the keys of the class, for each of `HeadsOfKeys.of`."""
+        return tuple(heads.project(evidence, self.rank) for heads in HeadsOfKeys.of(evidence))
 
     def select(self, evidence: Evidence, masses: Masses, tiles: QueryTiles) -> Picked:
         between = Between.of(self.sink, self.local, tiles)
-        chosen, count = choose(evidence, masses, tiles, between, self.sink, self.local, self.rank, math.log(self.alpha))
-        within = np.floor(self.budget * between.num_keys)
-        (most,) = between.upload(evidence.q.device, within)
-        overflow = count > most
-        count = count.masked_fill(overflow, 0)
-        lanes, first = packed(evidence, chosen, count, between, within, tiles.block_k)
-        full = count // tiles.block_k
+        rule = Rule(self.sink, self.local, self.rank, math.log(self.alpha), self.budget)
+        lanes, first, count, overflow = pick(evidence, masses, tiles, between, rule)
         first_between, tiles_between = between.upload(evidence.q.device, between.first, between.num_tiles)
-        # A tile visits either all key tiles between sink and window, or those that were picked.
-        start = torch.stack([first_between.expand_as(first), first], dim=2)
-        everything, nothing = tiles_between * overflow, torch.zeros_like(full)
+        # A query tile visits either all key tiles between sink and window, or those that were picked: whole ones, and
+        # one that is filled in part.
+        whole, part = count // tiles.block_k, (count % tiles.block_k > 0).long()
+        room = between.num_tiles
         added = (
-            Added("full", False, start[..., :1], everything[..., None], between.num_tiles),
-            Added("full", True, start[..., 1:], full[..., None], np.zeros_like(between.num_tiles)),
-            Added(
-                "partial",
-                True,
-                (first + full)[..., None],
-                (nothing + (count % tiles.block_k > 0))[..., None],
-                np.minimum(between.num_tiles, 1),
-            ),
+            Added("full", False, *_ranges(first_between.expand_as(first), tiles_between * overflow), room),
+            Added("full", True, *_ranges(first, whole), np.zeros_like(room)),
+            Added("partial", True, *_ranges(first + whole, part), np.minimum(room, 1)),
         )
         return Picked(added, lanes, overflow.sum())
 
@@ -111,3 +100,8 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     @property
     def basis_rank(self) -> int:
         return self.rank
+
+
+def _ranges(start: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One range for each head and query tile: int64 [H, T] -> [H, T, 1]."""
+    return start[..., None], count[..., None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,13 @@ MARGIN = 1e-3
 
 SLAB = 1 << 18
 """Scores of a slab where they are stored: 1 MiB of float32."""
+
+
+AT_A_TIME = 1 << 28
+"""(query tile, key, head) that are decided before any are packed: 256 MiB."""
+
+PROJECTED = 1 << 13
+"""Keys that are projected at a time, so that no second copy of them all is made."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,9 @@ class Between:
         return np.concatenate([[0], self.num_keys.cumsum()])
 
     @staticmethod
-    def upload(device: torch.device, *arrays: np.ndarray) -> Sequence[torch.Tensor]:
+    def upload(device: torch.device, *arrays: Ints) -> Sequence[torch.Tensor]:
         """int64 on the device."""
-        return [x.long() for x in to_device(device, *(array.astype(np.int64) for array in arrays))]
+        return [x.long() for x in to_device(device, *arrays)]
 
 
 @dataclass(frozen=True)
@@ -82,14 +90,19 @@ class HeadsOfKeys:
             at += len(heads)
         return found
 
-    def project(self, evidence: Evidence, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [keys, D], the keys of the class; and [r, keys], B k, with dimensions of 0 behind the last."""
-        slots = evidence.request.slots if evidence.keys is None else evidence.request.slots[evidence.keys]
-        keys = evidence.k_cache[slots, self.kv_head].float()
-        low = keys
-        if evidence.basis is not None and self.form is not None:
-            low = keys @ evidence.basis.keys[self.form, :rank].T
-        return keys, _whole(low).T.contiguous()
+    def keys(self, evidence: Evidence, part: slice) -> torch.Tensor:
+        """float32 [n, D]: some keys of the class."""
+        return evidence.k_cache[evidence.key_slots[part], self.kv_head].float()
+
+    def project(self, evidence: Evidence, rank: int) -> torch.Tensor:
+        """float32 [r, keys of the class]: B k, with dimensions of 0 behind the last."""
+        parts = []
+        for begin in range(0, len(evidence.key_slots), PROJECTED):
+            low = self.keys(evidence, slice(begin, begin + PROJECTED))
+            if evidence.basis is not None and self.form is not None:
+                low = low @ evidence.basis.keys[self.form, :rank].T
+            parts.append(_whole(low).T)
+        return torch.cat(parts, dim=1)
 
     def project_queries(self, evidence: Evidence, rank: int, q: torch.Tensor) -> torch.Tensor:
         """[heads, m, r], A q. q: float32 [heads, m, D], scaled."""
@@ -103,15 +116,43 @@ def _whole(low: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(low, (0, -low.shape[-1] % DIMENSIONS))
 
 
-def choose(
-    evidence: Evidence,
-    masses: Masses,
-    tiles: QueryTiles,
-    between: Between,
-    sink: int,
-    local: int,
-    rank: int,
-    ln_alpha: float,
+class Rule(NamedTuple):
+    """What rows ask for, see `Adaptive`."""
+
+    sink: int
+    local: int
+    rank: int
+    ln_alpha: float
+    budget: float
+
+
+def pick(
+    evidence: Evidence, masses: Masses, tiles: QueryTiles, between: Between, rule: Rule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The keys that each query tile picks.
+
+    Returns:
+        `Picked.lanes`; int64 [H, T] twice, the first key tile of each query tile and how many keys it picks; and bool
+        [H, T], whether it asks for too much, so that it picks none.
+    """
+    lanes, firsts, counts, overflows, key_tiles = [], [], [], [], 0
+    for part in tiles.parts(between.num_keys * len(evidence.heads), AT_A_TIME):
+        own = Between.of(rule.sink, rule.local, part)
+        chosen, count = _choose(evidence, masses, part, own, rule)
+        within = np.floor(rule.budget * own.num_keys).astype(np.int64)
+        overflow = count > own.upload(evidence.q.device, within)[0]
+        count = count.masked_fill(overflow, 0)
+        picked, first = _packed(evidence, chosen, count, own, within)
+        lanes.append(picked)
+        firsts.append(first + key_tiles)
+        counts.append(count)
+        overflows.append(overflow)
+        key_tiles += len(picked) // tiles.block_k
+    return torch.cat(lanes), *(torch.cat(of_parts, dim=1) for of_parts in (firsts, counts, overflows))
+
+
+def _choose(
+    evidence: Evidence, masses: Masses, tiles: QueryTiles, between: Between, rule: Rule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which keys any row of each query tile asks for.
 
@@ -129,15 +170,17 @@ def choose(
         keys_of_row = torch.searchsorted(evidence.keys, position, right=True, out_int32=True)
     (heads,) = to_device(device, np.array(evidence.heads))
     scan = scan_on_host if evidence.on_host else scan_on_device
-    by_form = [(own, masses[2 * i], masses[2 * i + 1]) for i, own in enumerate(HeadsOfKeys.of(evidence))]
+    by_form = [(own, low, own.keys(evidence, slice(rule.sink))) for own, low in zip(HeadsOfKeys.of(evidence), masses)]
 
     def choose_for(item: tuple[tuple[HeadsOfKeys, torch.Tensor, torch.Tensor], int]) -> None:
-        (own, keys, low), t = item
+        (own, low, sink_keys), t = item
         rows = slice(int(first_row[t]), int(first_row[t + 1]))
         q = evidence.q[tiles.rows[rows, None], heads[own.index]].transpose(0, 1).float() * evidence.sm_scale
-        window = slice(max(int(tiles.keys_of_first_row[t]) - local, 0), int(tiles.keys_of_last_row[t]))
-        bound = _log_mass(q, keys, sink, local, window, keys_of_row[rows]).add_(ln_alpha - MARGIN)
-        queries = own.project_queries(evidence, rank, q)
+        window = slice(max(int(tiles.keys_of_first_row[t]) - rule.local, 0), int(tiles.keys_of_last_row[t]))
+        keys_before = keys_of_row[rows] - window.start
+        bound = _log_mass(q, sink_keys, own.keys(evidence, window), rule.local, keys_before)
+        bound += rule.ln_alpha - MARGIN
+        queries = own.project_queries(evidence, rule.rank, q)
         key, stop = (int(between.first[t] + n) * tiles.block_k for n in (0, between.num_tiles[t]))
         asked = chosen[own.index, int(before[t]) : int(before[t + 1])]
         scan(low, queries, bound, key, stop, asked)
@@ -172,38 +215,38 @@ def scan_on_host(
 
 
 def _log_mass(
-    q: torch.Tensor, keys: torch.Tensor, sink: int, local: int, window: slice, keys_of_row: torch.Tensor
+    q: torch.Tensor, sink_keys: torch.Tensor, keys: torch.Tensor, local: int, keys_of_row: torch.Tensor
 ) -> torch.Tensor:
-    """float32 [heads, m]: the log of what rows give to the sink and the last `local` keys together. The sink lies
-    before the windows of all rows.
+    """float32 [heads, m]: the log of what rows give to the sink and to the last `local` keys together.
 
     Args:
-        q: [heads, m, D], scaled. window: the keys in which the windows of all rows lie.
-        keys_of_row: int32 [m], keys of the class up to each row.
+        q: [heads, m, D], scaled. sink_keys: [sink, D], which lie before the windows of all rows. keys: [n, D], which
+            hold these windows.
+        keys_of_row: int32 [m], how many of `keys` come up to each row.
     """
-    number = torch.arange(window.start, window.stop, dtype=torch.int32, device=q.device)
+    number = torch.arange(len(keys), dtype=torch.int32, device=q.device)
     outside = (number < keys_of_row[:, None] - local) | (number >= keys_of_row[:, None])
-    in_window = (q @ keys[window].T).masked_fill_(outside, -torch.inf)
-    scores = torch.cat([q @ keys[:sink].T, in_window], dim=2)
+    in_window = (q @ keys.T).masked_fill_(outside, -torch.inf)
+    scores = torch.cat([q @ sink_keys.T, in_window], dim=2)
     largest = scores.amax(dim=2, keepdim=True)
     # On a CPU the exponential of -infinity takes several times as long as that of a number.
     weights = scores.sub_(largest).clamp_min_(-80).exp_()
     return weights.sum(dim=2).log_().add_(largest[..., 0])
 
 
-def packed(
-    evidence: Evidence, chosen: torch.Tensor, count: torch.Tensor, between: Between, most: np.ndarray, block_k: int
+def _packed(
+    evidence: Evidence, chosen: torch.Tensor, count: torch.Tensor, between: Between, most: Ints
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key tiles of the chosen keys, those of each (head, query tile) by themselves.
 
     Args:
-        chosen: bool [H, N], see `choose`. count: int64 [H, T], how many of them are taken: all of a query tile's, or 0.
-        most: [T], a bound on `count`.
+        chosen: bool [H, N], see `_choose`. count: int64 [H, T], how many of them are taken: all of a query tile's or 0.
+        most: int64 [T], a bound on `count`.
 
     Returns:
         `Picked.lanes`; and int64 [H, T], the first key tile of each.
     """
-    device, (heads, num_tiles) = chosen.device, count.shape
+    device, (heads, num_tiles), block_k = chosen.device, count.shape, between.block_k
     key_tiles = (-(-count // block_k)).flatten()
     first = (key_tiles.cumsum(0) - key_tiles).view(heads, num_tiles)
     room = int(key_tiles.sum()) if evidence.on_host else heads * int((-(-most // block_k)).sum())

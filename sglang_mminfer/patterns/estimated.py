@@ -7,7 +7,9 @@ device only. On a CPU the host knows all values, and they are no larger than wha
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -59,6 +61,11 @@ class Evidence:
         rows = self.scope.row_members.clip(self.request.q_start, self.request.kv_len)
         return rows.select(np.arange(max(0, len(rows) - count), len(rows)))
 
+    @cached_property
+    def key_slots(self) -> torch.Tensor:
+        """int64: the cache row of every key of the class."""
+        return self.request.slots if self.keys is None else self.request.slots[self.keys]
+
     @property
     def on_host(self) -> bool:
         """Whether reading a value costs nothing."""
@@ -82,6 +89,25 @@ class QueryTiles:
     full_tiles: Ints
     on_device: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     block_k: int
+
+    def parts(self, sizes: Ints, most: int) -> Iterator[QueryTiles]:
+        """These tiles in stretches of at most so much in all, or of one tile. sizes: int64 [T]."""
+        first_row = np.concatenate([[0], self.rows_per_tile.cumsum()])
+        begin, size = 0, 0
+        for t in range(len(sizes) + 1):
+            if t == len(sizes) or (t > begin and size + sizes[t] > most):
+                own = slice(begin, t)
+                yield QueryTiles(
+                    self.rows[first_row[begin] : first_row[t]],
+                    self.rows_per_tile[own],
+                    self.keys_of_first_row[own],
+                    self.keys_of_last_row[own],
+                    self.full_tiles[own],
+                    (self.on_device[0][own], self.on_device[1][own], self.on_device[2][own]),
+                    self.block_k,
+                )
+                begin, size = t, 0
+            size += sizes[t] if t < len(sizes) else 0
 
 
 @dataclass(frozen=True)

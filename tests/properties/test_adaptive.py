@@ -10,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_mminfer import Adaptive, ModalityMap
+from sglang_mminfer.patterns import choice
 from sglang_mminfer.patterns.choice import MARGIN
+from sglang_mminfer.patterns.estimated import Evidence
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
 from support import (
     Batch,
     alone,
     bases,
+    batches,
     boundary_2d,
     conversation,
     cut_out,
@@ -164,6 +167,23 @@ def test_a_tile_visits_what_its_rows_ask_for_and_whole_tiles_of_sink_and_window(
         return (by_tile[position // block_q] | always) & causal
 
     assert not (union(MARGIN / 2) & ~seen).any() and not (seen & ~union(2 * MARGIN)).any()
+
+
+@settings(max_examples=40)
+@given(batches(st.one_of(patterns_of_kind(Adaptive), growing)), st.sampled_from([1, 100, 2000]))
+def test_another_device_and_less_memory_change_nothing(batch, at_a_time):
+    """Elsewhere the host knows bounds in place of sizes, and scores are stored: all of it by torch, here on a CPU."""
+    wrapper = batch.planned()
+    expected = batch.run(wrapper)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evidence, "on_host", False)
+        patch.setattr(choice, "AT_A_TIME", at_a_time)
+        other = batch.planned()
+        got = batch.run(other)
+    for i in range(len(batch.maps)):
+        for h in range(len(batch.heads)):
+            assert torch.equal(other.visited_mask(i, h), wrapper.visited_mask(i, h))
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=5e-6)
 
 
 def test_a_tile_that_asks_for_more_than_the_budget_sees_everything_and_is_counted():
