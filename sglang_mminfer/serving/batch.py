@@ -114,6 +114,7 @@ class PrefillBatch:
             waited: whether the host waited for the device; without that, times are those of kernel launches and count
                 as 0.
         """
+        overflowing = sum(map(int, self.planner.overflow)) if waited and self.planner is not None else 0
         records = []
         for request in self.requests:
             sparse = request.dense_reason is None and self.sparse_layers > 0
@@ -134,6 +135,7 @@ class PrefillBatch:
                     forward_ms=self.forward_s * 1e3 if waited else 0.0,
                     encoded_again=again.times,
                     encoded_again_ms=again.milliseconds,
+                    overflowing_tiles=overflowing,
                 )
             )
         return records

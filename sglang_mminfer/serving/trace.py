@@ -109,7 +109,8 @@ def map_of_entries(entries: Sequence[MapEntry]) -> ModalityMap:
 class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One request in one prefill batch. Lengths are in tokens; times are in milliseconds, for the whole batch.
 
-    On a GPU without a trace, where nobody waits for the device, `density` is None and `attn_ms` and `forward_ms` are 0.
+    On a GPU without a trace, where nobody waits for the device, `density` is None, and `attn_ms`, `forward_ms` and
+    `overflowing_tiles` are 0.
 
     Attributes:
         segments: segments of the request's modality map; 0 without a map.
@@ -126,6 +127,8 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
         encoded_again: media that the vision encoder ran on again, because SGLang's embedding cache had refused them;
             see encoder_watch.py.
         encoded_again_ms: the time that took, part of forward_ms.
+        overflowing_tiles: query tiles of a head, in the whole batch, that saw everything because their rows asked for
+            more keys than their pattern's budget.
     """
 
     rid: str
@@ -145,6 +148,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     audit_failures: int = 0
     encoded_again: int = 0
     encoded_again_ms: float = 0.0
+    overflowing_tiles: int = 0
 
 
 def rank_path(path: str | os.PathLike[str], rank: int, data_rank: int = 0) -> str:

@@ -166,6 +166,11 @@ def test_layers_are_served_with_their_basis(monkeypatch: pytest.MonkeyPatch, tmp
             asked = pattern_mask(chat, CHOOSES, 0, n, n, view.q[:, head], keys, sm_scale=observed.SCALE, basis=own)
             seen = visited_mask(view.plan, head, slice(0, n), n)
             assert not (asked & ~seen).any() and float(seen.sum()) < 0.95 * n * (n + 1) / 2
+    assert watch.records[-1].overflowing_tiles == 0
+    config(tmp_path, dataclasses.replace(CHOOSES, budget=1e-6))
+    stingy = observed.prefill(str(path), monkeypatch, watch)
+    observed.run(stingy, observed.batch())
+    assert watch.records[-1].overflowing_tiles > 0
 
 
 def test_what_is_cached_has_another_name_with_another_basis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
