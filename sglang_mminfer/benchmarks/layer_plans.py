@@ -7,10 +7,10 @@ several rounds, because a busy machine only adds to them:
 
     prepare_ms         what needs no device (`BatchPlanner.prepare`); a server does it on a thread
     first_prepare_ms   the same for the first chunk of a request, which also reads the map
-    launch_ms          uploading and assembling: what Python and the launches of torch operations cost, measured with a
-                       chunk of few rows, whose tensors are so small that the operations themselves cost nothing
+    launch_ms          assembling: what Python and the launches of torch operations cost, measured with an early chunk
+                       of few rows, whose tensors are so small that the operations cost next to nothing themselves
     host_ms            prepare_ms + launch_ms
-    cpu_plan_ms        uploading and assembling the whole chunk on a CPU, which computes what a GPU would
+    cpu_plan_ms        uploading and assembling the last chunk on a CPU, which computes what a GPU would
     operations         torch operations, views apart
     kept_mb, layer_mb  what is on the device for all layers together, and what the largest plan of a layer adds
     kv_share           both, as a share of the keys and values of all layers (4 heads of 128 in bf16)
@@ -71,7 +71,7 @@ class _Operations(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 
@@ -101,16 +101,16 @@ def measure(config: str, length: str) -> dict[str, float | int]:
     patterns = [set(heads) for heads in layers]
     slots = torch.arange(chat.length)
 
-    def planner(rows: int) -> BatchPlanner:
-        chunk = RequestChunk(chat, chat.length - rows, chat.length, 0, slots)
-        return BatchPlanner([chunk], rows, dense_below=DENSE_BELOW, keep=False)
+    def planner(start: int, stop: int) -> BatchPlanner:
+        chunk = RequestChunk(chat, start, stop, 0, slots[:stop])
+        return BatchPlanner([chunk], stop - start, dense_below=DENSE_BELOW, keep=False)
 
     def prepare() -> float:
-        fresh = planner(CHUNK)
+        fresh = planner(chat.length - CHUNK, chat.length)
         return _milliseconds(lambda: fresh.prepare(layers))
 
     def plan() -> float:
-        fresh = planner(CHUNK)
+        fresh = planner(chat.length - CHUNK, chat.length)
         fresh.prepare(layers)
         return _milliseconds(lambda: _planned(fresh, layers))
 
@@ -118,9 +118,9 @@ def measure(config: str, length: str) -> dict[str, float | int]:
     gc.freeze()  # as a server that has started does; else each round would walk all of torch
     prepare_ms = min(prepare() for _ in range(ROUNDS))
     cpu_plan_ms = min(plan() for _ in range(ROUNDS // 3))
-    small = planner(FEW_ROWS)
+    small = planner(DENSE_BELOW, DENSE_BELOW + FEW_ROWS)
     launch_ms = min(_milliseconds(lambda: _planned(small, layers)) for _ in range(ROUNDS))
-    whole = planner(CHUNK)
+    whole = planner(chat.length - CHUNK, chat.length)
     whole.prepare(layers)
     with _Operations() as operations:
         largest = _planned(whole, layers)

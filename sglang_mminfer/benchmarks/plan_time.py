@@ -6,7 +6,7 @@ Each case is planned in a process of its own, by the files of this checkout and,
 git revision. The figures of a case are:
 
     first_ms                  processor time of the first planning, which also reads the map
-    plan_ms, clock_ms         processor time and wall-clock time of a later planning of the same chunk, the least of some
+    plan_ms, clock_ms         processor time and wall-clock time of a later planning of the same chunk, the least
     peak_mb                   how much the first planning added to the process's peak memory
     visits, query_tiles       (query tile, key tile) pairs and query tiles of the plan
     estimate_ms, estimate_mb  the cost that the planning budget estimates
