@@ -55,7 +55,7 @@ def assemble(
         np.array(numbers),
         np.array(copies),
     )
-    sizes = TileSizes(*on_host, alone=np.repeat([part.alone for part in parts], num_tiles))
+    sizes = TileSizes(on_host[0], on_host[1], on_host[2], np.repeat([part.alone for part in parts], num_tiles))
     rows, ranges = torch.cat([own.rows for own in tiles], dim=1), torch.cat([own.ranges for own in tiles], dim=1)
     excluded = torch.cat([own.excluded for own in tiles])
     device, room, (start, count) = rows.device, int(table[2, -1]), ranges.unbind()

@@ -39,6 +39,12 @@ class Uploads:
         self._tiles: dict[PlacedTiles, Tiles] = {}
         self._rows: dict[int, torch.Tensor] = {}  # by the id of what some of `_tiles` holds on the host
 
+    @property
+    def num_bytes(self) -> int:
+        """What is on the device."""
+        tensors = [x for own in self._tiles.values() for x in (own.ranges, own.excluded)]
+        return sum(x.nbytes for x in (*tensors, *self._rows.values()))
+
     def tiles(self, parts: Sequence[PlacedTiles]) -> list[Tiles]:
         """All of them, with one copy of what is new."""
         new = {part: None for part in parts if part not in self._tiles}

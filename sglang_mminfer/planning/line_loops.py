@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.block_plan import PAD_POSITION
 from sglang_mminfer.kernels.compiled import compiled
-from sglang_mminfer.modality.runs import Bools, Ints
-from sglang_mminfer.planning.row_loops import last_at_most
+from sglang_mminfer.planning.row_loops import Array, last_at_most
 
 UNKNOWN, NOTHING = -1, -2
 """What `tile_lines` remembers of a key tile before it has looked at its lanes, and where no lane counts."""
@@ -29,30 +27,30 @@ class Packs(NamedTuple):
     frame_starts: [frames], the position of each frame's first key.
     """
 
-    code: Ints
-    length: Ints
-    filled: Ints
-    num_lines: Ints
-    size: Ints
-    nearest_key: Ints
-    first_frame: Ints
-    num_frames: Ints
-    cells: Ints
-    rows: Ints
-    cols: Ints
-    alike: Ints
-    first_tile: Ints
-    frame_starts: Ints
+    code: Array
+    length: Array
+    filled: Array
+    num_lines: Array
+    size: Array
+    nearest_key: Array
+    first_frame: Array
+    num_frames: Array
+    cells: Array
+    rows: Array
+    cols: Array
+    alike: Array
+    first_tile: Array
+    frame_starts: Array
 
 
 class LineRows(NamedTuple):
-    """Rows of a chunk that have a cell, by pack, line and place in it. int64 [rows]: pack, index in the pack, line,
+    """Rows of a chunk that have a cell, by pack, line and place in it. int64 [rows]: pack, place in the pack, line,
     and position."""
 
-    pack: Ints
-    index: Ints
-    line: Ints
-    position: Ints
+    pack: Array
+    place: Array
+    line: Array
+    position: Array
 
 
 class TileEnds(NamedTuple):
@@ -62,9 +60,9 @@ class TileEnds(NamedTuple):
     the tile is not filled. ascend_to: from here to ascend_to - 1 both ascend.
     """
 
-    nearest: Ints
-    farthest: Ints
-    ascend_to: Ints
+    nearest: Array
+    farthest: Array
+    ascend_to: Array
 
 
 class LineTiles(NamedTuple):
@@ -74,11 +72,11 @@ class LineTiles(NamedTuple):
     in `RowTiles`.
     """
 
-    rows: NDArray[np.int32]
-    rows_per_tile: NDArray[np.int32]
-    ranges: NDArray[np.int32]
-    ends: NDArray[np.int32]
-    excluded: NDArray[np.int32]
+    rows: Array
+    rows_per_tile: Array
+    ranges: Array
+    ends: Array
+    excluded: Array
 
 
 @compiled
@@ -147,7 +145,7 @@ def ends_of_tiles(packs: Packs, block_k: int) -> TileEnds:
 
 @compiled
 def _exclude(
-    packs: Packs, pack: int, tile: int, first_key: int, skipped_line: int, block_k: int, excluded: NDArray[np.int32]
+    packs: Packs, pack: int, tile: int, first_key: int, skipped_line: int, block_k: int, excluded: Array
 ) -> bool:
     """Write which lanes of a key tile do not count, and return whether any does."""
     length, size = packs.length[pack], packs.size[pack]
@@ -174,9 +172,9 @@ def tile_lines(
     packs: Packs,
     rows: LineRows,
     tile_ends: TileEnds,
-    bound: Ints,
-    row_codes: Bools,
-    key_codes: Bools,
+    bound: Array,
+    row_codes: Array,
+    key_codes: Array,
     q_start: int,
     row_start: int,
     first_key: int,
@@ -204,7 +202,7 @@ def tile_lines(
         p, stop = rows.pack[i], bound[rows.position[i] - q_start]
         if stop <= first_key or rows.line[i] == skip or not row_codes[packs.code[p]]:
             continue
-        own = rows.index[i] // block_q
+        own = rows.place[i] // block_q
         if t < 0 or pack[t] != p or number[t] != own:
             t += 1
             pack[t], number[t], least[t], most[t] = p, own, stop, stop
@@ -242,7 +240,8 @@ def tile_lines(
             partial = _with_room(partial, num_partial + high - block)
             gathered = _rows_with_room(gathered, own_gathered + high - block)
             ranges = _with_room(ranges, num_ranges + num_partial + own_gathered + high - block)
-            full_start = full_stop = np.int64(-1)
+            full_start: Any = np.int64(-1)
+            full_stop: Any = np.int64(-1)
             while block < high:
                 stop = min(tile_ends.ascend_to[block], high)
                 if nearest[block] >= most[t]:
@@ -291,7 +290,7 @@ def tile_lines(
 
 
 @compiled
-def _append(ranges: NDArray[np.int32], number: int, start: int, stop: int) -> int:
+def _append(ranges: Array, number: int, start: int, stop: int) -> int:
     """Append the key tiles start .. stop - 1 to so many ranges, if there are any. Returns how many ranges there are."""
     if start < stop:
         ranges[0, number], ranges[1, number] = start, stop - start
@@ -300,7 +299,7 @@ def _append(ranges: NDArray[np.int32], number: int, start: int, stop: int) -> in
 
 
 @compiled
-def _with_room(values: NDArray[np.int32], room: int) -> NDArray[np.int32]:
+def _with_room(values: Array, room: int) -> Array:
     """int32 [2, values], in an array with room for so many."""
     if room <= values.shape[1]:
         return values
@@ -310,7 +309,7 @@ def _with_room(values: NDArray[np.int32], room: int) -> NDArray[np.int32]:
 
 
 @compiled
-def _rows_with_room(values: NDArray[np.int32], room: int) -> NDArray[np.int32]:
+def _rows_with_room(values: Array, room: int) -> Array:
     """int32 [values, words], in an array with room for so many."""
     if room <= values.shape[0]:
         return values

@@ -80,7 +80,7 @@ class LineOrder:
             cells=cells,
             rows=rows,
             cols=cols,
-            alike=np.searchsorted(shape, shape),
+            alike=shape.searchsorted(shape),
             first_tile=np.concatenate([[0], np.cumsum(-(-size // block_k))]),
             frame_starts=frame_starts,
         )

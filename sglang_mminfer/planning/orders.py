@@ -75,7 +75,7 @@ class ColumnOrder:
     def positions_of(orders: Sequence[ColumnOrder], device: torch.device) -> Sequence[torch.Tensor]:
         padding = [np.full(-len(order.keys) % order.block_k, PAD_POSITION) for order in orders]
         parts = to_device(device, *(part for order, own in zip(orders, padding) for part in (order.keys, own)))
-        return torch.cat(parts).split([order.num_tiles * order.block_k for order in orders])
+        return torch.cat(list(parts)).split([order.num_tiles * order.block_k for order in orders])
 
 
 class KeyOrders:

@@ -162,6 +162,11 @@ class BatchPlanner:
         layer.plan = plan if wanted_again and layer.is_static and self.keep else None
         return plan
 
+    @property
+    def uploaded_bytes(self) -> int:
+        """What the plans so far hold on the device, beside their own tensors and the key table."""
+        return self._uploads.num_bytes
+
     def _layer(self, heads: Sequence[HeadPattern | None]) -> _Layer:
         name = tuple(heads)
         layer = self._layers.get(name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.compiled import compiled
-from sglang_mminfer.modality.runs import Bools, Ints
+
+Array = NDArray[Any]
+"""Of a type that the docstrings name: to numba a number of an array is a plain number, to other checkers it is not."""
 
 # How a key tile is visited, and so which mask it needs: none, a comparison of positions, that and a mask of lanes.
 FULL, PARTIAL, GATHERED = range(3)
@@ -21,10 +23,10 @@ class RunTable(NamedTuple):
     int64 [sets + 1].
     """
 
-    starts: Ints
-    stops: Ints
-    before: Ints
-    first: Ints
+    starts: Array
+    stops: Array
+    before: Array
+    first: Array
 
 
 class Wanted(NamedTuple):
@@ -34,11 +36,11 @@ class Wanted(NamedTuple):
     whether rows also visit along lines. estimated: bool, an estimate alone says what is visited.
     """
 
-    sink: Ints
-    local: Ints
-    of_one_more: Ints
-    lines: Bools
-    estimated: Bools
+    sink: Array
+    local: Array
+    of_one_more: Array
+    lines: Array
+    estimated: Array
 
 
 class RowCut(NamedTuple):
@@ -50,11 +52,11 @@ class RowCut(NamedTuple):
     the tiles of group g are tile_first[g] to tile_first[g + 1] - 1.
     """
 
-    rows: NDArray[np.int32]
-    rows_per_tile: NDArray[np.int32]
-    first_row: Ints
-    indptr: Ints
-    tile_first: Ints
+    rows: Array
+    rows_per_tile: Array
+    first_row: Array
+    indptr: Array
+    tile_first: Array
 
 
 class RowTiles(NamedTuple):
@@ -72,19 +74,19 @@ class RowTiles(NamedTuple):
     has no such key. column_ends: int64 [pairs, 2], the columns from there to the end of the chunk, which are gathered.
     """
 
-    order: NDArray[np.int32]
-    ranges: NDArray[np.int32]
-    ends: NDArray[np.int32]
-    excluded: NDArray[np.int32]
-    group_of_order: Ints
-    bound: Ints
-    counts: Ints
-    first_key: Ints
-    column_ends: Ints
+    order: Array
+    ranges: Array
+    ends: Array
+    excluded: Array
+    group_of_order: Array
+    bound: Array
+    counts: Array
+    first_key: Array
+    column_ends: Array
 
 
 @compiled
-def last_at_most(values: Ints, low: int, high: int, value: int) -> int:
+def last_at_most(values: Array, low: int, high: int, value: int) -> int:
     """The last i in low .. high - 1 with values[i] <= value, of ascending values; low - 1 where there is none."""
     while low < high:
         middle = (low + high) // 2
@@ -112,7 +114,7 @@ def select(runs: RunTable, number: int, index: int) -> int:
 
 
 @compiled
-def first_runs(groups: RunTable, sees_whole: Bools, keys: RunTable, wanted: Wanted, block_q: int) -> NDArray[np.int32]:
+def first_runs(groups: RunTable, sees_whole: Array, keys: RunTable, wanted: Wanted, block_q: int) -> Array:
     """int32 [runs]: the run with which the tiles of each run's rows begin.
 
     A window reaches from a tile's first row to its last, so that a tile with text from both sides of a video would
@@ -138,9 +140,7 @@ def first_runs(groups: RunTable, sees_whole: Bools, keys: RunTable, wanted: Want
 
 
 @compiled
-def cut_rows(
-    groups: RunTable, first_run: NDArray[np.int32], q_start: int, kv_len: int, row_start: int, block_q: int
-) -> RowCut:
+def cut_rows(groups: RunTable, first_run: Array, q_start: int, kv_len: int, row_start: int, block_q: int) -> RowCut:
     """The rows [q_start, kv_len), group by group.
 
     Args:
@@ -176,7 +176,7 @@ def cut_rows(
 
 
 @compiled
-def _sort_by_kind(kind: Ints, order: Ints, ranges: Ints, begin: int, end: int) -> None:
+def _sort_by_kind(kind: Array, order: Array, ranges: Array, begin: int, end: int) -> None:
     """Sort a tile's ranges begin .. end - 1 by kind. Those of one kind stay in their order."""
     for i in range(begin + 1, end):
         own = kind[i], order[i], ranges[0, i], ranges[1, i]
@@ -195,11 +195,11 @@ def _sort_by_kind(kind: Ints, order: Ints, ranges: Ints, begin: int, end: int) -
 @compiled
 def tile_rows(
     cut: RowCut,
-    sees_whole: Bools,
+    sees_whole: Array,
     keys: RunTable,
     wanted: Wanted,
-    columns: Ints,
-    column_first: Ints,
+    columns: Array,
+    column_first: Array,
     row_start: int,
     num_rows: int,
     kv_len: int,
@@ -247,11 +247,12 @@ def tile_rows(
                 if stop == 0 or (wanted.estimated[p] and not sees_whole[g, p]):
                     continue
                 # Two ranges of key tiles, the sink's and the window's, each full at first and then partial.
-                window = sink_stop = np.int64(0)
+                window: Any = np.int64(0)
+                sink_stop: Any = np.int64(0)
                 if not sees_whole[g, p]:
                     window = max(keys_of_first_row - wanted.local[p], 0) // block_k
                     sink_stop = min(window, stop, -(-wanted.sink[p] // block_k))
-                for low, high in ((np.int64(0), sink_stop), (window, stop)):
+                for low, high in ((0 * window, sink_stop), (window, stop)):
                     for k, a, b in ((FULL, low, min(high, full_tiles)), (PARTIAL, max(low, full_tiles), high)):
                         if a < b:
                             order[n], kind[n], ranges[0, n], ranges[1, n] = 2 * p, k, a, b - a
@@ -299,7 +300,7 @@ def tile_rows(
 
 
 @compiled
-def place(order: Ints, ranges: Ints, ends: Ints, excluded: Ints, first_tile: Ints) -> tuple[Ints, Ints, Ints]:
+def place(order: Array, ranges: Array, ends: Array, excluded: Array, first_tile: Array) -> tuple[Array, Array, Array]:
     """`ranges`, with numbers in a table in place of those in an order, those of each tile and kind sorted by them;
     `excluded`, sorted with them; and int32 [T, 3], how many key tiles of each kind each tile visits.
 

@@ -130,7 +130,7 @@ def test_an_order_holds_every_key_of_its_shapes_once_and_knows_its_tiles(chat, s
     placed = [p for p in range(q_start, kv_len) if cells[p] >= 0]
     assert sorted(rows.position.tolist()) == placed
     assert (rows.line == cells[torch.from_numpy(rows.position)].numpy()).all()
-    in_order = packs.first_tile[rows.pack] * block_k + rows.index
+    in_order = packs.first_tile[rows.pack] * block_k + rows.place
     assert (np.diff(in_order) > 0).all()
     assert torch.equal(positions.flatten()[torch.from_numpy(in_order)], torch.from_numpy(rows.position).int())
     real = positions.flatten() < PAD_POSITION
