@@ -23,9 +23,9 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     rows, belong to the head; where there are none, the score is q . k. A text row that has vision before it sees all,
     unless a boundary says otherwise.
 
-    What a row asks for depends on the row and the keys before it alone, so it is the same however a prompt is cut. A
-    query tile visits what any of its rows asks for, or everything if that is more than `budget` of the keys between the
-    sink and the window.
+    Under a 2D-Boundary sink, window and scores are those of a pair's own keys. What a row asks for depends on the row
+    and the keys before it alone, so it is the same however a prompt is cut. A query tile visits what any of its rows
+    asks for, or everything if that is more than `budget` of the keys between the sink and the window.
 
     Scores are rounded. Planning keeps a key whose score lies below the bound by no more than `choice.MARGIN`, so
     that its float32 visits whatever the exact rule's float64 asks for.
