@@ -112,6 +112,17 @@ def check(
     return Answer(error, lse_error, repeatable, TOLERANCE[dtype])
 
 
+def compile_ahead() -> None:
+    """Compile the loops of planning, or load them: the first process of a machine takes seconds for it, which no
+    request should wait for."""
+    grid = VisionGrid(2, 2, 2, (1, 5))
+    chat = ModalityMap(
+        [Segment(Modality.TEXT, 0, 1), Segment(Modality.VIDEO, 1, 9, grid), Segment(Modality.TEXT, 9, 10)]
+    )
+    head = Grid("frame", v=True, h=True, s=True, phase=0, sink=0, local=1)
+    BatchPlanner([RequestChunk(chat, 0, 10, 0, torch.arange(10))], 10, block_q=4, block_k=2).plan([head])
+
+
 def why_unfit(runner: Any, executor: str, device: torch.device, ranks: int, dense_backend: str) -> str | None:
     """Runs the case through the executor before the first request.
 

@@ -22,7 +22,7 @@ from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.budget import PlanBudget, line_strides
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
-from sglang_mminfer.planning.planner import BatchPlanner, compile_ahead, worker
+from sglang_mminfer.planning.planner import BatchPlanner, worker
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
@@ -102,7 +102,7 @@ class SparsePrefill:
         self.executor = executors.name_for(settings.executor(), self.device)
         self.unfit: str | None = None
         if not self._all_dense:
-            compile_ahead()
+            self_check.compile_ahead()
             self.unfit = self_check.why_unfit(runner, self.executor, self.device, self.ranks, dense_backend)
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
