@@ -182,8 +182,8 @@ def _choose(
         bound += rule.ln_alpha - MARGIN
         queries = own.project_queries(evidence, rule.rank, q)
         key, stop = (int(between.first[t] + n) * tiles.block_k for n in (0, between.num_tiles[t]))
-        asked = chosen[own.index, int(before[t]) : int(before[t + 1])]
-        scan(low, queries, bound, key, stop, asked)
+        asked = scan(low, queries, bound, key, stop)
+        chosen[own.index, int(before[t]) : int(before[t + 1])] = asked
         count[own.index, t] = asked.sum(dim=1)
 
     items = [(own, t) for own in by_form for t in np.flatnonzero(between.num_tiles).tolist()]
@@ -195,23 +195,22 @@ def _choose(
     return chosen, count
 
 
-def scan_on_device(
-    low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int, out: torch.Tensor
-) -> None:
-    """See `choice_loops.any_row_above`."""
+def scan_on_device(low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int) -> torch.Tensor:
+    """bool [heads, stop - key]: what `choice_loops.any_row_above` gives."""
     heads, rows = bound.shape
-    size = max(SLAB // (heads * rows), 1)
+    size, asked = max(SLAB // (heads * rows), 1), []
     for begin in range(key, stop, size):
-        end = min(begin + size, stop)
-        scores = torch.addmm(-bound.reshape(-1, 1), queries.flatten(0, 1), low[:, begin:end])
-        out[:, begin - key : end - key] = scores.view(heads, rows, -1).amax(dim=1) > 0
+        scores = torch.addmm(-bound.reshape(-1, 1), queries.flatten(0, 1), low[:, begin : min(begin + size, stop)])
+        asked.append(scores.view(heads, rows, -1).amax(dim=1) > 0)
+    return torch.cat(asked, dim=1)
 
 
-def scan_on_host(
-    low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int, out: torch.Tensor
-) -> None:
-    """See `choice_loops.any_row_above`."""
-    any_row_above(low.numpy(), queries.contiguous().numpy(), bound.contiguous().numpy(), key, stop, out.numpy())
+def scan_on_host(low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int) -> torch.Tensor:
+    """bool [heads, stop - key]: what `choice_loops.any_row_above` gives."""
+    asked = torch.empty(len(bound), stop - key, dtype=torch.bool)
+    arrays = (x.contiguous().numpy() for x in (low, queries, bound))  # of one layout, so that one build serves all
+    any_row_above(*arrays, key, stop, asked.numpy())
+    return asked
 
 
 def _log_mass(

@@ -18,6 +18,7 @@ from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.adaptive import Adaptive
 from sglang_mminfer.patterns.boundary import HeadPattern, QBoundary
 from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.patterns.tri_shape import TriShape
@@ -120,7 +121,8 @@ def compile_ahead() -> None:
         [Segment(Modality.TEXT, 0, 1), Segment(Modality.VIDEO, 1, 9, grid), Segment(Modality.TEXT, 9, 10)]
     )
     head = Grid("frame", v=True, h=True, s=True, phase=0, sink=0, local=1)
-    BatchPlanner([RequestChunk(chat, 0, 10, 0, torch.arange(10))], 10, block_q=4, block_k=2).plan([head])
+    planner = BatchPlanner([RequestChunk(chat, 0, 10, 0, torch.arange(10))], 10, block_q=4, block_k=2)
+    planner.plan([head, Adaptive(sink=0, local=1, rank=1, alpha=1.0)], *torch.zeros(2, 10, 2, 8))
 
 
 def why_unfit(runner: Any, executor: str, device: torch.device, ranks: int, dense_backend: str) -> str | None:
