@@ -11,7 +11,7 @@ import torch
 
 from sglang_mminfer.patterns.base import Count, Share, Size
 from sglang_mminfer.patterns.choice import Between, HeadsOfKeys, Rule, pick
-from sglang_mminfer.patterns.estimated import Added, Estimated, Evidence, Masses, Picked, QueryTiles
+from sglang_mminfer.patterns.estimated import Added, Estimated, Evidence, Findings, Picked, QueryTiles
 from sglang_mminfer.patterns.index import TEXT_AFTER_VISION, PairIndex, Scope
 from sglang_mminfer.patterns.pair import Pair
 
@@ -71,14 +71,14 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     def looks_at(self, rows: int, keys: int) -> float:
         return rows * (2 * keys - rows) / 2 / 8  # about: 0.11 to 0.33 of dense were measured at 32K keys on a CPU
 
-    def estimate(self, evidence: Evidence) -> Masses:
+    def estimate(self, evidence: Evidence) -> Findings:
         """The low-rank form of the keys of the class, for each of `HeadsOfKeys.of`."""
         return tuple(heads.project(evidence, self.rank) for heads in HeadsOfKeys.of(evidence))
 
-    def select(self, evidence: Evidence, masses: Masses, tiles: QueryTiles) -> Picked:
+    def select(self, evidence: Evidence, findings: Findings, tiles: QueryTiles) -> Picked:
         between = Between.of(self.sink, self.local, tiles)
         rule = Rule(self.sink, self.local, self.rank, math.log(self.alpha), self.budget)
-        lanes, first, count, overflow = pick(evidence, masses, tiles, between, rule)
+        lanes, first, count, overflow = pick(evidence, findings, tiles, between, rule)
         first_between, tiles_between = between.upload(evidence.q.device, between.first, between.num_tiles)
         # A query tile visits either all key tiles between sink and window, or those that were picked: whole ones, and
         # one that is filled in part.

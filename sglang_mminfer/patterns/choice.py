@@ -17,7 +17,7 @@ from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.threads import for_each
 from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.patterns.choice_loops import DIMENSIONS, any_row_above
-from sglang_mminfer.patterns.estimated import Evidence, Masses, QueryTiles
+from sglang_mminfer.patterns.estimated import Evidence, Findings, QueryTiles
 
 MARGIN = 1e-3
 """How far below its bound a score may lie and its key be kept all the same: more than what rounding takes."""
@@ -127,7 +127,7 @@ class Rule(NamedTuple):
 
 
 def pick(
-    evidence: Evidence, masses: Masses, tiles: QueryTiles, between: Between, rule: Rule
+    evidence: Evidence, findings: Findings, tiles: QueryTiles, between: Between, rule: Rule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The keys that each query tile picks.
 
@@ -138,7 +138,7 @@ def pick(
     lanes, firsts, counts, overflows, key_tiles = [], [], [], [], 0
     for part in tiles.parts(between.num_keys * len(evidence.heads), AT_A_TIME):
         own = Between.of(rule.sink, rule.local, part)
-        chosen, count = _choose(evidence, masses, part, own, rule)
+        chosen, count = _choose(evidence, findings, part, own, rule)
         within = np.floor(rule.budget * own.num_keys).astype(np.int64)
         overflow = count > own.upload(evidence.q.device, within)[0]
         count = count.masked_fill(overflow, 0)
@@ -152,7 +152,7 @@ def pick(
 
 
 def _choose(
-    evidence: Evidence, masses: Masses, tiles: QueryTiles, between: Between, rule: Rule
+    evidence: Evidence, findings: Findings, tiles: QueryTiles, between: Between, rule: Rule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which keys any row of each query tile asks for.
 
@@ -170,7 +170,7 @@ def _choose(
         keys_of_row = torch.searchsorted(evidence.keys, position, right=True, out_int32=True)
     (heads,) = to_device(device, np.array(evidence.heads))
     scan = scan_on_host if evidence.on_host else scan_on_device
-    by_form = [(own, low, own.keys(evidence, slice(rule.sink))) for own, low in zip(HeadsOfKeys.of(evidence), masses)]
+    by_form = [(own, low, own.keys(evidence, slice(rule.sink))) for own, low in zip(HeadsOfKeys.of(evidence), findings)]
 
     def choose_for(item: tuple[tuple[HeadsOfKeys, torch.Tensor, torch.Tensor], int]) -> None:
         (own, low, sink_keys), t = item

@@ -22,7 +22,7 @@ from sglang_mminfer.patterns.base import Pattern
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.index import Scope
 
-Masses = tuple[torch.Tensor, ...]
+Findings = tuple[torch.Tensor, ...]
 
 
 class CachedKeys(Protocol):
@@ -155,11 +155,12 @@ class Estimated(Pattern):
         """What the estimate costs for so many rows that end at so many keys, in (row, key) pairs of attention."""
 
     @abstractmethod
-    def estimate(self, evidence: Evidence) -> Masses:
-        """What `select` picks from, for all heads together: computed once for each scope."""
+    def estimate(self, evidence: Evidence) -> Findings:
+        """What `select` needs of all heads, in a form of the pattern's own: computed once for each scope. It is kept
+        while a layer is planned, so it is small: what a pattern picks from is let go at once."""
 
     @abstractmethod
-    def select(self, evidence: Evidence, masses: Masses, tiles: QueryTiles) -> Picked:
+    def select(self, evidence: Evidence, findings: Findings, tiles: QueryTiles) -> Picked:
         """What each head picks for each query tile."""
 
 
@@ -176,7 +177,7 @@ class Crossings(Protocol):
     keys_of_last_row: torch.Tensor
 
     def ranges(self, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key tiles number 0 to below[t] - 1 that are crossed: start and count, int64 [H, T, S]; starts ascend, no two
+        """Key tiles number 0 to below[t] - 1 that are crossed: start and count, int32 [H, T, S]; starts ascend, no two
         overlap. A range has at most 2 tiles more than lie between a query tile's first row and its last."""
         ...
 

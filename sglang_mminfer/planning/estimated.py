@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sglang_mminfer.kernels.block_plan import PAD_POSITION, KeyTable
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.patterns.basis import Basis
-from sglang_mminfer.patterns.estimated import Estimated, Evidence, Masses, Picked, QueryTiles
+from sglang_mminfer.patterns.estimated import Estimated, Evidence, Findings, Picked, QueryTiles
 from sglang_mminfer.patterns.index import Scope
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.device_tiles import Tiles
@@ -39,19 +39,19 @@ class Estimates:
     ) -> None:
         self.request, self.heads, self.k_cache, self.sm_scale, self.basis = request, heads, k_cache, sm_scale, basis
         self.q = q[request.row_start : request.row_start + request.num_rows]
-        self._masses: dict[tuple, tuple[Evidence, Masses]] = {}
+        self._findings: dict[tuple, tuple[Evidence, Findings]] = {}
         self.overflow: list[torch.Tensor] = []
 
     def of(self, pattern: Estimated, scope: Scope, tiles: QueryTiles) -> Picked:
         """See `Estimated.select`."""
         name = (pattern, scope.rows, scope.keys)
-        if name not in self._masses:
+        if name not in self._findings:
             keys = None
             if scope.keys is not None:
                 keys = CompactOrder.positions_of([CompactOrder(scope.key_members, 1)], self.q.device)[0].long()
             evidence = Evidence(self.request, scope, self.heads, self.q, self.k_cache, keys, self.sm_scale, self.basis)
-            self._masses[name] = evidence, pattern.estimate(evidence)
-        picked = pattern.select(*self._masses[name], tiles)
+            self._findings[name] = evidence, pattern.estimate(evidence)
+        picked = pattern.select(*self._findings[name], tiles)
         if picked.overflow is not None:
             self.overflow.append(picked.overflow)
         return picked
