@@ -71,6 +71,12 @@ EXECUTOR = Setting(
     "Which kernel runs the plans: `auto` (`triton` on a GPU, `torch` elsewhere), `torch`, `triton`, or `flashinfer` "
     "(the same plans on FlashInfer's kernels, if Triton must not be used).",
 )
+SPARSE = Setting(
+    "SGLANG_MMINFER_SPARSE",
+    "faster",
+    "When a chunk that can run sparse does: `faster` (if that is estimated to take less time than dense attention; "
+    "others are counted as `not_faster`), or `always`.",
+)
 DENSE_HEADS = Setting(
     "SGLANG_MMINFER_DENSE_HEADS",
     "auto",
@@ -122,6 +128,7 @@ SETTINGS: tuple[Setting, ...] = (
     CONFIG,
     AUDIT,
     EXECUTOR,
+    SPARSE,
     DENSE_HEADS,
     PLAN_BUDGET_MS,
     PLAN_BUDGET_MB,
@@ -133,6 +140,7 @@ SETTINGS: tuple[Setting, ...] = (
 )
 
 EXECUTOR_CHOICES = ("auto", "torch", "triton", "flashinfer")
+SPARSE_CHOICES = ("faster", "always")
 DENSE_HEADS_CHOICES = ("auto", "stock", "own")
 MOST_MEGAPIXELS = 178
 """PIL refuses to open larger pictures."""
@@ -144,6 +152,11 @@ MODEL_KEY = "mminfer_config"
 def executor() -> str:
     """The executor for sparse layers: what the variable names, else "auto". Not checked against EXECUTOR_CHOICES."""
     return EXECUTOR.read() or EXECUTOR.default
+
+
+def sparse() -> str:
+    """When a chunk that can run sparse does: what the variable names, else "faster". Not checked."""
+    return SPARSE.read() or SPARSE.default
 
 
 def dense_heads() -> str:

@@ -15,6 +15,7 @@ from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.serving import observe
 from sglang_mminfer.serving.encoder_watch import EncodedAgain
+from sglang_mminfer.serving.stock_rows import StockRows
 from sglang_mminfer.serving.trace import PrefillRecord, map_entries
 
 
@@ -74,6 +75,7 @@ class PrefillBatch:
     Attributes:
         num_rows: rows of q.
         planner: None if the whole batch runs dense.
+        stock_rows: rows that the stock backend computes while the plan computes the others; None if there are none.
         sparse_layers: layers that ran sparse so far.
         layer_reasons: how many layers ran dense, by reason.
         masked: whether the dense backend's metadata hold a mask of the model's own.
@@ -93,6 +95,7 @@ class PrefillBatch:
         ]
         self.num_rows = starts[-1]
         self.planner: BatchPlanner | None = None
+        self.stock_rows: StockRows | None = None
         self.sparse_layers = 0
         self.layer_reasons: Counter[str] = Counter()
         self.masked = False

@@ -63,7 +63,7 @@ def without_raster(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def short(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
-    object.__setattr__(prefill, "head_config", SimpleNamespace(defaults=SimpleNamespace(dense_below=LENGTH)))
+    patch.setattr(prefill.choice, "dense_below", LENGTH)
 
 
 def failing(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,8 @@ REQUESTS: dict[str, tuple[str, Change]] = {
     "short": ("test_a_shape", short),
     "dense_config": ("dense", nothing),
     "no_raster": ("test_grid_frame", behind_a_gridless_video),
-    "plan_budget": ("test_a_shape", lambda p, b, m: m.setattr(type(p._budget), "allows", lambda *arguments: False)),
+    "plan_budget": ("test_a_shape", lambda p, b, m: m.setattr(type(p.choice.budget), "allows", lambda *_: False)),
+    "not_faster": ("test_covering", lambda p, b, m: m.setattr(p.choice, "only_if_faster", True)),
     "no_prompt_length": ("test_a_shape", no_length),
     "no_offsets": ("test_a_shape", offsets(None)),
     "bad_offsets": ("test_a_shape", offsets([3])),

@@ -74,7 +74,7 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str, make
             q, layer = torch.empty(rows, pool.q.shape[-1], device="cuda"), observed.layer(number)
             start = prefill.clock()
             assert prefill.takes(q, layer, {})
-            out = prefill.run_layer(q, layer, lambda some, view: some)
+            out = prefill.run_layer(q, None, None, layer, lambda some, view: some)
             assert out is not None and out.shape == q.shape
             prefill.layer_done(q, layer, {}, out, start)
         assert prefill.failures == 0 and prefill.batch is None
