@@ -1,10 +1,9 @@
 """The contract between planning and every executor.
 
-A `PrefillPlan` is a short list of passes over one ragged batch. A pass (`BlockPlan`) visits every (row, head) at most
-once, and no two passes visit the same (row, head, key), so the passes of a row join exactly by their LSE.
-
-A pass is a list of query tiles. Each query tile has its rows, the heads that share it, and the key tiles that it
-visits, in three parts, each ascending:
+A `BlockPlan` says what one layer computes of one ragged batch. It is a list of query tiles in one or more passes. A
+pass visits every (row, head) at most once, and no two tiles visit the same (row, head, key), so what the tiles of a row
+say joins exactly by LSE. Each query tile has its rows, the heads that share it, and the key tiles that it visits, in
+three parts, each ascending:
 
     full      every row sees every key: no mask
     partial   a row sees the keys below its bound: positions are compared
@@ -20,14 +19,13 @@ The second condition is for keys that the query tile visits in another key tile,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-
-from .indexing import to_device
+from numpy.typing import NDArray
 
 PAD_POSITION = torch.iinfo(torch.int32).max  # the position of padding keys: no row's bound lies above it
 
@@ -65,12 +63,30 @@ def unpack_lanes(words: torch.Tensor, block_k: int) -> torch.Tensor:
     return (bits & 1).bool().flatten(-2)[..., :block_k]
 
 
+@dataclass(frozen=True)
+class TileSizes:
+    """What the host knows of the query tiles of a plan; arrays have a value for each tile.
+
+    rows:   int64, rows of the tile.
+    visits: int64, a bound on the key tiles that it visits; exact where the pattern is static.
+    group:  int64, index into `head_groups`, as `q_heads` says it on the device.
+    request: int64, the request of the batch that its rows are of.
+    alone:  bool, no other tile has any (row, head) of this one.
+    """
+
+    rows: NDArray[np.int64]
+    visits: NDArray[np.int64]
+    group: NDArray[np.int64]
+    request: NDArray[np.int64]
+    alone: NDArray[np.bool_]
+
+
 @dataclass
 class BlockPlan:
-    """One pass: T query tiles of R rows in all, and nnz visits, which are (query tile, key tile) pairs. All int32.
+    """T query tiles of R rows in all, and nnz visits, which are (query tile, key tile) pairs. All tensors are int32.
 
     q_rows:         [R] the row of q and out.
-    q_stop:         [R] exclusive bound on the key positions that the row may see in this pass.
+    q_stop:         [R] exclusive bound on the key positions that the row may see in this tile.
     q_indptr:       [T + 1] the rows of tile t are q_rows[q_indptr[t] : q_indptr[t + 1]], at most block_q of them.
     q_heads:        [T] index into `head_groups`: the query heads that run this tile.
     block_indptr:   [T + 1] the visits of tile t are block_indices[block_indptr[t] : block_indptr[t + 1]].
@@ -80,7 +96,11 @@ class BlockPlan:
     num_gathered:   [T] how many visits of a tile are gathered: the last ones.
     excluded_lanes: [at least all gathered, words] the excluded lanes, packed by `pack_lanes`: a row for each gathered
                     key tile in the order of the visits.
-    num_work:       how many (query tile, head) pairs there are; None where only the device knows.
+    gathered_start: [T] the row of `excluded_lanes` that belongs to a tile's first gathered key tile.
+    num_rows, num_heads: rows and query heads of q.
+    pass_indptr:    the tiles of pass i are pass_indptr[i] to pass_indptr[i + 1] - 1.
+    known_sizes:    what the planner knew of the tiles on the host.
+    once:           the plan runs only once, so an executor drops what it made of a tile as soon as the tile has run.
     derived:        what executors have made of the plan and keep with it, by keys of their own.
     """
 
@@ -95,27 +115,69 @@ class BlockPlan:
     num_gathered: torch.Tensor
     excluded_lanes: torch.Tensor
     head_groups: tuple[tuple[int, ...], ...]
+    num_rows: int
+    num_heads: int
     block_q: int
     block_k: int
-    num_work: int | None = None
+    pass_indptr: tuple[int, ...] = ()
+    gathered_start: torch.Tensor = None  # type: ignore[assignment]
+    known_sizes: TileSizes | None = None
+    once: bool = False
     derived: dict[tuple[object, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.gathered_start is None:
+            self.gathered_start = (self.num_gathered.cumsum(0) - self.num_gathered).to(torch.int32)
+        if not self.pass_indptr:
+            self.pass_indptr = (0, self.num_tiles) if self.num_tiles else (0,)
 
     @property
     def num_tiles(self) -> int:
         return len(self.q_heads)
 
     @cached_property
-    def group_arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`head_groups` on the device, int32: the sizes, where each group begins, and the heads of all groups."""
-        sizes = np.array([len(heads) for heads in self.head_groups], dtype=np.int64)
-        heads = np.array([head for heads in self.head_groups for head in heads], dtype=np.int64)
-        on_device = to_device(self.q_rows.device, sizes, np.cumsum(sizes) - sizes, heads)
-        return on_device[0], on_device[1], on_device[2]
+    def sizes(self) -> TileSizes:
+        """The sizes of the tiles. Waits for the device if the planner did not say them."""
+        if self.known_sizes is not None:
+            return self.known_sizes
+        rows, visits, group = (
+            x.cpu().numpy().astype(np.int64) for x in (self.q_indptr.diff(), self.block_indptr.diff(), self.q_heads)
+        )
+        return TileSizes(rows, visits, group, np.zeros_like(rows), np.full(len(rows), len(self.pass_indptr) == 2))
+
+    def visited_area(self, num_requests: int) -> NDArray[np.int64]:
+        """int64 [num_requests]: (row, key, query head) triples in visited tiles, a bound as `TileSizes.visits` is. More
+        than what the rows see by the keys of partial tiles that they do not see."""
+        heads = np.array([len(group) for group in self.head_groups], dtype=np.int64)
+        area = self.sizes.rows * self.sizes.visits * heads[self.sizes.group] * self.block_k
+        return np.bincount(self.sizes.request, area, minlength=num_requests).astype(np.int64)
 
     @cached_property
-    def gathered_start(self) -> torch.Tensor:
-        """int32 [T]: the row of `excluded_lanes` that belongs to a query tile's first gathered key tile."""
-        return (self.num_gathered.cumsum(0) - self.num_gathered).to(torch.int32)
+    def passes(self) -> tuple[BlockPlan, ...]:
+        """Each pass as a plan of its own, whose tensors are views of this one's."""
+        if len(self.pass_indptr) == 2:
+            return (self,)
+        rows = np.concatenate([[0], self.sizes.rows.cumsum()])
+        views = []
+        for first, stop in zip(self.pass_indptr[:-1], self.pass_indptr[1:]):
+            tiles, own_rows = slice(first, stop), slice(int(rows[first]), int(rows[stop]))
+            sizes = TileSizes(*(x[tiles] for x in vars(self.sizes).values()))
+            views.append(
+                replace(
+                    self,
+                    q_rows=self.q_rows[own_rows],
+                    q_stop=self.q_stop[own_rows],
+                    q_indptr=self.q_indptr[first : stop + 1] - own_rows.start,
+                    q_heads=self.q_heads[tiles],
+                    block_indptr=self.block_indptr[first : stop + 1],
+                    num_full=self.num_full[tiles],
+                    num_gathered=self.num_gathered[tiles],
+                    gathered_start=self.gathered_start[tiles],
+                    pass_indptr=(0, stop - first),
+                    known_sizes=sizes,
+                )
+            )
+        return tuple(views)
 
     def visits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [nnz] twice: the query tile of each visit, and the visit's number in its tile. Waits for the device."""
@@ -150,29 +212,40 @@ class BlockPlan:
         below = torch.searchsorted(packed, tile_of_row * size + self.q_stop)
         return below - before[tile_of_row] * self.block_k
 
-
-@dataclass
-class PrefillPlan:
-    """The passes of one layer over one ragged batch of `num_rows` rows of q, with `num_heads` query heads.
-
-    once: the plan runs only once, so an executor drops what it made of a tile as soon as the tile has run.
-    """
-
-    passes: tuple[BlockPlan, ...]
-    num_rows: int
-    num_heads: int
-    once: bool = False
-
     @cached_property
     def visited_by_row(self) -> torch.Tensor:
         """int64 [num_rows, num_heads], on the plan's device: how many keys each row sees with each head."""
-        device = self.passes[0].q_rows.device if self.passes else torch.device("cpu")
+        device = self.q_rows.device
         pairs = torch.zeros(self.num_rows, self.num_heads, dtype=torch.int64, device=device)
-        for plan in self.passes:
-            in_group = torch.tensor([[h in group for h in range(self.num_heads)] for group in plan.head_groups])
-            rows_of_tile = plan.q_indptr.diff()
-            tile = torch.repeat_interleave(torch.arange(plan.num_tiles, device=device), rows_of_tile)
-            count = plan.num_full.long()[tile] * plan.block_k + plan.count_masked(tile)
-            weight = in_group.to(device)[plan.q_heads.long()[tile]]
-            pairs.index_add_(0, plan.q_rows.long(), count[:, None] * weight)
-        return pairs
+        if not self.num_tiles:
+            return pairs
+        in_group = torch.tensor([[h in group for h in range(self.num_heads)] for group in self.head_groups])
+        rows_of_tile = self.q_indptr.diff()
+        tile = torch.repeat_interleave(torch.arange(self.num_tiles, device=device), rows_of_tile)
+        count = self.num_full.long()[tile] * self.block_k + self.count_masked(tile)
+        weight = in_group.to(device)[self.q_heads.long()[tile]]
+        return pairs.index_add_(0, self.q_rows.long(), count[:, None] * weight)
+
+
+def nothing(num_rows: int, num_heads: int, block_q: int, block_k: int, device: torch.device) -> BlockPlan:
+    """A plan without a query tile: every row sees no key."""
+    none, indptr = (torch.zeros(size, dtype=torch.int32, device=device) for size in (0, 1))
+    no_tile = np.zeros(0, dtype=np.int64)
+    return BlockPlan(
+        keys=KeyTable(none, none),
+        q_rows=none,
+        q_stop=none,
+        q_indptr=indptr,
+        q_heads=none,
+        block_indptr=indptr,
+        block_indices=none,
+        num_full=none,
+        num_gathered=none,
+        excluded_lanes=none.view(0, -(-block_k // 32)),
+        head_groups=(),
+        num_rows=num_rows,
+        num_heads=num_heads,
+        block_q=block_q,
+        block_k=block_k,
+        known_sizes=TileSizes(no_tile, no_tile, no_tile, no_tile, no_tile.astype(np.bool_)),
+    )

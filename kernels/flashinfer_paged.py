@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from .block_plan import PAD_POSITION, BlockPlan, PrefillPlan
+from .block_plan import PAD_POSITION, BlockPlan
 
 BACKENDS = ("auto", "fa2", "fa3")
 HEAD_DIMS = (64, 128, 256)  # FlashInfer compiles both fa2 and fa3 for these
@@ -46,7 +46,7 @@ def run(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    plan: PrefillPlan,
+    plan: BlockPlan,
     sm_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,

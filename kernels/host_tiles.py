@@ -17,7 +17,7 @@ ROWS_OF_A_STRIP = 32
 
 
 def host_tiles(plan: BlockPlan) -> HostTiles:
-    """The tiles of a pass, made once for all layers that run it."""
+    """The tiles of a plan of one pass, made once for all layers that run it."""
     if ("host_tiles",) not in plan.derived:
         plan.derived["host_tiles",] = HostTiles(plan)
     return plan.derived["host_tiles",]
@@ -77,10 +77,10 @@ class HostTiles:
         """
         indptr, block_indptr = self.plan.q_indptr.long(), self.plan.block_indptr.long()
         first, last, blocks = indptr[:-1], indptr[1:] - 1, block_indptr.diff()
-        tile_of = torch.repeat_interleave(torch.arange(self.plan.num_tiles, device=blocks.device), blocks)
-        visited = self.plan.block_indices.long()
-        lowest = torch.zeros_like(blocks).scatter_reduce(0, tile_of, visited, "amin", include_self=False)
-        highest = torch.zeros_like(blocks).scatter_reduce(0, tile_of, visited, "amax", include_self=False)
+        tile, number = self.plan.visits()
+        visited = self.plan.visited_blocks(tile, number)
+        lowest = torch.zeros_like(blocks).scatter_reduce(0, tile, visited, "amin", include_self=False)
+        highest = torch.zeros_like(blocks).scatter_reduce(0, tile, visited, "amax", include_self=False)
         stop, pos = self.plan.q_stop[last].long(), self.plan.keys.kv_pos
         if not len(visited):
             return torch.full((4, self.plan.num_tiles), -1, device=blocks.device)

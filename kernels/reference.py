@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .block_plan import PrefillPlan
+from .block_plan import BlockPlan
 from .host_tiles import host_tiles
 
 
@@ -29,7 +29,7 @@ def masked_attention(
     return weights @ v.double(), lse / math.log(2)
 
 
-def visited_mask(plan: PrefillPlan, head: int, rows: slice, kv_len: int) -> torch.Tensor:
+def visited_mask(plan: BlockPlan, head: int, rows: slice, kv_len: int) -> torch.Tensor:
     """bool [rows, kv_len]: the keys that each row of one request really sees with `head`.
 
     Raises:
@@ -55,7 +55,7 @@ def run(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    plan: PrefillPlan,
+    plan: BlockPlan,
     sm_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,

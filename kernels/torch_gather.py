@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .block_plan import PrefillPlan
+from .block_plan import BlockPlan
 from .host_tiles import CausalRun, TileBatch, host_tiles
 from .threads import for_each
 
@@ -25,7 +25,7 @@ def run(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    plan: PrefillPlan,
+    plan: BlockPlan,
     sm_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,

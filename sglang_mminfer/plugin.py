@@ -7,6 +7,7 @@ costs nothing: SGLang does so in every process, and hides a plugin that fails to
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from sglang_mminfer.serving import cpu_platform, hooks
@@ -229,15 +230,11 @@ HOOKS: tuple[Hook, ...] = (
     *cpu_platform.HOOKS,
 )
 
-_registered = False
 
-
+@functools.cache
 def register() -> None:
     """Entry point of group `sglang.srt.plugins`: declares `HOOKS` and installs those that every server needs. A second
     call does nothing."""
-    global _registered
-    if _registered:
-        return
     try:
         hooks.declare(HOOKS)
         hooks.install("load")
@@ -249,4 +246,3 @@ def register() -> None:
             "'mminfer'. Run `mminfer doctor` to see what is wrong."
         )
         raise
-    _registered = True

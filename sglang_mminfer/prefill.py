@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglang_mminfer.kernels import executors, reference
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
@@ -53,7 +53,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
         self.backend = backend
         self._kv_layout, self._block_q, self._block_k = kv_layout, block_q, block_k
         self._planner: BatchPlanner | None = None
-        self._last_plan: PrefillPlan | None = None
+        self._last_plan: BlockPlan | None = None
 
     def plan(
         self,
@@ -262,7 +262,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
             return torch.zeros(0, 0, dtype=torch.bool)
         return reference.visited_mask(plan, head, rows, chunk.kv_len)
 
-    def _current_plan(self) -> PrefillPlan:
+    def _current_plan(self) -> BlockPlan:
         if self._planner is None:
             raise RuntimeError("SparsePrefillWithPagedKVCacheWrapper: call plan() first")
         return self._last_plan or self._planner.plan(self._patterns)

@@ -1,7 +1,10 @@
 """Settings of every test: one thread, the same hypothesis cases in every run, and SGLang's parts on a CPU."""
 
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -23,3 +26,13 @@ settings.register_profile(
 )
 settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=1000)
 settings.load_profile("ci")
+
+
+@pytest.fixture
+def note() -> Iterator[Callable[[Any], None]]:
+    """`asked.note`: this process works for a server with these arguments, until the test ends."""
+    from sglang_mminfer.mends import asked
+
+    before = asked.server_args()
+    yield asked.note
+    asked.note(before)

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import estimate
+from . import estimate, merge
 from .configurations import HEAD_DIMS, Configuration, configuration
 from .tile_attention import tile_attention
 
@@ -59,9 +59,7 @@ class Build:
         )
 
 
-def compile_build(
-    capability: int, dtype: str, head_dim: int, merge: bool, chosen: Configuration | None = None
-) -> Build:
+def compile_build(capability: int, dtype: str, head_dim: int, chosen: Configuration | None = None) -> Build:
     """Compile the attention kernel as the launcher would on a GPU of this capability, for 7 query heads a KV head."""
     chosen = chosen or configuration(head_dim, capability)
     constants = {
@@ -69,14 +67,25 @@ def compile_build(
         "NUM_HEADS": 28,
         "HEAD_DIM": head_dim,
         "BLOCK_M": chosen.rows,
-        "STRIPS": 2,
         "BLOCK_N": BLOCK_K,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "BLOCK_K": BLOCK_K,
         "WORDS": -(-BLOCK_K // 32),
-        "MERGE": merge,
     }
-    return _compiled(tile_attention, capability, dtype, head_dim, constants, chosen, "merging " if merge else "")
+    return _compiled(tile_attention, capability, dtype, head_dim, constants, chosen)
+
+
+def compile_merge(capability: int, dtype: str, head_dim: int) -> Build:
+    """Compile the kernel that joins the parts of items, for plans of two passes."""
+    chosen = Configuration(rows=merge.BLOCK, num_warps=4, num_stages=3)
+    constants = {
+        "PASSES": 2,
+        "ITEM_PAIRS": configuration(head_dim, capability).rows,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK": merge.BLOCK,
+    }
+    return _compiled(merge.merge_slots, capability, dtype, head_dim, constants, chosen)
 
 
 def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
@@ -92,8 +101,8 @@ def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
     return [_compiled(kernel, capability, dtype, head_dim, constants, chosen) for kernel in kernels]
 
 
-_FLOATS = {"lse", "columns", "diagonals", "carried"}
-_SCALARS = {"num_rows", "num_keys", "first_frontier", "tiles_each"}
+_FLOATS = {"lse", "slots_out", "slots_lse", "columns", "diagonals", "carried"}
+_SCALARS = {"num_pairs", "num_rows", "num_keys", "first_frontier", "tiles_each"}
 
 
 def _compiled(
@@ -103,7 +112,6 @@ def _compiled(
     head_dim: int,
     constants: dict[str, Any],
     chosen: Configuration,
-    variant: str = "",
 ) -> Build:
     def argument_type(name: str) -> str:
         if name in constants:
@@ -129,8 +137,9 @@ def _compiled(
     registers, spills = _assembler_report(built.asm["ptx"])
     instructions = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", built.asm["ptx"])
     tensor_cores = max(set(instructions), key=instructions.count) if instructions else "no tensor cores"
-    name = variant + kernel.fn.__name__
-    return Build(name, capability, dtype, head_dim, chosen, registers, spills, built.metadata.shared, tensor_cores)
+    return Build(
+        kernel.fn.__name__, capability, dtype, head_dim, chosen, registers, spills, built.metadata.shared, tensor_cores
+    )
 
 
 def _assembler_report(ptx: str) -> tuple[int, int]:
@@ -155,9 +164,9 @@ def _assembler(architecture: str) -> str:
 
 def builds() -> Iterator[Build]:
     """Every build that the launchers may ask for."""
-    for capability, dtype, head_dim, merge in product(CAPABILITIES, DTYPES, HEAD_DIMS, (False, True)):
-        yield compile_build(capability, dtype, head_dim, merge)
     for capability, dtype, head_dim in product(CAPABILITIES, DTYPES, HEAD_DIMS):
+        yield compile_build(capability, dtype, head_dim)
+        yield compile_merge(capability, dtype, head_dim)
         yield from compile_estimate(capability, dtype, head_dim)
 
 

@@ -1,27 +1,43 @@
-"""The Triton executor: runs a PrefillPlan with one launch of the kernel for each pass."""
+"""The Triton executor: runs a BlockPlan with one launch for all of its work items, and one that joins their parts."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from ..block_plan import BlockPlan, PrefillPlan
+from ..block_plan import BlockPlan
 from ..torch_gather import LOG2_E
+from ..work_items import work_items
 from . import interpreted
 from .configurations import Configuration, configuration
+from .merge import merge
 from .tile_attention import tile_attention
-from .work_order import work_order
+
+INTERPRETED = Configuration(rows=16, num_warps=4, num_stages=1)  # few rows: small tests cover tiles of several items
+
+
+def configuration_on(device: torch.device, head_dim: int) -> Configuration:
+    """How the kernel is compiled for a GPU, and so how many pairs an item has.
+
+    Raises:
+        ValueError: the kernel does not support this head dim.
+    """
+    if interpreted():
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(device)
+    return configuration(head_dim, 10 * major + minor)
 
 
 def run(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    plan: PrefillPlan,
+    plan: BlockPlan,
     sm_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor,
     chosen: Configuration | None = None,
+    most_visits: int | None = None,
 ) -> None:
     """Write the attention of `plan` into `out` and `lse`. Rows that no pass visits get 0 and -inf.
 
@@ -31,6 +47,7 @@ def run(
         fully overwritten.
         sm_scale: factor on q . k.
         chosen: how to compile the kernel. Default: what `configurations.py` has for the GPU.
+        most_visits: see `work_items`.
 
     Raises:
         ValueError: q is not on a GPU (outside Triton's interpreter), or the head dim or the size of the key tiles
@@ -38,78 +55,59 @@ def run(
     """
     if not (q.is_cuda or interpreted()):
         raise ValueError(f"q: the triton executor needs a GPU (or TRITON_INTERPRET=1 to check it), got {q.device}")
+    if sm_scale <= 0:  # the kernel's maximum is that of raw scores
+        q, sm_scale = q * sm_scale, 1.0
     if q.stride(2) != 1:
         q = q.contiguous()
-    out.zero_()
-    lse.fill_(-torch.inf)
-    for number, block_plan in enumerate(plan.passes):
-        if block_plan.num_tiles:
-            _launch(q, k_cache, v_cache, block_plan, sm_scale, out, lse, number > 0, chosen)
-
-
-def _launch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    plan: BlockPlan,
-    sm_scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    merge: bool,
-    chosen: Configuration | None,
-) -> None:
     num_heads, head_dim = q.shape[1:]
-    options: dict[str, int] = {}
-    block_m = max(16, triton.next_power_of_2(plan.block_q))
-    if interpreted():
-        block_m = max(16, block_m // 2)  # two strips, so that the tests cover strips
-    else:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        chosen = chosen or configuration(head_dim, 10 * major + minor)
-        block_m = min(block_m, chosen.rows)
-        options = chosen.options
-        if plan.block_k < 16:
-            raise ValueError(f"block_k: expected at least 16 keys a tile for the triton executor, got {plan.block_k}")
-    strips = -(-plan.block_q // block_m)
+    if plan.block_k < 16 and not interpreted():
+        raise ValueError(f"block_k: expected at least 16 keys a tile for the triton executor, got {plan.block_k}")
+    chosen = chosen or configuration_on(q.device, head_dim)
+    pairs = chosen.rows
     group = num_heads // k_cache.shape[1]
-    work_tiles, work_heads = work_order(plan, group)
-    tile_attention[(len(work_tiles) * strips,)](
-        q,
-        k_cache,
-        v_cache,
-        out,
-        lse,
-        work_tiles,
-        work_heads,
-        plan.q_rows,
-        plan.q_stop,
-        plan.q_indptr,
-        plan.block_indptr,
-        plan.block_indices,
-        plan.num_full,
-        plan.num_gathered,
-        plan.gathered_start,
-        plan.excluded_lanes,
-        plan.keys.kv_slots,
-        plan.keys.kv_pos,
-        q.stride(0),
-        q.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        v_cache.stride(0),
-        v_cache.stride(1),
-        out.stride(0),
-        out.stride(1),
-        sm_scale * LOG2_E,
-        GROUP=group,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_M=block_m,
-        STRIPS=strips,
-        BLOCK_N=max(16, triton.next_power_of_2(plan.block_k)),
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_K=plan.block_k,
-        WORDS=plan.excluded_lanes.shape[1],
-        MERGE=merge,
-        **options,
-    )
+    items = work_items(plan, group, pairs, most_visits)
+    slots_out = q.new_empty(items.num_slots, pairs, head_dim, dtype=torch.float32)
+    slots_lse = q.new_empty(items.num_slots, pairs, dtype=torch.float32)
+    if items.num_items:
+        table, heads = items.on_device
+        tile_attention[(items.num_items,)](
+            q,
+            k_cache,
+            v_cache,
+            out,
+            lse,
+            slots_out,
+            slots_lse,
+            table,
+            heads,
+            plan.q_rows,
+            plan.q_stop,
+            plan.q_indptr,
+            plan.block_indptr,
+            plan.block_indices,
+            plan.num_full,
+            plan.num_gathered,
+            plan.gathered_start,
+            plan.excluded_lanes,
+            plan.keys.kv_slots,
+            plan.keys.kv_pos,
+            q.stride(0),
+            q.stride(1),
+            k_cache.stride(0),
+            k_cache.stride(1),
+            v_cache.stride(0),
+            v_cache.stride(1),
+            out.stride(0),
+            out.stride(1),
+            sm_scale * LOG2_E,
+            GROUP=group,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_M=pairs,
+            BLOCK_N=max(16, triton.next_power_of_2(plan.block_k)),
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_K=plan.block_k,
+            WORDS=plan.excluded_lanes.shape[1],
+            **({} if interpreted() else chosen.options),
+        )
+    merge(items, slots_out, slots_lse, out, lse)

@@ -1,9 +1,10 @@
-"""The attention kernel. A program computes one query tile, or a strip of it, for one of the heads that share the tile.
+"""The attention kernel. A program computes one work item: some (row, query head) pairs, a part of a list of key tiles.
 
 The kernel is the forward pass of FlashAttention-2 (Dao 2023, algorithm 1) over the key tiles that the plan lists for
-the query tile. The plan's slot table finds the keys, so permutation and page table together cost one lookup. Full
-tiles run without a mask, partial tiles compare positions, and gathered tiles leave out excluded lanes as well. There
-are no atomics: a pass visits a (row, head) once, and later passes join their result by LSE with what `out` holds.
+the item's query tile. The plan's slot table finds the keys, so permutation and page table together cost one lookup.
+Full tiles run without a mask, partial tiles compare positions, and gathered tiles leave out excluded lanes as well.
+There are no atomics: an item that is not all there is of its pairs writes to slots of its own, and `merge.py` joins
+them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ def load_tile(cache, slots, stride_slot, dims, in_tile, in_head, ALL_LANES: tl.c
 
 
 @triton.jit
-def online_softmax(scores, running_max, running_sum, acc, v, MAY_BE_EMPTY: tl.constexpr):
-    """One step over scores [BLOCK_M, BLOCK_N], base 2 and scaled: the new maximum, sum and accumulator of each row."""
+def online_softmax(scores, running_max, running_sum, acc, v, scale, MAY_BE_EMPTY: tl.constexpr):
+    """One step over raw scores [BLOCK_M, BLOCK_N]: the new maximum (raw), sum and accumulator of each row.
+
+    `scale` makes a raw score one of base 2. It is applied inside the exponent, where it costs nothing: scale > 0, so
+    the greatest raw score is the greatest scaled one.
+    """
     new_max = tl.maximum(running_max, tl.max(scores, 1))
+    shift = new_max * scale
     # The maximum of a row that has seen no key yet is -inf, and -inf - (-inf) would be NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MAY_BE_EMPTY else new_max
-    weights = tl.exp2(scores - shift[:, None])
-    decay = tl.exp2(running_max - shift)
+    shift = tl.where(new_max == float("-inf"), 0.0, shift) if MAY_BE_EMPTY else shift
+    weights = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(running_max * scale - shift)
     running_sum = running_sum * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_max, running_sum, acc
@@ -70,7 +76,7 @@ def visit(
     slots = (tl.load(kv_slots + key) if ALL_LANES else tl.load(kv_slots + key, mask=in_tile, other=0)).to(tl.int64)
     k = load_tile(k_head, slots, stride_k, dims, in_tile, in_head, ALL_LANES, ALL_DIMS).to(q.dtype)
     v = load_tile(v_head, slots, stride_v, dims, in_tile, in_head, ALL_LANES, ALL_DIMS).to(q.dtype)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         pos = tl.load(kv_pos + key) if ALL_LANES else tl.load(kv_pos + key, mask=in_tile, other=2147483647)
         visible = pos[None, :] < q_stop[:, None]
@@ -80,7 +86,7 @@ def visit(
         scores = tl.where(visible, scores, float("-inf"))
     elif not ALL_LANES:
         scores = tl.where(in_tile[None, :], scores, float("-inf"))
-    return online_softmax(scores, running_max, running_sum, acc, v, MASKED)
+    return online_softmax(scores, running_max, running_sum, acc, v, scale, MASKED)
 
 
 @triton.jit
@@ -90,8 +96,10 @@ def tile_attention(
     v_cache,
     out,
     lse,
-    work_tiles,
-    work_heads,
+    slots_out,
+    slots_lse,
+    items,
+    item_heads,
     q_rows,
     q_stops,
     q_indptr,
@@ -116,57 +124,52 @@ def tile_attention(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    STRIPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WORDS: tl.constexpr,
-    MERGE: tl.constexpr,
 ):
-    """Program work * STRIPS + strip: BLOCK_M rows of the query tile work_tiles[work], for the head work_heads[work].
+    """Program i computes the item items[i], whose pairs are at most BLOCK_M.
 
-    q, out [tokens, Hq, D]; caches [slots, Hkv, D]; lse float32 [tokens, Hq] base 2, contiguous; the last dimension of
-    every tensor has stride 1. `BlockPlan` documents the plan's arrays, `work_order.py` the order of the work.
+    q, out [tokens, Hq, D]; caches [slots, Hkv, D]; lse float32 [tokens, Hq] base 2, contiguous; slots_out float32
+    [slots, BLOCK_M, D] and slots_lse float32 [slots, BLOCK_M], contiguous; the last dimension of every tensor has
+    stride 1. `work_items.py` documents the items' eight columns, `BlockPlan` the plan's arrays.
     """
-    work, strip = tl.program_id(0) // STRIPS, tl.program_id(0) % STRIPS
-    tile, head = tl.load(work_tiles + work), tl.load(work_heads + work)
-    first_row, end_row = tl.load(q_indptr + tile) + strip * BLOCK_M, tl.load(q_indptr + tile + 1)
-    if first_row >= end_row:
-        return
+    item = items + tl.program_id(0).to(tl.int64) * 8
+    tile, first_pair, first_head, num_heads = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    part, num_parts, slot, num_pairs = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
 
-    row_offsets = first_row + tl.arange(0, BLOCK_M)
-    in_rows = row_offsets < end_row
-    rows = tl.load(q_rows + row_offsets, mask=in_rows, other=0).to(tl.int64)
-    q_stop = tl.load(q_stops + row_offsets, mask=in_rows, other=0)
+    lane = tl.arange(0, BLOCK_M)
+    in_pairs = lane < num_pairs
+    pair = first_pair + lane
+    row = tl.load(q_indptr + tile) + pair // num_heads
+    rows = tl.load(q_rows + row, mask=in_pairs, other=0).to(tl.int64)
+    q_stop = tl.load(q_stops + row, mask=in_pairs, other=0)
+    heads = tl.load(item_heads + first_head + pair % num_heads, mask=in_pairs, other=0)
     lanes, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     in_tile, in_head = lanes < BLOCK_K, dims < HEAD_DIM
     ALL_LANES: tl.constexpr = BLOCK_N == BLOCK_K
     ALL_DIMS: tl.constexpr = BLOCK_D == HEAD_DIM
 
-    q_offsets = q + rows[:, None] * stride_q + head.to(tl.int64) * stride_q_head + dims[None, :]
-    q_tile = tl.load(q_offsets, mask=in_rows[:, None] & in_head[None, :], other=0.0)
-    kv_head = (head // GROUP).to(tl.int64)
+    q_offsets = q + rows[:, None] * stride_q + heads.to(tl.int64)[:, None] * stride_q_head + dims[None, :]
+    in_out = in_pairs[:, None] & in_head[None, :]
+    q_tile = tl.load(q_offsets, mask=in_out, other=0.0)
+    kv_head = (tl.load(item_heads + first_head) // GROUP).to(tl.int64)
     k_head, v_head = k_cache + kv_head * stride_k_head, v_cache + kv_head * stride_v_head
 
-    lse_offsets = lse + rows * NUM_HEADS + head
-    out_offsets = out + rows[:, None] * stride_o + head.to(tl.int64) * stride_o_head + dims[None, :]
-    in_out = in_rows[:, None] & in_head[None, :]
-    if MERGE:  # the result of earlier passes counts as one more key tile, already summed, of weight exp2(lse)
-        running_max = tl.load(lse_offsets, mask=in_rows, other=float("-inf"))
-        running_sum = tl.where(running_max == float("-inf"), 0.0, 1.0)
-        acc = tl.load(out_offsets, mask=in_out, other=0.0).to(tl.float32)
-    else:
-        running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        running_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin, end = tl.load(block_indptr + tile), tl.load(block_indptr + tile + 1)
-    masked_from = begin + tl.load(num_full + tile)
-    gathered_from = end - tl.load(num_gathered + tile)
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    tile_begin, tile_end = tl.load(block_indptr + tile), tl.load(block_indptr + tile + 1)
+    masked_from = tile_begin + tl.load(num_full + tile)
+    gathered_from = tile_end - tl.load(num_gathered + tile)
     first_excluded = tl.load(gathered_start + tile)
+    begin = tile_begin + (tile_end - tile_begin) * part // num_parts
+    end = tile_begin + (tile_end - tile_begin) * (part + 1) // num_parts
 
     for kind in tl.static_range(3):  # full, partial, gathered: three loops, each compiled with its own masks
-        start = begin if kind == 0 else (masked_from if kind == 1 else gathered_from)
-        stop = masked_from if kind == 0 else (gathered_from if kind == 1 else end)
+        start = begin if kind == 0 else tl.maximum(begin, masked_from if kind == 1 else gathered_from)
+        stop = end if kind == 2 else tl.minimum(end, masked_from if kind == 0 else gathered_from)
         for i in range(start, stop):
             # fmt: off
             running_max, running_sum, acc = visit(
@@ -179,5 +182,13 @@ def tile_attention(
 
     has_keys = running_sum > 0
     divisor = tl.where(has_keys, running_sum, 1.0)
-    tl.store(out_offsets, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=in_out)
-    tl.store(lse_offsets, tl.where(has_keys, running_max + tl.log2(divisor), float("-inf")), mask=in_rows)
+    acc = acc / divisor[:, None]
+    value = tl.where(has_keys, running_max * scale + tl.log2(divisor), float("-inf"))
+    if slot < 0:
+        out_offsets = out + rows[:, None] * stride_o + heads.to(tl.int64)[:, None] * stride_o_head + dims[None, :]
+        tl.store(out_offsets, acc.to(out.dtype.element_ty), mask=in_out)
+        tl.store(lse + rows * NUM_HEADS + heads, value, mask=in_pairs)
+    else:
+        place = slot.to(tl.int64) * BLOCK_M + lane
+        tl.store(slots_out + place[:, None] * HEAD_DIM + dims[None, :], acc, mask=in_out)
+        tl.store(slots_lse + place, value, mask=in_pairs)

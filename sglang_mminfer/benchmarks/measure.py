@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 
 METHOD = (
     "CUDA events around one call, median of the repeats; one call before is not counted; caches are left warm "
@@ -102,14 +102,11 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def visited_pairs(plan: PrefillPlan) -> float:
+def visited_pairs(plan: BlockPlan) -> float:
     """(row, key) pairs that the kernel computes, those above the diagonal included; the mean over heads."""
-    pairs = 0.0
-    for block_plan in plan.passes:
-        rows, blocks = block_plan.q_indptr.diff().double(), block_plan.block_indptr.diff().double()
-        shares = torch.tensor([len(heads) for heads in block_plan.head_groups], device=rows.device)
-        pairs += float((rows * blocks * shares[block_plan.q_heads.long()]).sum()) * block_plan.block_k / plan.num_heads
-    return pairs
+    rows, blocks = plan.q_indptr.diff().double(), plan.block_indptr.diff().double()
+    shares = torch.tensor([len(heads) for heads in plan.head_groups], device=rows.device)
+    return float((rows * blocks * shares[plan.q_heads.long()]).sum()) * plan.block_k / plan.num_heads
 
 
 def causal_pairs(rows: int, tokens: int) -> int:
@@ -117,11 +114,9 @@ def causal_pairs(rows: int, tokens: int) -> int:
     return rows * (2 * tokens - rows + 1) // 2
 
 
-def index_bytes(plan: PrefillPlan) -> int:
+def index_bytes(plan: BlockPlan) -> int:
     """Bytes of all that the kernel reads beside q, k and v. Call it after a run: some arrays are made on first use."""
-    values = [
-        x for block_plan in plan.passes for holder in (block_plan, block_plan.keys) for x in vars(holder).values()
-    ]
+    values = [x for holder in (plan, plan.keys, *plan.derived.values()) for x in vars(holder).values()]
     values += [x for value in values if isinstance(value, tuple) for x in value]
     stores = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in values if isinstance(x, torch.Tensor)}
     return sum(store.nbytes() for store in stores.values())

@@ -94,8 +94,8 @@ figures = {
     "segments": len(chat.segments),
     "first_ms": first,
     "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-    "visits": sum(int(part.block_indptr[-1]) for part in made.passes),
-    "query_tiles": sum(part.num_tiles for part in made.passes),
+    "visits": int(made.block_indptr[-1]),
+    "query_tiles": made.num_tiles,
 }
 del made
 later = [timed(lambda: plan(chat, slots, start))[:2] for _ in range(repeats if first < 5e3 else 0)] or [(first, first)]

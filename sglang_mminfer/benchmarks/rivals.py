@@ -12,7 +12,7 @@ import torch
 
 from sglang_mminfer.benchmarks.inputs import Inputs
 from sglang_mminfer.benchmarks.measure import visits
-from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.torch_gather import LOG2_E, merge_state
 
 # Optional baselines and the module that each needs.
@@ -157,7 +157,7 @@ def _repeated(attend: Attend, q, k, v, causal: bool, scale: float) -> Part:
     return attend(q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), causal, scale)
 
 
-def flash_attention_3(inputs: Inputs, plan: PrefillPlan) -> Callable[[], Any]:
+def flash_attention_3(inputs: Inputs, plan: BlockPlan) -> Callable[[], Any]:
     """Dense attention in one call with a bottom-right causal mask."""
     from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
 
@@ -185,7 +185,7 @@ class Gathered:
     rows: torch.Tensor
 
 
-def only_pass(plan: PrefillPlan) -> BlockPlan:
+def only_pass(plan: BlockPlan) -> BlockPlan:
     """The only pass of a plan.
 
     Raises:
@@ -193,12 +193,11 @@ def only_pass(plan: PrefillPlan) -> BlockPlan:
     """
     if len(plan.passes) != 1:
         raise NotApplicable(f"the plan has {len(plan.passes)} passes")
-    (block_plan,) = plan.passes
-    if block_plan.head_groups != (tuple(range(plan.num_heads)),):
+    if plan.head_groups != (tuple(range(plan.num_heads)),):
         raise NotApplicable("the heads have lists of their own")
-    if int(block_plan.num_gathered.sum()):
+    if int(plan.num_gathered.sum()):
         raise NotApplicable("some keys of its tiles are excluded, lane by lane")
-    return block_plan
+    return plan
 
 
 def gathered(inputs: Inputs, plan: BlockPlan) -> Gathered:
@@ -233,7 +232,7 @@ class Flex:
         return out
 
 
-def flex_attention(inputs: Inputs, plan: PrefillPlan) -> Flex:
+def flex_attention(inputs: Inputs, plan: BlockPlan) -> Flex:
     """FlexAttention with the masks of our kernel: none in full tiles, positions in partial tiles."""
     from torch.nn.attention import flex_attention as flex
 
@@ -267,7 +266,7 @@ def _lists(tile: torch.Tensor, block: torch.Tensor, plan: BlockPlan, keys: int) 
     return counts.to(torch.int32)[None, None], indices[None, None]
 
 
-def flashinfer(inputs: Inputs, plan: PrefillPlan) -> Callable[[], Any]:
+def flashinfer(inputs: Inputs, plan: BlockPlan) -> Callable[[], Any]:
     """FlashInfer's VariableBlockSparseAttentionWrapper on gathered q, k and v.
 
     The wrapper has no mask inside a tile, so partial tiles count as full: the same work, but a different answer along
@@ -300,7 +299,7 @@ def flashinfer(inputs: Inputs, plan: PrefillPlan) -> Callable[[], Any]:
 
 
 # Names for `Case.against`; each function returns the call that is timed.
-AGAINST: dict[str, Callable[[Inputs, PrefillPlan], Callable[[], Any]]] = {
+AGAINST: dict[str, Callable[[Inputs, BlockPlan], Callable[[], Any]]] = {
     "flex_attention": lambda inputs, plan: flex_attention(inputs, plan).run,
     "flashinfer": flashinfer,
     "flash_attention_3": flash_attention_3,

@@ -30,9 +30,10 @@ from sglang_mminfer.benchmarks import measure, report
 from sglang_mminfer.benchmarks import rivals as baselines
 from sglang_mminfer.benchmarks.cases import HEAD_DIM, LAYERS, PATTERNS, SHAPES, Case, cases, conversation, tiny_cases
 from sglang_mminfer.benchmarks.inputs import Inputs, make_inputs
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.triton import launch
-from sglang_mminfer.kernels.triton.work_order import work_order
+from sglang_mminfer.kernels.triton.launch import configuration_on
+from sglang_mminfer.kernels.work_items import work_items
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner, is_static
 from sglang_mminfer.tools import machine
@@ -98,7 +99,7 @@ class Bench:
             "share_of_dense_throughput": figures["tflops_on_visited_tiles"] / self._dense["tflops_dense"],
         }
 
-    def _against_other(self, case: Case, inputs: Inputs, plan: PrefillPlan, sparse_ms: float) -> dict[str, Any]:
+    def _against_other(self, case: Case, inputs: Inputs, plan: BlockPlan, sparse_ms: float) -> dict[str, Any]:
         other = baselines.AGAINST[case.against](inputs, plan)
         ms = measure.timed(other, self.device).ms
         return {"other_ms": ms, "speedup_over_other": ms / sparse_ms}
@@ -112,17 +113,17 @@ class _Planned:
         self._heads, self._group = [PATTERNS[case.pattern]] * heads, heads // kv_heads
         self._map, self._inputs = conversation(case), inputs
         self._range = (case.tokens - case.rows, case.tokens)
+        self._pairs = configuration_on(inputs.q.device, HEAD_DIM).rows if inputs.q.is_cuda else 128
 
-    def make(self) -> PrefillPlan:
+    def make(self) -> BlockPlan:
         inputs = self._inputs
         chunk = RequestChunk(self._map, *self._range, 0, inputs.slots)
         plan = BatchPlanner([chunk], len(inputs.q)).plan(self._heads, inputs.q, inputs.k_cache, inputs.scale)
-        for block_plan in plan.passes:
-            work_order(block_plan, self._group)  # the launcher makes it in the first layer
+        work_items(plan, self._group, self._pairs).upload()  # the launcher does this in the first layer
         return plan
 
 
-def _work(case: Case, plan: PrefillPlan, ms: float) -> dict[str, Any]:
+def _work(case: Case, plan: BlockPlan, ms: float) -> dict[str, Any]:
     density = measure.visited_pairs(plan) / measure.causal_pairs(case.rows, case.tokens)
     return {"density": density, "sparse_ms": ms, "tflops_on_visited_tiles": _tflops(case, density, ms)}
 
@@ -132,7 +133,7 @@ def _tflops(case: Case, density: float, ms: float) -> float:
     return flop / ms / 1e9
 
 
-def _index(case: Case, plan: PrefillPlan, inputs: Inputs) -> dict[str, Any]:
+def _index(case: Case, plan: BlockPlan, inputs: Inputs) -> dict[str, Any]:
     """Index bytes of one plan. All layers share a static plan; an estimated plan is dropped after its layer."""
     plan_bytes, kv_bytes = measure.index_bytes(plan), inputs.k_cache.nbytes + inputs.v_cache.nbytes
     return {

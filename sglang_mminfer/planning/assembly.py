@@ -1,30 +1,66 @@
-"""One pass of a plan from the tiles of its requests and patterns."""
+"""The plan of a layer from the tiles of its requests and patterns."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable
+from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, TileSizes, nothing
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.planning.device_tiles import Tiles
 
-HeadTiles = tuple[tuple[int, ...], ...]  # the head groups that run some tiles, each a copy, one after the other
+
+@dataclass(frozen=True)
+class Part:
+    """Tiles of one pass, and who runs them.
+
+    head_groups: the query heads of each copy of the tiles; the copies follow each other.
+    request: the number of their request. alone: whether no other pass has any (row, head) of these tiles.
+    """
+
+    head_groups: tuple[tuple[int, ...], ...]
+    tiles: Tiles
+    request: int
+    alone: bool
 
 
-def assemble(level: list[tuple[HeadTiles, Tiles]], keys: KeyTable, block_q: int, block_k: int) -> BlockPlan:
-    """One pass from its items. Sizes are the host's; what the device knows better only indexes into them."""
-    parts = [tiles for _, tiles in level]
+def assemble(
+    passes: Sequence[Sequence[Part]],
+    keys: KeyTable,
+    *,
+    num_rows: int,
+    num_heads: int,
+    block_q: int,
+    block_k: int,
+    once: bool,
+) -> BlockPlan:
+    """The plan of a layer. Sizes are the host's; what the device knows better only indexes into them."""
+    all_parts = [part for parts in passes for part in parts]
+    parts = [part.tiles for part in all_parts]
+    if not parts:
+        return nothing(num_rows, num_heads, block_q, block_k, keys.kv_pos.device)
     groups: dict[tuple[int, ...], int] = {}
-    numbers = [[groups.setdefault(heads, len(groups)) for heads in head_tiles] for head_tiles, _ in level]
+    numbers = [[groups.setdefault(heads, len(groups)) for heads in part.head_groups] for part in all_parts]
     copies = [np.repeat(own, tiles.num_tiles // len(own)) for own, tiles in zip(numbers, parts)]
+    counts_of_tiles = [tiles.num_tiles for tiles in parts]
+    sizes = TileSizes(
+        rows=np.concatenate([tiles.rows for tiles in parts]),
+        visits=np.concatenate([tiles.room for tiles in parts]),
+        group=np.concatenate(copies),
+        request=np.repeat([part.request for part in all_parts], counts_of_tiles),
+        alone=np.repeat([part.alone for part in all_parts], counts_of_tiles),
+    )
     device = parts[0].q_rows.device
-    (q_heads,) = to_device(device, np.concatenate(copies))
+    (q_heads,) = to_device(device, sizes.group)
 
     start, count = torch.cat([t.start for t in parts]), torch.cat([t.count for t in parts])
     first_range = np.cumsum([0, *(len(t.start) for t in parts)])
     ends = torch.cat([t.ends + int(first) for t, first in zip(parts, first_range)])
-    room = sum(t.room for t in parts)
+    room = int(sizes.visits.sum())
     # One more range takes what is left of the room, so that the host knows the length of what follows.
     reach = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     start = torch.nn.functional.pad(start - reach[:-1], (0, 1))
@@ -50,9 +86,13 @@ def assemble(level: list[tuple[HeadTiles, Tiles]], keys: KeyTable, block_q: int,
         num_gathered=(at[:, 3] - at[:, 2]).to(torch.int32),
         excluded_lanes=excluded,
         head_groups=tuple(groups),
+        num_rows=num_rows,
+        num_heads=num_heads,
         block_q=block_q,
         block_k=block_k,
-        num_work=sum(t.num_tiles // len(own) * sum(map(len, own)) for own, t in level),
+        pass_indptr=(0, *accumulate(sum(part.tiles.num_tiles for part in parts) for parts in passes)),
+        known_sizes=sizes,
+        once=once,
     )
 
 

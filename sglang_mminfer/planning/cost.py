@@ -22,11 +22,11 @@ from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.planning.lines import room_for_frames
 from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
 
-PAIR_COST = {"fa4": 620 / 600, "triton": 620 / 450, "flashinfer": 620 / 290, "torch": 1.3}
+PAIR_COST = {"fa4": 620 / 600, "triton": 620 / 450, "flashinfer": 620 / 290, "torch": 1.25}
 """How long an executor takes for one visited (row, key) pair; the dense backend takes 1.
 
 On a GPU: TFLOP/s of the best dense kernel on an H100, over those that are modelled for the executor's full tiles. On a
-CPU, measured in the server: 3.1 ns a pair, and 2.4 ns with `torch_native` (benchmarks/results/cpu_prefill.json). An
+CPU: measured in the server at 5,120 to 8,192 tokens, beside `torch_native` (benchmarks/results/cpu_prefill*.json). An
 executor without a figure counts as 1."""
 
 COMPUTES_THE_PREFIX_AGAIN = frozenset({"torch_native"})

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
+from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.orders import KeyOrders
 from sglang_mminfer.planning.tiles import GATHERED, EstimatedVisits, TilePass
@@ -22,7 +23,8 @@ class Tiles:
     start, count: int64 [E], ranges of key tiles; ends: int64 [T, 4]: a tile's full ranges begin at ends[t, 0],
     its partial ones at ends[t, 1], its gathered ones at ends[t, 2], and end at ends[t, 3].
     excluded: int32 [gathered ranges, words], the lanes of each that do not count.
-    most: the most full, partial and gathered ranges of a tile. room: the sum of `count`, or a bound on it.
+    most: the most full, partial and gathered ranges of a tile.
+    rows, room: int64 [T] on the host, the rows of each tile, and the sum of its `count` or a bound on it.
     """
 
     num_tiles: int
@@ -34,7 +36,8 @@ class Tiles:
     ends: torch.Tensor
     excluded: torch.Tensor
     most: tuple[int, int, int]
-    room: int
+    rows: Ints
+    room: Ints
     estimated: tuple[EstimatedTiles, ...] = ()
     gathered_count: torch.Tensor | None = None  # int64 [gathered ranges], 0 or 1; None: all 1
 
@@ -55,11 +58,11 @@ class EstimatedTiles:
         visits = self.visits
         return int((-(-visits.keys_of_last_row // visits.base.block_k) - visits.full_tiles).max())
 
-    def room(self, ranges: int) -> int:
-        """A bound on the full key tiles that so many crossing ranges have."""
+    def room(self, ranges: int) -> Ints:
+        """int64 [T']: a bound on the full key tiles that so many crossing ranges have."""
         visits = self.visits
         each = (visits.keys_of_last_row - visits.keys_of_first_row) // visits.base.block_k + 2
-        return int(np.minimum(ranges * each, visits.full_tiles).sum())
+        return np.minimum(ranges * each, visits.full_tiles)
 
 
 def upload(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrders, device: torch.device) -> Tiles:
@@ -81,13 +84,13 @@ def upload(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
     ends = np.concatenate([[0], np.cumsum(by_kind)])
     ends = np.stack([ends[:-1:3], ends[1::3], ends[2::3], ends[3::3]], axis=1)
     rows, stop = joined(tile_pass.q_pos), joined(tile_pass.q_stop)
-    estimated = tile_pass.estimated
+    rows_per_tile, estimated = joined(tile_pass.rows_per_tile), tile_pass.estimated
     uploads = [[e.keys_of_first_row, e.keys_of_last_row, e.full_tiles] for e in estimated]
-    q_rows, q_stop, rows_per_tile, *parts = to_device(
+    q_rows, q_stop, rows_of_tile, *parts = to_device(
         device,
         rows - chunk.q_start + chunk.row_start,
         stop,
-        joined(tile_pass.rows_per_tile),
+        rows_per_tile,
         start[order],
         count[order],
         ends,
@@ -98,13 +101,14 @@ def upload(tile_pass: TilePass, request: int, chunk: RequestChunk, keys: KeyOrde
         num_tiles=num_tiles,
         q_rows=q_rows,
         q_stop=q_stop,
-        rows_per_tile=rows_per_tile,
+        rows_per_tile=rows_of_tile,
         start=parts[0].long(),
         count=parts[1].long(),
         ends=parts[2].long(),
         excluded=parts[3],
         most=tuple(by_kind.max(axis=0, initial=0).tolist()),
-        room=int(count.sum()),
+        rows=rows_per_tile,
+        room=np.bincount(tile, count, minlength=num_tiles).astype(np.int64),
         estimated=tuple(
             EstimatedTiles(e, keys.first_tile(request, e.base), *(x.long() for x in parts[4 + 3 * i : 7 + 3 * i]))
             for i, e in enumerate(estimated)

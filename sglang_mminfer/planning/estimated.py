@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from sglang_mminfer.kernels.block_plan import PAD_POSITION, KeyTable
@@ -41,7 +42,7 @@ class Estimates:
 
 def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: int) -> tuple[Tiles, KeyTable]:
     """A copy of `tiles` for each head, with what the head's estimate adds, and `keys` with the gathered columns."""
-    heads, num_tiles, room = len(estimates.heads), tiles.num_tiles, len(estimates.heads) * tiles.room
+    heads, num_tiles, room = len(estimates.heads), tiles.num_tiles, tiles.room.copy()
     ranges = [[_padded(tiles, kind)] for kind in (FULL, PARTIAL, GATHERED)]  # [heads or 1, T, most] start and count
     before = (tiles.ends[:, 3] - tiles.ends[:, 2]).cumsum(0) - (tiles.ends[:, 3] - tiles.ends[:, 2])
     lane_rows = before[:, None] + torch.arange(tiles.most[GATHERED], device=before.device)
@@ -50,7 +51,8 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
     ]  # [heads or 1, T, most, words]
     for estimated in tiles.estimated:
         pattern, first = estimated.visits.pattern, int(estimated.visits.tile[0])
-        beside = (first, num_tiles - first - len(estimated.visits.tile))  # tiles of other groups: none of this
+        own = slice(first, first + len(estimated.visits.tile))
+        beside = (first, num_tiles - own.stop)  # tiles of other groups: none of this
 
         def placed(x: torch.Tensor, beside: tuple[int, int] = beside) -> torch.Tensor:
             """[heads or 1, T', most, ...] -> [heads or 1, T, most, ...]"""
@@ -60,12 +62,12 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
         columns, crossings = pattern.select(masses, estimated.keys_of_first_row, estimated.keys_of_last_row, block_k)
         start, count = crossings.ranges(estimated.full_tiles)
         ranges[FULL].append((placed(start + estimated.first_tile), placed(count)))
-        room += heads * estimated.room(start.shape[2])
+        room[own] += estimated.room(start.shape[2])
         lanes = torch.arange(estimated.most_partial, device=start.device)
         blocks = (estimated.full_tiles[:, None] + lanes)[None]
         crossed = crossings.cross(blocks)
         ranges[PARTIAL].append((placed(blocks + estimated.first_tile), placed(crossed.long())))
-        room += heads * blocks.numel()
+        room[own] += blocks.shape[-1]
         if not columns.shape[1]:
             continue
         count, lanes_excluded = column_lanes(columns, crossings, block_k)
@@ -73,7 +75,7 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
         start = (column_tiles + len(keys.kv_pos) // block_k).expand_as(count)
         ranges[GATHERED].append((placed(start), placed(count)))
         excluded.append(placed(lanes_excluded))
-        room += count.numel()
+        room[own] += count.shape[2]
         keys = _with_columns(keys, columns + estimated.first_tile * block_k, block_k)
     starts, counts = (
         torch.cat([pair[i].expand(heads, num_tiles, -1) for of_kind in ranges for pair in of_kind], dim=2)
@@ -94,7 +96,8 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
             ends=torch.stack(ends, dim=1),
             excluded=all_excluded.flatten(0, 2),
             most=(sizes[0], sizes[1], sizes[2]),
-            room=room,
+            rows=np.tile(tiles.rows, heads),
+            room=np.tile(room, heads),
             gathered_count=counts[:, :, sum(sizes[:2]) :].flatten(),
         ),
         keys,

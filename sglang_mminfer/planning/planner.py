@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.threads import one_thread
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
-from sglang_mminfer.planning.assembly import HeadTiles, assemble
+from sglang_mminfer.planning.assembly import Part, assemble
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.device_tiles import Tiles, upload
 from sglang_mminfer.planning.estimated import Estimates, with_estimate
@@ -59,7 +59,7 @@ class BatchPlanner:
         ]
         self._keys = KeyOrders(self.requests, block_k)
         self._tiles: dict[tuple[int, HeadPattern], list[Tiles]] = {}
-        self._static_plans: dict[tuple[HeadPattern | None, ...], PrefillPlan] = {}
+        self._static_plans: dict[tuple[HeadPattern | None, ...], BlockPlan] = {}
 
     def plan(
         self,
@@ -67,7 +67,7 @@ class BatchPlanner:
         q: torch.Tensor | None = None,
         k_cache: torch.Tensor | None = None,
         sm_scale: float = 1.0,
-    ) -> PrefillPlan:
+    ) -> BlockPlan:
         """The plan of one layer.
 
         Args:
@@ -92,7 +92,7 @@ class BatchPlanner:
         q: torch.Tensor | None,
         k_cache: torch.Tensor | None,
         sm_scale: float,
-    ) -> PrefillPlan:
+    ) -> BlockPlan:
         sharing: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(heads):
             if pattern is not None:
@@ -103,23 +103,31 @@ class BatchPlanner:
         items = [(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
         items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
         keys = self._keys.table()
-        levels: list[list[tuple[HeadTiles, Tiles]]] = []
+        levels: list[list[Part]] = []
         for r, own, passes in items:
+            alone = sum(tiles.num_tiles > 0 for tiles in passes) == 1
             for number, tiles in enumerate(passes):
                 if not tiles.num_tiles:
                     continue
                 while len(levels) <= number:
                     levels.append([])
                 if not tiles.estimated:
-                    levels[number].append(((own,), tiles))
+                    levels[number].append(Part((own,), tiles, r, alone))
                     continue
                 if q is None or k_cache is None:
                     raise ValueError(f"{heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys")
                 estimates = Estimates(self.requests[r], own, q, k_cache, sm_scale)
                 tiles, keys = with_estimate(tiles, estimates, keys, self.block_k)
-                levels[number].append((tuple((head,) for head in own), tiles))
-        passes_of_all = tuple(assemble(level, keys, self.block_q, self.block_k) for level in levels if level)
-        return PrefillPlan(passes_of_all, self.num_rows, len(heads), once=not self.keep)
+                levels[number].append(Part(tuple((head,) for head in own), tiles, r, alone))
+        return assemble(
+            [level for level in levels if level],
+            keys,
+            num_rows=self.num_rows,
+            num_heads=len(heads),
+            block_q=self.block_q,
+            block_k=self.block_k,
+            once=not self.keep,
+        )
 
     def _tiles_of(self, request: int, pattern: HeadPattern) -> list[Tiles]:
         name = (request, pattern)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.boundary import Boundary, HeadPattern, patterns_of
 
@@ -18,26 +18,25 @@ def tile_positions(plan: BlockPlan, tile: int) -> torch.Tensor:
     return plan.visited_positions(torch.full_like(number, tile), number).flatten()
 
 
-def visited_rows(plan: PrefillPlan, head: int, rows: torch.Tensor, kv_len: int) -> torch.Tensor:
+def visited_rows(plan: BlockPlan, head: int, rows: torch.Tensor, kv_len: int) -> torch.Tensor:
     """bool [R, kv_len]: the keys that `head` visits for `rows` (int64 [R], rows of q, of one request)."""
     device = rows.device
     place = torch.full((plan.num_rows,), -1, dtype=torch.int64, device=device)
     place[rows] = torch.arange(len(rows), device=device)
     out = torch.zeros(len(rows), kv_len, dtype=torch.bool, device=device)
-    for block_plan in plan.passes:
-        indptr, groups = block_plan.q_indptr.tolist(), block_plan.q_heads.tolist()
-        where = place[block_plan.q_rows.long()]
-        wanted = torch.nn.functional.pad((where >= 0).long().cumsum(0), (1, 0)).tolist()
-        for tile, group in enumerate(groups):
-            first, stop = indptr[tile], indptr[tile + 1]
-            if wanted[first] == wanted[stop] or head not in block_plan.head_groups[group]:
-                continue
-            at, bound = where[first:stop], block_plan.q_stop[first:stop]
-            at, bound = at[at >= 0], bound[at >= 0]
-            position = tile_positions(block_plan, tile)
-            position = position[position < kv_len].long()
-            row, lane = (position < bound[:, None]).nonzero(as_tuple=True)
-            out[at[row], position[lane]] = True
+    indptr, groups = plan.q_indptr.tolist(), plan.q_heads.tolist()
+    where = place[plan.q_rows.long()]
+    wanted = torch.nn.functional.pad((where >= 0).long().cumsum(0), (1, 0)).tolist()
+    for tile, group in enumerate(groups):
+        first, stop = indptr[tile], indptr[tile + 1]
+        if wanted[first] == wanted[stop] or head not in plan.head_groups[group]:
+            continue
+        at, bound = where[first:stop], plan.q_stop[first:stop]
+        at, bound = at[at >= 0], bound[at >= 0]
+        position = tile_positions(plan, tile)
+        position = position[position < kv_len].long()
+        row, lane = (position < bound[:, None]).nonzero(as_tuple=True)
+        out[at[row], position[lane]] = True
     return out
 
 

@@ -45,8 +45,10 @@ MAX_RUNNING_REQUESTS = 64
 MEMORY_SHARE = 0.8
 """The share of free memory that all ranks of this machine may use for weights and KV, taken together."""
 
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""The file with the bytes that this container may use, or "max": cgroup v2's. Other systems lack it."""
+
 _CORES = "SGLANG_CPU_OMP_THREADS_BIND"
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @functools.cache
@@ -129,7 +131,7 @@ def _platform_class() -> type:
             """Bytes that this container may use, if it has a limit; else the machine's memory."""
             total = int(psutil.virtual_memory().total)
             try:
-                return min(total, int(_CGROUP_LIMIT.read_text()))
+                return min(total, int(CONTAINER_LIMIT.read_text()))
             except (OSError, ValueError):  # no cgroup v2 here, or "max"
                 return total
 

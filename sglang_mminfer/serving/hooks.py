@@ -76,7 +76,7 @@ _applied: set[Hook] = set()
 
 
 def declare(every: tuple[Hook, ...]) -> None:
-    """Say which hooks there are. `install` takes from them."""
+    """Say which hooks there are: `install` takes from them alone, and `check_installation` looks at them alone."""
     global _declared
     _declared = every
 
@@ -220,7 +220,7 @@ def check_installation() -> None:
     from importlib.metadata import version
 
     installed = version("sglang")
-    missing = [hook for hook in _begun if not hook.target_exists()]
+    missing = [hook for hook in _declared if hook in _begun and not hook.target_exists()]
     if essential := [hook.target for hook in missing if hook.essential]:
         raise UnsupportedLaunch(
             f"mminfer: SGLang {installed} has no {', '.join(essential)}, without which answers could be wrong; install "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from sglang_mminfer import settings
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
 
@@ -84,7 +84,7 @@ class LayerView:
     patterns: tuple[HeadPattern, ...]
     stock_heads: tuple[int, ...]
     out: torch.Tensor
-    plan: PrefillPlan | None = None
+    plan: BlockPlan | None = None
     lse: torch.Tensor | None = None
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sglang_mminfer.kernels import executors, reference
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.a_shape import AShape
@@ -93,7 +93,7 @@ def check(
     scale = head_dim**-0.5
     heads = [PATTERNS[head % len(PATTERNS)] for head in range(num_heads)]
 
-    def planned(target: torch.device | str) -> PrefillPlan:
+    def planned(target: torch.device | str) -> BlockPlan:
         chunk = RequestChunk(chat, Q_START, TOKENS, 0, slots.to(target))
         return BatchPlanner([chunk], len(q)).plan(heads)
 

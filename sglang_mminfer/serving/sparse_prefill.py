@@ -14,11 +14,11 @@ import torch
 from sglang_mminfer import settings
 from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
 from sglang_mminfer.kernels import executors
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.planner import BatchPlanner
+from sglang_mminfer.planning.planner import BatchPlanner, is_static
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
@@ -41,10 +41,12 @@ class _LayerHeads:
     Attributes:
         planned: the pattern of each head; None for a head that the stock backend runs.
         dense: the heads that the stock backend runs; None if there are none.
+        static: whether the host knows what the planned heads visit.
     """
 
     planned: tuple[HeadPattern | None, ...]
     dense: DenseHeads | None
+    static: bool
 
 
 class SparsePrefill:
@@ -189,6 +191,7 @@ class SparsePrefill:
                 else:
                     slots = request.slots if request.slots is not None else self._slots(forward_batch, i, request)
                     chunks.append(RequestChunk(modality_map, start, stop, row_start, slots[:stop]))
+                    batch.planned.append(request)
         if on_stock:
             batch.stock_rows = StockRows(self._second_instance, forward_batch, on_stock)
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=self.choice.dense_below)
@@ -329,7 +332,7 @@ class SparsePrefill:
             return None
         batch.sparse_layers += 1
         batch.ran = plan, lse
-        if self.waits and (self.trace.enabled or self.metrics is not None):
+        if self.trace.enabled or self.metrics is not None:
             self._note_density(batch, plan, heads)
         return out.flatten(1)
 
@@ -395,16 +398,26 @@ class SparsePrefill:
                 dense = dense_heads(patterns, layer.tp_k_head_num, self.device, limit)
             on_stock = dense.heads if dense is not None else ()
             planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))
-            self._heads[key] = _LayerHeads(planned, dense)
+            static = all(is_static(head) for head in planned if head is not None)
+            self._heads[key] = _LayerHeads(planned, dense, static)
         return self._heads[key]
 
-    def _note_density(self, batch: PrefillBatch, plan: PrefillPlan, heads: _LayerHeads) -> None:
-        visited, stock_heads = plan.visited_by_row, heads.planned.count(None)
-        for request in batch.requests:
-            if request.dense_reason is None and request.chunk_len:
-                rows = visited[request.row_start : request.row_start + request.chunk_len]
-                causal = (request.prefix_len + 1 + request.seq_len) * request.chunk_len // 2
-                request.densities.append((rows.sum() / causal + stock_heads) / plan.num_heads)
+    def _note_density(self, batch: PrefillBatch, plan: BlockPlan, heads: _LayerHeads) -> None:
+        """Notes the density of a layer in each sparse request. If the host does not wait for the device, it is that of
+        the tiles by their area, where the host knows them."""
+        if batch.planner is None or not (self.waits or heads.static):
+            return
+        stock_heads = heads.planned.count(None)
+        area = None if self.waits else plan.visited_area(len(batch.planned))
+        for number, (request, chunk) in enumerate(zip(batch.planned, batch.planner.requests)):
+            if chunk.map is None:
+                continue
+            if area is None:
+                rows = slice(chunk.row_start, chunk.row_start + chunk.num_rows)
+                visited = plan.visited_by_row[rows].sum() / chunk.causal_pairs
+            else:
+                visited = min(area[number] / chunk.causal_pairs, plan.num_heads - stock_heads)
+            request.densities.append((visited + stock_heads) / plan.num_heads)
 
     def clock(self) -> float:
         """The host's clock, in seconds.

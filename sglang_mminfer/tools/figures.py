@@ -19,7 +19,7 @@ import torch
 
 from sglang_mminfer.families.base import Reader
 from sglang_mminfer.families.maps import map_from_mm_inputs
-from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
@@ -124,7 +124,7 @@ def map_of_prompt(
     return map_from_mm_inputs(SimpleNamespace(mm_items=items), len(prompt_ids), reader)
 
 
-def plan_of(modality_map: ModalityMap, heads: Sequence[HeadPattern], dense_below: int = 0) -> PrefillPlan:
+def plan_of(modality_map: ModalityMap, heads: Sequence[HeadPattern], dense_below: int = 0) -> BlockPlan:
     """What `heads` visit when the whole prompt is prefilled at once.
 
     Static patterns visit the same tiles however the prompt is cut, so this is also what a server visits chunk by
@@ -139,7 +139,7 @@ def plan_of(modality_map: ModalityMap, heads: Sequence[HeadPattern], dense_below
 
 
 def visited_share(
-    plan: PrefillPlan,
+    plan: BlockPlan,
     head: int,
     bin_size: int,
     rows: tuple[int, int] | None = None,
@@ -154,10 +154,9 @@ def visited_share(
     """
     rows, keys = rows or (0, plan.num_rows), keys or (0, plan.num_rows)
     visited = torch.zeros_like(causal := causal_pairs(rows, keys, bin_size))
-    for block_plan in plan.passes:
-        for tile, group in enumerate(block_plan.q_heads.tolist()):
-            if head in block_plan.head_groups[group]:
-                _add_tile(visited, block_plan, tile, bin_size, rows, keys)
+    for tile, group in enumerate(plan.q_heads.tolist()):
+        if head in plan.head_groups[group]:
+            _add_tile(visited, plan, tile, bin_size, rows, keys)
     return (visited / causal).masked_fill(causal == 0, torch.nan)
 
 
@@ -290,7 +289,7 @@ def _name(segment: Segment) -> str:
 
 def draw_visited_tiles(
     ax: Axes,
-    plan: PrefillPlan,
+    plan: BlockPlan,
     head: int,
     modality_map: ModalityMap,
     *,

@@ -64,16 +64,16 @@ class Rule:
     def _resized(self, picture: Image.Image, width: int, height: int) -> torch.Tensor:
         """Normalised, [3, height, width]."""
         if self.released:
-            return _normalised(picture.resize((width, height)))  # bicubic
+            return normalised(picture.resize((width, height)))  # bicubic
         return torch.nn.functional.interpolate(
-            _normalised(picture)[None], size=(height, width), mode="bicubic", align_corners=False
+            normalised(picture)[None], size=(height, width), mode="bicubic", align_corners=False
         )[0]
 
 
 RELEASED, SERVED = Rule(released=True), Rule(released=False)
 
 
-def _normalised(picture: Image.Image) -> torch.Tensor:
+def normalised(picture: Image.Image) -> torch.Tensor:
     """[3, height, width] of an RGB picture."""
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

@@ -17,7 +17,7 @@ from sglang_mminfer import (
     VerticalSlash,
 )
 from sglang_mminfer.kernels import reference, torch_gather
-from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable
 from sglang_mminfer.kernels.triton import launch
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
@@ -78,12 +78,12 @@ def inputs(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list
     return [random(*shape, dtype=dtype, seed=seed).to(DEVICE) for seed, shape in enumerate(shapes)]
 
 
-def planned(heads: list, q: torch.Tensor, k: torch.Tensor) -> PrefillPlan:
+def planned(heads: list, q: torch.Tensor, k: torch.Tensor) -> BlockPlan:
     batch, rows = chunks(q.device.type)
     return BatchPlanner(batch, rows).plan(heads, q, k, q.shape[2] ** -0.5)
 
 
-def ran(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor]:
+def ran(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and LSE of the kernel, in tensors that held NaN before."""
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], torch.nan, device=q.device)
@@ -91,18 +91,14 @@ def ran(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan) ->
     return out, lse
 
 
-def on_cpu(plan: PrefillPlan) -> PrefillPlan:
+def on_cpu(plan: BlockPlan) -> BlockPlan:
     """The same plan for an executor on the host. Estimates are not made again."""
-
-    def moved(own: BlockPlan) -> BlockPlan:
-        tensors = {name: x.cpu() for name, x in vars(own).items() if isinstance(x, torch.Tensor)}
-        fields = {name: x for name, x in tensors.items() if name in BlockPlan.__dataclass_fields__}
-        return replace(own, **fields, keys=KeyTable(own.keys.kv_pos.cpu(), own.keys.kv_slots.cpu()))
-
-    return PrefillPlan(tuple(map(moved, plan.passes)), plan.num_rows, plan.num_heads)
+    tensors = {name: x.cpu() for name, x in vars(plan).items() if isinstance(x, torch.Tensor)}
+    fields = {name: x for name, x in tensors.items() if name in BlockPlan.__dataclass_fields__}
+    return replace(plan, **fields, keys=KeyTable(plan.keys.kv_pos.cpu(), plan.keys.kv_slots.cpu()))
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan) -> tuple[torch.Tensor, torch.Tensor]:
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention of the plan in float64, on the host."""
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
     wide = (x.float().cpu() for x in (q, k, v))
@@ -142,12 +138,12 @@ def test_all_patterns_in_one_layer(dtype, head_dim, kv_heads):
 def test_static_plans_are_those_of_the_host(name):
     given = inputs(2, 1, 64, torch.bfloat16)
     here, there = (planned([PATTERNS[name]] * 2, *(x.to(device) for x in given[:2])) for device in (DEVICE, "cpu"))
-    for own, its in zip(on_cpu(here).passes, there.passes, strict=True):
-        for field in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "num_full", "num_gathered"):
-            assert torch.equal(getattr(own, field), getattr(its, field)), field
-        visits = int(own.block_indptr[-1])
-        assert torch.equal(own.block_indices[:visits], its.block_indices[:visits])
-        assert torch.equal(own.keys.kv_pos, its.keys.kv_pos) and torch.equal(own.keys.kv_slots, its.keys.kv_slots)
+    own = on_cpu(here)
+    for field in ("q_rows", "q_stop", "q_indptr", "q_heads", "block_indptr", "num_full", "num_gathered"):
+        assert torch.equal(getattr(own, field), getattr(there, field)), field
+    visits = int(own.block_indptr[-1])
+    assert torch.equal(own.block_indices[:visits], there.block_indices[:visits])
+    assert torch.equal(own.keys.kv_pos, there.keys.kv_pos) and torch.equal(own.keys.kv_slots, there.keys.kv_slots)
 
 
 @pytest.mark.parametrize("name", [name for name in PATTERNS if name.endswith(("estimated", "slash"))])

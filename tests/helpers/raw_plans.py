@@ -3,7 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, PrefillPlan, pack_lanes
+from sglang_mminfer.kernels.block_plan import PAD_POSITION, BlockPlan, KeyTable, pack_lanes
+from support import joined
 
 BLOCK_K, SLOTS = 4, 50
 
@@ -93,37 +94,38 @@ def raw_plans(draw):
                 num_gathered=torch.tensor(num_gathered, dtype=torch.int32),
                 excluded_lanes=pack_lanes(torch.tensor(excluded + [[True] * BLOCK_K] * spare).view(-1, BLOCK_K)),
                 head_groups=groups,
+                num_rows=num_rows,
+                num_heads=4,
                 block_q=num_rows,
                 block_k=BLOCK_K,
             )
         )
-    return PrefillPlan(tuple(passes), num_rows, 4)
+    return joined(passes)
 
 
-def counted_slots(plan: PrefillPlan, row: int, head: int) -> list[int]:
+def counted_slots(plan: BlockPlan, row: int, head: int) -> list[int]:
     """The cache rows that count for one row and head, by the two conditions of the contract."""
     out = []
-    for block_plan in plan.passes:
-        keys = block_plan.keys
-        for t in range(block_plan.num_tiles):
-            if head not in block_plan.head_groups[block_plan.q_heads[t]]:
+    keys = plan.keys
+    for t in range(plan.num_tiles):
+        if head not in plan.head_groups[plan.q_heads[t]]:
+            continue
+        a, b = plan.block_indptr[t : t + 2].tolist()
+        listed = plan.block_indices[a:b].tolist()
+        first_gathered, first = (
+            len(listed) - int(plan.num_gathered[t]),
+            int(plan.num_gathered[:t].sum()),
+        )
+        for i in range(*plan.q_indptr[t : t + 2].tolist()):
+            if plan.q_rows[i] != row:
                 continue
-            a, b = block_plan.block_indptr[t : t + 2].tolist()
-            listed = block_plan.block_indices[a:b].tolist()
-            first_gathered, first = (
-                len(listed) - int(block_plan.num_gathered[t]),
-                int(block_plan.num_gathered[:t].sum()),
-            )
-            for i in range(*block_plan.q_indptr[t : t + 2].tolist()):
-                if block_plan.q_rows[i] != row:
-                    continue
-                for j, block in enumerate(listed):
-                    for lane in range(BLOCK_K):
-                        key = block * BLOCK_K + lane
-                        if j >= first_gathered:
-                            word = int(block_plan.excluded_lanes[first + j - first_gathered, lane // 32])
-                            if word >> (lane % 32) & 1:
-                                continue
-                        if keys.kv_pos[key] < block_plan.q_stop[i]:
-                            out.append(int(keys.kv_slots[key]))
+            for j, block in enumerate(listed):
+                for lane in range(BLOCK_K):
+                    key = block * BLOCK_K + lane
+                    if j >= first_gathered:
+                        word = int(plan.excluded_lanes[first + j - first_gathered, lane // 32])
+                        if word >> (lane % 32) & 1:
+                            continue
+                    if keys.kv_pos[key] < plan.q_stop[i]:
+                        out.append(int(keys.kv_slots[key]))
     return out

@@ -24,7 +24,7 @@ from sglang_mminfer import (
     VisionGrid,
     pattern_mask,
 )
-from sglang_mminfer.kernels.block_plan import BlockPlan, PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.patterns.base import Field, Pattern, fields_of, kinds
 from sglang_mminfer.patterns.boundary import patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
@@ -339,8 +339,8 @@ def cut_out(batch: Batch, request: int, start: int, stop: int, **changes) -> Bat
 # ---- plans -------------------------------------------------------------------------------------------------
 
 
-def part_of_pass(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
-    """The pass without some of its visits: `keep` bool [nnz]."""
+def part_of_plan(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
+    """The plan without some of its visits: `keep` bool [nnz]."""
     tiles = torch.arange(plan.num_tiles, device=keep.device)
     tile = torch.repeat_interleave(tiles, plan.block_indptr.diff())
     number = torch.arange(len(tile), device=keep.device)
@@ -357,16 +357,42 @@ def part_of_pass(plan: BlockPlan, keep: torch.Tensor) -> BlockPlan:
         num_full=count(keep & full),
         num_gathered=count(keep & gathered),
         excluded_lanes=plan.excluded_lanes[: int(gathered.sum())][keep[gathered]],
+        gathered_start=None,
+        known_sizes=None,
     )
 
 
-def halves(plan: PrefillPlan, seed: int = 0) -> list[PrefillPlan]:
+def halves(plan: BlockPlan, seed: int = 0) -> list[BlockPlan]:
     """Two plans that share the visits of one, each visit in one of them by chance."""
-    random, out = torch.Generator().manual_seed(seed), []
-    owners = [
-        torch.randint(0, 2, (int(p.block_indptr[-1]),), generator=random).to(p.q_rows.device) for p in plan.passes
-    ]
-    for half in range(2):
-        passes = tuple(part_of_pass(p, owner == half) for p, owner in zip(plan.passes, owners))
-        out.append(PrefillPlan(passes, plan.num_rows, plan.num_heads))
-    return out
+    random = torch.Generator().manual_seed(seed)
+    owner = torch.randint(0, 2, (int(plan.block_indptr[-1]),), generator=random).to(plan.q_rows.device)
+    return [part_of_plan(plan, owner == half) for half in range(2)]
+
+
+def joined(passes: Sequence[BlockPlan]) -> BlockPlan:
+    """One plan of several passes from plans of one pass each, over one table of keys."""
+    first = passes[0]
+
+    def cat(name: str) -> torch.Tensor:
+        return torch.cat([getattr(p, name) for p in passes])
+
+    def indptr(name: str) -> torch.Tensor:
+        counts = torch.cat([getattr(p, name).diff() for p in passes])
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+    groups = list(dict.fromkeys(group for p in passes for group in p.head_groups))
+    numbers = [torch.tensor([groups.index(group) for group in p.head_groups]) for p in passes]
+    tiles = torch.tensor([p.num_tiles for p in passes])
+    return replace(
+        first,
+        **{name: cat(name) for name in ("q_rows", "q_stop", "num_full", "num_gathered")},
+        q_indptr=indptr("q_indptr"),
+        block_indptr=indptr("block_indptr"),
+        q_heads=torch.cat([n[p.q_heads.long()] for n, p in zip(numbers, passes)]).int(),
+        block_indices=torch.cat([p.block_indices[: int(p.block_indptr[-1])] for p in passes]),
+        excluded_lanes=torch.cat([p.excluded_lanes[: int(p.num_gathered.sum())] for p in passes]),
+        head_groups=tuple(groups),
+        pass_indptr=(0, *tiles.cumsum(0).tolist()),
+        gathered_start=None,
+        known_sizes=None,
+    )

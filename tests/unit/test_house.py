@@ -38,6 +38,14 @@ KNOW_SGLANG = {"serving", "families", "mends", "tools", "benchmarks"}
 
 DOTTED = re.compile(rf"^{PACKAGE}(\.\w+)+")
 
+PRIVATE = re.compile(r"_(?!_)\w+")
+
+THEIRS_TOO = {
+    "_fields": "every named tuple has it, and it is no private name there",
+    "_tokenizer": "SGLang's processors have it, where one of ours sets it",
+}
+"""Private names of ours that others have as well, so that a module may use the others'."""
+
 
 def modules(root: Path) -> dict[str, Path]:
     """Every module of the product by its name, without the package's."""
@@ -136,12 +144,69 @@ def strangers(root: Path) -> list[str]:
     ]
 
 
+def sources(root: Path) -> list[Path]:
+    """Every file of the product, its tests and its examples."""
+    folders = (PACKAGE, "kernels", "head_configs", "tests", "examples")
+    return sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+
+
+def own_privates(tree: ast.Module) -> set[str]:
+    """The private names that a file gives: of functions, classes, variables and attributes of its objects."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _of_itself(node):
+            names.add(node.attr)
+    return {name for name in names if PRIVATE.fullmatch(name)}
+
+
+def used_privates(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of the private names that a file uses: of other objects, in imports, and in strings that are names,
+    as monkeypatch and getattr take them. A dotted name in SGLang is SGLang's."""
+    pieces = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+    for node in ast.walk(tree):
+        dotted = []
+        if isinstance(node, ast.Attribute) and not _of_itself(node):
+            dotted = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            dotted = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in pieces:
+            dotted = [node.value] if re.fullmatch(r"[\w.:]+", node.value) else []
+        for name in dotted:
+            if not name.startswith("sglang."):
+                yield from ((node.lineno, part) for part in re.split("[.:]", name) if PRIVATE.fullmatch(part))
+
+
+def _of_itself(node: ast.Attribute) -> bool:
+    return ast.unparse(node.value) in ("self", "cls", "super()")
+
+
+def private_doors(root: Path) -> list[str]:
+    """Uses of a private name of ours in another file than those that give it. Names of SGLang's and of libraries are
+    not ours, and count only where one of ours has the same."""
+    trees = {path: ast.parse(path.read_text()) for path in sources(root)}
+    given = {path: own_privates(tree) for path, tree in trees.items()}
+    ours = {name for names in given.values() for name in names} - set(THEIRS_TOO)
+    return [
+        f"{path.relative_to(root)}:{line}: {name}"
+        for path, tree in trees.items()
+        for line, name in used_privates(tree)
+        if name in ours - given[path]
+    ]
+
+
 RULES = {
     "a room imports from lines below its own": upward,
     "light modules stay light": heavy,
     "only settings reads our variables": own_variables,
     "nobody touches a foreign __dict__": foreign_dicts,
     "sglang is imported where SGLang is met": strangers,
+    "nobody enters by a private door": private_doors,
 }
 
 
@@ -156,11 +221,21 @@ def test_every_room_has_a_line() -> None:
 
 
 BREAKS = {
-    "a room imports from lines below its own": ("modality/runs.py", "from sglang_mminfer.planning import tiles\n"),
-    "light modules stay light": ("settings.py", "import torch\n"),
-    "only settings reads our variables": ("serving/trace.py", 'import os\nos.environ.get("SGLANG_MMINFER_TRACE")\n'),
-    "nobody touches a foreign __dict__": ("prefill.py", "def f(plan): plan.__dict__['x'] = 1\n"),
-    "sglang is imported where SGLang is met": ("patterns/mask.py", "def f(): import sglang.srt.server_args\n"),
+    "a room imports from lines below its own": (
+        f"{PACKAGE}/modality/runs.py",
+        "from sglang_mminfer.planning import tiles\n",
+    ),
+    "light modules stay light": (f"{PACKAGE}/settings.py", "import torch\n"),
+    "only settings reads our variables": (
+        f"{PACKAGE}/serving/trace.py",
+        'import os\nos.environ.get("SGLANG_MMINFER_TRACE")\n',
+    ),
+    "nobody touches a foreign __dict__": (f"{PACKAGE}/prefill.py", "def f(plan): plan.__dict__['x'] = 1\n"),
+    "sglang is imported where SGLang is met": (
+        f"{PACKAGE}/patterns/mask.py",
+        "def f(): import sglang.srt.server_args\n",
+    ),
+    "nobody enters by a private door": ("tests/unit/mends/test_mends.py", "def f(asked): asked._last = None\n"),
 }
 
 
@@ -168,12 +243,16 @@ BREAKS = {
 def test_a_broken_rule_is_seen(rule: str, tmp_path: Path) -> None:
     import shutil
 
-    for folder in (PACKAGE, "kernels", "head_configs"):
+    for folder in (PACKAGE, "kernels", "head_configs", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
     file, text = BREAKS[rule]
-    with (tmp_path / PACKAGE / file).open("a") as out:
+    with (tmp_path / file).open("a") as out:
         out.write(f"\n{text}")
     assert any(file in said for said in RULES[rule](tmp_path)), rule
+
+
+def test_every_rule_is_broken_once() -> None:
+    assert BREAKS.keys() == RULES.keys()
 
 
 @pytest.mark.parametrize(
@@ -183,3 +262,35 @@ def test_a_name_in_a_string_or_a_function_is_an_import(text: str, tmp_path: Path
     (tmp_path / PACKAGE / "serving").mkdir(parents=True)
     (tmp_path / PACKAGE / "serving" / "x.py").write_text(text)
     assert len(upward(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "text, seen",
+    [
+        ("from sglang_mminfer.room import _made\n", True),
+        ("def f(room): room._made()\n", True),
+        ("def f(patch, room): patch.setattr(room, '_made', None)\n", True),
+        ("def f(patch): patch.setattr('sglang_mminfer.room._made', None)\n", True),
+        ("def f(x): return x._kept\n", True),
+        ("def _made(): return _made\n", False),
+        ("class Mine:\n    def f(self): return self._kept\n", False),
+        ("def f(server): return server._theirs, 'sglang.srt.x._made', f'{server}_made'\n", False),
+    ],
+)
+def test_a_private_door_has_many_handles(text: str, seen: bool, tmp_path: Path) -> None:
+    room, test = tmp_path / PACKAGE / "room.py", tmp_path / "tests" / "test_room.py"
+    for path, content in (
+        (room, "def _made(): ...\nclass X:\n    def __init__(self): self._kept = 1\n"),
+        (test, text),
+    ):
+        path.parent.mkdir()
+        path.write_text(content)
+    assert bool(private_doors(tmp_path)) == seen
+
+
+def test_what_is_theirs_too_is_ours_and_used() -> None:
+    """An exception that nobody needs is taken out."""
+    trees = [ast.parse(path.read_text()) for path in sources(ROOT)]
+    for name in THEIRS_TOO:
+        assert any(name in own_privates(tree) for tree in trees), name
+        assert any(name in {used for _, used in used_privates(tree)} - own_privates(tree) for tree in trees), name

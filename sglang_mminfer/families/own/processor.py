@@ -110,7 +110,7 @@ class MediaProcessor(BaseMultimodalProcessor):
         ids, placed = lay_out(run, self._encode, self.fill)
         return MultimodalProcessorOutput(
             input_ids=ids,
-            mm_items=[_item(raster) for raster in placed],
+            mm_items=[item_of(raster) for raster in placed],
             im_token_id=self.fill,
             video_token_id=self.fill,
         )
@@ -120,7 +120,8 @@ class MediaProcessor(BaseMultimodalProcessor):
             return list(self._encoder.encode(text, add_special_tokens=False))
 
 
-def _item(placed: Placed) -> MultimodalDataItem:
+def item_of(placed: Placed) -> MultimodalDataItem:
+    """SGLang's item of one raster and its tokens in the prompt."""
     data = placed.data()
     return MultimodalDataItem(
         modality=_MODALITIES[placed.kind],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.kernels.rows import causal_weights
 from sglang_mminfer.modality.segments import Modality, ModalityMap
@@ -101,7 +101,7 @@ class LayerProbe:
         visits[..., FULL] += estimates / (BLOCK_Q * BLOCK_K)
         return Measured(error.T.cpu(), visited.T.cpu() + estimates, visits, ms)
 
-    def plan(self, heads: Sequence[HeadPattern], dense_below: int = 0) -> PrefillPlan:
+    def plan(self, heads: Sequence[HeadPattern], dense_below: int = 0) -> BlockPlan:
         """A plan of its own planner, because a planner that lives on would hold the orders of all candidates."""
         q, k_cache, _ = self._tensors
         planner = BatchPlanner([self.chunk], len(q), dense_below=dense_below, keep=False)
@@ -119,7 +119,7 @@ class LayerProbe:
                 pairs[m] += 2.0 * sum(last) * self.chunk.kv_len / len(present)
         return pairs
 
-    def _run(self, plan: PrefillPlan) -> tuple[torch.Tensor, float]:
+    def _run(self, plan: BlockPlan) -> tuple[torch.Tensor, float]:
         """The float32 output of a plan, and the milliseconds of its run."""
         q, k_cache, v_cache = self._tensors
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -131,21 +131,20 @@ class LayerProbe:
         return out.float(), (time.perf_counter() - start) * 1e3
 
 
-def visits_by_modality(plan: PrefillPlan, modality_of_row: torch.Tensor) -> torch.Tensor:
+def visits_by_modality(plan: BlockPlan, modality_of_row: torch.Tensor) -> torch.Tensor:
     """`Measured.visits` of a plan: float64 [heads, modalities, kinds], on the host. modality_of_row: int64 [rows]."""
     device = modality_of_row.device
     visits = torch.zeros(plan.num_heads, len(MODALITIES), 3, dtype=torch.float64, device=device)
-    for block_plan in plan.passes:
-        rows = block_plan.q_indptr.diff().long()
-        tile = torch.repeat_interleave(torch.arange(block_plan.num_tiles, device=device), rows)
-        share = torch.zeros(block_plan.num_tiles, len(MODALITIES), dtype=torch.float64, device=device)
-        share.index_put_((tile, modality_of_row[block_plan.q_rows.long()]), 1 / rows[tile].double(), accumulate=True)
-        all_visits, full, gathered = block_plan.block_indptr.diff(), block_plan.num_full, block_plan.num_gathered
-        kinds = torch.stack([full, all_visits - full - gathered, gathered], dim=1).double()  # FULL, PARTIAL, GATHERED
-        of_group = visits.new_zeros(len(block_plan.head_groups), len(MODALITIES), 3)
-        of_group.index_add_(0, block_plan.q_heads.long(), share[:, :, None] * kinds[:, None])
-        for group, heads in enumerate(block_plan.head_groups):
-            visits[list(heads)] += of_group[group]
+    rows = plan.q_indptr.diff().long()
+    tile = torch.repeat_interleave(torch.arange(plan.num_tiles, device=device), rows)
+    share = torch.zeros(plan.num_tiles, len(MODALITIES), dtype=torch.float64, device=device)
+    share.index_put_((tile, modality_of_row[plan.q_rows.long()]), 1 / rows[tile].double(), accumulate=True)
+    all_visits, full, gathered = plan.block_indptr.diff(), plan.num_full, plan.num_gathered
+    kinds = torch.stack([full, all_visits - full - gathered, gathered], dim=1).double()  # FULL, PARTIAL, GATHERED
+    of_group = visits.new_zeros(len(plan.head_groups), len(MODALITIES), 3)
+    of_group.index_add_(0, plan.q_heads.long(), share[:, :, None] * kinds[:, None])
+    for group, heads in enumerate(plan.head_groups):
+        visits[list(heads)] += of_group[group]
     return visits.cpu()
 
 

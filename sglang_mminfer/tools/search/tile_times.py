@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
-from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan, pack_lanes
+from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, pack_lanes
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, FULL, GATHERED, PARTIAL
 
@@ -82,7 +82,7 @@ def _wait(tensor: torch.Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def made_up_plan(kind: int, visits: int, tiles: int, device: torch.device) -> PrefillPlan:
+def made_up_plan(kind: int, visits: int, tiles: int, device: torch.device) -> BlockPlan:
     """A plan of `tiles` query tiles for every head, each with `visits` visits of one kind.
 
     A query tile visits every other key tile, so that no two lie side by side. In partial tiles the rows' bounds are
@@ -96,7 +96,7 @@ def made_up_plan(kind: int, visits: int, tiles: int, device: torch.device) -> Pr
     def filled(number: int) -> torch.Tensor:
         return torch.full((query_tiles,), number, dtype=torch.int32, device=device)
 
-    block_plan = BlockPlan(
+    return BlockPlan(
         keys=KeyTable(keys.to(device), keys.to(device)),
         q_rows=torch.arange(tiles * BLOCK_Q, dtype=torch.int32).repeat(HEADS).to(device),
         q_stop=stop.repeat(query_tiles).to(device),
@@ -110,9 +110,9 @@ def made_up_plan(kind: int, visits: int, tiles: int, device: torch.device) -> Pr
         head_groups=tuple((head,) for head in range(HEADS)),
         block_q=BLOCK_Q,
         block_k=BLOCK_K,
-        num_work=query_tiles,
+        num_rows=tiles * BLOCK_Q,
+        num_heads=HEADS,
     )
-    return PrefillPlan((block_plan,), tiles * BLOCK_Q, HEADS)
 
 
 def agreed(measurements: Sequence[Sequence[float]], executor: str) -> TileTimes:

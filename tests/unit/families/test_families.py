@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,9 +55,8 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     del sys.modules["sglang_mminfer.families.newcomer"], families.newcomer
 
 
-def test_a_file_is_a_family(newcomer: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_a_family(newcomer: None, note: Callable[[Any], None]) -> None:
     from sglang_mminfer.families import processors
-    from sglang_mminfer.mends import asked
 
     config = SimpleNamespace(model_type="newcomer", side=2)
     reader = maps.reader_of(config)
@@ -68,7 +68,7 @@ def test_a_file_is_a_family(newcomer: None, monkeypatch: pytest.MonkeyPatch) -> 
     theirs = type("NewcomerProcessor", (), {})
     assert processors.adapted(theirs, config).__name__ == "Ours"
     assert processors.adapted(type("OtherProcessor", (), {}), config).__name__ == "OtherProcessor"
-    monkeypatch.setattr(asked, "_last", SimpleNamespace(attention_backend="mminfer"))
+    note(SimpleNamespace(attention_backend="mminfer"))
     ours, architecture = processors.adapt_model((theirs, "Newcomer")) or (None, "")
     assert ours is not None and ours.__mro__[1] is theirs and architecture == "Newcomer"
     assert processors.adapt_model((theirs, "Oldcomer")) is None

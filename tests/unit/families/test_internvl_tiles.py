@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from families.internvl_tiles import RELEASED, SERVED, _normalised
+from families.internvl_tiles import RELEASED, SERVED, normalised
 
 SIDE = 448
 
@@ -40,7 +40,7 @@ def test_the_servers_tiles(seed: int) -> None:
     width, height = (int(n) for n in random.integers(8, 700, 2))
     width = {0: width, 1: height, 2: 2 * height, 3: 3 * height}[seed % 4]
     picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    theirs = InternVLProcessor.dynamic_preprocess(_normalised(picture), SIDE, 12, use_thumbnail=True)
+    theirs = InternVLProcessor.dynamic_preprocess(normalised(picture), SIDE, 12, use_thumbnail=True)
     assert torch.equal(SERVED.tiles(picture, SIDE), theirs.float())
 
 
@@ -50,7 +50,7 @@ def test_the_released_tiles_are_cut_from_pils_picture() -> None:
     tiles = RELEASED.tiles(picture, SIDE)
     whole = picture.resize((2 * SIDE, SIDE), Image.Resampling.BICUBIC)
     expected = [whole.crop((0, 0, SIDE, SIDE)), whole.crop((SIDE, 0, 2 * SIDE, SIDE)), picture.resize((SIDE, SIDE))]
-    assert torch.equal(tiles, torch.stack([_normalised(one) for one in expected]).bfloat16().float())
+    assert torch.equal(tiles, torch.stack([normalised(one) for one in expected]).bfloat16().float())
 
 
 def test_frames() -> None:

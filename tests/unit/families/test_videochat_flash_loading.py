@@ -24,10 +24,9 @@ from families import videochat_flash
 from sglang_mminfer import ModalityMap, Segment, VisionGrid
 from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.families.own.geometry import PlacedReader
-from sglang_mminfer.families.own.processor import _item
+from sglang_mminfer.families.own.processor import item_of
 from sglang_mminfer.families.own.prompt import Medium, Raster, lay_out
 from sglang_mminfer.head_config import HeadConfigError
-from sglang_mminfer.mends import asked
 from sglang_mminfer.serving import head_config_choice, hooks
 from sglang_mminfer.settings import CONFIG
 
@@ -49,9 +48,9 @@ def variant(checkpoint: Path, folder: Path, **fields: Any) -> str:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def launched(note: Callable[[Any], None]) -> Callable[[str], Any]:
     """The model's config as the launch of a server with mminfer reads it."""
-    monkeypatch.setattr(asked, "_last", None)  # what it becomes here is gone after the test
+    note(None)
 
     def launch(path: str) -> Any:
         arguments = ServerArgs(model_path=path, attention_backend="mminfer")
@@ -124,7 +123,7 @@ def test_the_map_is_what_the_ids_say(drawn: list[tuple[str, int]]) -> None:
             run.append(Medium("image", [Raster(tiles, 1, 64 * count)], "said"))
     ids, placed = lay_out(run, lambda words: [1] * len(words), FILL)
     found = map_from_mm_inputs(
-        MultimodalInputs(mm_items=[_item(one) for one in placed]), len(ids), PlacedReader(merged=True)
+        MultimodalInputs(mm_items=[item_of(one) for one in placed]), len(ids), PlacedReader(merged=True)
     )
 
     expected, position = [], 0
@@ -152,6 +151,6 @@ def test_the_map_is_what_the_ids_say(drawn: list[tuple[str, int]]) -> None:
 def test_items_with_rows_do_not_fit_merged_tokens() -> None:
     _, placed = lay_out([Medium("video", [Raster(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), 8, 8)])], len, FILL)  # type: ignore[arg-type]
     with pytest.raises(GeometryError, match=r"expected one row of merged tokens, got 8") as caught:
-        map_from_mm_inputs(MultimodalInputs(mm_items=[_item(placed[0])]), 64, PlacedReader(merged=True))
+        map_from_mm_inputs(MultimodalInputs(mm_items=[item_of(placed[0])]), 64, PlacedReader(merged=True))
     assert caught.value.reason == "grid_mismatch"
     assert reader_of(SimpleNamespace(model_type="videochat_flash")) == PlacedReader()

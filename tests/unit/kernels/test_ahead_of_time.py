@@ -13,8 +13,8 @@ TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_builds_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim):
-    for dtype, merge in (("bf16", False), ("fp16", True)):
-        build = ahead_of_time.compile_build(capability, dtype, head_dim, merge)
+    for dtype in ahead_of_time.DTYPES:
+        build = ahead_of_time.compile_build(capability, dtype, head_dim)
         assert build.spills <= ROUNDING, build
         assert build.shared <= SHARED_MEMORY[capability], build
         assert build.tensor_cores == TENSOR_CORES[capability], build
@@ -23,7 +23,7 @@ def test_builds_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim)
 @pytest.mark.parametrize("capability", [89, 120])
 def test_builds_for_cards_with_little_shared_memory_fit(capability):
     for head_dim in (64, 128, 256):
-        build = ahead_of_time.compile_build(capability, "bf16", head_dim, True)
+        build = ahead_of_time.compile_build(capability, "bf16", head_dim)
         assert build.shared <= 99 << 10 and build.spills <= ROUNDING, build
 
 
@@ -34,6 +34,13 @@ def test_builds_of_the_estimate_spill_nothing_fit_and_use_the_tensor_cores(capab
         assert build.spills <= ROUNDING, build
         assert build.shared <= SHARED_MEMORY[capability], build
         assert build.tensor_cores == TENSOR_CORES[capability], build
+
+
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_the_kernel_that_joins_parts_spills_nothing(capability):
+    for head_dim in HEAD_DIMS:
+        build = ahead_of_time.compile_merge(capability, "bf16", head_dim)
+        assert build.spills == 0 and build.shared <= SHARED_MEMORY[capability], build
 
 
 def test_a_head_dim_without_a_build_is_refused():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from raw_plans import SLOTS, counted_slots, raw_plans
 from sglang_mminfer import AShape, Grid, Modality, QBoundary, VerticalSlash
 from sglang_mminfer.kernels import flashinfer_paged, reference, torch_gather
-from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, PrefillPlan, pack_lanes
+from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, nothing, pack_lanes
 from sglang_mminfer.kernels.flashinfer_paged import KeyPages, PagedVisits, paged_visits
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
@@ -98,7 +98,7 @@ def masks_of(visits: PagedVisits) -> list[torch.Tensor] | None:
     return [part.view(shape) for part, shape in zip(flat.split([m * n for m, n in shapes]), shapes)]
 
 
-def executed(q, k, v, plan: PrefillPlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def executed(q, k, v, plan: BlockPlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and LSE that the arguments of all batches of a plan mean, in float64."""
     pages = KeyPages.of(k, v)
     out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_halves_of_a_plan_join_to_the_whole(plan, seed):
     torch.testing.assert_close(torch_gather.merge_state(*rest[0], *rest[1]), whole, rtol=2e-5, atol=2e-6)
 
 
-def real_plan(q, k, scale: float) -> PrefillPlan:
+def real_plan(q, k, scale: float) -> BlockPlan:
     n = CHAT.length
     chunk = RequestChunk(CHAT, n - len(q), n, 0, torch.randperm(n, generator=torch.Generator().manual_seed(3)))
     return BatchPlanner([chunk], len(q), block_q=32, block_k=16).plan(HEADS, q, k, scale)
@@ -329,7 +329,7 @@ def test_the_executor_through_flashinfers_wrapper(kernels, monkeypatch, layout, 
 @needs_known_flashinfer
 def test_rows_that_no_pass_visits_are_written_too(kernels):
     q, (k, v) = randn(3, 4, 64).half(), caches("contiguous", 5, 2, 64, dtype=torch.float16)
-    for plan in (PrefillPlan((), 3, 4), PrefillPlan((replace(tiny_plan(), q_stop=torch.zeros(1).int()),), 3, 4)):
+    for plan in (nothing(3, 4, 1, 4, torch.device("cpu")), tiny_plan(q_stop=[0], num_rows=3)):
         out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
         flashinfer_paged.run(q, k, v, plan, 0.125, out, lse)
         assert not out.any() and bool(lse.isneginf().all())
@@ -353,6 +353,8 @@ def tiny_plan(**changes) -> BlockPlan:
         "num_gathered": [1],
         "excluded_lanes": pack_lanes(torch.tensor([[False, False, True, False]])),
         "head_groups": ((0, 1, 2, 3),),
+        "num_rows": 2,
+        "num_heads": 4,
         "block_q": 1,
         "block_k": 4,
         **changes,
@@ -379,7 +381,7 @@ def test_rows_that_see_no_masked_key_are_not_asked():
 
 def run_with(monkeypatch, q, k, v, plan=None, **more):
     monkeypatch.setattr(flashinfer_paged, "kernel_of", more.pop("kernel_of", lambda *_: "fa2"))
-    plan = PrefillPlan((plan or tiny_plan(),), len(q), 4)
+    plan = replace(plan or tiny_plan(), num_rows=len(q))
     flashinfer_paged.run(q, k, v, plan, 1.0, torch.empty_like(q), torch.empty(q.shape[:2]), **more)
 
 

@@ -13,7 +13,7 @@ from raw_plans import SLOTS, counted_slots, raw_plans
 from sglang_mminfer import AShape, Grid, QBoundary, VerticalSlash, prefill
 from sglang_mminfer.kernels import host_tiles, reference, torch_gather
 from sglang_mminfer.kernels.block_plan import (
-    PrefillPlan,
+    nothing,
     pack_lanes,
     pack_lanes_on_host,
     unpack_lanes,
@@ -136,8 +136,7 @@ def test_rows_cut_into_strips_see_what_their_tiles_see(plan):
     q, k, v = (randn(n, 4, D, seed=i) for i, n in enumerate((plan.num_rows, SLOTS, SLOTS)))
     results = []
     for strips in (False, True):
-        passes = tuple(replace(block_plan) for block_plan in plan.passes)  # without what the first run kept with it
-        cut = PrefillPlan(passes, plan.num_rows, plan.num_heads)
+        cut = replace(plan)  # without what the first run kept with it
         out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
         with pytest.MonkeyPatch.context() as patch:
             if strips:
@@ -152,7 +151,7 @@ def test_rows_cut_into_strips_see_what_their_tiles_see(plan):
 def test_a_plan_without_passes_writes_every_output(execute):
     q, cache = randn(3, 2, D), randn(5, 1, D)
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
-    execute(q, cache, cache, PrefillPlan((), 3, 2), 1.0, out, lse)
+    execute(q, cache, cache, nothing(3, 2, 8, 8, torch.device("cpu")), 1.0, out, lse)
     assert not out.any() and bool(lse.isneginf().all())
 
 

@@ -40,7 +40,7 @@ def plan_last_chunk(chat: ModalityMap, head=DEFAULT, rows: int = 8192):
 
 
 def num_visits(plan) -> int:
-    return sum(int(part.block_indptr[-1]) for part in plan.passes)
+    return int(plan.block_indptr[-1])
 
 
 # ---- what is visited ---------------------------------------------------------------------------------------
@@ -185,8 +185,7 @@ def test_a_chunk_is_planned_in_a_moment(chat):
     start = time.process_time()
     plan = plan_last_chunk(chat)
     assert time.process_time() - start < 2
-    held = [x for part in plan.passes for x in vars(part).values() if isinstance(x, torch.Tensor)]
-    held += [x for part in plan.passes for x in vars(part.keys).values()]
+    held = [x for holder in (plan, plan.keys) for x in vars(holder).values() if isinstance(x, torch.Tensor)]
     assert sum(x.nbytes for x in held) < 20e6
 
 
@@ -207,11 +206,11 @@ def test_the_estimate_counts_what_there_is_to_do(name, stride):
     chat = USUAL[name]
     plan = plan_last_chunk(chat, Grid(stride, True, True, True, 0, 128, 1024))
     count = count_work(chat, chat.length - 8192, chat.length, stride)
-    first, lines = (int(part.block_indptr[-1]) for part in plan.passes)
+    first, lines = (int(part.sizes.visits.sum()) for part in plan.passes)
     assert first < 1.3 * count["base_visits"]
     assert lines / 1.3 < count["line_visits"] < 4 * lines + 100
     columns = len(chat.on_phase(stride, 0))  # gathered once more, and not counted
-    assert count["keys"] >= len(plan.passes[0].keys.kv_pos) - columns - 128
+    assert count["keys"] >= len(plan.keys.kv_pos) - columns - 128
     assert count["line_visits"] > count_work(chat, chat.length - 8192, chat.length, None)["line_visits"] == 0
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 import support
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VisionGrid
 from sglang_mminfer.kernels.triton import estimate
-from sglang_mminfer.kernels.triton.work_order import work_order
+from sglang_mminfer.kernels.work_items import work_items
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
 from support import D, any_pattern, batches, conversation
@@ -75,11 +75,10 @@ def plan_on_a_card_that_is_not_there(batch):
         q = torch.empty(q.shape, device="cuda")
         k_cache = torch.empty(batch.num_pages * batch.page_size, batch.num_kv_heads, D, device="cuda")
         plan = planner_of(batch, chunks).plan(batch.heads, q, k_cache, batch.scale)
-        for block_plan in plan.passes:
-            tiles, heads = work_order(block_plan, batch.group)
-            tensors = [x for x in vars(block_plan).values() if isinstance(x, torch.Tensor)]
-            tensors += [tiles, heads, block_plan.keys.kv_pos, block_plan.keys.kv_slots, block_plan.gathered_start]
-            assert {x.device.type for x in tensors} == {"cuda"}
+        items = work_items(plan, batch.group, 16)
+        tensors = [x for x in vars(plan).values() if isinstance(x, torch.Tensor)]
+        tensors += [*items.on_device, items.first_slot, items.parts, plan.keys.kv_pos, plan.keys.kv_slots]
+        assert {x.device.type for x in tensors} == {"cuda"}
 
 
 # ---- what layers share -------------------------------------------------------------------------------------
@@ -98,32 +97,13 @@ def test_what_other_layers_asked_for_before_changes_nothing(batch, others, rando
     assert shared.plan(batch.heads, q, k, batch.scale).visited_by_row.equal(after.visited_by_row)
 
 
-# ---- the order of the work ---------------------------------------------------------------------------------
-
-
-@settings(max_examples=60)
-@given(batches(any_pattern))
-def test_every_head_of_every_tile_is_work_once_and_long_work_comes_first(batch):
-    k = torch.randn(batch.num_pages * batch.page_size, batch.num_kv_heads, D)
-    for plan in planner_of(batch).plan(batch.heads, batch.q, k, batch.scale).passes:
-        tiles, heads = (x.tolist() for x in work_order(plan, batch.group))
-        expected = [(t, h) for t in range(plan.num_tiles) for h in plan.head_groups[plan.q_heads[t]]]
-        assert sorted(zip(tiles, heads)) == sorted(expected) and plan.num_work == len(expected)
-        blocks = plan.block_indptr.diff()[tiles].tolist()
-        lengths = [n.bit_length() for n in blocks]
-        assert lengths == sorted(lengths, reverse=True)
-        alike = [(length, h // batch.group, t, h) for length, t, h in zip(lengths, tiles, heads)]
-        assert alike == sorted(alike, key=lambda work: (-work[0], *work[1:]))
-
-
 # ---- size --------------------------------------------------------------------------------------------------
 
 
 def index_bytes(plan) -> int:
     tensors = {}
-    for block_plan in plan.passes:
-        for holder in (block_plan, block_plan.keys):
-            tensors |= {x.data_ptr(): x for x in vars(holder).values() if isinstance(x, torch.Tensor)}
+    for holder in (plan, plan.keys):
+        tensors |= {x.data_ptr(): x for x in vars(holder).values() if isinstance(x, torch.Tensor)}
     return sum(x.nbytes for x in tensors.values())
 
 
@@ -153,3 +133,18 @@ def test_planning_costs_what_frames_cost_not_what_tokens_do():
         chat = support.ModalityMap([support.Segment(VIDEO, 0, 600 * side * side, grid)])
         sizes.append([len(chat.on_phase("frame", 3).starts), len(chat.runs(VIDEO).starts)])
     assert sizes == [[600, 1], [600, 1]]
+
+
+def test_the_area_of_visited_tiles_is_a_little_more_than_what_rows_see():
+    """It is the density that a server tells where it must not wait for the device."""
+    chats = [conversation(64, (200, 14, 14), 192), conversation(500), conversation(64, (90, 10, 10, 3), 64)]
+    starts, heads = [chats[0].length - 8192, 0, 4096], [Grid("frame", True, True, True, 0, 128, 1024), Dense()]
+    chunks, row = [], 0
+    for chat, start in zip(chats, starts):
+        chunks.append(RequestChunk(chat, start, chat.length, row, torch.arange(chat.length)))
+        row += chunks[-1].num_rows
+    plan = BatchPlanner(chunks, row).plan(heads)
+    for chunk, area in zip(chunks, plan.visited_area(len(chunks)).tolist()):
+        exact = int(plan.visited_by_row[chunk.row_start : chunk.row_start + chunk.num_rows].sum())
+        assert exact <= area <= 1.06 * exact or chunk.kv_len == 500
+    assert plan.visited_area(5).tolist()[3:] == [0, 0]

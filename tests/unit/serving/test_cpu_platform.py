@@ -130,7 +130,7 @@ def test_rope_runs_without_another_engine() -> None:
 def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     platform = cpu_platform.MMInferCpuPlatform()
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(cpu_platform, "_CGROUP_LIMIT", limit)
+    monkeypatch.setattr(cpu_platform, "CONTAINER_LIMIT", limit)
     whole = platform.get_device_total_memory()
     limit.write_text("1000000\n")
     assert platform.get_device_total_memory() == 1_000_000

@@ -11,6 +11,7 @@ import torch
 
 import observed
 from observed import LENGTH, VIDEO, D
+from sglang_mminfer.planning.budget import PlanBudget
 from sglang_mminfer.serving import prompts
 from sglang_mminfer.serving.reasons import REASONS
 
@@ -91,7 +92,7 @@ REQUESTS: dict[str, tuple[str, Change]] = {
     "short": ("test_a_shape", short),
     "dense_config": ("dense", nothing),
     "no_raster": ("test_grid_frame", behind_a_gridless_video),
-    "plan_budget": ("test_a_shape", lambda p, b, m: m.setattr(type(p.choice.budget), "allows", lambda *_: False)),
+    "plan_budget": ("test_a_shape", lambda p, b, m: m.setattr(PlanBudget, "allows", lambda *arguments: False)),
     "not_faster": ("test_covering", lambda p, b, m: m.setattr(p.choice, "only_if_faster", True)),
     "no_prompt_length": ("test_a_shape", no_length),
     "no_offsets": ("test_a_shape", offsets(None)),

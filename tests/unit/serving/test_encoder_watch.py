@@ -187,9 +187,17 @@ def test_a_defect_of_the_watch_costs_no_request(
 
 
 class Event:
-    """A GPU event whose work is done when `done` is set."""
+    """A GPU event: whoever waits for it finds it done, others when `done` is set."""
 
     done = False
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None:
+        self.done = True
 
     def query(self) -> bool:
         return self.done
@@ -199,10 +207,29 @@ class Event:
         return 40.0
 
 
-def test_time_on_a_gpu_is_not_waited_for() -> None:
-    watch, start, stop = encoder_watch.EncoderWatch(), Event(), Event()
-    watch._times, watch._unread = 2, [(encoder_watch._Span(start, stop), 0.25)]
-    assert watch.take() == encoder_watch.EncodedAgain(2, 0.0)
+def test_time_on_a_gpu_is_waited_for_by_the_warning_alone(
+    watch: encoder_watch.EncoderWatch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two videos are encoded together for each chunk. All chunks lie in the first one, which is a quarter of them."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    cache_of(0, monkeypatch)
+    encoder, items = Encoder(), [video((10, 310)), video((350, 1250), seed=1)]
+
+    def chunk(prefix: int) -> Event:
+        """One chunk; the event behind its encoding."""
+        encodings: list[Any] = []
+        watch.timed(encoder.get_video_feature, torch.device("cuda"), encodings)(items)
+        watch.done(encodings, [(prefix, 100, items)])
+        (encoding,) = encodings
+        return encoding.span.stop
+
+    chunk(0)
+    assert watch.take() == encoder_watch.EncodedAgain()
+    chunk(100)
+    assert watch.take() == encoder_watch.EncodedAgain(1, pytest.approx(10.0))
+    assert "took 0.01 s" in said(caplog)[0]
+    stop = chunk(200)
+    assert watch.take() == encoder_watch.EncodedAgain(1, 0.0)
     stop.done = True
     assert watch.take() == encoder_watch.EncodedAgain(0, pytest.approx(10.0))
     assert watch.take() == encoder_watch.EncodedAgain()

@@ -39,10 +39,17 @@ def test_every_layer_is_shown_as_it_ran(config: str, monkeypatch: pytest.MonkeyP
     assert len(watch.records) == 1
 
 
+class Untouchable:
+    """The slots of requests that nobody may look up."""
+
+    def __getitem__(self, index: Any) -> None:
+        pytest.fail("looked up for nobody")
+
+
 def test_without_an_observer_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = observed.prefill("dense", monkeypatch)
-    monkeypatch.setattr(prefill, "_view", lambda *_: pytest.fail("shown to nobody"))
-    monkeypatch.setattr(prefill, "_slots", lambda *_: pytest.fail("looked up for nobody"))
+    monkeypatch.setattr(observe, "LayerView", lambda **_: pytest.fail("shown to nobody"))
+    monkeypatch.setattr(prefill, "req_to_token", Untouchable())
     observed.run(prefill, observed.batch())
     assert not prefill.observers
 
@@ -72,7 +79,7 @@ def test_a_view_that_cannot_be_made_costs_no_answer(
 ) -> None:
     watch = observed.Keeps()
     prefill = observed.prefill("test_a_shape", monkeypatch, watch)
-    monkeypatch.setattr(prefill, "_view", lambda *_: 1 / 0)
+    monkeypatch.setattr(observe, "LayerView", lambda **_: 1 / 0)
     assert len(observed.run(prefill, observed.batch())) == prefill.observers.failures == 2
     assert not watch.views and len(watch.records) == 1
     assert "the look into a layer failed" in caplog.text

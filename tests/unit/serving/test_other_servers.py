@@ -6,7 +6,8 @@ is "cuda", which this machine may lack: SGLang resolves arguments for it anyway,
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,18 +70,19 @@ def test_engines_of_one_process_go_by_their_own_arguments(models: dict[str, str]
     assert (third["platform"], "No accelerator" in third["error"]) == (None, True)
 
 
-def test_nothing_is_asked_of_the_hub_for_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sglang_mminfer.families.own import checkpoint, registration
-    from sglang_mminfer.mends import asked
+def test_nothing_is_asked_of_the_hub_for_others(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any], None]) -> None:
+    from transformers import utils
 
-    def refuse(self: Any, name: str) -> None:
+    from sglang_mminfer.families.own import registration
+
+    def refuse(path: str, name: str, **options: Any) -> None:
         raise AssertionError(f"{name} was looked for")
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "_file", refuse)
+    monkeypatch.setattr(utils, "cached_file", refuse)
     for backend in ("triton", None):
-        monkeypatch.setattr(asked, "_last", type("Arguments", (), {"attention_backend": backend}))
+        note(SimpleNamespace(attention_backend=backend))
         assert registration.parse_config(lambda *args, **kwargs: "stock", None, "some/model", False) == "stock"
         assert registration.load_processor(lambda *args, **kwargs: "stock", "some/model") == "stock"
-    monkeypatch.setattr(asked, "_last", type("Arguments", (), {"prefill_attention_backend": "mminfer"}))
+    note(SimpleNamespace(prefill_attention_backend="mminfer"))
     with pytest.raises(AssertionError, match=r"config.json was looked for"):
         registration.parse_config(lambda *args, **kwargs: "stock", None, "some/model", False)

@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,7 +116,7 @@ def test_sglang_knows_the_backend() -> None:
     assert "mminfer" not in DRAFT_ATTENTION_BACKEND_CHOICES  # a head config is not for a draft model's heads
 
 
-def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_again_changes_nothing() -> None:
     from sglang.srt.arg_groups import choices, resolution_hooks
     from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -132,26 +133,36 @@ def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert state() == before
 
 
+@pytest.fixture
+def register() -> Iterator[Callable[..., None]]:
+    """Registers the plugin with these hooks instead of its own, which it has back when the test ends."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def register(*its_hooks: Hook) -> None:
+            patch.setattr(plugin, "HOOKS", its_hooks)
+            plugin.register.cache_clear()
+            plugin.register()
+
+        yield register
+    plugin.register.cache_clear()
+    plugin.register()
+
+
 def test_a_missing_target_costs_mminfer_alone(
-    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    models: dict[str, str], register: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """If SGLang lacks a target, registration is silent, a launch with mminfer fails, and others do not notice."""
     gone = [
         Hook("sglang.srt.no.f", "around", "sglang_mminfer.serving.ffmpeg:decode_without_ffmpeg", "Why it is there."),
         Hook("handle_nothing", "resolution", "sglang_mminfer.serving.launch:check_launch", "A test.", essential=True),
     ]
-    monkeypatch.setattr(plugin, "HOOKS", tuple(gone))
-    monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setattr(hooks, "_declared", ())
-    monkeypatch.setattr(hooks, "_begun", [])
-    plugin.register()
+    register(*gone)
     arguments(models, attention_backend="triton", device="cuda").resolve_once()
     assert "mminfer" not in caplog.text
     with pytest.raises(hooks.UnsupportedLaunch, match=r"has no handle_nothing, without which answers could be wrong"):
         arguments(models).resolve_once()
     assert "Why it is there" not in caplog.text
-    monkeypatch.setattr(hooks, "_declared", tuple(gone[:1]))
-    monkeypatch.setattr(hooks, "_begun", [])
+    register(gone[0])
     arguments(models, device="cpu").resolve_once()
     assert caplog.text.count("so this goes unmended: Why it is there.") == 1
 
@@ -171,15 +182,11 @@ def test_the_tested_versions_are_those_of_the_distribution() -> None:
     assert f"sglang{settings.TESTED_SGLANG}" in pyproject["project"]["dependencies"]
 
 
-def test_failure_is_loud(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_failure_is_loud(register: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
     target = "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
     broken = Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.", when=("load",))
-    monkeypatch.setattr(plugin, "HOOKS", (broken,))
-    monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setattr(hooks, "_declared", ())
-    monkeypatch.setattr(hooks, "_begun", [])
     with pytest.raises(AttributeError, match="not_there"):
-        plugin.register()
+        register(broken)
     assert "could NOT be registered" in caplog.text
     assert "mminfer doctor" in caplog.text
 

@@ -187,9 +187,9 @@ def test_a_check_that_breaks_does_not_end_the_report(monkeypatch: pytest.MonkeyP
     def broken() -> None:
         raise ImportError("no library\nand more")
 
-    monkeypatch.setattr(doctor, "_video", broken)
+    monkeypatch.setattr(doctor, "examine_gpu", broken)
     findings = list(doctor.examine())
-    assert named(findings, "video").text == "cannot be checked: ImportError: no library"
+    assert named(findings, "gpu").text == "cannot be checked: ImportError: no library"
     assert findings[-1].section == "model"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_mminfer import AShape, Dense, Grid, Modality, QBoundary, VerticalSlash
-from sglang_mminfer.kernels.block_plan import PrefillPlan
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
@@ -24,7 +24,7 @@ CHAT = conversation(150, (12, 4, 4), 90, (10, 4, 4), 100)
 CPU = torch.device("cpu")
 
 
-def visited_plan(heads: list) -> tuple[PrefillPlan, torch.Tensor]:
+def visited_plan(heads: list) -> tuple[BlockPlan, torch.Tensor]:
     """A plan, and the modality of each row."""
     draw = torch.Generator().manual_seed(0)
     q, k = torch.randn(CHAT.length, len(heads), 32, generator=draw), torch.randn(CHAT.length, 1, 32, generator=draw)
@@ -43,16 +43,15 @@ def test_visits_are_those_of_the_plan_tile_by_tile() -> None:
     plan, modality_of_row = visited_plan(heads)
     found = visits_by_modality(plan, modality_of_row)
     expected = np.zeros(found.shape)
-    for own in plan.passes:
-        for tile in range(own.num_tiles):
-            rows = own.q_rows[own.q_indptr[tile] : own.q_indptr[tile + 1]].long()
-            visits, full, gathered = (
-                int(x) for x in (own.block_indptr.diff()[tile], own.num_full[tile], own.num_gathered[tile])
-            )
-            for head in own.head_groups[own.q_heads[tile]]:
-                for row in rows.tolist():
-                    kinds = np.array([full, visits - full - gathered, gathered])
-                    expected[head, modality_of_row[row]] += kinds / len(rows)
+    for tile in range(plan.num_tiles):
+        rows = plan.q_rows[plan.q_indptr[tile] : plan.q_indptr[tile + 1]].long()
+        visits, full, gathered = (
+            int(x) for x in (plan.block_indptr.diff()[tile], plan.num_full[tile], plan.num_gathered[tile])
+        )
+        for head in plan.head_groups[plan.q_heads[tile]]:
+            for row in rows.tolist():
+                kinds = np.array([full, visits - full - gathered, gathered])
+                expected[head, modality_of_row[row]] += kinds / len(rows)
     np.testing.assert_allclose(found, expected)
     assert (found[0] == found[4]).all() and found[0, :, GATHERED].sum() == 0
     assert found[3, :, GATHERED].sum() > 0, "no tile was gathered: the case shows too little"
@@ -95,10 +94,9 @@ def test_a_dearer_kind_measures_dearer() -> None:
     """An executor that is slow on gathered tiles: the measured difference is right to a fifth."""
     import time
 
-    def execute(q, k, v, plan: PrefillPlan, *rest) -> None:
-        own = plan.passes[0]
-        visits = int(own.block_indptr[-1])
-        end = time.perf_counter() + 2e-3 + visits * (30e-6 if int(own.num_gathered.sum()) else 10e-6)
+    def execute(q, k, v, plan: BlockPlan, *rest) -> None:
+        visits = int(plan.block_indptr[-1])
+        end = time.perf_counter() + 2e-3 + visits * (30e-6 if int(plan.num_gathered.sum()) else 10e-6)
         while time.perf_counter() < end:
             pass
 
