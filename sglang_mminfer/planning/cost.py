@@ -36,8 +36,9 @@ MARGIN = 1.1
 """By so much sparse attention must be faster by the estimate, for what the estimate leaves out: planning, launches, the
 last programs of a layer."""
 
-SAMPLE = 8
-"""About so many heads of a model decide for all."""
+SAMPLE = 12
+"""The most patterns of a model that are looked at; if it has more, these are spread over all, by how many heads each
+has."""
 
 
 def dense_pairs(start: int, stop: int, dense_backend: str) -> int:
@@ -59,9 +60,8 @@ class Comparison:
     def __init__(
         self, layers: Iterable[Iterable[HeadPattern]], executor: str, dense_backend: str, dense_below: int
     ) -> None:
-        heads = [head for layer in layers for head in layer if not isinstance(head, Dense)]
-        step = max(1, len(heads) // SAMPLE)
-        self._sample = Counter(heads[step // 2 :: step]).most_common()
+        counts = Counter(head for layer in layers for head in layer if not isinstance(head, Dense)).most_common()
+        self._sample = counts[:: -(-len(counts) // SAMPLE) or 1]
         self._pair_cost = PAIR_COST.get(executor, 1.0)
         self._dense_backend, self._dense_below = dense_backend, dense_below
 

@@ -103,7 +103,7 @@ class SparsePrefill:
         if not self._all_dense:
             self.unfit = self_check.why_unfit(runner, self.executor, self.device, self.ranks, dense_backend)
         self.choice = Choice(self.head_config, self.num_layers, self.executor, dense_backend)
-        self._second_instance = None if self._all_dense or self.unfit else second_instance()
+        self.second_instance = None if self._all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
@@ -193,13 +193,13 @@ class SparsePrefill:
                     chunks.append(RequestChunk(modality_map, start, stop, row_start, slots[:stop]))
                     batch.planned.append(request)
         if on_stock:
-            batch.stock_rows = StockRows(self._second_instance, forward_batch, on_stock)
+            batch.stock_rows = StockRows(self.second_instance, forward_batch, on_stock)
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=self.choice.dense_below)
         return None
 
     def _stock_takes(self, start: int, stop: int) -> bool:
         """Whether the stock backend computes rows [start, stop) of a request, which see everything."""
-        return self._second_instance is not None and not self.choice.comparison.own_dense_is_faster(start, stop)
+        return self.second_instance is not None and not self.choice.comparison.own_dense_is_faster(start, stop)
 
     def _slots(self, forward_batch: Any, i: int, request: PrefillRequest) -> torch.Tensor:
         """int64 [seq_len]: the KV slot of each position of request number `i`."""

@@ -17,6 +17,7 @@ import observed
 from observed import LENGTH
 from sglang_mminfer.planning.planner import is_static
 from sglang_mminfer.serving import prompts
+from sglang_mminfer.serving.choice import Choice
 
 ALL = ("a_shape", "grid_frame", "grid_row", "tri_shape", "q_boundary", "2d_boundary", "vertical_slash", "mixed_heads")
 
@@ -42,10 +43,24 @@ def several_requests() -> Any:
         extend_seq_lens_cpu=[LENGTH, LENGTH - 300, 64],
         extend_prefix_lens_cpu=[0, 300, 0],
         rids=["with generated tokens", "later chunk", "text"],
+        input_ids=None,
+        positions=None,
+        out_cache_loc=None,
         mm_inputs=[*batch.mm_inputs, observed.batch().mm_inputs[0], None],
     )
     prompts.keep({"with generated tokens": LENGTH - 20, "later chunk": LENGTH, "text": 64})
     return batch
+
+
+class Stock:
+    """The stock backend's second instance; what it does is SGLang's."""
+
+    def init_forward_metadata(self, batch: Any) -> None:
+        assert batch.seq_lens.is_cuda and not batch.seq_lens_cpu.is_cuda and batch.batch_size == len(batch.seq_lens)
+
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool) -> Any:
+        assert q.is_cuda and len(q) == batch.extend_num_tokens and not save_kv_cache
+        return torch.empty_like(q)
 
 
 @pytest.mark.parametrize("make", [one_request, several_requests])
@@ -58,6 +73,8 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str, make
     monkeypatch.setattr(prefill, "device", torch.device("cuda"))
     monkeypatch.setattr(prefill, "waits", False)  # as on a GPU without a trace
     monkeypatch.setattr(prefill, "executor", "triton")
+    monkeypatch.setattr(prefill, "choice", Choice(prefill.head_config, observed.LAYERS, "triton", "fa3"))
+    monkeypatch.setattr(prefill, "second_instance", Stock())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("triton.runtime.jit.KernelInterface.__getitem__", lambda kernel, grid: lambda *a, **k: None)
     batch = make()
@@ -71,6 +88,7 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str, make
         batch.req_pool_indices = torch.zeros(len(batch.rids), dtype=torch.int64, device="cuda")
         rows = sum(batch.extend_seq_lens_cpu)
         prefill.begin(batch)
+        assert (prefill.batch.stock_rows is not None) == (make is several_requests)
         for number in range(observed.LAYERS):
             q, layer = torch.empty(rows, pool.q.shape[-1], device="cuda"), observed.layer(number)
             start = prefill.clock()

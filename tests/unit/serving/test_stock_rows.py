@@ -1,0 +1,164 @@
+"""Rows that see everything run on a second instance of the stock backend, beside a plan for the others."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import observed
+from observed import LENGTH, D
+from sglang_mminfer.kernels.reference import masked_attention
+from sglang_mminfer.serving import prompts
+from sglang_mminfer.serving.stock_rows import RowRange, part_of, second_instance
+
+# Four requests that share one prefix tree: a prompt whose chunk goes on with generated tokens, a text-only request, a
+# request that decodes, and a later chunk of a prompt.
+CHUNKS = {"prompt": (0, LENGTH), "text": (0, 90), "decoding": (LENGTH - 1, LENGTH), "later": (300, LENGTH)}
+PROMPT = LENGTH - 60
+
+
+def forward_batch() -> Any:
+    """A batch as SGLang makes it, over the pool of `observed`."""
+    starts, stops = zip(*CHUNKS.values())
+    lengths = [stop - start for start, stop in CHUNKS.values()]
+    one = observed.batch()
+    video = one.mm_inputs[0]
+    prompts.keep({"prompt": PROMPT, "text": 90, "decoding": LENGTH - 30, "later": LENGTH})
+    rows = sum(lengths)
+    return SimpleNamespace(
+        forward_mode=one.forward_mode,
+        batch_size=len(CHUNKS),
+        input_ids=torch.arange(rows),
+        positions=torch.cat([torch.arange(*chunk) for chunk in CHUNKS.values()]),
+        out_cache_loc=torch.arange(rows) + 5,
+        req_pool_indices=torch.zeros(len(CHUNKS), dtype=torch.int64),
+        req_pool_indices_cpu=None,
+        seq_lens=torch.tensor(stops),
+        seq_lens_cpu=torch.tensor(stops),
+        seq_lens_sum=sum(stops),
+        extend_num_tokens=rows,
+        extend_seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        extend_seq_lens_cpu=lengths,
+        extend_prefix_lens=torch.tensor(starts, dtype=torch.int32),
+        extend_prefix_lens_cpu=list(starts),
+        extend_start_loc=torch.tensor([0, *accumulate(lengths)][:-1], dtype=torch.int32),
+        encoder_lens=None,
+        rids=list(CHUNKS),
+        mm_inputs=[video, None, video, video],
+    )
+
+
+class Pool(observed.Pool):
+    def get_value_buffer(self, layer: int) -> torch.Tensor:
+        return self.layers[layer, 1]
+
+
+def torch_native(prefill: Any) -> Any:
+    """SGLang's own backend over the pool of a SparsePrefill."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    tables = SimpleNamespace(req_to_token=prefill.req_to_token)
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=tables, token_to_kv_pool=prefill.kv_pool)
+    return second_instance(ATTENTION_BACKENDS["torch_native"], "torch_native", runner)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, stock: bool) -> tuple[torch.Tensor, Any]:
+    """The answers of one layer, and the batch as it ran."""
+    monkeypatch.setattr(observed, "Pool", Pool)
+    prefill = observed.prefill("test_grid_frame", monkeypatch)
+    if stock:
+        monkeypatch.setattr(prefill, "second_instance", torch_native(prefill))
+        monkeypatch.setattr(prefill.choice.comparison, "own_dense_is_faster", lambda start, stop: False)
+    pool = prefill.kv_pool
+    q = torch.cat([pool.q[0, start:stop] for start, stop in CHUNKS.values()])
+    batch = forward_batch()
+    prefill.begin(batch)
+    ran = prefill.batch
+    k = torch.zeros(len(q), observed.KV_HEADS, D)  # the pool has them
+    out = prefill.run_layer(q, k, k, observed.layer(0), lambda some, view: some)
+    assert out is not None and prefill.failures == 0
+    return out.view(len(q), observed.HEADS, D), ran
+
+
+def dense_answers(rows: list[int]) -> torch.Tensor:
+    """Plain attention of the positions `rows` of the shared tree."""
+    pool, group = Pool(), observed.HEADS // observed.KV_HEADS
+    q = pool.q[0, rows].view(-1, observed.HEADS, D)
+    k, v = (cache[pool.slots] for cache in pool.get_kv_buffer(0))
+    causal = torch.arange(LENGTH) <= torch.tensor(rows)[:, None]
+    heads = [
+        masked_attention(q[:, h], k[:, h // group], v[:, h // group], causal, observed.SCALE)[0]
+        for h in range(observed.HEADS)
+    ]
+    return torch.stack(heads, dim=1).float()
+
+
+def test_dense_rows_of_a_sparse_batch_run_on_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, before = run(monkeypatch, stock=False)
+    out, ran = run(monkeypatch, stock=True)
+    assert before.stock_rows is None and len(before.planner.requests) == 5
+    assert [(chunk.q_start, chunk.kv_len) for chunk in ran.planner.requests] == [(0, PROMPT), CHUNKS["later"]]
+    assert [request.dense_reason for request in ran.requests] == [None, "no_media", "decode", None]
+    row = dict(zip(CHUNKS, accumulate([0, LENGTH, 90, 1])))
+    dense = [*range(PROMPT, LENGTH), *range(row["text"], row["later"])]
+    positions = [*range(PROMPT, LENGTH), *range(90), LENGTH - 1]
+    torch.testing.assert_close(out[dense], dense_answers(positions), rtol=1e-4, atol=1e-5)
+    sparse = sorted(set(range(len(out))) - set(dense))
+    assert torch.equal(out[sparse], own[sparse]), "the plan's rows do not depend on who computes the others"
+    assert not torch.allclose(out[200:PROMPT], dense_answers(list(range(200, PROMPT))), atol=1e-3)
+
+
+def test_on_torch_native_only_rows_without_a_prefix_go_to_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would compute the whole prefix again for them."""
+    prefill = observed.prefill("test_grid_frame", monkeypatch)
+    monkeypatch.setattr(prefill, "second_instance", torch_native(prefill))
+    prefill.begin(forward_batch())
+    chunks = [(chunk.q_start, chunk.kv_len) for chunk in prefill.batch.planner.requests]
+    assert chunks == [(0, PROMPT), (PROMPT, LENGTH), CHUNKS["decoding"], CHUNKS["later"]]
+    assert prefill.batch.stock_rows is not None
+
+
+def test_a_part_of_a_batch_is_a_batch() -> None:
+    whole = forward_batch()
+    before = dict(vars(whole))
+    ranges = [RowRange(0, PROMPT, LENGTH, PROMPT), RowRange(2, LENGTH - 1, LENGTH, LENGTH + 90)]
+    rows, part = part_of(whole, ranges)
+    assert all(vars(whole)[name] is value for name, value in before.items())
+    assert rows.tolist() == [*range(PROMPT, LENGTH), LENGTH + 90]
+    assert (part.batch_size, part.extend_num_tokens, part.seq_lens_sum) == (2, 61, 2 * LENGTH)
+    assert part.seq_lens.tolist() == part.seq_lens_cpu.tolist() == [LENGTH, LENGTH]
+    assert part.extend_seq_lens.tolist() == part.extend_seq_lens_cpu == [60, 1]
+    assert part.extend_prefix_lens.tolist() == part.extend_prefix_lens_cpu == [PROMPT, LENGTH - 1]
+    assert part.extend_start_loc.tolist() == [0, 60] and part.rids == ["prompt", "decoding"]
+    assert part.out_cache_loc.tolist() == (rows + 5).tolist()
+    assert part.positions.tolist() == [*range(PROMPT, LENGTH), LENGTH - 1]
+    for name in ("seq_lens", "extend_seq_lens", "extend_prefix_lens", "extend_start_loc", "req_pool_indices"):
+        assert getattr(part, name).dtype == getattr(whole, name).dtype, name
+
+
+def test_part_of_sets_what_sglang_splits() -> None:
+    """The fields with a value for each request or row, by SGLang's own split of a batch for two-batch overlap."""
+    import inspect
+
+    from sglang.srt.batch_overlap.two_batch_overlap import TboForwardBatchPreparer
+
+    text = inspect.getsource(TboForwardBatchPreparer.filter_batch)
+    lists = text[: text.index("spec_info = ")]
+    split = {name for name in vars(forward_batch()) if f'"{name}"' in lists}
+    assert {"req_pool_indices", "seq_lens", "extend_prefix_lens", "out_cache_loc", "rids"} < split
+    whole = forward_batch()
+    _, part = part_of(whole, [RowRange(1, 0, 90, LENGTH)])
+    for name in split - {"req_pool_indices_cpu"}:
+        assert len(getattr(part, name)) != len(getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("name, window", [("aiter", None), ("fa3", 128)])
+def test_other_backends_and_windows_have_no_second_instance(name: str, window: int | None) -> None:
+    assert (
+        second_instance(lambda runner: pytest.fail("made"), name, SimpleNamespace(sliding_window_size=window)) is None
+    )
+    assert second_instance(lambda runner: "made", "fa3", SimpleNamespace(sliding_window_size=-1)) == "made"
