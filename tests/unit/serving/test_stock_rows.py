@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import observed
 from observed import LENGTH, D
 from sglang_mminfer.kernels.reference import masked_attention
 from sglang_mminfer.serving import prompts
+from sglang_mminfer.serving.backend import create_backend
 from sglang_mminfer.serving.stock_rows import RowRange, part_of, second_instance
 
 # Four requests that share one prefix tree: a prompt whose chunk goes on with generated tokens, a text-only request, a
@@ -84,6 +86,20 @@ def run(monkeypatch: pytest.MonkeyPatch, stock: bool) -> tuple[torch.Tensor, Any
     return out.view(len(q), observed.HEADS, D), ran
 
 
+def test_the_backend_of_a_server_has_a_second_instance_that_is_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = run(monkeypatch, stock=True)
+    monkeypatch.setattr("sglang_mminfer.serving.head_config_choice.announce_once", lambda runner: None)
+    backend = create_backend(observed.runner("test_grid_frame", monkeypatch))
+    assert isinstance(backend, type(backend.mminfer.second_instance)) and backend is not backend.mminfer.second_instance
+    monkeypatch.setattr(backend.mminfer.choice.comparison, "own_dense_is_faster", lambda start, stop: False)
+    batch, pool = forward_batch(), backend.mminfer.kv_pool
+    q = torch.cat([pool.q[0, start:stop] for start, stop in CHUNKS.values()])
+    backend.init_forward_metadata(batch)
+    out = backend.forward_extend(q, None, None, observed.layer(0), batch, save_kv_cache=False)
+    assert backend.mminfer.batch.sparse_layers == 1
+    assert torch.equal(out.view(expected.shape), expected)
+
+
 def dense_answers(rows: list[int]) -> torch.Tensor:
     """Plain attention of the positions `rows` of the shared tree."""
     pool, group = Pool(), observed.HEADS // observed.KV_HEADS
@@ -145,6 +161,7 @@ def test_part_of_sets_what_sglang_splits() -> None:
     import inspect
 
     from sglang.srt.batch_overlap.two_batch_overlap import TboForwardBatchPreparer
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     text = inspect.getsource(TboForwardBatchPreparer.filter_batch)
     lists = text[: text.index("spec_info = ")]
@@ -152,6 +169,7 @@ def test_part_of_sets_what_sglang_splits() -> None:
     assert {"req_pool_indices", "seq_lens", "extend_prefix_lens", "out_cache_loc", "rids"} < split
     whole = forward_batch()
     _, part = part_of(whole, [RowRange(1, 0, 90, LENGTH)])
+    assert vars(part).keys() <= {field.name for field in fields(ForwardBatch)}
     for name in split - {"req_pool_indices_cpu"}:
         assert len(getattr(part, name)) != len(getattr(whole, name)), name
 
