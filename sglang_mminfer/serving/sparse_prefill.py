@@ -101,7 +101,11 @@ class SparsePrefill:
         self.executor = executors.name_for(settings.executor(), self.device)
         self.unfit: str | None = None
         if not self._all_dense:
-            self.unfit = self_check.why_unfit(runner, self.executor, self.device, self.ranks, dense_backend)
+            heads = (head for layer in range(self.num_layers) for head in self.head_config.patterns(layer))
+            estimates = not all(is_static(head) for head in set(heads))
+            self.unfit = self_check.why_unfit(
+                runner, self.executor, self.device, self.ranks, dense_backend, estimates=estimates
+            )
         self.choice = Choice(self.head_config, self.num_layers, self.executor, dense_backend)
         self.second_instance = None if self._all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
