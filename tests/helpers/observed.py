@@ -43,6 +43,8 @@ class Keeps:
 class Pool:
     """K and V of every layer, all of them there: what a batch saves is what stands there."""
 
+    start_layer = 0
+
     def __init__(self, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
         shape = (LAYERS, 2, SLOTS, KV_HEADS, D)
@@ -55,6 +57,9 @@ class Pool:
 
     def get_key_buffer(self, layer: int) -> torch.Tensor:
         return self.layers[layer, 0]
+
+    def get_value_buffer(self, layer: int) -> torch.Tensor:
+        return self.layers[layer, 1]
 
 
 class Stock:

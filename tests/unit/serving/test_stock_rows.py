@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 import observed
-from observed import LENGTH, D
+from observed import LENGTH, D, Pool
 from sglang_mminfer.kernels.reference import masked_attention
 from sglang_mminfer.serving import prompts
 from sglang_mminfer.serving.backend import create_backend
-from sglang_mminfer.serving.stock_rows import RowRange, part_of, second_instance
+from sglang_mminfer.serving.stock_rows import RowRange, StockRows, part_of, second_instance
+from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
+from support import INTERPRETED
 
 # Four requests that share one prefix tree: a prompt whose chunk goes on with generated tokens, a text-only request, a
 # request that decodes, and a later chunk of a prompt.
@@ -54,11 +57,6 @@ def forward_batch() -> Any:
     )
 
 
-class Pool(observed.Pool):
-    def get_value_buffer(self, layer: int) -> torch.Tensor:
-        return self.layers[layer, 1]
-
-
 def torch_native(prefill: Any) -> Any:
     """SGLang's own backend over the pool of a SparsePrefill."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -70,7 +68,6 @@ def torch_native(prefill: Any) -> Any:
 
 def run(monkeypatch: pytest.MonkeyPatch, stock: bool) -> tuple[torch.Tensor, Any]:
     """The answers of one layer, and the batch as it ran."""
-    monkeypatch.setattr(observed, "Pool", Pool)
     prefill = observed.prefill("test_grid_frame", monkeypatch)
     if stock:
         monkeypatch.setattr(prefill, "second_instance", torch_native(prefill))
@@ -154,6 +151,78 @@ def test_a_part_of_a_batch_is_a_batch() -> None:
     assert part.positions.tolist() == [*range(PROMPT, LENGTH), LENGTH - 1]
     for name in ("seq_lens", "extend_seq_lens", "extend_prefix_lens", "extend_start_loc", "req_pool_indices"):
         assert getattr(part, name).dtype == getattr(whole, name).dtype, name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="SGLang's Triton kernels: in Triton's interpreter")
+def test_sglangs_triton_backend_runs_a_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The metadata that it makes of a part, with SGLang's own page tables, and its kernel."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.layers.attention import triton_backend
+    from sglang.srt.layers.radix_attention import AttentionType
+    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+    from sglang.srt.runtime_context import publish, restore_context, snapshot_context
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(model_path=str(make_tiny_qwen2_5_vl(tmp_path / "model")), device="cpu")
+    server_args.resolve_once()
+    pool, tables = Pool(), SimpleNamespace(size=8, req_to_token=Pool().slots[None].int())
+    model = SimpleNamespace(
+        hf_config=model_config_of(server_args).hf_config,
+        attention_arch=None,
+        get_max_num_attention_heads=lambda: observed.HEADS,
+        get_num_kv_heads=lambda *ranks: observed.KV_HEADS,
+        head_dim=D,
+        v_head_dim=D,
+        swa_v_head_dim=D,
+        context_len=LENGTH,
+        is_encoder_decoder=False,
+        is_hybrid_swa=False,
+        linear_attn_registry_result=None,
+    )
+    runner = SimpleNamespace(
+        model_config=model,
+        req_to_token_pool=tables,
+        token_to_kv_pool=pool,
+        token_to_kv_pool_allocator=None,
+        kv_index_translator=KVIndexTranslator(
+            req_to_token=tables.req_to_token,
+            token_to_kv_pool_allocator=None,
+            token_to_kv_pool=pool,
+            page_size=1,
+            device="cpu",
+        ),
+        sliding_window_size=None,
+        decode_num_tokens_per_req=lambda: 1,
+        is_draft_worker=False,
+        device="cpu",
+        gpu_id=0,
+        kv_cache_dtype=torch.float32,
+        dtype=torch.float32,
+    )
+    monkeypatch.setattr(triton_backend, "get_device_core_count", lambda *_: 8)
+    layer = observed.layer(0, attn_type=AttentionType.DECODER, logit_capping_method="tanh", k_scale=None, v_scale=None)
+    batch = forward_batch()
+    vars(batch).update(spec_info=None, kv_loc_plan=None, mha_one_shot=False)
+    start = dict(zip(CHUNKS, accumulate([0, LENGTH, 90, 1])))
+    ranges = [
+        RowRange(0, PROMPT, LENGTH, PROMPT),
+        RowRange(1, 0, 90, start["text"]),
+        RowRange(2, LENGTH - 1, LENGTH, start["decoding"]),
+    ]
+    q = torch.cat([pool.q[0, first:stop] for first, stop in CHUNKS.values()])
+    k, v = (torch.cat([x[pool.slots[slice(*chunk)]] for chunk in CHUNKS.values()]) for x in pool.get_kv_buffer(0))
+    out = torch.full((len(q), observed.HEADS, D), torch.nan)
+    before = snapshot_context()
+    publish(server_args, role="scheduler")
+    try:
+        backend = second_instance(triton_backend.TritonAttnBackend, "triton", runner)
+        StockRows(backend, batch, ranges).run(q, k, v, layer, out)
+    finally:
+        restore_context(before)
+    rows = [row for part in ranges for row in range(part.row_start, part.row_start + part.stop - part.start)]
+    expected = dense_answers([*range(PROMPT, LENGTH), *range(90), LENGTH - 1])
+    torch.testing.assert_close(out[rows], expected, rtol=1e-4, atol=1e-5)
+    assert bool(out[: rows[0]].isnan().all()), "a row of the plan was written"
 
 
 def test_part_of_sets_what_sglang_splits() -> None:
