@@ -56,5 +56,5 @@ def _prompt(draw: random.Random, modality_map: ModalityMap) -> Prompt:
     """What the attention of one head suggests: any phases."""
     grid = next(segment.grid for segment in modality_map.segments if segment.grid is not None)
     cells = {"frame": grid.cells, "row": grid.cols}
-    phases = {stride: [draw.randrange(cells[stride]) for _ in range(2)] for stride in STRIDES}
+    phases: dict[str, list[int]] = {stride: [draw.randrange(cells[stride]) for _ in range(2)] for stride in STRIDES}
     return Prompt(modality_map.length, STRIDES, phases)

@@ -59,6 +59,26 @@ def test_the_kept_figures_are_those_of_this_program():
         assert kept["cases"][SMALL.name][name] == pytest.approx(figures, rel=0.05), "run the program again"
 
 
+def test_the_documents_quote_the_kept_figures():
+    kept = json.loads(Path(makespan.__file__).with_name("results").joinpath("makespan.json").read_text())["cases"]
+    page = Path(makespan.__file__).parents[2] / "docs/performance.md"
+    section = page.read_text().split("## On a GPU: a model")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 3 * len(makespan.PATTERNS)
+    tokens = {"32K": 32768, "128K": 131072, "1M": 1048576}
+    for label, pattern, *cells in rows[1:]:
+        figures = kept[cases.Case("28/4", tokens[label], 8192, pattern).name]
+        speedups = [f"{figures[name]['speedup']:.1f} x" for name in makespan.RATES]
+        layer = figures["layer"]
+        shares = (
+            figures["fa4_paged"]["share_of_ideal"],
+            figures["before"]["rows_used"],
+            figures["triton"]["rows_used"],
+        )
+        shown = [f"{layer['density']:.1%}", f"{layer['dense_ms']:.3g}", *speedups, *map("{:.0%}".format, shares)]
+        assert cells == shown, f"{label}, {pattern}"
+
+
 def test_the_program(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(makespan, "cases", lambda: [SMALL])
     out = tmp_path / "makespan.json"
