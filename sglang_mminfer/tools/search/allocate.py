@@ -8,6 +8,9 @@ allowed, every candidate is.
 A Lagrange multiplier ties the choices of all heads together: the price of time, which is raised until the choices fit
 the budget. A head's time is the number of its tile visits of each kind times the time of one, so that the quicker of
 two candidates with equally many pairs is cheaper. The budget is a density or an error, which depend on no machine.
+
+Heads that share a KV head get one pattern where that is about as good (`SHARING_SLACK`), because a GPU then computes
+them together.
 """
 
 from __future__ import annotations
@@ -24,6 +27,10 @@ from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, QBoundary, bo
 
 STEPS = 60  # steps of the bisection: more than the precision of the measurements needs
 
+SHARING_SLACK = 0.01
+"""How much worse, in error and in cost, one pattern for all heads of a KV head may be than a pattern for each. Far less
+than what two calibration inputs disagree by."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -35,6 +42,7 @@ class Table:
     causal:   [M], (row, key) pairs of one head at or below the diagonal.
     time:     [C, L, H, M], as a share of the time of one dense head; None: every pair takes the same time.
     mixes:    whether the modalities of a head may choose differently.
+    group:    how many successive heads share a KV head.
     """
 
     patterns: Sequence[Sequence[Sequence[HeadPattern]]]
@@ -44,6 +52,7 @@ class Table:
     modalities: Sequence[Modality]
     time: np.ndarray | None = None
     mixes: bool = True
+    group: int = 1
 
     @property
     def density(self) -> np.ndarray:
@@ -91,28 +100,63 @@ class Allocation:
 
 def at_price(table: Table, price: float) -> Allocation:
     """The best choice for every head if the cost of a dense head is worth `price` in error."""
-    error, density = np.nan_to_num(table.error), table.density
-    value = error + price * table.cost  # [C, L, H, M]
-    candidates, layers, heads, modalities = value.shape
+    error, cost = np.nan_to_num(table.error), table.cost
+    value = error + price * cost  # [C, L, H, M]
     present = ~np.isnan(table.error).all(axis=(0, 1, 2))
+    _, layers, heads, modalities = value.shape
     heads_chosen: list[list[HeadPattern]] = []
     by_head = np.zeros((layers, heads, 2))
     for layer in range(layers):
+        whole = np.array(
+            [[not table.mixes or boundary_of(head) != "none" for head in rows[layer]] for rows in table.patterns]
+        )
+        picks = [_picks(value[:, layer, head], whole[:, head], table.mixes) for head in range(heads)]
+        for first in range(0, heads if table.group > 1 else 0, table.group):
+            _share(table, layer, range(first, first + table.group), picks, value, whole, (error, cost))
         row: list[HeadPattern] = []
         for head in range(heads):
-            head_value = value[:, layer, head]  # [C, M]
-            is_whole = np.array(
-                [not table.mixes or boundary_of(table.patterns[c][layer][head]) != "none" for c in range(candidates)]
-            )
-            whole_value = np.where(is_whole, head_value.sum(axis=1), np.inf)
-            picks = np.where(is_whole[:, None], np.inf, head_value).argmin(axis=0)  # [M]
-            mixed_value = head_value[picks, np.arange(modalities)].sum() if table.mixes else np.inf
-            if whole_value.min() < mixed_value:
-                picks = np.full(modalities, whole_value.argmin())
-            row.append(_head([table.patterns[c][layer][head] for c in picks], table.modalities, present))
-            by_head[layer, head] = [x[picks, layer, head, np.arange(modalities)].sum() for x in (error, density)]
+            chosen = [table.patterns[c][layer][head] for c in picks[head]]
+            row.append(_head(chosen, table.modalities, present))
+            index = (picks[head], layer, head, np.arange(modalities))
+            by_head[layer, head] = [x[index].sum() for x in (error, table.density)]
         heads_chosen.append(row)
     return Allocation(heads_chosen, float(by_head[..., 0].mean()), float(by_head[..., 1].mean()), by_head)
+
+
+def _picks(value: np.ndarray, whole: np.ndarray, mixes: bool) -> np.ndarray:
+    """int64 [M]: the candidate of least value for each modality of a head.
+
+    Args:
+        value: [C, M]. whole: bool [C], candidates that are for all modalities at once.
+    """
+    whole_value = np.where(whole, value.sum(axis=1), np.inf)
+    picks = np.where(whole[:, None], np.inf, value).argmin(axis=0)
+    mixed_value = np.where(whole[:, None], np.inf, value).min(axis=0).sum() if mixes else np.inf
+    return np.full(value.shape[1], whole_value.argmin()) if whole_value.min() < mixed_value else picks
+
+
+def _share(
+    table: Table,
+    layer: int,
+    heads: range,
+    picks: list[np.ndarray],
+    value: np.ndarray,
+    whole: np.ndarray,
+    sums: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Give the heads of one KV head the best pattern that they can share, if it is about as good as one for each."""
+    common = [c for c, rows in enumerate(table.patterns) if len({rows[layer][head] for head in heads}) == 1]
+    if not common:
+        return
+    own = slice(heads.start, heads.stop)
+    shared = np.array(common)[_picks(value[common, layer, own].sum(axis=1), whole[common, heads.start], table.mixes)]
+
+    def total(x: np.ndarray, of: Sequence[np.ndarray]) -> float:
+        return sum(float(x[pick, layer, head, np.arange(x.shape[3])].sum()) for head, pick in zip(heads, of))
+
+    each = [picks[head] for head in heads]
+    if all(total(x, [shared] * len(heads)) <= total(x, each) * (1 + SHARING_SLACK) for x in sums):
+        picks[own] = [shared] * len(heads)
 
 
 def _head(picks: list[HeadPattern], modalities: Sequence[Modality], present: np.ndarray) -> HeadPattern:

@@ -359,7 +359,15 @@ def search(
     scores = with_default.first(len(named_candidates))
     tile_us = times or prober.tile_times(calibrations)
     time = scores.time(tile_us) if by_time else None
-    table = Table(patterns, scores.error, scores.visited, scores.causal, MODALITIES, time).only(boundaries)
+    table = Table(
+        patterns,
+        scores.error,
+        scores.visited,
+        scores.causal,
+        MODALITIES,
+        time,
+        group=model.heads // model.kv_heads,
+    ).only(boundaries)
     try:
         chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
     except ValueError as infeasible:
