@@ -83,12 +83,15 @@ test-gpu-sanitize: ready
 	$(RUN) -m pytest tests/gpu/test_gpu_sanitizer.py
 
 # The self-check several times, then speed against dense and others: of the Triton kernel, and of FlashAttention-4, which
-# must be installed. Resumable, under 8 minutes each; into sglang_mminfer/benchmarks/results/.
+# must be installed. Resumable, under 8 minutes each; into sglang_mminfer/benchmarks/results/. BLOCK_K=128 takes key
+# tiles of 128 keys.
+TILES = $(if $(BLOCK_K),--block-k $(BLOCK_K))
+
 bench-gpu: ready
-	$(RUN) -m sglang_mminfer.benchmarks.tile_attention
+	$(RUN) -m sglang_mminfer.benchmarks.tile_attention $(TILES)
 
 bench-gpu-fa4: ready
-	$(RUN) -m sglang_mminfer.benchmarks.tile_attention --executor fa4
+	$(RUN) -m sglang_mminfer.benchmarks.tile_attention --executor fa4 $(TILES)
 
 bench-gpu-tune: ready
 	$(RUN) -m sglang_mminfer.benchmarks.tile_attention --tune

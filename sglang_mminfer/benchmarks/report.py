@@ -81,7 +81,8 @@ def markdown(results: dict[str, Any]) -> str:
 def _about(run: dict[str, Any]) -> list[str]:
     """What ran where."""
     card, versions = run.get("card", {}), run.get("versions", {})
-    named = {"executor": run.get("executor"), "card": card.get("gpu"), "ptxas": card.get("ptxas")}
+    named = {"executor": run.get("executor"), "keys of a tile": run.get("block_k")}
+    named |= {"card": card.get("gpu"), "ptxas": card.get("ptxas")}
     named |= {name: versions.get(name) for name in ("torch", "triton", "flash-attn-4")}
     lines = [", ".join(f"{name} {value}" for name, value in named.items() if value), ""]
     if check := run.get("self_check"):

@@ -49,6 +49,7 @@ from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.work_items import work_items
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner, is_static
+from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving import self_check
 from sglang_mminfer.tools import machine
 
@@ -61,8 +62,8 @@ CHECKED = {"cuda": (14, 2), "cpu": (2, 1)}  # heads of the self-check; on a GPU 
 class Bench:
     """Measures cases one after the other. Successive cases with the same inputs share tensors and the dense time."""
 
-    def __init__(self, device: str, executor: str) -> None:
-        self.device, self.attend = device, executors.EXECUTORS[executor]
+    def __init__(self, device: str, executor: str, block_k: int) -> None:
+        self.device, self.attend, self.block_k = device, executors.EXECUTORS[executor], block_k
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self._made_for: tuple[str, int, int, str] | None = None
         self._inputs: Inputs | None = None
@@ -75,7 +76,7 @@ class Bench:
     def run(self, case: Case) -> dict[str, Any]:
         """The figures of one case. Times are those of a layer."""
         inputs = self._inputs_of(case)
-        planned = _Planned(case, inputs)
+        planned = _Planned(case, inputs, self.block_k)
         plans = planned.make()
         timing = measure.timed(partial(self._attend, inputs, plans), self.device)
         difference = answers.difference(inputs, plans[-1])
@@ -163,18 +164,19 @@ class _Planned:
     layers: how many layers share them.
     """
 
-    def __init__(self, case: Case, inputs: Inputs) -> None:
+    def __init__(self, case: Case, inputs: Inputs, block_k: int) -> None:
         of_layers = layers(case)
         self._heads = of_layers if case.pattern == SEARCHED else of_layers[:1]
         self.count = len(self._heads)
         self.layers = len(of_layers) if case.pattern == SEARCHED or is_static(PATTERNS[case.pattern]) else 1
-        self._map, self._inputs = conversation(case), inputs
+        self._map, self._inputs, self._block_k = conversation(case), inputs, block_k
         self._range = (case.tokens - case.rows, case.tokens)
 
     def make(self) -> list[BlockPlan]:
         """The plan of each layer that has patterns of its own; one plan if all are alike."""
         inputs = self._inputs
-        planner = BatchPlanner([RequestChunk(self._map, *self._range, 0, inputs.slots)], len(inputs.q))
+        chunk = RequestChunk(self._map, *self._range, 0, inputs.slots)
+        planner = BatchPlanner([chunk], len(inputs.q), block_k=self._block_k)
         return [planner.plan(heads, inputs.q, inputs.k_cache, inputs.scale) for heads in self._heads]
 
 
@@ -214,14 +216,27 @@ def _short(value: Any) -> Any:
 
 
 def run_cases(
-    chosen: list[Case], device: str, executor: str, out: Path, minutes: float, retry: bool, checks: int
+    chosen: list[Case],
+    device: str,
+    executor: str,
+    out: Path,
+    minutes: float,
+    retry: bool,
+    checks: int,
+    block_k: int = BLOCK_K,
 ) -> dict[str, Any]:
-    """Run the self-check `checks` times, and the cases that the result file `out` lacks, and write `out` after each.
-    Returns all results."""
+    """Run the self-check `checks` times, then the cases that the result file `out` lacks, and write `out` after each.
+
+    Args:
+        minutes: start no case after this long. retry: run cases again that failed. block_k: keys of a key tile.
+
+    Returns:
+        All results.
+    """
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"cases": {}, "runs": []}
-    began, bench = time.monotonic(), Bench(device, executor)
+    began, bench = time.monotonic(), Bench(device, executor, block_k)
     about = {**machine.describe(), "card": measure.describe_card(), "baselines": baselines.installed()}
-    results["runs"].append(about | {"executor": executor, "timing": measure.METHOD})
+    results["runs"].append(about | {"executor": executor, "block_k": block_k, "timing": measure.METHOD})
     if checks:
         results["runs"][-1]["self_check"] = _checked(bench, checks)
         _write(out, results)
@@ -289,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--checks", type=int, default=CHECKS, help="how often the self-check runs; default: %(default)s"
     )
+    parser.add_argument("--block-k", type=int, default=BLOCK_K, help="keys of a key tile; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=7.0, help="start no case after this long")
     parser.add_argument("--retry", action="store_true", help="run cases again that failed")
     parser.add_argument("--tune", action="store_true", help="time the candidate builds of the kernel instead")
@@ -302,10 +318,14 @@ def main(arguments: list[str] | None = None) -> int:
         from sglang_mminfer.benchmarks import tuning
 
         return tuning.main(options.out or RESULTS / "gpu_tuning.json", device, options.tiny, options.minutes)
-    out = options.out or RESULTS / ("tiny.json" if options.tiny else f"gpu_tile_attention_{options.executor}.json")
+    keys = "" if options.block_k == BLOCK_K else f"_{options.block_k}"
+    name = "tiny" if options.tiny else f"gpu_tile_attention_{options.executor}{keys}"
+    out = options.out or RESULTS / f"{name}.json"
     optional = tuple(name for name, state in baselines.installed().items() if state == "installed")
     chosen = list(tiny_cases() if options.tiny else cases(optional))
-    results = run_cases(chosen, device, options.executor, out, options.minutes, options.retry, options.checks)
+    results = run_cases(
+        chosen, device, options.executor, out, options.minutes, options.retry, options.checks, options.block_k
+    )
     table = report.markdown(results)
     out.with_suffix(".md").write_text(table)
     print(table)
