@@ -9,6 +9,8 @@ import pytest
 
 from sglang_mminfer.benchmarks import cases, makespan
 
+ROOT = Path(__file__).parents[3]
+KEPT = ROOT / "sglang_mminfer/benchmarks/results/makespan.json"
 SMALL = cases.Case("28/4", 32 * cases.K, 2048, cases.DEFAULT)
 
 
@@ -53,16 +55,15 @@ def test_every_kind_of_case_is_modelled():
 
 
 def test_the_kept_figures_are_those_of_this_program():
-    kept = json.loads(Path(makespan.__file__).with_name("results").joinpath("makespan.json").read_text())
+    kept = json.loads(KEPT.read_text())
     assert set(kept["cases"]) == {case.name for case in makespan.cases()}
     for name, figures in makespan.modelled(SMALL).items():
         assert kept["cases"][SMALL.name][name] == pytest.approx(figures, rel=0.05), "run the program again"
 
 
 def test_the_documents_quote_the_kept_figures():
-    kept = json.loads(Path(makespan.__file__).with_name("results").joinpath("makespan.json").read_text())["cases"]
-    page = Path(makespan.__file__).parents[2] / "docs/performance.md"
-    section = page.read_text().split("## On a GPU: a model")[1].split("\n## ")[0]
+    kept = json.loads(KEPT.read_text())["cases"]
+    section = (ROOT / "docs/performance.md").read_text().split("## On a GPU: a model")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + 3 * len(makespan.PATTERNS)
     tokens = {"32K": 32768, "128K": 131072, "1M": 1048576}
