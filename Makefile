@@ -77,7 +77,7 @@ endif
 # The kernel in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; then
 # a small case under compute-sanitizer.
 test-gpu: ready
-	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py
+	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py tests/gpu/test_gpu_benchmarks.py
 
 test-gpu-sanitize: ready
 	$(RUN) -m pytest tests/gpu/test_gpu_sanitizer.py

@@ -248,6 +248,13 @@ def test_the_benchmark_in_the_interpreter(tmp_path: Path):
     assert not found["cases"]
 
 
+def test_a_case_against_another_kernel():
+    """All is visited here: in eager mode FlexAttention looks at positions alone."""
+    figures = tile_attention.Bench("cpu", "torch", 64).run(cases.Case("2/1", 512, 64, "a_shape", "flex_attention"))
+    assert figures["speedup_over_other"] == pytest.approx(figures["other_ms"] / figures["sparse_ms"], rel=1e-3)
+    assert figures["other_difference"] < 1e-5 and "dense_ms" not in figures
+
+
 def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch):
     real, out = tile_attention.Bench.run, tmp_path / "result.json"
     chosen = [cases.Case("2/1", 512, 64, name) for name in ("a_shape", "grid frame")]
