@@ -106,7 +106,7 @@ test-wide: setup
 # Both, and the table of families in docs/families.md from how they ended.
 support-matrix: setup
 	$(BIN)/python -m pytest -m "" tests/server/test_families.py --support tests/server/support.json
-	$(BIN)/python tests/server/support_matrix.py tests/server/support.json docs/families.md
+	PYTHONPATH=tests $(BIN)/python tests/server/support_matrix.py tests/server/support.json docs/families.md
 
 clean:
 	rm -rf build demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

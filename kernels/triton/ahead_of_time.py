@@ -2,8 +2,9 @@
 
     python -m sglang_mminfer.kernels.triton.ahead_of_time
 
-This needs no GPU: Triton brings NVIDIA's assembler. Spilled registers and missing tensor core instructions make a
-kernel slow without making it wrong, so a test checks that no build has either.
+This needs no GPU: Triton brings NVIDIA's assembler. Spilled registers, missing tensor core instructions and wgmma that
+the assembler serialises make a kernel slow without making it wrong; a loop without a proxy fence between its copies
+and its wgmma may make it wrong, and nothing says so. A test checks that no build has any of these.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class Build:
     spills:       bytes stored to and loaded from local memory.
     shared:       bytes of shared memory of a program.
     tensor_cores: the tensor core instruction that the kernel uses most.
+    serialized:   whether the assembler waits for every wgmma by itself (its advisories C7510 and C7512).
+    unfenced:     loops that copy with cp.async what wgmma or tcgen05 reads, without a `fence.proxy.async`. The copy is
+                  seen by the matrix unit only after one; Triton 3.6.0 left it out of loops (triton-lang/triton 9610).
     """
 
     kernel: str
@@ -49,6 +53,8 @@ class Build:
     spills: int
     shared: int
     tensor_cores: str
+    serialized: bool
+    unfenced: int
 
     def __str__(self) -> str:
         c = self.configuration
@@ -56,6 +62,7 @@ class Build:
             f"{self.kernel} sm_{self.capability} {self.dtype} head dim {self.head_dim:3d}: "
             f"{c.rows}x{BLOCK_K}, {c.num_warps} warps, {c.num_stages} stages: {self.registers} registers, "
             f"{self.spills} bytes spilled, {self.shared // 1024} KiB shared, {self.tensor_cores}"
+            f"{', serialized' * self.serialized}{f', {self.unfenced} loops without a fence' * bool(self.unfenced)}"
         )
 
 
@@ -134,25 +141,49 @@ def _compiled(
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen.options)
-    registers, spills = _assembler_report(built.asm["ptx"])
+    report = _assembler_report(built.asm["ptx"])
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     instructions = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", built.asm["ptx"])
     tensor_cores = max(set(instructions), key=instructions.count) if instructions else "no tensor cores"
     return Build(
-        kernel.fn.__name__, capability, dtype, head_dim, chosen, registers, spills, built.metadata.shared, tensor_cores
+        kernel.fn.__name__,
+        capability,
+        dtype,
+        head_dim,
+        chosen,
+        registers,
+        spills,
+        built.metadata.shared,
+        tensor_cores,
+        serialized=re.search(r"C751[02]", report) is not None,
+        unfenced=unfenced_loops(built.asm["ptx"]),
     )
 
 
-def _assembler_report(ptx: str) -> tuple[int, int]:
-    """(registers of a thread, bytes of spill stores and loads), as the assembler reports them."""
+def unfenced_loops(ptx: str) -> int:
+    """How many loops copy asynchronously and multiply on the matrix unit without a proxy fence between; see `Build`."""
+    lines, labels, count = ptx.splitlines(), {}, 0
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\$\w+):", line):
+            labels[label[1]] = number
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
+        if jump and jump[1] in labels:  # backwards, so a loop ends here
+            body = "\n".join(lines[labels[jump[1]] : number])
+            multiplies = re.search(r"wgmma\.mma_async|tcgen05\.mma", body) and "cp.async." in body
+            count += bool(multiplies) and "fence.proxy.async" not in body
+    return count
+
+
+def _assembler_report(ptx: str) -> str:
+    """What the assembler says of a kernel: registers, spills, advisories."""
     (architecture,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         command = [_assembler(architecture), "-v", f"--gpu-name={architecture}", str(path), "-o", f"{path}.cubin"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
-    return registers, spills
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _assembler(architecture: str) -> str:

@@ -58,7 +58,8 @@ SERVERS = {
 def measure(
     names: list[str], model: Path, videos: dict[int, Path], repeats: int, folder: Path, console: Console
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """server -> tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians.
+    """server -> tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians, and
+    "rounds", the times of each round.
 
     All servers run at once, and all but the one that is asked are idle. They take turns, request by request, so a
     machine that slows down or speeds up does so for all of them.
@@ -81,7 +82,10 @@ def measure(
                     if turn:  # turn 0 fills the embedding cache
                         runs[name].append(figure)
             for name in names:
-                figures[name][tokens] = {key: _median(run[key] for run in runs[name]) for key in runs[name][0]}
+                figures[name][tokens] = {
+                    **{key: _median(run[key] for run in runs[name]) for key in runs[name][0]},
+                    "rounds": [{key: run[key] for key in ("attn_ms", "forward_ms", "ttft_ms")} for run in runs[name]],
+                }
                 console.print(f"{name}: {tokens} video tokens: {_line(figures[name][tokens])}")
     return figures
 
@@ -127,23 +131,38 @@ def _median(values: Iterable[Any]) -> Any:
 
 
 def _line(figure: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:,.4g}" for key, value in figure.items() if value is not None)
+    return ", ".join(f"{key} {value:,.4g}" for key, value in figure.items() if isinstance(value, (int, float)))
 
 
-def speedups(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[str, float]]]:
-    """mminfer server -> tokens -> speed-up of attention and of the whole forward over the better stock server."""
+Spread = dict[str, float]
+"""The "median", the "least" and the "most" of several rounds."""
+
+
+def speedups(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[str, Spread]]]:
+    """mminfer server -> tokens -> speed-up of attention and of the whole forward over the better stock server.
+
+    Servers take turns, so that each round is a comparison of its own: a machine that changes its pace between rounds
+    shows in the spread.
+    """
     stock = [results[name] for name in results if name.startswith("stock")]
+
+    def spread(tokens: int, own: dict[str, Any], key: str) -> Spread:
+        best = [min(times) for times in zip(*([r[key] for r in run[tokens]["rounds"]] for run in stock))]
+        ratios = [round(theirs / r[key], 3) for theirs, r in zip(best, own["rounds"])]
+        return {"median": round(median(ratios), 3), "least": min(ratios), "most": max(ratios)}
+
     return {
         name: {
-            tokens: {
-                key: round(min(run[tokens][f"{key}_ms"] for run in stock) / figure[f"{key}_ms"], 3)
-                for key in ("attn", "forward")
-            }
+            tokens: {key: spread(tokens, figure, f"{key}_ms") for key in ("attn", "forward")}
             for tokens, figure in results[name].items()
         }
         for name in results
         if name.startswith("mminfer")
     }
+
+
+def _shown(ratio: Spread) -> str:
+    return f"{ratio['median']:.2f} x ({ratio['least']:.2f} to {ratio['most']:.2f})"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -186,9 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{tokens:,}",
                 f"{figure['density']:.3f}",
                 f"{figure['attn_ms']:,.0f}",
-                f"{ratio['attn']:.2f} x",
+                _shown(ratio["attn"]),
                 f"{figure['forward_ms']:,.0f}",
-                f"{ratio['forward']:.2f} x",
+                _shown(ratio["forward"]),
             )
     console.print(table)
     console.print(f"written to {options.out}")

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @functools.cache
 def known() -> tuple[Family, ...]:
-    """Every family, by the names of its modules."""
+    """All families, sorted by name."""
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(module.name)
     from sglang_mminfer.families.base import REGISTERED
 
-    inside = (family() for family in REGISTERED if family.__module__.startswith(f"{__name__}."))
-    return tuple(sorted(inside, key=lambda family: family.name))
+    here = (family() for family in REGISTERED if family.__module__.startswith(f"{__name__}."))
+    return tuple(sorted(here, key=lambda family: family.name))
 
 
 def family_of(hf_config: Any) -> Family | None:
-    """The family of a model by its config's `model_type`, None for a model that has none."""
+    """The family of a model, by its config's `model_type`; None if no family names this type."""
     model_type = getattr(hf_config, "model_type", None)
     return next((family for family in known() if model_type in family.model_types), None)

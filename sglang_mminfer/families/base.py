@@ -1,6 +1,6 @@
-"""What a family says of its models: subclass `Family` in a module of this folder, and the plugin knows the family.
+"""The base of all families: subclass `Family` in a module of this folder, and the plugin knows the family.
 
-SGLang is imported inside methods only: the modules of all families are imported together.
+Families import SGLang inside methods only, because the modules of all families are imported together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sglang_mminfer.modality.segments import Modality, Segment
 
 
 class MediaItem(NamedTuple):
-    """One of SGLang's media items that the model sees, its modality, and the words an error calls it by."""
+    """One of SGLang's media items that the model sees, its modality, and its name in errors."""
 
     item: Any
     modality: Modality
@@ -24,24 +24,27 @@ class MediaItem(NamedTuple):
 
 
 LabelledSegment = tuple[Segment, str]
-"""A segment, and the words an error calls it by."""
+"""A segment, and its name in errors."""
 
 
 @dataclass(frozen=True)
 class Reader(ABC):
     """Reads where the media of a request stand and how they are laid out, for the models of one layout.
 
-    Subclasses are frozen dataclasses: their fields are what a config says of the layout, and readers of one layout are
-    equal, since a map is kept together with the reader that made it.
+    Subclasses are frozen dataclasses whose fields hold what a config says about the layout, so that readers of one
+    layout are equal: a cached map is used again only for an equal reader.
     """
 
     @property
     def has_raster(self) -> bool:
-        """False where vision tokens are merged until they have neither rows nor columns."""
+        """False if the model merges vision tokens until they have neither rows nor columns."""
         return True
 
     def segments(self, items: Sequence[MediaItem]) -> Iterator[LabelledSegment]:
-        """One segment for each raster of a medium, in any order; `items` are all media of a request.
+        """One segment for each raster of a medium, in any order.
+
+        Args:
+            items: all media of a request.
 
         Raises:
             GeometryError: naming the item, what it has and what was expected.
@@ -53,18 +56,18 @@ class Reader(ABC):
 
     @abstractmethod
     def of_item(self, one: MediaItem) -> Iterable[LabelledSegment]:
-        """The segments of an item that SGLang's own processor, or a client, made. Errors: as `segments`."""
+        """The segments of an item that SGLang's own processor or a client made. Errors: as `segments`."""
 
 
 class Family(ABC):
     """One family of models. A subclass that names its `model_types` is registered.
 
     Attributes:
-        model_types: of the configs of its models.
-        why: what sets its layout apart, in a sentence.
-        processors: names of SGLang's processor classes that `processor` may take the place of.
-        mend: the entry of `mends.MENDS` that `processor` and `model` belong to: they are asked only while it is on.
-            None where they ask for several themselves, or there are none.
+        model_types: the `model_type` of its models' configs.
+        why: one sentence that says how its layout differs from others.
+        processors: names of SGLang's processor classes that `processor` may replace.
+        mend: the name in `mends.MENDS` of the mend that `processor` and `model` belong to: they are called only if it
+            is on. None if they belong to none, or check their mends themselves.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -79,28 +82,28 @@ class Family(ABC):
 
     @property
     def name(self) -> str:
-        """That of its file or folder."""
+        """The name of its file or folder."""
         return type(self).__module__.rpartition(".")[2]
 
     @abstractmethod
     def geometry(self, hf_config: Any) -> Reader:
-        """What reads the media of a model with this config."""
+        """The reader of media for a model with this config."""
 
     def processor(self, base: type, hf_config: Any) -> type | None:
-        """Our processor in place of one of SGLang's that `processors` names; None to leave SGLang's."""
+        """Our class in place of SGLang's processor class `base`, which `processors` names; None to keep SGLang's."""
         return None
 
     def model(self, base: type, architecture: str) -> type | None:
-        """Our model class in place of SGLang's for an architecture; None to leave SGLang's."""
+        """Our class in place of SGLang's model class `base` for an architecture; None to keep SGLang's."""
         return None
 
     def check_features(self, one: MediaItem, shape: tuple[int, ...], tokens: int, hf_config: Any) -> None:
-        """Holds a client's features (`processor_output`) against all that the model's encoder takes for granted.
+        """Checks a client's features (`processor_output`) for everything that the model's encoder takes for granted.
 
         Args:
-            one: the item that holds them.
-            shape: of the features.
-            tokens: of the item in the prompt.
+            one: the item that holds the features.
+            shape: the shape of the features.
+            tokens: how many tokens of the prompt belong to the item.
 
         Raises:
             ValueError: naming the item, what it has and what was expected.
@@ -112,4 +115,4 @@ class Family(ABC):
 
 
 REGISTERED: list[type[Family]] = []
-"""Subclasses of `Family` that name model types, as their modules are imported; see `families.known`."""
+"""The subclasses of `Family` that name model types. They get here when their modules are imported; see `known`."""

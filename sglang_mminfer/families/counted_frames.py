@@ -1,10 +1,9 @@
-"""SGLang's media processors of models whose limits or mistakes stand in the way of long video.
-
-Each class here is SGLang's own with little changed, made when SGLang makes the processor of such a model and not
-before: `families.processors` has the hook, `mends.MENDS` says why. The number of frames is SGLang's own option for
-video, which these processors do not read:
+"""The number of frames of a video, for families whose processor in SGLang does not read SGLang's own option for it:
 
     --mm-process-config '{"video": {"num_frames": 256}}'
+
+A family's class is SGLang's own with a few changes. It is made when SGLang makes the processor of such a model:
+`families.processors` has the hook, and `mends.MENDS` says why.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ NUM_FRAMES = "num_frames"
 
 
 def frames_wanted(video_config: dict[str, Any]) -> int | None:
-    """`num_frames` of --mm-process-config's video, None if it is not there.
+    """`num_frames` of the video options in --mm-process-config; None if it is not given.
 
     Raises:
         ValueError: if it is no positive integer.
@@ -30,17 +29,17 @@ def frames_wanted(video_config: dict[str, Any]) -> int | None:
 
 
 VIDEO_OPTIONS = frozenset({"fps", "max_frames", "num_frames"})
-"""What a request may say of one video to a family that `counting_frames` is for; see `mends.options`."""
+"""The options that a request may set for one video of such a family; see `mends.options`."""
 
 
 @cache
 def counting_frames(base: Any, usual: int | None = None) -> Any:
-    """SGLang's class of a family that takes a number of frames of each video, from its first to its last.
+    """A subclass of `base`, SGLang's class, that takes a number of frames of each video, from its first to its last.
 
-    A class in one line with `base`, and no base beside it: an object of SGLang's class becomes one of ours.
+    `base` is its only base class, because an instance of SGLang's class changes its class to this one.
 
     Args:
-        usual: how many frames where nobody says it; None for as many as SGLang takes.
+        usual: the number of frames if neither request nor operator sets it; None: as many as SGLang takes.
     """
 
     class CountsFrames(base):
@@ -51,11 +50,11 @@ def counting_frames(base: Any, usual: int | None = None) -> Any:
             return frames_wanted(self.video_config) or usual
 
         def check_options(self) -> None:
-            """Raises ValueError for options of --mm-process-config that the family cannot have."""
+            """Raises ValueError if an option of --mm-process-config is wrong."""
             _ = self.num_frames
 
         def placeholders_in(self, prompt: str) -> dict[str, int]:
-            """How many placeholders a prompt has for each kind of medium."""
+            """The number of placeholders in a prompt for each kind of medium."""
             tokens = {"image": self.mm_tokens.image_token, "video": self.mm_tokens.video_token}
             return {kind: prompt.count(token) for kind, token in tokens.items() if token}
 
@@ -63,10 +62,10 @@ def counting_frames(base: Any, usual: int | None = None) -> Any:
 
 
 def count_for(video: Any, usual: int) -> int:
-    """How many frames to take of a video: as its request says, else `usual`.
+    """How many frames to take of a video: as many as its request says, else `usual`.
 
     Raises:
-        ValueError: for more than the server takes, or holds at one time.
+        ValueError: for more frames than a request may ask for, or than are held in memory (`mends.limits`).
     """
     from sglang_mminfer.mends import limits, options
 

@@ -12,20 +12,20 @@ from PIL import Image
 from sglang_mminfer.mends import limits
 
 MEAN = 0.5
-"""Of pixel values in 0..1, as these models reckon it; of every channel."""
+"""The mean of pixel values from 0 to 1 by which these models normalise every channel."""
 
 BATCH = 32
-"""Frames that are decoded at a time; of large frames fewer, so that they do not fill the memory."""
+"""How many frames are decoded at a time; fewer if they are large, so that they do not fill the memory."""
 
 
 def resize(picture: Image.Image, width: int, height: int) -> torch.Tensor:
-    """uint8 [3, height, width], by bicubic interpolation on 8-bit values."""
+    """The picture resized by bicubic interpolation of 8-bit values: uint8 [3, height, width]."""
     pixels = np.array(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def squared(picture: Image.Image) -> Image.Image:
-    """With a border of the pixels' mean, so that it is not stretched where a model sees squares.
+    """The picture in a square with a border of the mean colour, so that a model that sees squares does not stretch it.
 
     Raises:
         ValueError: if the square would be larger than a picture may be.
@@ -34,7 +34,7 @@ def squared(picture: Image.Image) -> Image.Image:
 
 
 def in_square(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """In the middle of a square of one colour.
+    """The picture in the middle of a square of one colour.
 
     Raises:
         ValueError: if the square would be larger than a picture may be.
@@ -47,7 +47,11 @@ def in_square(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def length_and_rate(video: Any) -> tuple[int, float]:
-    """Frames and frames a second of what SGLang makes of a video: a decoder, or the frames themselves."""
+    """The number of frames, and frames per second (0 if unknown), of a video as SGLang loads it.
+
+    Args:
+        video: a decoder, or the frames themselves, which count as one a second.
+    """
     if hasattr(video, "get_frames_at"):
         return len(video), float(video.avg_fps or 0)
     return len(video), 1.0
@@ -56,10 +60,11 @@ def length_and_rate(video: Any) -> tuple[int, float]:
 def decode(
     video: Any, indices: Sequence[int], width: int, height: int, *, bordered: bool = False
 ) -> list[torch.Tensor]:
-    """The frames of the given indices, each uint8 [3, height, width]; the same tensor where an index repeats.
+    """The frames at `indices`, each uint8 [3, height, width]; an index that repeats gives the same tensor again.
 
     Args:
-        bordered: make them square by a border before they are resized.
+        video: SGLang's decoder, or the frames themselves.
+        bordered: put frames into a square with a border before they are resized.
 
     Raises:
         ValueError: if the file breaks off or cannot be decoded.
@@ -73,8 +78,8 @@ def decode(
         if len(pictures) != len(part):
             raise ValueError(f"video: expected {len(part)} frames from {part[0]} on, got {len(pictures)}")
         for index, picture in zip(part, pictures):
-            whole = _as_image(picture)
-            frames[index] = resize(squared(whole) if bordered else whole, width, height)
+            image = _as_image(picture)
+            frames[index] = resize(squared(image) if bordered else image, width, height)
     return [frames[i] for i in indices]
 
 
@@ -86,16 +91,19 @@ def _batch(video: Any) -> int:
 
 
 def frames_at(video: Any, indices: Sequence[int], named: str) -> Sequence[Any]:
-    """The frames of the given indices, from SGLang's decoder or from the frames themselves, as they come.
+    """The frames at `indices`, as SGLang's decoder returns them, or from the frames themselves.
+
+    Args:
+        named: what an error calls the frames.
 
     Raises:
-        ValueError: if the file breaks off or cannot be decoded; it calls the frames what `named` says.
+        ValueError: if the file breaks off or cannot be decoded.
     """
     try:
         return video.get_frames_at(indices) if hasattr(video, "get_frames_at") else [video[i] for i in indices]
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # each decoder has errors of its own
+    except Exception as error:  # each decoder raises errors of its own
         raise ValueError(f"video: {named} of {len(video)} cannot be decoded: {error}") from error
 
 

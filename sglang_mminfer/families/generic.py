@@ -1,7 +1,7 @@
-"""Any model that says where its media stand but not how they are laid out: each span a segment, no grid.
+"""Models that say where their media stand but not how they are laid out: each span is a segment without a grid.
 
-Enough for what goes by modality (the boundaries, A-shape, tri-shape, vertical-slash); grid patterns find no
-cells here.
+That is enough for boundaries and for patterns that need no cells (A-shape, tri-shape, vertical-slash). Grid patterns
+find no cells here.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Glm4V(GridFamily):
 @functools.cache
 def _processor_class(base: Any) -> type:
     class MMInferGlm4VProcessor(base):
-        """What a request asks of a video is done or refused by name, and expanded media are found in ids."""
+        """Options of a video are applied or refused by name, and expanded media are recognised in ids."""
 
         REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
             "image": frozenset(),
@@ -48,7 +48,7 @@ def _processor_class(base: Any) -> type:
 
         @property
         def media_tokens(self) -> Mapping[int, tuple[str, ...]]:
-            """SGLang says of `<|image|>` alone that it stands for media."""
+            """SGLang names only `<|image|>` as a token that stands for media."""
             around = (
                 *(self.IMAGE_START_TOKEN_ID, self.IMAGE_END_TOKEN_ID),
                 *(self.VIDEO_START_TOKEN_ID, self.VIDEO_END_TOKEN_ID),
@@ -56,21 +56,21 @@ def _processor_class(base: Any) -> type:
             return {self.IM_TOKEN_ID: ("image",), self.VIDEO_TOKEN_ID: ("video",), **dict.fromkeys(around, ())}
 
         def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
-            """One placeholder for each medium, where an answer's ids were sent back."""
+            """The pieces with one placeholder for each medium, if a client sent back the ids of an answer."""
             return collapsed(pieces, self._tokenizer)
 
         async def process_mm_data_async(
             self, image_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
         ) -> Any:
-            if mends.active("video_options") and (given := getattr(request_obj, "video_data", None)):
+            if mends.active("video_options") and (entries := getattr(request_obj, "video_data", None)):
                 request_obj = copy.copy(request_obj)
-                request_obj.video_data = [self._with_options(video) for video in given]
+                request_obj.video_data = [self._with_options(video) for video in entries]
             return await super().process_mm_data_async(image_data, input_text, request_obj, *args, **kwargs)
 
         def _with_options(self, video: Any) -> Any:
-            """An entry of a request with the options that SGLang's class heeds, and in it one with all others.
+            """An entry with the options that SGLang's class heeds, around an entry with the file and all other options.
 
-            SGLang's class reads those it knows and loads the file without the rest.
+            SGLang's class reads the options of the outer entry, and loads the inner one.
 
             Raises:
                 ValueError: for an option that this family does not have, by name.
@@ -82,7 +82,7 @@ def _processor_class(base: Any) -> type:
             source, wanted = options.of(video, type(self), "video")
             names = self.REQUEST_OPTIONS["video"] & wanted.keys()
             if videos.frames_in(source) is not None:
-                names -= {"fps"}  # of the frames that came
+                names -= {"fps"}  # with single frames it is the rate at which they were taken
             heeded = {name: wanted.pop(name) for name in names}
             return VideoData(url=VideoData(url=source, preprocess_kwargs=wanted), preprocess_kwargs=heeded)
 
@@ -92,14 +92,14 @@ def _processor_class(base: Any) -> type:
 _BEGIN, _IMAGE, _END = (Piece(name=f"<|{name}|>") for name in ("begin_of_image", "image", "end_of_image"))
 _BEGIN_VIDEO, _VIDEO, _END_VIDEO = (Piece(name=f"<|{name}|>") for name in ("begin_of_video", "video", "end_of_video"))
 _SECOND = re.compile(r"\d+|\d+\.\d seconds")
-"""Of a frame, as GLM-4.1V and GLM-4.5V write it, and as GLM-4.6V does."""
+"""The second of a frame: as GLM-4.1V and GLM-4.5V write it, or as GLM-4.6V does."""
 
 
 def collapsed(pieces: Sequence[Piece], tokenizer: Any) -> list[Piece]:
     """The pieces of a prompt with one placeholder for each picture and each video.
 
-    A processor makes of `<|video|>` a picture for each temporal patch, with its second behind it, and of a picture's
-    `<|image|>` as many as it has tokens. What does not look like that stays as it is.
+    A processor replaces `<|video|>` by a picture and its second for each temporal patch, and a picture's `<|image|>` by
+    one for each token. Pieces that do not look like that stay as they are.
     """
     out: list[Piece] = []
     at = 0
@@ -119,7 +119,7 @@ def collapsed(pieces: Sequence[Piece], tokenizer: Any) -> list[Piece]:
 
 
 def _behind_frame(pieces: Sequence[Piece], at: int, tokenizer: Any) -> int | None:
-    """Where the piece behind a frame and its second is, if they begin at `at`."""
+    """The index of the piece behind a frame and its second, if they begin at `at`; else None."""
     stop = at + 1
     while pieces[stop : stop + 1] == [_IMAGE]:
         stop += 1

@@ -14,13 +14,13 @@ from sglang_mminfer.families.base import Family, LabelledSegment, MediaItem, Rea
 from sglang_mminfer.modality.items import GeometryError, Span, data_of, grid_rows, one_segment, spans_of
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
-MERGE = 2  # of every published checkpoint
+MERGE = 2  # in every published checkpoint
 
 _GRID_KEYS = {Modality.IMAGE: "image_grid_thw", Modality.VIDEO: "video_grid_thw"}
 
 
 def merge_of(hf_config: Any) -> int:
-    """Patches that the merger makes one token of, by side."""
+    """How many patches along a side the merger makes into one token."""
     return int(getattr(getattr(hf_config, "vision_config", None), "spatial_merge_size", MERGE))
 
 
@@ -59,13 +59,13 @@ class GridReader(Reader):
     same order.
 
     Attributes:
-        merge: patches that become one token, by side.
+        merge: patches along a side that become one token.
     """
 
     merge: int = MERGE
 
     def of_item(self, one: MediaItem) -> Iterator[LabelledSegment]:
-        """Raises GeometryError "zero_frames" or "grid_mismatch", besides what offsets can be wrong in."""
+        """Raises GeometryError: "zero_frames" or "grid_mismatch", or an error of `spans_of`."""
         key = _GRID_KEYS[one.modality]
         if data_of(one.item).get(key) is None:
             for span in spans_of(one.item, one.label):
@@ -88,14 +88,14 @@ class GridReader(Reader):
             yield Segment(one.modality, span.start, span.stop, VisionGrid(*raster[:3], starts)), span.name
 
     def rasters(self, one: MediaItem) -> list[Raster]:
-        """The rows of an item, not yet held against its spans. Errors: as `of_item`."""
+        """The rows of an item, not yet compared with its spans. Errors: as `of_item`."""
         key = _GRID_KEYS[one.modality]
         value = data_of(one.item)[key]
         rows = grid_rows(value)
         if rows is None:
             raise GeometryError("grid_mismatch", f"{one.label}: expected rows of [t, h, w] in {key}, got {value!r:.80}")
         for i, (t, _, _) in enumerate(rows):
-            # Before the offsets: a medium without frames has no tokens, so its offset is missing or empty too.
+            # Checked before the offsets: a medium without frames has no tokens, so its offset is missing or empty, too.
             if t < 1:
                 raise GeometryError("zero_frames", f"{one.label}: {key}[{i}] has {t} frames, expected at least one")
         return [Raster(t, h // self.merge, w // self.merge, (t, h, w), self.merge) for t, h, w in rows]
@@ -103,7 +103,7 @@ class GridReader(Reader):
 
 @dataclass(frozen=True)
 class FrameSpanReader(GridReader):
-    """The same, but a video is one span for each temporal patch.
+    """A `GridReader` of models whose videos have one span for each temporal patch.
 
     What stands between two of them (a timestamp of varying length as text, and tokens that begin and end a frame)
     belongs to the video and has no cell. What stands before the first and behind the last is text.
@@ -142,7 +142,7 @@ class GridFamily(Family):
 
 
 def _check_patches(one: MediaItem, shape: tuple[int, ...], hf_config: Any) -> None:
-    """Holds the features of an item against its grid: a row for each patch.
+    """Checks that the features of an item have a row for each patch of its grid.
 
     Raises:
         ValueError: naming the item, what it has and what was expected.
@@ -159,6 +159,7 @@ def _check_patches(one: MediaItem, shape: tuple[int, ...], hf_config: Any) -> No
 
 
 def _patches(one: MediaItem) -> int:
+    """The number of patches in the grid rows of an item. Raises ValueError if it has no such rows."""
     import torch
 
     key = _GRID_KEYS[Modality.VIDEO if one.modality is Modality.VIDEO else Modality.IMAGE]

@@ -1,10 +1,10 @@
-"""What a processor gives the scheduler, held against the prompt before it gets there.
+"""Checks what a processor made of a request against its prompt, before it goes to the scheduler.
 
-SGLang's scheduler ends where embeddings are fewer than placeholders, and a processor's worker may never answer where
-a prompt has more placeholders than media. Here both are the client's error.
+SGLang's scheduler ends if there are fewer embeddings than placeholders, and a processor's worker may never answer if a
+prompt has more placeholders than media. With these checks both are errors of the client.
 
-Items that a client sends as a processor made them (`"format": "processor_output"` or `"precomputed_embedding"`) are
-held to all that the family's encoder takes for granted; those of SGLang's own processor to their places only.
+Items that a client preprocessed (`"format": "processor_output"` or `"precomputed_embedding"`) are checked for
+everything that the family's encoder takes for granted; items of SGLang's own processor for their places only.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sglang_mminfer.modality.items import GeometryError, modality_of, offsets_of
 
 NAME = "item_checks"
 
-_OWN_KEYS = "mminfer"
-"""Begins keys of `model_specific_data` that only this package writes."""
+_OWN_PREFIX = "mminfer"
+"""The prefix of those keys of `model_specific_data` that only this package writes."""
 
 
 def check_placeholders(processor: Any, prompt: Any, request: Any) -> None:
-    """Raises ValueError if a prompt's placeholders are not as many as its media, where the family can tell."""
+    """Raises ValueError if a prompt has more or fewer placeholders than media, for families that can count them."""
     count = getattr(processor, "placeholders_in", None)
     if count is None or not isinstance(prompt, str):
         return
     for kind, found in count(prompt).items():
         media = media_in(request, kind)
         if any(processor._is_preprocessed_input(one) for one in media):
-            continue  # of these a prompt may have every token; `check` holds them against it
+            continue  # the prompt may hold every token of such media; `check` compares them
         given = len(media)
         if found > given or (found < given and not getattr(processor, "adds_placeholders", False)):
             raise ValueError(
@@ -43,7 +43,7 @@ def check_placeholders(processor: Any, prompt: Any, request: Any) -> None:
 
 
 def check_preprocessed(request: Any) -> None:
-    """Raises ValueError for media that a client has preprocessed and that hold no tensor: JSON, for one, has none."""
+    """Raises ValueError for media that a client preprocessed but sent without a tensor: JSON, for one, has none."""
     import torch
 
     if not mends.active(NAME):
@@ -52,8 +52,8 @@ def check_preprocessed(request: Any) -> None:
         for one in media_in(request, kind):
             if not isinstance(one, dict):
                 continue
-            said = one.get("format")
-            if said is None or str(getattr(said, "name", said)).upper() not in _FORMATS:
+            form = one.get("format")
+            if form is None or str(getattr(form, "name", form)).upper() not in _FORMATS:
                 continue
             features = [one[name] for name in _FEATURES if name in one]
             if len(features) != 1 or not isinstance(features[0], torch.Tensor):
@@ -72,20 +72,28 @@ _FEATURES = (
 
 
 def check(output: Any, processor: Any) -> None:
-    """Raises ValueError for items that do not fit the prompt that they stand in."""
+    """Checks the items of a request.
+
+    Args:
+        output: SGLang's MultimodalProcessorOutput.
+        processor: the media processor that made it.
+
+    Raises:
+        ValueError: for items that do not fit their prompt or the model.
+    """
     if not mends.active(NAME) or output.input_ids is None:
         return
     length = len(output.input_ids)
     family = families.family_of(processor.hf_config)
     try:
         _check_places(output.mm_items, length)
-        theirs = [(i, item) for i, item in enumerate(output.mm_items) if item.format.name != "NORMAL"]
-        if theirs or (family is not None and not output.mm_items):
+        from_client = [(i, item) for i, item in enumerate(output.mm_items) if item.format.name != "NORMAL"]
+        if from_client or (family is not None and not output.mm_items):
             _check_covered(output)
-        for i, item in theirs:
+        for i, item in from_client:
             one = MediaItem(item, modality_of(item, i), f"mm_items[{i}] ({item.modality.name.lower()})")
             _check_features(one, family, processor.hf_config)
-        if theirs:
+        if from_client:
             map_from_mm_inputs(output, length, None if family is None else family.geometry(processor.hf_config))
     except GeometryError as error:
         raise ValueError(f"media: {error}") from error
@@ -95,7 +103,7 @@ def check(output: Any, processor: Any) -> None:
 
 
 def _check_places(items: Iterable[Any], length: int) -> None:
-    """Every span in the prompt, and in no other's place.
+    """Checks that every span lies in the prompt and overlaps no other.
 
     Raises:
         GeometryError: naming the item.
@@ -116,7 +124,7 @@ def _check_places(items: Iterable[Any], length: int) -> None:
 
 
 def _check_covered(output: Any) -> None:
-    """Every placeholder in the prompt belongs to an item."""
+    """Raises ValueError if a placeholder in the prompt belongs to no item."""
     ids = [int(token) for token in output.input_ids]
     covered = [False] * len(ids)
     for item in output.mm_items:
@@ -139,8 +147,8 @@ def _check_features(one: MediaItem, family: Family | None, hf_config: Any) -> No
     from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 
     item, name = one.item, one.label
-    if own := [key for key in item.model_specific_data if str(key).startswith(_OWN_KEYS)]:
-        raise ValueError(f"{name}: {own[0]} is no field of a client's")
+    if own_keys := [key for key in item.model_specific_data if str(key).startswith(_OWN_PREFIX)]:
+        raise ValueError(f"{name}: {own_keys[0]} is no field of a client's")
     pads = (item.pad_value, *(item.pad_values or ()))
     if any(type(pad) is not int or not MM_PAD_SHIFT_VALUE <= pad < 1 << 63 for pad in pads):
         raise ValueError(f"{name}: expected a pad_value of at least {MM_PAD_SHIFT_VALUE}, got {item.pad_value!r:.40}")
@@ -165,7 +173,7 @@ def _check_features(one: MediaItem, family: Family | None, hf_config: Any) -> No
 
 
 def _shape_of(value: Any, name: str) -> tuple[int, ...]:
-    """Of a tensor of finite numbers."""
+    """The shape of a feature. Raises ValueError unless it is a tensor of finite floating-point numbers."""
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -178,7 +186,7 @@ def _shape_of(value: Any, name: str) -> tuple[int, ...]:
 
 
 def _widths(hf_config: Any) -> list[int]:
-    """Of an embedding: the language model's, and with the layers of Qwen3-VL's encoder that are added later."""
+    """The widths that an embedding may have. Qwen3-VL's holds the features of its deepstack layers, too."""
     get = getattr(hf_config, "get_text_config", None)
     width = int(get().hidden_size if get is not None else hf_config.hidden_size)
     deep = getattr(getattr(hf_config, "vision_config", None), "deepstack_visual_indexes", None) or ()

@@ -1,6 +1,6 @@
-"""From SGLang's media items to a `ModalityMap`, by the reader of the model's family, or `generic` for all others.
+"""Makes a `ModalityMap` of SGLang's media items, with the reader of the model's family, or else with `SpanReader`.
 
-Nothing here touches single tokens: a map of 100,000 tokens with three videos costs what three videos cost.
+Nothing here touches single tokens: a map of 100,000 tokens with three videos costs as much as its three videos.
 SGLang is not imported; its objects are read by attribute.
 """
 
@@ -18,12 +18,12 @@ from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 
 __all__ = ["GeometryError", "cached_map", "map_from_mm_inputs", "reader_of"]
 
-# No "_id" in this name: SGLang's MultimodalInputs.merge copies attributes that have it to other requests.
+# There is no "_id" in this name, because SGLang's MultimodalInputs.merge copies such attributes to other requests.
 _CACHE = "_mminfer_map"
 
 
 def reader_of(hf_config: Any) -> Reader | None:
-    """What reads this model's media, None where only their spans are known."""
+    """The reader of this model's media; None if only their spans are known."""
     family = families.family_of(hf_config)
     return None if family is None else family.geometry(hf_config)
 
@@ -37,11 +37,11 @@ def map_from_mm_inputs(mm_inputs: Any, length: int, reader: Reader | None) -> Mo
 
     Args:
         mm_inputs: SGLang's MultimodalInputs; None for a request without media.
-        length: tokens of the whole prompt, later chunks included. No medium may reach
-            beyond it. Nothing is clipped, because SGLang never truncates a prompt that brings media (it
-            aborts the request, even with --allow-auto-truncate): offsets beyond the prompt are stale ones of
-            a session that was cut back, and other tokens may stand where they point.
-        reader: what `reader_of` gave for the model.
+        length: tokens of the whole prompt, later chunks included. No medium may reach beyond it. Nothing is clipped,
+            because SGLang never truncates a prompt that brings media (it aborts the request, even with
+            --allow-auto-truncate). So offsets beyond the prompt are stale ones of a session that was cut back, and
+            other tokens may stand where they point.
+        reader: what `reader_of` returns for the model.
 
     Raises:
         GeometryError: naming the item, what it has and what was expected.
@@ -58,8 +58,8 @@ def _readable() -> Iterator[None]:
     except GeometryError:
         raise
     except Exception as error:
-        said = f"mm_items: cannot be read: {type(error).__name__}: {error}"
-        raise GeometryError("unreadable", said[:300]) from error
+        message = f"mm_items: cannot be read: {type(error).__name__}: {error}"
+        raise GeometryError("unreadable", message[:300]) from error
 
 
 def _read(mm_inputs: Any, length: int, reader: Reader) -> ModalityMap:
@@ -70,10 +70,10 @@ def _read(mm_inputs: Any, length: int, reader: Reader) -> ModalityMap:
             label = f"mm_items[{index}] ({modality})"
             _check_inside(item, label, length)
             items.append(MediaItem(item, modality, label))
-    found: list[LabelledSegment] = sorted(reader.segments(items), key=lambda entry: entry[0].start)
+    vision: list[LabelledSegment] = sorted(reader.segments(items), key=lambda entry: entry[0].start)
     segments: list[Segment] = []
     position, before = 0, ""
-    for segment, label in found:
+    for segment, label in vision:
         if segment.start < position:
             raise GeometryError("overlapping_offsets", f"{label}: overlaps {before}")
         if segment.start > position:
@@ -86,7 +86,7 @@ def _read(mm_inputs: Any, length: int, reader: Reader) -> ModalityMap:
 
 
 def _check_inside(item: Any, label: str, length: int) -> None:
-    """Before anything is made that is as large as an item says it is."""
+    """Raises GeometryError for tokens beyond the prompt, before anything as large as the item claims is allocated."""
     for i, (first, last) in enumerate(offsets_of(item, label)):
         if last >= length:
             raise GeometryError(
@@ -98,13 +98,12 @@ def _check_inside(item: Any, label: str, length: int) -> None:
 def cached_map(mm_inputs: Any, length: int, reader: Reader | None) -> ModalityMap:
     """`map_from_mm_inputs`, kept on `mm_inputs` until what it was made from changes.
 
-    SGLang hands the same object to every chunk of a request, so chunks share one map, and one failure. It is
-    kept in an attribute because the object is unhashable; sessions move offsets in place, and their turns of text
-    share the object of the turn before, hence the key.
+    SGLang hands the same object to every chunk of a request, so chunks share one map, or one failure. The map is kept
+    in an attribute because the object is unhashable. It is kept with a key because sessions move offsets in place, and
+    their turns of text share the object of the turn before.
 
     Args:
-        length: tokens of the whole prompt, as for `map_from_mm_inputs`. The same for every chunk, or the map
-            would change from chunk to chunk.
+        length: tokens of the whole prompt, as for `map_from_mm_inputs`, and not those of a chunk.
 
     Raises:
         GeometryError: with `repeated` set if this failure was raised before.
@@ -113,15 +112,15 @@ def cached_map(mm_inputs: Any, length: int, reader: Reader | None) -> ModalityMa
         return map_from_mm_inputs(None, length, reader)
     with _readable():
         key = (_offsets(mm_inputs), length, reader)
-    kept = getattr(mm_inputs, _CACHE, None)
-    if kept is not None and kept[0] == key:
-        if isinstance(kept[1], GeometryError):
-            raise GeometryError(kept[1].reason, str(kept[1]), repeated=True)
-        return kept[1]
+    cached = getattr(mm_inputs, _CACHE, None)
+    if cached is not None and cached[0] == key:
+        if isinstance(cached[1], GeometryError):
+            raise GeometryError(cached[1].reason, str(cached[1]), repeated=True)
+        return cached[1]
     try:
         outcome = map_from_mm_inputs(mm_inputs, length, reader)
     except GeometryError as error:
-        # A copy: the raised one carries the frames it went through, and with them the whole batch.
+        # A copy, because the raised error holds the stack frames that it went through, and with them the whole batch.
         setattr(mm_inputs, _CACHE, (key, GeometryError(error.reason, str(error))))
         raise
     setattr(mm_inputs, _CACHE, (key, outcome))

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 
 def segments(items: Iterable[MediaItem], has_raster: bool) -> Iterator[LabelledSegment]:
-    """One segment for the rasters of a medium that have one shape; what stands between its frames belongs to it.
+    """One segment for the rasters of a medium that have one shape. What stands between them belongs to the segment.
 
     Args:
-        items: in any order.
-        has_raster: whether a place's rows and columns are those of a picture; else there is one row.
+        items: items that our processors made, in any order.
+        has_raster: whether tokens have rows and columns; else every raster has one row.
 
     Raises:
-        GeometryError: "grid_mismatch" where what an item says does not fit its span or its neighbours.
+        GeometryError: "grid_mismatch" if the places of an item do not fit its spans or its neighbours;
+            "overlapping_offsets" if rasters overlap.
     """
     placed = sorted(
         (raster for one in items for raster in _rasters(one, has_raster)), key=lambda raster: raster[0].start

@@ -1,7 +1,7 @@
-"""SGLang's media processor of a server with mminfer, whatever the family: its own class with the mends over it.
+"""The media processor of a server with mminfer, for every family: SGLang's own class with the mends on top.
 
-An instance changes its class when SGLang's base class has set it up, so that a processor is mended wherever it is
-made, and a processor of another server in the same process is not.
+An instance changes its class at the end of the constructor of SGLang's base class. So a processor is mended wherever it
+is made, and a processor of another server in the same process is not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def adapted(kind: type, hf_config: Any) -> type:
-    """A family's class in place of one of SGLang's; any other class as it is."""
+    """A family's class in place of `kind`, a processor class of SGLang; `kind` itself if no family replaces it."""
     for family in families.known():
         if kind.__name__ in family.processors and (family.mend is None or mends.active(family.mend)):
             ours = family.processor(kind, hf_config)
@@ -42,7 +42,7 @@ def adapt_model(resolved: tuple[type, str], *args: Any, **kwargs: Any) -> tuple[
 
 
 def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER BaseMultimodalProcessor.__init__."""
+    """AFTER BaseMultimodalProcessor.__init__: mends the new instance."""
     if not mends.wanted(server_args):
         return
     self.__class__ = _mended(adapted(type(self), hf_config))
@@ -59,7 +59,7 @@ def _mended(base: Any) -> type:
     signature = inspect.signature(base.process_mm_data_async)
 
     class Mended(base):
-        """What holds for the media of every family."""
+        """The processor class `base` with the mends that every family needs."""
 
         @classmethod
         def _load_single_item(cls, data: Any, modality: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +86,7 @@ def _mended(base: Any) -> type:
         def process_and_combine_mm_data(self, *args: Any, **kwargs: Any) -> Any:
             try:
                 return super().process_and_combine_mm_data(*args, **kwargs)
-            except StopIteration as error:  # a future cannot hold one: the client would wait for ever
+            except StopIteration as error:  # a future cannot hold StopIteration: the client would wait for ever
                 raise ValueError("prompt: it has more placeholders than media") from error
 
         async def process_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ def _mended(base: Any) -> type:
                 raise
             except Exception as error:
                 if type(error).__module__.startswith("torch"):
-                    raise  # the device's, not the client's
+                    raise  # an error of the device, not of the client
                 # A line and no traceback: clients decide how often this happens.
                 logger.warning("mminfer: media of request %s: %r", getattr(request, "rid", ""), error)
                 logger.debug("mminfer: where it failed", exc_info=True)

@@ -34,7 +34,7 @@ def _processor_class(base: Any) -> type:
     from sglang_mminfer.families.qwen_vl.processor import processor_class
 
     class MMInferQwen3VLProcessor(processor_class(base)):  # type: ignore[misc]
-        """That of the older models, and frames with their timestamps are found in ids of an answer."""
+        """The processor of the older models, which also recognises frames with timestamps in the ids of an answer."""
 
         def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
             return super().collapse_media(collapsed_frames(pieces, self._tokenizer), counts)
@@ -49,8 +49,8 @@ _TIMESTAMP = re.compile(r"<\d+\.\d seconds>")
 def collapsed_frames(pieces: Sequence[Piece], tokenizer: Any) -> list[Piece]:
     """The pieces of a prompt with one placeholder for each video of Qwen3-VL.
 
-    A processor makes of `<|video_pad|>` a timestamp and a frame, `<|vision_start|>` and `<|vision_end|>` around it, for
-    each temporal patch. What does not look like that stays as it is.
+    A processor replaces `<|video_pad|>` by a timestamp and a frame between `<|vision_start|>` and `<|vision_end|>`, for
+    each temporal patch. Pieces that do not look like that stay as they are.
     """
     out: list[Piece] = []
     at = 0
@@ -68,7 +68,7 @@ def collapsed_frames(pieces: Sequence[Piece], tokenizer: Any) -> list[Piece]:
 
 
 def _behind_frame(pieces: Sequence[Piece], at: int, tokenizer: Any) -> int | None:
-    """Where the piece behind a frame and its timestamp is, if they begin at `at`."""
+    """The index of the piece behind a frame and its timestamp, if they begin at `at`; else None."""
     if at + 1 >= len(pieces) or not pieces[at].ids or pieces[at + 1] != _START:
         return None
     if not _TIMESTAMP.fullmatch(tokenizer.decode(pieces[at].ids)):

@@ -12,9 +12,9 @@ class Sampled:
     """Frames of a video.
 
     Attributes:
-        indices: of the frames in the file, ascending; one may come twice.
-        seconds: where each stands, as the model is told.
-        duration: of the whole video, in seconds.
+        indices: the numbers of the frames in the file, ascending; a number may come twice.
+        seconds: the time of each frame, as the model is told.
+        duration: the length of the whole video, in seconds.
     """
 
     indices: list[int]
@@ -23,7 +23,7 @@ class Sampled:
 
 
 def check(total: int, rate: float) -> float:
-    """The frame rate to reckon with; a file of one frame may have none, and then lasts a second.
+    """The frame rate to use, in frames per second. A file without a rate (one frame may have none) lasts a second.
 
     Raises:
         ValueError: if the video has no frames.
@@ -34,16 +34,16 @@ def check(total: int, rate: float) -> float:
 
 
 def every_second(total: int, rate: float, *, fps: float, most: int, forced: bool) -> Sampled:
-    """LLaVA-Video: `fps` frames a second; `most` of them, evenly, if there would be more, or if it is forced.
+    """LLaVA-Video: `fps` frames a second. If there would be more than `most`, or if `forced`, `most` frames evenly.
 
     Args:
-        total, rate: frames of the file, and frames a second.
+        total, rate: frames of the file, and frames per second.
         forced: always take exactly `most` frames, some of them repeatedly if the video has fewer.
     """
     rate = check(total, rate)
     step = max(1, round(min(rate / fps, total)))
     if -(-total // step) <= most and not forced:
-        # The model was trained on the number of the frame as its time, at one frame a second.
+        # In training, at one frame a second, the model was told the number of a frame as its time.
         indices = list(range(0, total, step))
         return Sampled(indices, [i / step / fps for i in indices], total / rate)
     indices = np.linspace(0, total - 1, most, dtype=int).tolist()
@@ -53,7 +53,7 @@ def every_second(total: int, rate: float, *, fps: float, most: int, forced: bool
 def first_seconds(total: int, rate: float, *, fps: float, most: int) -> Sampled:
     """VILA with a frame rate: `fps` frames a second from the start, no more than `most`."""
     rate = check(total, rate)
-    # The file says how long it is: no more times than frames that are wanted, however long.
+    # A file may claim any length, so no more times are computed than frames are wanted.
     seconds = np.arange(0, total / rate, 1.0 / fps) if total / rate * fps < most else np.arange(most) * (1.0 / fps)
     seconds = seconds[:most]
     indices = [min(int(t * rate), total - 1) for t in seconds]

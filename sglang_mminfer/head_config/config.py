@@ -26,8 +26,16 @@ _PACKAGE = "sglang_mminfer.head_configs"
 class HeadConfig:
     """What every head of a model does.
 
-    `form` says how `rows` are spread over the model: "all" has one head for everything, "cycle" has n heads
-    and head h of layer l takes entry (l + h) % n, "layers" has one row of heads for each layer.
+    Attributes:
+        name: a built-in config's name, or the name of a file without its ending.
+        form: how `rows` are spread over the model. "all": one head for everything. "cycle": one row of n heads, of
+            which head h of layer l takes entry (l + h) % n. "layers": one row of heads for each layer.
+        model: the model that the config was made for; None: any model.
+        path: the file that the config was read from; None: no file.
+        num_layers, num_heads: those of the model that the config is bound to; None before `bind`.
+
+    Raises:
+        HeadConfigError: if `rows` do not fit `form` or `model`.
     """
 
     name: str
@@ -84,7 +92,7 @@ class HeadConfig:
 
     @classmethod
     def from_json(cls, text: str, name: str = "unnamed") -> HeadConfig:
-        """Read a config that is no file (yet)."""
+        """Read a config from the text of a file. Errors: as `load`."""
         return cls._parse(text, name, None)
 
     @classmethod
@@ -95,13 +103,17 @@ class HeadConfig:
             raise HeadConfigError(f"{_label(path, name)}: {error}") from None
         return cls(name, content.provenance, content.form, content.rows, content.model, content.defaults, path)
 
-    # Asking
+    # Questions
 
     def patterns(self, layer: int, num_heads: int | None = None) -> list[HeadPattern]:
         """One pattern for each query head of a layer: all heads of the model, not those of one rank.
 
-        Before `bind` the number of heads may be unknown: then an "all" config gives ONE pattern that stands
-        for every head, and a "cycle" config needs `num_heads`.
+        Before `bind` the number of heads may be unknown. Then an "all" config gives ONE pattern that stands for
+        every head, and a "cycle" config needs `num_heads`.
+
+        Raises:
+            HeadConfigError: if the config has no such layer, or another number of heads, or a "cycle" config does not
+                know the number.
         """
         heads = num_heads if num_heads is not None else self.num_heads
         layers = len(self.rows) if self.form == "layers" else self.num_layers
@@ -123,35 +135,40 @@ class HeadConfig:
         return all(isinstance(pattern, Dense) for head in row for pattern in patterns_of(head))
 
     def bind(self, hf_config: Any) -> HeadConfig:
-        """This config for one model: checked against it, and with its number of layers and heads."""
+        """This config for one model: checked against the model, and with its numbers of layers and heads.
+
+        Raises:
+            HeadConfigError: if the config does not fit the model.
+        """
         self.check_model(hf_config)
         self._check_strides(hf_config)
         shape = fingerprint_of(hf_config)
         return dataclasses.replace(self, num_layers=shape.layers, num_heads=shape.heads)
 
     def check_model(self, hf_config: Any) -> None:
-        """Compare with a transformers config.
+        """Compare this config with the transformers config of a model.
 
         Raises:
             HeadConfigError: naming every field that differs, with both values.
         """
         if self.model is None and self.form != "layers":
             return
-        found = fingerprint_of(hf_config)
+        fingerprint = fingerprint_of(hf_config)
         if self.model is not None:
-            made, has = msgspec.to_builtins(self.model), msgspec.to_builtins(found)
+            expected, actual = msgspec.to_builtins(self.model), msgspec.to_builtins(fingerprint)
             differing = [
-                f"{field} (config {value}, model {has[field]})"
-                for field, value in made.items()
-                if value != has[field] and not (field == "rope_theta" and math.isclose(value, has[field], rel_tol=1e-6))
+                f"{field} (config {value}, model {actual[field]})"
+                for field, value in expected.items()
+                if value != actual[field]
+                and not (field == "rope_theta" and math.isclose(value, actual[field], rel_tol=1e-6))
             ]
             if differing:
                 self._fail("model", f"was made for another model: {', '.join(differing)}")
         if self.form == "layers":
-            self._fit(found.layers, found.heads, "the model")
+            self._fit(fingerprint.layers, fingerprint.heads, "the model")
 
     def _check_strides(self, hf_config: Any) -> None:
-        """Refuse what could never be sparse: lines through columns where the model's tokens have none."""
+        """Refuse patterns that need columns if the model's vision tokens have none: they could never be sparse."""
         reader = reader_of(hf_config)
         if reader is None or reader.has_raster:
             return

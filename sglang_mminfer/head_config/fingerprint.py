@@ -8,11 +8,11 @@ import msgspec
 
 
 class HeadConfigError(ValueError):
-    """A head config that cannot be used. The text names the file and the place in it."""
+    """A head config cannot be used. The message names the file and the place in it."""
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a model must share with the one a config was made for; the numbers are the text model's."""
+    """The fields in which a model must equal the one that a config was made for. The numbers are the text model's."""
 
     architecture: str
     layers: int
@@ -31,7 +31,11 @@ class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def fingerprint_of(hf_config: Any) -> ModelFingerprint:
-    """The fingerprint of a transformers config; of its text model where it has one inside."""
+    """The fingerprint of a transformers config. The numbers are those of its text model, if it has one inside.
+
+    Raises:
+        HeadConfigError: if the config lacks a field that the fingerprint needs.
+    """
     text = hf_config
     if hasattr(hf_config, "get_text_config"):
         text = hf_config.get_text_config()
@@ -54,7 +58,7 @@ def fingerprint_of(hf_config: Any) -> ModelFingerprint:
 
 
 def _rope_theta(text: Any) -> float:
-    """Transformers 5 keeps it in `rope_parameters`, by layer type where they differ; older ones apart."""
+    """The base of RoPE: in `rope_parameters` since transformers 5, by layer type if they differ; before, a field."""
     parameters = getattr(text, "rope_parameters", None) or {}
     for source in (parameters, parameters.get("full_attention") or {}):
         if source.get("rope_theta") is not None:

@@ -27,7 +27,7 @@ Form = Literal["all", "cycle", "layers"]
 
 
 class Misplaced(ValueError):
-    """Something wrong at a place of the file whose name the caller knows."""
+    """An error at a place in a file. The message names the place; the caller adds the name of the file."""
 
 
 class Content(NamedTuple):
@@ -62,9 +62,9 @@ def decode(text: str) -> Content:
 
 
 def encode(content: Content) -> str:
-    """The text of a file that reads back as this content, a line for each head or layer.
+    """The text of a file that reads back as this content, with a line for each head or layer.
 
-    Heads of the "layers" form go through the table of names, so that 28 x 28 of them stay readable.
+    In the "layers" form heads are written by their names in `named`, so that 28 x 28 of them stay readable.
     """
     top: list[tuple[str, str]] = [("schema", json.dumps(SCHEMA))]
     top.append(("model", _compact(msgspec.to_builtins(content.model))))
@@ -87,7 +87,7 @@ def encode(content: Content) -> str:
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
-    """The top of a file; heads are read after it, each with its own place."""
+    """The top level of a file. Heads are converted later, one by one, so that an error names the head's place."""
 
     schema: int
     model: ModelFingerprint | None
@@ -129,7 +129,7 @@ def _head_struct(tag: str, fields: list[Any]) -> Any:
 
 
 def _patterns_struct(name: str, keys: Sequence[str]) -> Any:
-    """One optional member for each key (not a dict: msgspec names no key of a dict in its errors)."""
+    """A struct with one optional field for each key. It is no dict, because msgspec's errors name no key of a dict."""
     names = {re.sub(r"\W", "_", key): key for key in keys}
     fields = [(field, _PATTERN | msgspec.UnsetType, msgspec.UNSET) for field in names]
     return msgspec.defstruct(name, fields, rename=names, forbid_unknown_fields=True)
@@ -146,7 +146,7 @@ _HEAD: Any = typing.Union[  # noqa: UP007
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a key stand twice and the last one win; here that is a mistake."""
+    """An object without repeated keys. The json module would take the last value; here a repeated key is an error."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -178,7 +178,11 @@ def _heads(value: Any, named: Mapping[str, HeadPattern]) -> tuple[Any, tuple[tup
 
 
 def _head(value: Any, where: str, named: Mapping[str, HeadPattern] | None) -> HeadPattern:
-    """One head, or the name of one where `named` is given."""
+    """A head, written out or, if `named` is given, by its name there.
+
+    Args:
+        where: the head's place in the file, for errors.
+    """
     if isinstance(value, str) and named is not None:
         if value not in named:
             raise Misplaced(f'{where}: no head is named "{value}"; named: {", ".join(named) or "none"}')
@@ -201,7 +205,7 @@ def _head(value: Any, where: str, named: Mapping[str, HeadPattern] | None) -> He
 
 
 def _check_overlap(keys: list[str], where: str) -> None:
-    """In the file's own words, before the boundary classes check it in theirs."""
+    """Raises Misplaced if two keys overlap. The boundary classes check it too, but their errors name no place."""
     for i, first in enumerate(keys):
         for second in keys[i + 1 :]:
             sides = [(Modality(a), Modality(b)) for a, b in zip(first.split("/"), second.split("/"))]
@@ -229,8 +233,8 @@ def _restate(text: str, where: str) -> str:
     if match := re.fullmatch(r"(?:[A-Z]\w*\.)?([a-z]\w*): (.*)", message, re.DOTALL):  # ours, or a pattern's
         where, message = f"{where}.{match[1]}".lstrip("."), match[2]
     elif match := re.fullmatch(r"Object (?:contains unknown|missing required) field `(.*)`", message):
-        known = "unknown" in message.partition("`")[0]
-        message = f'unknown key "{match[1]}"' if known else f'missing key "{match[1]}"'
+        is_unknown = "unknown" in message.partition("`")[0]
+        message = f'unknown key "{match[1]}"' if is_unknown else f'missing key "{match[1]}"'
     elif match := re.fullmatch(r"Expected `(.*)`, got `(.*)`", message):
         expected = " or ".join(_TYPES.get(t, t) for t in match[1].split(" | "))
         message = f"expected {expected}, got {_TYPES.get(match[2], match[2])}"
@@ -270,7 +274,7 @@ def _head_json(head: HeadPattern) -> dict[str, Any]:
 
 
 def _names(heads: Iterator[HeadPattern]) -> dict[HeadPattern, str]:
-    """A name for each distinct head: its kind, numbered from 1 where it occurs with other values too."""
+    """A name for each distinct head: its kind and a number, from 1 for each kind."""
     names: dict[HeadPattern, str] = {}
     count: dict[str, int] = {}
     for head in heads:

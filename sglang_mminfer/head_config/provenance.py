@@ -11,9 +11,10 @@ LARGEST = 2**31 - 1  # positions are int32 in the index tables
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How a config came about. A search names its calibration input, budget and date; a hand says why.
+    """How a config came about. The note of a handwritten config says why it is as it is.
 
-    `details` is for whatever else a search wants to keep; nothing reads it.
+    A search also names its calibration input, its budget and the date, and keeps whatever else it likes in `details`,
+    which nothing reads.
     """
 
     how: Literal["handwritten", "search"]

@@ -1,16 +1,16 @@
 """An out-of-tree SGLang platform for machines without an accelerator.
 
-Stock SGLang has two answers there, and neither serves a model: its CPU engine needs a kernel package that is
-not on the package index, and without it the base platform sends RoPE to an import of another serving engine.
-An out-of-tree platform whose device is the CPU runs every operator's plain torch method instead.
+Stock SGLang has two platforms for such a machine, and neither serves a model: its CPU engine needs a kernel package
+that is not on the package index, and in its base platform RoPE imports another serving engine. An out-of-tree platform
+whose device is the CPU runs every operator's plain torch method instead.
 
-It is used only where the CPU is asked for: a machine that lost its GPUs fails as it does without this package, and
-another vendor's platform stays what it is. There are two ways to ask. SGLANG_PLATFORM=mminfer_cpu is SGLang's own, and
-goes by the entry point (`activate`). A device of "cpu" in the server arguments, from the command line, a file or
-Engine(device="cpu"), is known only when SGLang resolves them, long after it chose a platform; `use` then changes this
-process over, and sets SGLANG_PLATFORM for the processes that are started from it.
+This platform is used only if the user asks for the CPU: a machine that lost its GPUs fails as it does without this
+package, and another vendor's platform stays in use. There are two ways to ask. SGLANG_PLATFORM=mminfer_cpu is SGLang's
+own way and works through the entry point (`activate`). A device of "cpu" in the server arguments (from the command
+line, a file or Engine(device="cpu")) is known only when SGLang resolves them, long after it chose a platform. `use`
+then switches this process to the platform, and sets SGLANG_PLATFORM for the processes that it starts.
 
-Importing this module costs nothing: SGLang does so on every machine.
+Importing this module costs nothing, because SGLang imports it on every machine.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ PLATFORM_NAME = "mminfer_cpu"
 """The entry point's name in group `sglang.srt.platforms`; SGLANG_PLATFORM with this value forces the platform."""
 
 MAX_TOTAL_TOKENS = 262_144
-"""Default size of the KV pool. SGLang would fill most of the machine's memory, which a small model turns into
-tens of millions of slots whose bookkeeping alone takes seconds and gigabytes."""
+"""Default size of the KV pool, in tokens. SGLang would fill most of the machine's memory: for a small model these are
+tens of millions of slots, whose bookkeeping alone takes seconds and gigabytes."""
 
 MAX_RUNNING_REQUESTS = 64
-"""Default rows of the request table; SGLang's minimum of 2048 rows takes 250 MB or more if the context is long."""
+"""Default number of rows in the request table. SGLang's minimum of 2048 takes 250 MB or more if the context is long."""
 
 MEMORY_SHARE = 0.8
 """The share of free memory that all ranks of this machine may use for weights and KV, taken together."""
@@ -61,7 +61,7 @@ def accelerators() -> tuple[str, ...]:
         kinds.append("hip" if torch.version.hip is not None else "cuda")
     if torch.xpu.is_available():
         kinds.append("xpu")
-    for name in ("npu", "musa", "hpu", "mps"):  # modules that a vendor's package adds to torch, mps apart
+    for name in ("npu", "musa", "hpu", "mps"):  # a vendor's package adds these to torch, except mps
         module = getattr(torch, name, None)
         if module is not None and module.is_available():
             kinds.append(name)
@@ -100,10 +100,10 @@ def why_unfit(environ: Mapping[str, str] = os.environ) -> str | None:
 
 @functools.cache
 def _platform_class() -> type:
-    """The class, made when SGLang asks for it.
+    """The platform's class, made when SGLang asks for it.
 
-    A class statement at the top would import SGLang's platform package, which looks for platforms while it is
-    imported and would find this module half-way.
+    A class statement at module level would import SGLang's platform package. That package looks for platforms while
+    it is imported, and would find this module only half imported.
     """
     import psutil
     import torch
@@ -114,7 +114,7 @@ def _platform_class() -> type:
     class MMInferCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """The CPU as an out-of-tree device: plain torch operators, gloo, no graphs, no pinned memory."""
 
-        # Out of tree, not CPU: `is_cpu()` must stay False, it stands for the CPU engine with its own kernels.
+        # OOT and not CPU: `is_cpu()` stands for SGLang's CPU engine with its own kernels, so it must stay False.
         _enum = PlatformEnum.OOT
         capabilities = PlatformCapabilities()
 
@@ -125,10 +125,10 @@ def _platform_class() -> type:
             return "native"
 
         def get_device(self, device_id: int = 0) -> str:
-            return "cpu"  # the in-tree CPU platform answers with a torch.device, against the interface
+            return "cpu"  # the interface says str, although the in-tree CPU platform returns a torch.device
 
         def get_device_total_memory(self, device_id: int = 0) -> int:
-            """Bytes that this container may use, if it has a limit; else the machine's memory."""
+            """The machine's memory in bytes, or this container's limit if it has a lower one."""
             total = int(psutil.virtual_memory().total)
             try:
                 return min(total, int(CONTAINER_LIMIT.read_text()))
@@ -164,11 +164,11 @@ def is_active() -> bool:
 
 
 _before: Any = None
-"""The platform that SGLang had chosen before `use`; None where it was not used."""
+"""The platform that SGLang had chosen before `use`; None if `use` has not changed it."""
 
 
 def use() -> None:
-    """Changes this process, and processes that it starts, over to this platform.
+    """Switches this process, and the processes that it starts, to this platform.
 
     Modules that imported SGLang's platform object by name get the new one, too.
     """
@@ -183,7 +183,7 @@ def use() -> None:
 
 
 def leave() -> None:
-    """Undoes `use`, for a further engine in this process whose arguments do not ask for the CPU."""
+    """Undoes `use` for a later engine in this process whose arguments do not ask for the CPU."""
     global _before
     if _before is None:
         return
@@ -204,12 +204,16 @@ def _change(old: Any, new: Any) -> None:
 
 
 def _ranks(cfg: Any) -> int:
-    """Scheduler processes on this machine."""
+    """The number of scheduler processes on this machine."""
     return max(1, cfg.tp_size * cfg.pp_size * cfg.dp_size // max(1, cfg.nnodes))
 
 
 def default_arguments(cfg: Any) -> dict[str, Any]:
-    """The server arguments that a CPU needs and the user left open. `cfg` is any view of ServerArgs."""
+    """Values for the server arguments that a CPU needs and that the user left open; {} if the device is not the CPU.
+
+    Args:
+        cfg: any view of ServerArgs.
+    """
     if cfg.device is not None and cfg.device != "cpu":
         return {}
     defaults: dict[str, tuple[Any, Any]] = {  # field: (its value if the user left it open, our value)
@@ -228,13 +232,13 @@ def default_arguments(cfg: Any) -> dict[str, Any]:
 
 
 def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
-    """A value for SGLANG_CPU_OMP_THREADS_BIND, or None if SGLang needs none.
+    """The value of SGLANG_CPU_OMP_THREADS_BIND: the cores of each rank. None if SGLang needs none.
 
     By default SGLang gives each rank a NUMA node, and stops if there are more ranks than nodes.
 
     Args:
-        ranks: scheduler processes on this machine.
-        nodes: NUMA nodes.
+        ranks: the number of scheduler processes on this machine.
+        nodes: the number of NUMA nodes.
         cores: the cores that this process may use.
     """
     if ranks <= nodes:
@@ -259,7 +263,7 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
             use()
     elif _before is not None:
         leave()
-        if cfg.device is None:  # the next step asks for one, and has SGLang's own answer, an error or not
+        if cfg.device is None:  # SGLang's next step needs a device: its own get_device names one, or raises
             from sglang.srt.utils import common
 
             declare_resolution(server_args, __name__, device=inspect.unwrap(common.get_device)())

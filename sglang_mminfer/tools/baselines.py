@@ -103,8 +103,8 @@ def published(name: str) -> HeadConfig:
 def density_of(pattern: HeadPattern, modality_map: ModalityMap, dense_below: int = 0) -> float:
     """Visited over causal pairs if the whole prompt is prefilled at once. Rows below `dense_below` are dense.
 
-    An estimated pattern is planned for random queries and keys, whose heavy diagonals lie far apart. Those of a real
-    model lie closer together, so a server visits less.
+    An estimated pattern is planned for random queries and keys, whose heavy diagonals lie far apart. In a real
+    model they lie closer together, so a server visits less.
     """
     length = modality_map.length
     if is_static(pattern):

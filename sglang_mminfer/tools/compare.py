@@ -72,6 +72,7 @@ class Entry:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to `parser`."""
     parser.add_argument("--model-path", metavar="P", required=True, help="a folder, or a name on the hub")
     parser.add_argument(
         "--configs",
@@ -323,12 +324,14 @@ def table_of(configs: dict[str, Any], settings: Settings) -> list[list[str]]:
 
 
 def markdown(rows: list[list[str]]) -> str:
+    """The rows of `table_of` as a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
     return "\n".join(lines) + "\n"
 
 
 def rich_table(rows: list[list[str]]) -> Table:
+    """The rows of `table_of` as a table for the terminal."""
     table = Table(title="Needles found, and what it took", title_justify="left")
     for i, name in enumerate(rows[0]):
         table.add_column(name.replace(", ", "\n"), justify="right" if i else "left", no_wrap=True)

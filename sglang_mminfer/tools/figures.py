@@ -1,8 +1,8 @@
 """Drawings of what the plugin did: a conversation's modality map, its chunks, and the tiles its heads visit.
 
-What is drawn is computed first, by functions that return plain data (`map_of_prompt`, `turn_of_records`,
-`visited_share`), so that a test can hold a drawing against the plan without looking at pixels. Visited tiles come
-from the planner that the server itself uses.
+Functions that return plain data (`map_of_prompt`, `turn_of_records`, `visited_share`) compute what is drawn, so that a
+test can compare a drawing with the plan without looking at pixels. Visited tiles come from the planner that the server
+itself uses.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
     from sglang_mminfer.serving.trace import PrefillRecord
 
-# Told apart by readers with any colour vision, and in grey.
+# Readers with any colour vision can tell these colours apart, in grey too.
 COLOURS = {Modality.TEXT: "#e69f00", Modality.IMAGE: "#00795a", Modality.VIDEO: "#3b7fc4"}
 CACHED_ALPHA = 0.28
-BINS, DETAIL_BINS = 256, 128  # squares of a matrix: fewer than its pixels, or thin lines would get lost
+BINS, DETAIL_BINS = 256, 128  # squares along a side: with more squares than pixels thin lines would get lost
 VISITED_COLOURS = ("#eef2f7", "#0b3c6f")  # nothing visited, everything visited
 
 
@@ -52,15 +52,17 @@ class Turn:
 
     @property
     def cached(self) -> int:
+        """Tokens that came from the radix cache."""
         return self.chunks[0][0] if self.chunks else 0
 
     @property
     def prompt(self) -> int:
+        """Tokens of the whole prompt."""
         return self.chunks[-1][1] if self.chunks else 0
 
 
 def turn_of_records(label: str, records: Iterable[PrefillRecord]) -> Turn:
-    """The turn that the trace records of one request tell of.
+    """The turn that the trace records of one request describe.
 
     Raises:
         ValueError: if the chunks do not follow one another, as when records of two requests are mixed.
@@ -73,7 +75,7 @@ def turn_of_records(label: str, records: Iterable[PrefillRecord]) -> Turn:
 
 
 def density_of_records(records: Iterable[PrefillRecord]) -> float | None:
-    """Visited over causal pairs of all new rows of one request; what ran dense counts as 1. None without records."""
+    """Visited over causal pairs of all new rows of one request; a dense chunk counts as 1. None without records."""
     visited = causal = 0.0
     for record in records:
         pairs = (record.prefix_len + 1 + record.seq_len) * record.chunk_len / 2
@@ -85,8 +87,8 @@ def density_of_records(records: Iterable[PrefillRecord]) -> float | None:
 def placeholder_spans(prompt_ids: Sequence[int], token: int) -> list[tuple[int, int]]:
     """[start, stop) of every run of one placeholder token in a prompt."""
     spans: list[tuple[int, int]] = []
-    for position, found in enumerate(prompt_ids):
-        if found != token:
+    for position, prompt_id in enumerate(prompt_ids):
+        if prompt_id != token:
             continue
         if spans and spans[-1][1] == position:
             spans[-1] = (spans[-1][0], position + 1)
@@ -125,7 +127,7 @@ def map_of_prompt(
 
 
 def plan_of(modality_map: ModalityMap, heads: Sequence[HeadPattern], dense_below: int = 0) -> BlockPlan:
-    """What `heads` visit when the whole prompt is prefilled at once.
+    """The plan of a prefill of the whole prompt at once: what `heads` visit.
 
     Static patterns visit the same tiles however the prompt is cut, so this is also what a server visits chunk by
     chunk and turn by turn. Estimated patterns need queries and keys, which are not here.
@@ -147,9 +149,10 @@ def visited_share(
 ) -> torch.Tensor:
     """float64 [row bins, key bins]: visited over causal pairs for squares of `bin_size` rows by `bin_size` keys.
 
-    Of a plan of one request from position 0 on. Squares without causal pairs are NaN.
+    Squares without causal pairs are NaN.
 
     Args:
+        plan: a plan of one request, from position 0 on.
         rows, keys: [start, stop) of a part of the matrix; bins count from its start. Default: all.
     """
     rows, keys = rows or (0, plan.num_rows), keys or (0, plan.num_rows)
@@ -166,18 +169,18 @@ def _add_tile(
     """Adds the pairs of one query tile, by the rule at the top of block_plan.py."""
     tile_rows = slice(int(plan.q_indptr[tile]), int(plan.q_indptr[tile + 1]))
     row, stop = plan.q_rows[tile_rows].long(), plan.q_stop[tile_rows]
-    inside = (row >= rows[0]) & (row < rows[1])
-    row, stop = row[inside] - rows[0], stop[inside]
+    drawn = (row >= rows[0]) & (row < rows[1])
+    row, stop = row[drawn] - rows[0], stop[drawn]
     if not len(row):
         return
     position = tile_positions(plan, tile)
     counted = (position >= keys[0]) & (position < min(int(stop.max()), keys[1]))
     # A row sees the keys before its bound: with keys in order, that is a count for each bin of keys.
     position = position[counted].sort().values
-    key_bins, first = ((position - keys[0]) // bin_size).unique_consecutive(return_counts=True)
-    edges = torch.cat([first.new_zeros(1), first.cumsum(0)])
-    reach = torch.searchsorted(position, stop)  # how many of the keys each row sees
-    seen = (reach[:, None] - edges[:-1]).clamp_min(0).minimum(first)
+    key_bins, counts = ((position - keys[0]) // bin_size).unique_consecutive(return_counts=True)
+    edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    keys_seen = torch.searchsorted(position, stop)  # int64 [rows]
+    seen = (keys_seen[:, None] - edges[:-1]).clamp_min(0).minimum(counts)
     visited.index_put_((row[:, None] // bin_size, key_bins.long()), seen.to(visited.dtype), accumulate=True)
 
 
@@ -192,9 +195,12 @@ def causal_pairs(rows: tuple[int, int], keys: tuple[int, int], bin_size: int) ->
 
 
 def busiest_stretch(modality_map: ModalityMap, margin: float = 0.12) -> tuple[int, int] | None:
-    """[start, stop) of the longest run of segments without a video, where a strip of the whole is too coarse.
+    """[start, stop) of the longest run of segments without a video, which a strip of the whole map shows too coarsely.
 
-    None where the map has no video or where that run is most of it.
+    None if the map has no video, or if that run is more than half of it.
+
+    Args:
+        margin: how much to add on both sides, as a share of the run.
     """
     runs: list[list[Segment]] = [[]]
     for segment in modality_map.segments:
@@ -223,16 +229,15 @@ def draw_map_strip(
     limits: tuple[int, int] | None = None,
     names: bool = False,
 ) -> None:
-    """One bar for each turn, coloured by modality; what came from the cache is pale.
+    """Draw one bar for each turn, coloured by modality. Tokens from the cache are pale.
 
-    Frames alternate in shade, chunk boundaries are black lines. Without turns: one bar, the whole map.
+    Frames alternate in shade, chunk boundaries are black lines. Without turns there is one bar for the whole map.
 
     Args:
-        limits: the tokens to show, all if None.
-        names: write what each segment is above the bars, where there is room.
+        limits: [start, stop) of the tokens to show; None: all.
+        names: write above the bars what each segment is, where there is room.
     """
-    whole = Turn("prompt", ((0, modality_map.length),))
-    rows = list(turns) or [whole]
+    rows = list(turns) or [Turn("prompt", ((0, modality_map.length),))]
     low, high = limits or (0, modality_map.length)
     thinnest = (high - low) / 500  # a text of 12 tokens between two videos must still be seen
     for y, turn in enumerate(rows):
@@ -297,10 +302,11 @@ def draw_visited_tiles(
     bin_size: int | None = None,
     detail: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> Any:
-    """The share of every square of (query, key) pairs that `head` visits, with the modalities along both axes.
+    """Draw the share of every square of (query, key) pairs that `head` visits, with the modalities along both axes.
 
     Args:
-        detail: (rows, keys) to show larger in the empty half above the diagonal.
+        bin_size: rows and keys along a side of a square; None: as many as give `BINS` squares.
+        detail: [start, stop) of rows and of keys to show larger in the empty half above the diagonal.
 
     Returns:
         the image, for a colour bar.
@@ -309,7 +315,7 @@ def draw_visited_tiles(
     from matplotlib.ticker import MaxNLocator
 
     length = plan.num_rows
-    # Thin lines of single cells must not drown in white: half the colours are for the first quarter.
+    # Half of the colours are for shares below a quarter, because thin lines of single cells would drown in white.
     colours, norm = LinearSegmentedColormap.from_list("visited", VISITED_COLOURS), PowerNorm(0.5, 0, 1)
 
     def show(axes: Axes, rows: tuple[int, int], keys: tuple[int, int], size: int) -> Any:
@@ -360,7 +366,7 @@ def draw_visited_tiles(
 def detail_window(modality_map: ModalityMap, dense_below: int = 0) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """(rows, keys) of a small square far below the diagonal: three frames of the last video by three of the first.
 
-    None where no video has frames enough, or the square would touch the diagonal or rows that see everything.
+    None if no video has 4 frames, or if the square would touch the diagonal or rows below `dense_below`.
     """
     videos = [s.grid for s in modality_map.segments if s.modality is Modality.VIDEO and s.grid and s.grid.frames >= 4]
     if not videos:
@@ -384,8 +390,8 @@ def conversation_figure(
     """One picture: the map with chunks and cached prefixes by turn, a closer look at it, and heads' visited tiles.
 
     Args:
-        heads: (what to write above it, pattern) of each head to draw. Static patterns only.
-        dense_below: rows below see everything, as in the head config that was served.
+        heads: (title, pattern) of each head to draw. Static patterns only.
+        dense_below: rows below this position see everything, as in the head config that was served.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -397,14 +403,14 @@ def conversation_figure(
     zoom = busiest_stretch(modality_map)
     heights = [strip, *([strip + 0.2] if zoom else []), *([4.4] if heads else [])]
     width = max(12.0, 4.3 * columns)
-    # Not pyplot: no backend of the caller's is touched and nothing has to be closed.
+    # Without pyplot the caller's backend stays as it is, and no figure has to be closed.
     figure = Figure(figsize=(width, sum(heights) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     outer = figure.add_gridspec(len(heights), columns, height_ratios=heights)
 
-    whole = figure.add_subplot(outer[0, :])
-    draw_map_strip(whole, modality_map, turns)
-    whole.set_title("The conversation, turn by turn", fontsize=10, loc="left", fontweight="bold")
+    turn_axes = figure.add_subplot(outer[0, :])
+    draw_map_strip(turn_axes, modality_map, turns)
+    turn_axes.set_title("The conversation, turn by turn", fontsize=10, loc="left", fontweight="bold")
     if zoom:
         closer = figure.add_subplot(outer[1, :])
         draw_map_strip(closer, modality_map, turns, limits=zoom, names=True)
@@ -436,7 +442,7 @@ def conversation_figure(
 
 
 def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) -> Path:
-    """Writes the figure; the folder is made. Returns the path."""
+    """Write the figure, and make its folder. Returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=dpi, facecolor="white")

@@ -41,36 +41,41 @@ th { text-align: left; background: #f6f6f6; } td.number { text-align: right; fon
 
 
 class Page:
-    """Grows from top to bottom. All text is escaped."""
+    """A page that grows from top to bottom. All text is escaped."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._parts: list[tuple[str, Any]] = []
 
     def heading(self, text: str) -> None:
+        """Add a heading."""
         self._parts.append(("heading", text))
 
     def note(self, text: str) -> None:
+        """Add a paragraph in grey."""
         self._parts.append(("note", text))
 
     def warning(self, text: str) -> None:
+        """Add a paragraph in red."""
         self._parts.append(("warning", text))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Numbers that come as int or float stand to the right; floats with three places, None as a dash."""
+        """Add a table. Cells that are int or float stand to the right, floats with three places; None is a dash."""
         self._parts.append(("table", {"columns": columns, "rows": [list(row) for row in rows]}))
 
     def picture(self, source: Path | Any, what: str) -> None:
-        """A PNG file or a matplotlib figure, embedded. `what` is for readers who do not see it."""
+        """Embed a PNG file or a matplotlib figure. `what` describes it to readers who do not see it."""
         png = source.read_bytes() if isinstance(source, Path) else _drawn(source)
         self._parts.append(("picture", {"what": what, "data": base64.b64encode(png).decode()}))
 
     def html(self) -> str:
+        """The whole page."""
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         environment.filters["shown"] = _shown
         return environment.from_string(_TEMPLATE).render(title=self._title, parts=self._parts)
 
     def write(self, path: Path) -> Path:
+        """Write the page, and return its path."""
         path.write_text(self.html(), encoding="utf-8")
         return path
 

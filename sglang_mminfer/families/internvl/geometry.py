@@ -1,13 +1,13 @@
 """InternVL in its native form (InternVLChatModel), up to 3.5.
 
-Everything is tiles of the same size. An image is one span of tiles, cut row by row, a thumbnail of the whole image
-last; each tile, the thumbnail too, is a frame of its raster. A video is one span for each frame. Between two of them
-stand `</img>`, a line break and the next frame's number as text, and `<img>`: these tokens are members of the video
-without a cell.
+Pictures and frames are cut into tiles of one size. An image is one span of tiles, row by row, and a thumbnail of the
+whole image last; each tile, the thumbnail too, is a frame of the image's raster. A video is one span for each frame.
+Between two of them stand `</img>`, a line break and the next frame's number as text, and `<img>`: these tokens are
+members of the video without a cell.
 
-Our processor says which frames are of one video (`modality.items.Place`). SGLang's own keeps all videos of a
-conversation in one item; there frames are of one video as long as no more text stands between them than a frame's
-number needs.
+Our processor says which frames belong to one video (`modality.items.Place`). SGLang's own keeps all videos of a
+conversation in one item. There, frames count as one video if no more text stands between them than a frame's number
+needs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
 from sglang_mminfer.modality.items import GeometryError, Span, one_segment, spans_of
 from sglang_mminfer.modality.segments import Modality
 
-SIDE = 16  # of a tile of every published checkpoint, in tokens
+SIDE = 16  # tokens along a side of a tile, in every published checkpoint
 
 MOST_BETWEEN = 12
-"""Tokens from one frame to the next of a video: `</img>`, "\\nFrame 1234: " and `<img>` are 11 for Qwen tokenizers."""
+"""The most tokens between two frames of a video: `</img>`, "\\nFrame 1234: " and `<img>` are 11 for Qwen tokenizers."""
 
 
 def side_of(hf_config: Any) -> int:
@@ -43,13 +43,13 @@ class TileReader(Reader):
     """One segment for each image or video of an item.
 
     Attributes:
-        side: of a tile, in tokens.
+        side: tokens along a side of a tile.
     """
 
     side: int = SIDE
 
     def of_item(self, one: MediaItem) -> Iterator[LabelledSegment]:
-        """Raises GeometryError "grid_mismatch", besides what offsets can be wrong in."""
+        """Raises GeometryError: "grid_mismatch", or an error of `spans_of`."""
         spans = spans_of(one.item, one.label)
         if one.modality is not Modality.VIDEO:
             videos = [[span] for span in spans]

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     import torch
 
 TILE = 448
-"""Pixels of a side; SGLang cuts tiles of this size whatever a config says."""
+"""Pixels along a side of a tile. SGLang cuts tiles of this size whatever a config says."""
 
 
 @dataclass
 class _Medium:
-    """A picture, or a frame, as tiles: bfloat16 [tiles, 3, TILE, TILE]."""
+    """A picture or a frame as tiles: bfloat16 [tiles, 3, TILE, TILE]."""
 
     tiles: torch.Tensor
     video: int | None = None
-    """The number of its video, in a frame."""
+    """The number of the video that a frame belongs to; None for a picture."""
 
 
 @functools.cache
@@ -41,8 +41,8 @@ def processor_class(base: Any) -> type:
     class MMInferInternVLProcessor(counting_frames(base)):  # type: ignore[misc]
         """InternVL with any number of frames, one item for each frame in the order of the prompt.
 
-        SGLang takes equally many frames of all videos of a prompt, and all of them are one item. Tiles are still cut
-        by SGLang, in a thread and not where all requests wait for it.
+        SGLang takes equally many frames of all videos of a prompt, and makes all of them one item. SGLang's code still
+        cuts the tiles, but in a thread, so that other requests do not wait for it.
         """
 
         REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
@@ -51,13 +51,13 @@ def processor_class(base: Any) -> type:
         }
 
         placeholder_words = ("<image>", "<video>")
-        adds_placeholders = True  # SGLang's own: a prompt that has too few
+        adds_placeholders = True  # as SGLang's class does, to a prompt that has too few
 
         def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
-            """An image of `<img>`, its tokens and `</img>` as `<image>`.
+            """The pieces with `<image>` in place of an image's `<img>`, tokens and `</img>`.
 
             Raises:
-                ValueError: for the frames of a video, which nothing tells from those of another.
+                ValueError: for frames: nothing tells to which video a frame belongs.
             """
             if any(piece.name == self.VIDEO_CONTEXT_TOKEN for piece in pieces):
                 raise ValueError("input_ids: expected <video> for each video, got tokens of its frames")
@@ -80,11 +80,11 @@ def processor_class(base: Any) -> type:
         async def process_qwen_mm_data_async(
             self, image_data: Any, input_text: Any, request_obj: Any, **kwargs: Any
         ) -> Any:
-            # SGLang's chat template writes images as the one, its processor counts the other: it would add a
-            # second placeholder for each image, and leave it in the prompt as text.
+            # SGLang's chat template writes images as IMG_CONTEXT, and its processor counts IMAGE_PLACEHOLDER_TOKEN: it
+            # would add a second placeholder for each image, and leave one of the two in the prompt as text.
             prompt = (input_text or "").replace(self.IMG_CONTEXT, self.IMAGE_PLACEHOLDER_TOKEN)
             if mends.active("placeholder_words"):
-                # SGLang's model counts these for the ends of an image, wherever they come from.
+                # SGLang's model takes these words for the ends of an image, wherever they come from.
                 prompt = re.sub("</?img>", lambda word: verbatim.words(word[0]), prompt)
             videos = getattr(request_obj, "video_data", None) or []
             image, video = self.IMAGE_PLACEHOLDER_TOKEN, self.VIDEO_PLACEHOLDER_TOKEN
@@ -102,7 +102,7 @@ def processor_class(base: Any) -> type:
             """Ids and items of a request whose media are loaded.
 
             Raises:
-                ValueError: for videos that cannot be decoded, and placeholders that are not as many as the media.
+                ValueError: if a video cannot be decoded, or there are more or fewer placeholders than media.
             """
             from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 
@@ -140,24 +140,25 @@ def processor_class(base: Any) -> type:
             )
 
         def _placed(self, media: Sequence[_Medium], films: Sequence[Sequence[_Medium]]) -> Iterator[dict[str, Any]]:
-            """What the item of each medium says of itself: a frame, which of the tiles of its video are its own."""
+            """The `model_specific_data` of each medium's item: for a frame, which tiles of its video it holds."""
             side = math.isqrt(self.num_image_token)
             numbers = fresh_numbers(len(films))
             tiles = [sum(len(frame.tiles) for frame in film) for film in films]
-            following = [itertools.count() for _ in films]
+            next_tile = [itertools.count() for _ in films]
             for one in media:
                 if (video := one.video) is None:
                     yield {}
                 else:
                     yield {
-                        KEY: [(numbers[video], next(following[video]), tiles[video], side, side, 0) for _ in one.tiles]
+                        KEY: [(numbers[video], next(next_tile[video]), tiles[video], side, side, 0) for _ in one.tiles]
                     }
 
         def _tiles_wanted(self, kind: str, request: Any, given: dict[str, Any], usual: int) -> int:
+            """The most tiles of a picture or frame: as the request says, else SGLang's arguments, else `usual`."""
             names = (f"{kind}_max_dynamic_patch", "max_dynamic_patch")
-            found = [getattr(request, name, None) for name in names] + [given.get(name) for name in names]
-            said = [int(value) for value in found if value]
-            return max(1, *said[:1]) if said else usual
+            values = [getattr(request, name, None) for name in names] + [given.get(name) for name in names]
+            counts = [int(value) for value in values if value]
+            return max(1, *counts[:1]) if counts else usual
 
         def _tiles(self, picture: Any, most: int, *, thumbnail: bool) -> torch.Tensor:
             """Tiles of a PIL image, or an array [height, width, 3] of bytes."""
@@ -172,7 +173,7 @@ def processor_class(base: Any) -> type:
             return self.dynamic_preprocess(values, image_size=TILE, max_num=most, use_thumbnail=thumbnail)
 
         def _films(self, loaded: Any, tiles: int, request: Any, given: dict[str, Any]) -> list[list[_Medium]]:
-            """The frames of each video; fewer than wanted if the context has no room for them."""
+            """The frames of each video; fewer than asked for if the context has no room for them."""
             if not loaded.videos:
                 return []
             usual = int(self.num_frames or given.get("video_num_frames") or self.DEFAULT_VIDEO_NUM_FRAMES)
@@ -195,7 +196,7 @@ def processor_class(base: Any) -> type:
         def _written(
             self, prompt: str, pictures: Sequence[_Medium], films: Sequence[Sequence[_Medium]]
         ) -> tuple[str, list[_Medium]]:
-            """The prompt with a word for each token of a medium, and the media in their order there.
+            """The prompt with a word for each token of a medium, and the media in the order in which they stand in it.
 
             Raises:
                 ValueError: if it has more or fewer placeholders than media.
@@ -208,16 +209,16 @@ def processor_class(base: Any) -> type:
                         f"prompt: expected one {placeholder} for each of the {len(media)} given, found "
                         f"{pieces.count(placeholder)}"
                     )
-            waiting, playing = iter(pictures), iter(films)
+            next_pictures, next_films = iter(pictures), iter(films)
             text, media = "", list[_Medium]()
             for piece in pieces:
                 if piece == image:
-                    media.append(next(waiting))
+                    media.append(next(next_pictures))
                     text += self._bracketed(media[-1], self.IMG_CONTEXT)
                 elif piece == video:
-                    film = next(playing)
+                    film = next(next_films)
                     media.extend(film)
-                    # As released models were trained.
+                    # Released models were trained with this form.
                     shown = (self._bracketed(frame, self.VIDEO_CONTEXT_TOKEN) for frame in film)
                     text += "".join(f"Frame {i}: {frame}\n" for i, frame in enumerate(shown, 1))
                 else:
@@ -231,7 +232,7 @@ def processor_class(base: Any) -> type:
 
 
 def _frames(video: Any, count: int) -> Iterator[Any]:
-    """`count` frames from the first to the last, one at a time; of a shorter video some come twice.
+    """`count` frames from the first to the last, one at a time; a shorter video gives some of them twice.
 
     Raises:
         ValueError: if the file cannot be decoded.

@@ -9,7 +9,7 @@ from sglang_mminfer.families.llava_hf.geometry import NEXT_VIDEO, ONEVISION, rea
 
 
 class LlavaHF(Family):
-    """LLaVA-OneVision and LLaVA-NeXT-Video: models that need no time of a frame, which transformers would have read."""
+    """LLaVA-OneVision and LLaVA-NeXT-Video. They need no times of frames, which only transformers would read."""
 
     model_types = (ONEVISION, NEXT_VIDEO)
     why = "A picture is one tile and then its own resolution without padding, each row ended by a newline token."

@@ -2,9 +2,9 @@
 
 A video is one span, frame behind frame without anything between; LLaVA-OneVision ends it with one newline token, a
 member of the video without a cell. An image is one span of two rasters, each a segment: the whole image in one tile,
-then the image at its own resolution, cut into tiles and put together again, without the padding. There every row ends
-with a newline token, which is the last column of its row. Several images in one LLaVA-OneVision prompt are not cut:
-each is its one tile and a newline token, a member without a cell.
+then the image at its own resolution, cut into tiles and put together again, without the padding. In the second raster
+every row ends with a newline token, which is the last column of its row. Several images in one LLaVA-OneVision prompt
+are not cut: each is one tile and a newline token, a member without a cell.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_mminfer.modality.items import GeometryError, Span, data_of, spans_of
 from sglang_mminfer.modality.segments import Modality, Segment, VisionGrid
 
 ONEVISION, NEXT_VIDEO = "llava_onevision", "llava_next_video"
-SHRINK_ABOVE = 1.1  # of LLaVA-OneVision: how many times too large, by side, features may be
+SHRINK_ABOVE = 1.1  # LLaVA-OneVision shrinks features whose sides are more than this many times too long
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class LlavaReader(Reader):
     """What a config says about rasters. Sides are in patches of the vision tower.
 
     Attributes:
-        side: of a tile.
-        tile_pixels: the same in pixels.
-        frame_side: of a video's frame, after pooling.
+        side: the side of a tile.
+        tile_pixels: the side of a tile in pixels.
+        frame_side: the side of a video's frame, after pooling.
         video_tail: newline tokens at the end of a video.
         tiles: rows and columns of tiles that an image may be cut into, in the config's order.
-        most_tiles: as many features as so many tiles have are kept of an image; 0: no limit.
+        most_tiles: an image keeps at most the features of so many tiles; 0: no limit.
     """
 
     side: int
@@ -43,7 +43,7 @@ class LlavaReader(Reader):
     most_tiles: int
 
     def of_item(self, one: MediaItem) -> Iterator[LabelledSegment]:
-        """Raises GeometryError "grid_mismatch", besides what offsets can be wrong in."""
+        """Raises GeometryError: "grid_mismatch", or an error of `spans_of`."""
         spans = spans_of(one.item, one.label)
         if one.modality is Modality.VIDEO:
             for span in spans:
@@ -103,7 +103,7 @@ def _video(span: Span, layout: LlavaReader) -> Segment:
 def _image(span: Span, size: tuple[int, int], layout: LlavaReader) -> Iterator[Segment]:
     tile, tokens = layout.side**2, span.stop - span.start
     tile_grid = VisionGrid(1, layout.side, layout.side, (span.start,))
-    if layout.video_tail and tokens == tile + 1:  # one of several
+    if layout.video_tail and tokens == tile + 1:  # one of several images
         yield Segment(Modality.IMAGE, span.start, span.stop, tile_grid)
         return
     rows, cols = _unpadded(size, layout)
@@ -115,7 +115,7 @@ def _image(span: Span, size: tuple[int, int], layout: LlavaReader) -> Iterator[S
         )
     middle = span.start + tile
     yield Segment(Modality.IMAGE, span.start, middle, tile_grid)
-    if rows:  # none is left of an image that is far too long for its tiles
+    if rows:  # an image that is far too long for its tiles has no rows left
         yield Segment(Modality.IMAGE, middle, span.stop, VisionGrid(1, rows, cols + 1, (middle,)))
 
 
@@ -123,7 +123,7 @@ def _unpadded(size: tuple[int, int], layout: LlavaReader) -> tuple[int, int]:
     """Rows and columns of patches of an image of that height and width, without the padding of its tiles."""
     height, width = size
     rows, cols = (tiles * layout.side for tiles in _best_fit(size, layout))
-    # What is cut off is cut off on both sides alike, hence an even number.
+    # Both sides lose the same number of rows or columns, so an even number is cut off.
     if width * rows > height * cols:
         rows -= (rows - int(round(height * (cols / width), 7))) // 2 * 2
     else:
@@ -136,13 +136,13 @@ def _unpadded(size: tuple[int, int], layout: LlavaReader) -> tuple[int, int]:
 
 
 def _best_fit(size: tuple[int, int], layout: LlavaReader) -> tuple[int, int]:
-    """The tiles that keep most of an image's pixels, and of these the fewest; the first in the config's order."""
+    """(rows, columns) of the tiles that keep most of an image's pixels; among equals the fewest, then the first."""
     height, width = size
 
-    def kept(tiles: tuple[int, int]) -> tuple[int, int]:
+    def worth(tiles: tuple[int, int]) -> tuple[int, int]:
         full_height, full_width = (count * layout.tile_pixels for count in tiles)
         scale = min(full_width / width, full_height / height)
         pixels = min(int(width * scale) * int(height * scale), width * height)
         return pixels, pixels - full_height * full_width
 
-    return max(layout.tiles, key=kept)
+    return max(layout.tiles, key=worth)

@@ -10,8 +10,8 @@ from sglang_mminfer.families.frames import frames_at
 from sglang_mminfer.mends import limits
 
 NUM_FRAMES = 32
-"""Of a video where nobody says how many. Stock takes all, each at its full size: an hour of video would fill any
-memory."""
+"""Frames of a video if neither request nor operator sets their number. Stock SGLang takes all frames, each at its full
+size: an hour of video would fill any memory."""
 
 
 @functools.cache
@@ -21,15 +21,15 @@ def processor_class(base: Any) -> type:
     class MMInferLlavaProcessor(counting_frames(base, NUM_FRAMES)):  # type: ignore[misc]
         """The Transformers fallback with videos read by SGLang's own decoder, and any number of frames.
 
-        By itself it has transformers fetch files, which knows no data: URL, needs torchcodec with FFmpeg's
-        libraries, and takes every frame.
+        In stock SGLang transformers fetches the files: it knows no data: URL, needs torchcodec with FFmpeg's libraries,
+        and takes every frame.
         """
 
         def _load_images(self, image_data: Any) -> list[Any]:
             from sglang.srt.managers.schedule_batch import Modality
 
             images = [self._load_single_item(image, Modality.IMAGE) for image in image_data or ()]
-            # Of these models only LLaVA 1.5 puts a picture into a square before it is made smaller.
+            # Only LLaVA 1.5 among these models puts a picture into a square before it is made smaller.
             pads = getattr(self._processor.image_processor, "do_pad", False) is True
             if pads and self.hf_config.model_type == "llava":
                 for image in images:
@@ -60,8 +60,8 @@ def processor_class(base: Any) -> type:
                 decoder = self._load_single_item(video, Modality.VIDEO)
             except (ValueError, RuntimeError) as error:
                 raise ValueError(f"video: expected a path or URL of a video file: {error}") from error
-            # Exactly as many as asked for, of a shorter file some twice: transformers takes several videos in a
-            # prompt only if they are of one length.
+            # Exactly as many frames as asked for; a shorter file gives some twice. Transformers takes several videos in
+            # a prompt only if they have the same number of frames.
             count = count_for(decoder, self.num_frames)
             indices = np.linspace(0, len(decoder) - 1, num=count, dtype=int)
             frames = frames_at(decoder, indices.tolist(), f"{count} frames")

@@ -1,12 +1,13 @@
 """LLaVA in the form of its original code (LLaVA-1.5, LLaVA-NeXT, lmms-lab's LLaVA-OneVision), pictures only.
 
-A picture is one span of one or two rasters, each a segment: the whole picture, then, where it alone is asked about
-and may have any resolution, the picture in tiles put together again without the padding, whose rows end with a
-newline token. That is the last column of its row; a newline token behind a picture that is not cut belongs to the
-picture and has no cell.
+A picture is one span of one or two rasters, each a segment. The first is the whole picture. There is a second if the
+picture is the only one and may have any resolution: the picture in tiles, put together again without the padding. Each
+row of the second raster ends with a newline token, which is the last column of its row. A newline token behind a
+picture that is not cut belongs to the picture and has no cell.
 
-How large they are follows from the vision tower, which the checkpoint only names: `processor`, which lays the prompt
-out, says it of each picture. A "llava" of another origin says nothing, and its spans have no grid.
+The sizes of rasters follow from the vision tower, which the checkpoint only names. `processor` lays the prompt out and
+writes the sizes into the item of each picture. A "llava" of another origin has no such sizes, and its spans have no
+grid.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class LlavaOriginal(Family):
         return processor_class(base)
 
     def model(self, base: type, architecture: str) -> type | None:
-        # By its own module too: LLaVA-Video of ours has another name, but a user's plugin may not.
+        # The module is checked, too: a class of a user's plugin may have the name of one of these architectures.
         if architecture not in ARCHITECTURES or base.__module__ != "sglang.srt.models.llava":
             return None
         from sglang_mminfer.families.llava_original.processor import model_class

@@ -3,8 +3,8 @@
 SGLang lays these prompts out in the scheduler, by a rule that is not always what its model then does: the newline
 behind a picture replaces the token after it, more than 16 pictures overwrite the text behind them, and of several
 pictures only the first is seen unless every part of the request says "modalities": "multi-images". Here the processor
-lays the prompt out, from what the model will do with each picture, so that every item knows its tokens as those of
-other families do.
+lays the prompt out, from what the model will do with each picture, so that every item knows its tokens, as in other
+families.
 
 Classes are made when SGLang asks for those of such a model.
 """
@@ -38,11 +38,11 @@ def side_of(tower: str) -> tuple[int, int]:
     """Patches and pixels along a side of a picture in a vision tower, from its own config.
 
     Raises:
-        ValueError: if it is a tower that SGLang does not load either.
+        ValueError: for a tower that SGLang does not load either.
     """
     import transformers
 
-    # The names by which SGLang tells them.
+    # SGLang tells the towers apart by these parts of their names.
     if "clip" in tower:
         config: Any = transformers.CLIPVisionConfig.from_pretrained(tower)
     elif "siglip" in tower:
@@ -55,11 +55,11 @@ def side_of(tower: str) -> tuple[int, int]:
 def rasters_of(
     size: tuple[int, int], side: int, pixels: int, aspect: str | None, merge: str, pinpoints: Any, video: bool
 ) -> Rasters:
-    """What SGLang's model makes of a picture.
+    """The rasters that SGLang's model makes of a picture.
 
     Args:
         size: width and height of the picture.
-        side, pixels: of the tower, see `side_of`.
+        side, pixels: the side of a picture in the tower, as `side_of` gives it.
         aspect: how it was cut up: "anyres", "anyres_max_N", or anything else for not at all.
         merge: `mm_patch_merge_type` of the config.
         pinpoints: `image_grid_pinpoints` of the config.
@@ -90,9 +90,9 @@ def rasters_of(
                     raise ValueError(
                         f"expected a picture with less difference between its sides, got {size[0]} x {size[1]}"
                     )
-    whole = [(side, side, 0)]
-    # Nothing but padding may be left of the tiles of a very long picture; of a high one its rows' newlines.
-    return [*whole, (rows, cols + newline, 0)] if rows * (cols + newline) else whole
+    first = [(side, side, 0)]
+    # The tiles of a very wide picture may have no rows left; those of a very high one only the newlines of their rows.
+    return [*first, (rows, cols + newline, 0)] if rows * (cols + newline) else first
 
 
 def lay_out(ids: Sequence[int], image_token: int, lengths: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -101,18 +101,18 @@ def lay_out(ids: Sequence[int], image_token: int, lengths: Sequence[int]) -> tup
     Raises:
         ValueError: if there are more or fewer placeholders than pictures.
     """
-    found = ids.count(image_token)
-    if found != len(lengths):
+    placeholders = ids.count(image_token)
+    if placeholders != len(lengths):
         raise ValueError(
             f"expected a placeholder (token {image_token}, image_token_index of the model's config) for each of "
-            f"{len(lengths)} images, got {found}"
+            f"{len(lengths)} images, got {placeholders}"
         )
     out: list[int] = []
     offsets = []
-    waiting = iter(lengths)
+    next_lengths = iter(lengths)
     for token in ids:
         if token == image_token:
-            length = next(waiting)
+            length = next(next_lengths)
             offsets.append((len(out), len(out) + length - 1))
             out += [token] * length
         else:
@@ -128,7 +128,7 @@ def processor_class(base: Any) -> type:
     """SGLang's processor class `base` with the mend."""
 
     class MMInferLlavaImageProcessor(base):
-        """Several pictures are several whatever the request calls them; items know their tokens."""
+        """The model sees every picture, whatever `modalities` the request names, and items know their tokens."""
 
         prefer_tokenized_input = True
         REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {"image": frozenset()}
@@ -150,7 +150,7 @@ def processor_class(base: Any) -> type:
             return output
 
         async def _process_single_image(self, image_data: Any, aspect_ratio: Any, grid_pinpoints: Any) -> Any:
-            # In a process of its own SGLang reads files by itself, as no other family does.
+            # SGLang reads the files of this family, and of no other, in a process of its own.
             url = getattr(image_data, "url", image_data)
             if isinstance(url, str) and url.startswith(("http://", "https://")):
                 file = await self._fetch_remote_image_bytes(url)
@@ -191,10 +191,10 @@ def _words(modalities: Any) -> list[str]:
 
 @functools.cache
 def model_class(base: Any) -> type:
-    """SGLang's model with pictures where our processor has placed them; others it treats as SGLang's does."""
+    """SGLang's class `base` with pictures where our processor placed them; other pictures are treated as by SGLang."""
 
     class MMInferLlava(base):
-        """SGLang's model, told by the items where their pictures stand, in any dtype."""
+        """SGLang's model in any dtype, with pictures where their items say."""
 
         def pad_input_ids(self, input_ids: array[int], image_inputs: Any) -> array[int]:
             if not _placed(image_inputs):
@@ -209,7 +209,7 @@ def model_class(base: Any) -> type:
                 return super().forward(input_ids, positions, forward_batch)
             lengths = forward_batch.extend_seq_lens_cpu
             chunks = zip(media, forward_batch.extend_prefix_lens_cpu or [0] * len(lengths), lengths)
-            # SGLang encodes all pictures of a prompt for each of its chunks: it is shown those of the chunk.
+            # SGLang would encode all pictures of a prompt for each of its chunks, so it gets only those of the chunk.
             forward_batch.mm_inputs = [_within(one, int(start), int(start + length)) for one, start, length in chunks]
             try:
                 return super().forward(input_ids, positions, forward_batch)
@@ -231,7 +231,10 @@ def _placed(media: Any) -> bool:
 
 
 def _within(media: Any, start: int, stop: int) -> Any:
-    """The pictures with tokens in [start, stop) of the prompt, as SGLang's model wants to be told; None for none."""
+    """The pictures with tokens in [start, stop) of the prompt, with the fields that SGLang's model reads.
+
+    None if there are none. Media that our processor did not place are returned as they are.
+    """
     if media is None or not _placed(media):
         return media
     items = [item for item in media.mm_items if item.offsets[0][0] < stop and item.offsets[0][1] >= start]

@@ -1,4 +1,4 @@
-"""LLaVA-Video: lmms-lab/LLaVA-Video-7B-Qwen2 and its siblings, from their original checkpoints.
+"""LLaVA-Video (arXiv 2410.02713): lmms-lab/LLaVA-Video-7B-Qwen2 and its siblings, from their original checkpoints.
 
 SigLIP's 27 x 27 patches of each frame are projected, pooled to 13 x 13 or 14 x 14, and each row gets a newline
 token: 13 x 14 or 14 x 15 tokens a frame, frame behind frame without a gap.

@@ -19,7 +19,7 @@ TOWERS: dict[str, dict[str, int]] = {
         "patch_size": 14,
     },
 }
-"""Vision towers by the last part of `mm_vision_tower`. The checkpoints hold their weights and not their sizes."""
+"""Vision towers by the last part of `mm_vision_tower`. The checkpoints hold their weights but not their sizes."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mm_newline_position": ("grid", "frame", "one_token", "no_token"),
@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 DEFAULTS: dict[str, Any] = {
-    "mm_spatial_pool_mode": "average",  # of the official evaluation; most checkpoints name one
+    "mm_spatial_pool_mode": "average",  # as in the official evaluation; most checkpoints name a mode
     "mm_newline_position": "one_token",
     "mm_patch_merge_type": "flat",
     "image_aspect_ratio": "square",
@@ -37,10 +37,10 @@ DEFAULTS: dict[str, Any] = {
     "add_time_instruction": False,
     "force_sample": False,
 }
-"""What the original code takes where config.json says nothing."""
+"""The values that the original code uses for fields that config.json lacks."""
 
 POOL_STRIDE = 2
-"""The original code pools videos by this, whatever `mm_spatial_pool_stride` says."""
+"""The original code pools videos with this stride, whatever `mm_spatial_pool_stride` says."""
 
 
 class LlavaVideoConfig(PretrainedConfig):
@@ -60,7 +60,7 @@ class LlavaVideoConfig(PretrainedConfig):
 
 
 def is_llava_video(root: dict[str, Any]) -> bool:
-    """Whether a config.json of this architecture asks for what only LLaVA-Video does with a video."""
+    """Whether a config.json of this architecture asks for something that only LLaVA-Video does with a video."""
     return bool(
         root.get("add_time_instruction")
         or root.get("force_sample")
@@ -74,9 +74,13 @@ def read(root: dict[str, Any]) -> LlavaVideoConfig:
     Raises:
         ValueError: naming the field that cannot be served.
     """
-    own = {name: value for name, value in root.items() if name.startswith(("mm_", "image_")) or name in DEFAULTS}
+    vision_fields = {
+        name: value for name, value in root.items() if name.startswith(("mm_", "image_")) or name in DEFAULTS
+    }
     text = {
-        name: value for name, value in root.items() if name not in own and name not in ("architectures", "model_type")
+        name: value
+        for name, value in root.items()
+        if name not in vision_fields and name not in ("architectures", "model_type")
     }
     config = LlavaVideoConfig(
         text_config=Qwen2Config(**text),
@@ -85,7 +89,7 @@ def read(root: dict[str, Any]) -> LlavaVideoConfig:
         tie_word_embeddings=bool(root.get("tie_word_embeddings", False)),
         eos_token_id=root.get("eos_token_id"),
         dtype=root.get("torch_dtype") or root.get("dtype"),
-        **{name: value for name, value in own.items() if value is not None},
+        **{name: value for name, value in vision_fields.items() if value is not None},
     )
     if root.get("add_faster_video"):
         raise ValueError("add_faster_video: expected false, got true (the original code does not run it either)")
@@ -94,7 +98,10 @@ def read(root: dict[str, Any]) -> LlavaVideoConfig:
 
 
 def check(config: LlavaVideoConfig) -> None:
-    """Raises ValueError for what no code here does. Again in the model: --json-model-override-args come later."""
+    """Raises ValueError for a value that no code here implements.
+
+    The model checks again, because --json-model-override-args apply later.
+    """
     for field, allowed in CHOICES.items():
         if getattr(config, field) not in allowed:
             raise ValueError(f"{field}: expected one of {', '.join(allowed)}, got {getattr(config, field)!r}")
@@ -111,7 +118,7 @@ def check(config: LlavaVideoConfig) -> None:
 
 
 def _tower(root: dict[str, Any]) -> dict[str, Any]:
-    if sizes := root.get("mm_vision_config"):  # of checkpoints with another tower than the published ones
+    if sizes := root.get("mm_vision_config"):  # a checkpoint with another tower than the published ones
         return sizes
     name = str(root.get("mm_vision_tower")).rstrip("/").rpartition("/")[2]
     if name not in TOWERS:

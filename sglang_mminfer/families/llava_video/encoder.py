@@ -35,11 +35,11 @@ class LlavaVideoEncoder(nn.Module):
         return self.mm_projector(self.vision_tower(pixels))
 
     def encode(self, is_video: bool, data: Mapping[str, Any], features: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] of one item.
+        """The embedding of one item: [tokens, hidden].
 
         Args:
-            data: of its raster; see `prompt.Placed.data`.
-            features: [pictures, patches, hidden] of its pictures, from `see`.
+            data: the item's `model_specific_data`; see `prompt.Placed.data`.
+            features: what `see` returns for the item's pictures: [pictures, patches, hidden].
         """
         raster = features.unflatten(1, (self.vision_tower.side, self.vision_tower.side))  # [n, rows, cols, hidden]
         if is_video:
@@ -52,17 +52,17 @@ class LlavaVideoEncoder(nn.Module):
         return self._with_tail(raster[0].flatten(0, 1), Place(*data[KEY][0]).tail)
 
     def _of_tiles(self, raster: torch.Tensor, tiles: layout.Tiles) -> torch.Tensor:
-        """A picture put together from its tiles, its padding cut away, each row with its newline."""
-        whole = raster.unflatten(0, (tiles.down, tiles.across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        whole = whole[tiles.top : tiles.top + tiles.height, tiles.left : tiles.left + tiles.width]
+        """The tokens of a picture, put together from its tiles without the padding, a newline behind each row."""
+        picture = raster.unflatten(0, (tiles.down, tiles.across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        picture = picture[tiles.top : tiles.top + tiles.height, tiles.left : tiles.left + tiles.width]
         if (tiles.rows, tiles.cols) != (tiles.height, tiles.width):
-            whole = _interpolated(whole[None], tiles.rows, tiles.cols)[0]
+            picture = _interpolated(picture[None], tiles.rows, tiles.cols)[0]
         if "unpad" in self.config.mm_patch_merge_type:
-            whole = self._with_newlines(whole[None])[0]
-        return whole.flatten(0, 1)
+            picture = self._with_newlines(picture[None])[0]
+        return picture.flatten(0, 1)
 
     def _with_newlines(self, raster: torch.Tensor) -> torch.Tensor:
-        """[n, rows, cols + 1, hidden]"""
+        """The raster with a column of newlines: [n, rows, cols + 1, hidden]."""
         column = self.image_newline.expand(*raster.shape[:2], 1, -1)
         return torch.cat((raster, column.to(raster.dtype)), dim=2)
 
@@ -70,8 +70,8 @@ class LlavaVideoEncoder(nn.Module):
         return torch.cat((tokens, self.image_newline.to(tokens.dtype).expand(tail, -1))) if tail else tokens
 
     def own_name(self, name: str) -> str | None:
-        """Where a tensor of the checkpoint goes: a parameter of this module, "" for nowhere, None if it is none of
-        its own."""
+        """The parameter of this module that a tensor of the checkpoint goes to; "" if the tensor is not used, None if
+        it belongs to no part of this module."""
         if name.startswith(TOWER):
             name = name.removeprefix(TOWER)
             return f"vision_tower.{name}" if self.vision_tower.wants(name) else ""
@@ -102,5 +102,5 @@ def pooled(raster: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def _interpolated(raster: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """[n, rows, cols, hidden]"""
+    """The raster resized to [n, rows, cols, hidden]."""
     return functional.interpolate(raster.permute(0, 3, 1, 2), (rows, cols), mode="bilinear").permute(0, 2, 3, 1)

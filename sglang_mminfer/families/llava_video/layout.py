@@ -38,13 +38,13 @@ def frame_shape(config: Any, last: bool) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A picture of any resolution: fitted into a canvas of tiles, whose padding is cut away after encoding.
+    """A picture of any resolution: fitted into a canvas of tiles. The padding is cut away after encoding.
 
     Attributes:
         across, down: tiles of the canvas.
         top, left: patches of the canvas before the picture.
-        height, width: patches that are the picture's.
-        rows, cols: the tokens that these become, without newlines; fewer if there would be too many.
+        height, width: patches that belong to the picture.
+        rows, cols: the tokens that these patches become, without newlines; fewer than patches if there are too many.
     """
 
     across: int
@@ -80,7 +80,7 @@ def tiles_of(config: Any, width: int, height: int) -> Tiles:
 
 
 def canvases(pinpoints: Any, size: int) -> list[tuple[int, int]]:
-    """(width, height) of every canvas that the config allows, from a list, a list in words, or "(1x1),...,(6x6)".
+    """(width, height) of every canvas that the config allows: a list, its text, or "(1x1),...,(6x6)" in tiles.
 
     Raises:
         ValueError: if it is none of these.
@@ -92,16 +92,16 @@ def canvases(pinpoints: Any, size: int) -> list[tuple[int, int]]:
             return [(i * size, j * size) for i in range(low_w, high_w + 1) for j in range(low_h, high_h + 1)]
     try:
         listed = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-        found = [(int(w), int(h)) for w, h in listed]
+        sizes = [(int(w), int(h)) for w, h in listed]
     except (TypeError, ValueError, SyntaxError):
-        found = []
-    if not found or any(w < size or h < size or w % size or h % size for w, h in found):
+        sizes = []
+    if not sizes or any(w < size or h < size or w % size or h % size for w, h in sizes):
         raise ValueError(f"image_grid_pinpoints: expected pairs of multiples of {size}, got {pinpoints!r}")
-    return found
+    return sizes
 
 
 def best_canvas(width: int, height: int, allowed: list[tuple[int, int]]) -> tuple[int, int]:
-    """The canvas in which most of a picture's pixels survive, and of those the smallest."""
+    """The canvas in which most of a picture's pixels survive; among equals the smallest."""
 
     def worth(canvas: tuple[int, int]) -> tuple[int, int]:
         scale = min(canvas[0] / width, canvas[1] / height)
@@ -112,7 +112,7 @@ def best_canvas(width: int, height: int, allowed: list[tuple[int, int]]) -> tupl
 
 
 def fitted(width: int, height: int, canvas: tuple[int, int]) -> tuple[int, int]:
-    """The size of a picture that fills a canvas in one direction."""
+    """(width, height) of a picture that is scaled to fill a canvas in one direction."""
     across, down = canvas[0] / width, canvas[1] / height
     if across < down:
         return canvas[0], min(math.ceil(height * across), canvas[1])

@@ -34,5 +34,5 @@ class LlavaVideoForConditionalGeneration(VisionLanguageModel):
         return self.encoder.encode(item.is_video(), item.model_specific_data, features)
 
     def own_name(self, name: str) -> str | None:
-        found = self.encoder.own_name(name)
-        return f"encoder.{found}" if found else found
+        parameter = self.encoder.own_name(name)
+        return f"encoder.{parameter}" if parameter else parameter

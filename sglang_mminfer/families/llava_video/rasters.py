@@ -1,4 +1,4 @@
-"""Pictures and videos as LLaVA-Video wants them: frames, views and tiles of 384 pixels, and what is told of time."""
+"""Pictures and videos as LLaVA-Video wants them: frames, views and tiles of 384 pixels, and a text about time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sglang_mminfer.families.sampling import Sampled, every_second
 from sglang_mminfer.mends import options as request_options
 
 MAX_FRAMES = 64
-"""Of the official evaluation; papers went up to 110."""
+"""The most frames of a video, as in the official evaluation; papers went up to 110."""
 
 
 class LlavaVideoRasters:
-    """Cuts media up for one model.
+    """Cuts pictures and videos into rasters for one model.
 
     Args:
-        config: the model's.
-        options: "fps", "max_frames", "force_sample"; the checkpoint says what applies without.
+        config: the model's config.
+        options: "fps", "max_frames" and "force_sample" of --mm-process-config; the checkpoint has their defaults.
 
     Raises:
         ValueError: for options out of range.
@@ -41,16 +41,17 @@ class LlavaVideoRasters:
             raise ValueError("--mm-process-config: video.fps and video.max_frames: expected positive numbers")
 
     def video(self, video: Any) -> Medium:
+        """A raster for each frame, and the text about their time. Raises ValueError if the video cannot be decoded."""
         total, rate = length_and_rate(video)
         sampled = self._sampled(total, rate, request_options.on(video))
         frames = decode(video, sampled.indices, self.size, self.size)
         last = len(frames) - 1
         rasters = [Raster(pixels, *layout.frame_shape(self.config, i == last)) for i, pixels in enumerate(frames)]
-        told = f"{time_instruction(sampled)}\n" if self.config.add_time_instruction else ""
-        return Medium("video", rasters, f"\n{told}")
+        instruction = f"{time_instruction(sampled)}\n" if self.config.add_time_instruction else ""
+        return Medium("video", rasters, f"\n{instruction}")
 
     def _sampled(self, total: int, rate: float, wanted: Mapping[str, Any]) -> Sampled:
-        """As the request wants it, else as the server does."""
+        """The frames that the request asks for, else those that the server's options give."""
         within = request_options.within
         if count := wanted.get("num_frames"):
             most = within(count, self.max_frames, "num_frames")
@@ -60,23 +61,24 @@ class LlavaVideoRasters:
         return every_second(total, rate, fps=fps, most=most, forced=forced)
 
     def image(self, picture: Image.Image) -> list[Medium]:
+        """The whole picture, and its tiles if the model takes any resolution."""
         config, size, side = self.config, self.size, layout.patches(self.config)
         if not config.image_aspect_ratio.startswith("anyres"):
-            whole = resize(squared(picture) if config.image_aspect_ratio == "pad" else picture, size, size)
-            return [Medium("image", [Raster(whole, side, side, int("unpad" in config.mm_patch_merge_type))])]
-        whole = resize(picture, size, size)
+            overview = resize(squared(picture) if config.image_aspect_ratio == "pad" else picture, size, size)
+            return [Medium("image", [Raster(overview, side, side, int("unpad" in config.mm_patch_merge_type))])]
+        overview = resize(picture, size, size)
         tiles = layout.tiles_of(config, *picture.size)
         parts = _cut(_on_canvas(picture, tiles.across * size, tiles.down * size), size)
         if config.mm_patch_merge_type == "flat":  # tile by tile, each like a picture of its own
-            return [Medium("image", [Raster(pixels, side, side) for pixels in (whole, *parts)])]
+            return [Medium("image", [Raster(pixels, side, side) for pixels in (overview, *parts)])]
         ends = int("unpad" in config.mm_patch_merge_type)  # each row ends with a newline
         values = {"width": picture.width, "height": picture.height}
         view = Raster(torch.stack(parts), tiles.rows, tiles.cols + ends, values=values)
-        return [Medium("image", [Raster(whole, side, side)]), Medium("image", [view])]
+        return [Medium("image", [Raster(overview, side, side)]), Medium("image", [view])]
 
 
 def time_instruction(sampled: Sampled) -> str:
-    """What the model was trained to read after a video."""
+    """The sentences that the model was trained to read after a video."""
     located = ",".join(f"{second:.2f}s" for second in sampled.seconds)
     return (
         f"The video lasts for {sampled.duration:.2f} seconds, and {len(sampled.indices)} frames are uniformly sampled "
@@ -92,6 +94,6 @@ def _on_canvas(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _cut(canvas: Image.Image, size: int) -> list[torch.Tensor]:
-    """Its tiles row by row, each uint8 [3, size, size]."""
+    """The tiles of a canvas, row by row, each uint8 [3, size, size]."""
     corners = [(x, y) for y in range(0, canvas.height, size) for x in range(0, canvas.width, size)]
     return [resize(canvas.crop((x, y, x + size, y + size)), size, size) for x, y in corners]

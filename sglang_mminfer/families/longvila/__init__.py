@@ -1,8 +1,8 @@
-"""LongVILA: Efficient-Large-Model's qwen2-7b-longvila-256f and -1M, their Llama-3 forerunners, LongVILA-R1.
+"""LongVILA (arXiv 2408.10188): qwen2-7b-longvila-256f and -1M, their Llama-3 forerunners, and LongVILA-R1.
 
-SigLIP's patches of each frame are merged 2 x 2 (or 3 x 3) and projected: 16 x 16 tokens of a frame of 448 pixels,
-14 x 14 of 384. After each frame stands one ordinary token, a newline. Language model, tower and projector lie in
-folders of their own, the tokenizer beside the language model.
+SigLIP's patches of each frame are merged 2 x 2 (or 3 x 3) and projected. A frame of 448 pixels has 16 x 16 tokens, a
+frame of 384 has 14 x 14. After each frame stands one ordinary token, a newline. Language model, tower and projector lie
+in folders of their own, and the tokenizer in that of the language model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LongVILA(OwnFamily):
         return LongVilaForConditionalGeneration, LongVilaProcessor
 
     def chat_template(self, config: Any) -> str:
-        """That of the language model; nothing between a medium and the words behind it."""
+        """The language model's template, with nothing between a medium and the words after it."""
         from sglang_mminfer.families.own.chat_templates import chatml, llama_3
 
         if config.text_config.model_type == "llama":

@@ -25,11 +25,11 @@ PROJECTORS: dict[str, int] = {
 """How many patches along a side become one token."""
 
 REMOTE_CODE = "config_vila_style.json"
-"""Beside a config.json that names the remote code of LongVILA-R1, this one has the usual fields."""
+"""The file with the usual fields in LongVILA-R1, whose config.json names remote code."""
 
 
 class LongVilaConfig(PretrainedConfig):
-    """What serving needs of the root's fields, with the parts' own configs inside."""
+    """The fields of the root that serving needs, with the configs of the parts inside."""
 
     model_type = "longvila"
     sub_configs = {"vision_config": SiglipVisionConfig}  # noqa: RUF012
@@ -62,7 +62,7 @@ class LongVilaConfig(PretrainedConfig):
 
 
 def vila_style(root: dict[str, Any], files: Checkpoint) -> dict[str, Any] | None:
-    """The fields that VILA's own code reads; None where the checkpoint is not made of folders."""
+    """The fields that VILA's own code reads; None if the checkpoint is not made of folders."""
     vila = root if "llm_cfg" in root else files.json(REMOTE_CODE)
     return vila if vila and "llm_cfg" in vila else None
 
@@ -99,7 +99,7 @@ def read(vila: dict[str, Any], files: Checkpoint) -> LongVilaConfig:
         },
     )
     config.tie_word_embeddings = config.text_config.tie_word_embeddings
-    # SGLang looks for what ends an answer at the root, where this checkpoint has nothing.
+    # SGLang looks for the end-of-sequence token at the root, where this checkpoint has none.
     generation = files.json("llm/generation_config.json") or {}
     config.eos_token_id = generation.get("eos_token_id", config.text_config.eos_token_id)
     check(config)
@@ -107,7 +107,10 @@ def read(vila: dict[str, Any], files: Checkpoint) -> LongVilaConfig:
 
 
 def check(config: LongVilaConfig) -> None:
-    """Raises ValueError for what no code here does. Again in the model: --json-model-override-args come later."""
+    """Raises ValueError for a value that no code here implements.
+
+    The model checks again, because --json-model-override-args apply later.
+    """
     if config.mm_projector_type not in PROJECTORS:
         raise ValueError(
             f"mm_projector_type: expected one of {', '.join(PROJECTORS)}, got {config.mm_projector_type!r}"
@@ -117,7 +120,7 @@ def check(config: LongVilaConfig) -> None:
 
 
 def tokens_per_side(config: Any) -> int:
-    """Rows, and columns, of a frame in the language model; a side that does not divide is filled up with zeros."""
+    """Tokens along a side of a frame. Patches that do not divide evenly are padded with zeros."""
     patches = int(config.vision_config.image_size) // int(config.vision_config.patch_size)
     return -(-patches // PROJECTORS[config.mm_projector_type])
 
@@ -129,22 +132,22 @@ def _text_config(values: dict[str, Any]) -> PretrainedConfig:
     text: Any = LANGUAGE[kind](**{k: v for k, v in values.items() if k != "model_type"})
     rope = text.rope_parameters
     if rope.get("rope_type") == "linear":
-        # Their max_position_embeddings is the stretched length. SGLang would stretch it again, and reserve a table of
-        # every request's tokens for it, unless the length before is named.
+        # In these checkpoints max_position_embeddings is the stretched length. Unless the original length is named,
+        # SGLang would stretch it again, and reserve tables of that length for every request.
         rope.setdefault("original_max_position_embeddings", int(text.max_position_embeddings / rope["factor"]))
     return text
 
 
 def _part(name: str, vila: dict[str, Any], files: Checkpoint) -> dict[str, Any]:
-    """The config of a folder: its own, else what the root repeats of it."""
-    found = files.json(f"{name}/config.json") or vila.get(f"{name}_cfg")
-    if not isinstance(found, dict):
+    """The config of a folder: its own file, else the root's copy."""
+    config = files.json(f"{name}/config.json") or vila.get(f"{name}_cfg")
+    if not isinstance(config, dict):
         raise ValueError(f"{name}/config.json: expected the config of this part, found none")
-    return found
+    return config
 
 
 def _separator(encoder: Any) -> str:
-    """What the config lets stand after each frame: VILA's videos go frame by frame through its image encoder."""
+    """The text after each frame. It is the image encoder's, because VILA encodes a video frame by frame."""
     encoder = json.loads(encoder) if isinstance(encoder, str) else encoder or {}
     kind = str(encoder.get("_target_", "BasicImageEncoder"))
     if not kind.endswith("BasicImageEncoder") or encoder.get("start_tokens"):

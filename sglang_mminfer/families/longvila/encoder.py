@@ -28,8 +28,12 @@ class LongVilaEncoder(nn.Module):
         return self.mm_projector(self.vision_tower(pixels))
 
     def own_name(self, name: str) -> str | None:
-        """Where a tensor of the checkpoint, its folder before its name, goes: a parameter of this module, "" for
-        nowhere, None if it is none of its own."""
+        """The parameter of this module that a tensor of the checkpoint goes to; "" if the tensor is not used, None if
+        it belongs to no part of this module.
+
+        Args:
+            name: the tensor's folder, a dot and its name.
+        """
         if name.startswith("vision_tower."):
             name = name.removeprefix("vision_tower.").removeprefix("vision_model.")
             return f"vision_tower.{name}" if self.vision_tower.wants(name) else ""

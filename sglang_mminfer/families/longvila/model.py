@@ -38,5 +38,5 @@ class LongVilaForConditionalGeneration(VisionLanguageModel):
         return features[0]
 
     def own_name(self, name: str) -> str | None:
-        found = self.encoder.own_name(name)
-        return f"encoder.{found}" if found else found
+        parameter = self.encoder.own_name(name)
+        return f"encoder.{parameter}" if parameter else parameter

@@ -1,4 +1,4 @@
-"""Pictures and videos as LongVILA wants them: every frame a square, and a newline behind it."""
+"""Pictures and videos as LongVILA wants them: every frame is a square with a newline behind it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sglang_mminfer.mends import options as request_options
 
 
 class LongVilaRasters:
-    """Cuts media up for one model.
+    """Cuts pictures and videos into rasters for one model.
 
-    At a frame rate of 0, always `num_frames` frames of the whole video; else that many frames a second from its
-    start on, and no more than `num_frames`.
+    With a frame rate of 0, a video gives `num_frames` frames, spread over all of it. With any other rate it gives that
+    many frames a second from its start on, at most `num_frames`.
 
     Args:
-        config: the model's.
-        options: "num_frames", "fps"; the checkpoint says what applies without.
+        config: the model's config.
+        options: "num_frames" and "fps" of --mm-process-config; the checkpoint has their defaults.
 
     Raises:
         ValueError: for options out of range.
@@ -39,6 +39,7 @@ class LongVilaRasters:
             raise ValueError("--mm-process-config: expected video.fps of 0 or more and video.num_frames of 1 or more")
 
     def video(self, video: Any) -> Medium:
+        """A raster for each frame. Raises ValueError if the video cannot be decoded."""
         total, rate = length_and_rate(video)
         sampled = self._sampled(total, rate, request_options.on(video))
         bordered = self.config.image_aspect_ratio == "pad"
@@ -46,17 +47,18 @@ class LongVilaRasters:
         return Medium("video", [self._raster(pixels) for pixels in frames])
 
     def _sampled(self, total: int, rate: float, wanted: Mapping[str, Any]) -> Sampled:
-        """As the request wants it, else as the server does."""
+        """The frames that the request asks for, else those that the server's options give."""
         within = request_options.within
         if count := wanted.get("num_frames"):
             return evenly(total, rate, count=within(count, self.frames, "num_frames"))
-        # Its frames are counted from the start: few of them at a rate of the request's would leave out the rest.
+        # A rate takes frames from the start: at a request's rate, few frames would leave out the rest of the video.
         usual = max(self.frames, limits.FRAMES) if "fps" in wanted else self.frames
         most = within(wanted.get("max_frames", usual), self.frames, "max_frames")
         fps = wanted.get("fps", self.fps)
         return first_seconds(total, rate, fps=fps, most=most) if fps > 0 else evenly(total, rate, count=most)
 
     def image(self, picture: Image.Image) -> list[Medium]:
+        """The picture as one raster."""
         if self.config.image_aspect_ratio == "pad":
             picture = squared(picture)
         return [Medium("image", [self._raster(resize(picture, self.size, self.size))])]

@@ -1,8 +1,8 @@
 """NVILA and NVILA-Lite.
 
-Everything is tiles of the same size, each of them a span of `side` x `side` tokens: what is left of its patches when
-the projector has merged them 2 by 2 (Lite: 3 by 3), the last row and column padded where there are not enough. A line
-break follows every span.
+Pictures and frames are cut into tiles of one size. A tile is a span of `side` x `side` tokens: its patches, which the
+projector merges 2 by 2 (Lite: 3 by 3), the last row and column padded if there are not enough. A line break follows
+every span.
 
 A video is one tile for each frame. Several images in a prompt are one tile each. A single image is cut: by NVILA-Lite
 into tiles row by row and a thumbnail of the whole image last, each a frame of the image's raster and followed by one
@@ -11,8 +11,8 @@ many tiles as its `block_sizes` says.
 
 Line breaks between two tiles of a medium are members of it without a cell. The ones behind the last tile are text.
 
-Our processor says which tiles are of one medium (`modality.items.Place`). Without it each span is a medium of its own:
-nothing in the prompt tells two frames of a video from two videos, or two tiles of an image from two images.
+Our processor says which tiles belong to one medium (`modality.items.Place`). Without it each span is a medium of its
+own: nothing in the prompt tells two frames of a video from two videos, or two tiles of an image from two images.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from sglang_mminfer.families.base import LabelledSegment, MediaItem, Reader
 from sglang_mminfer.modality.items import GeometryError, Span, data_of, one_segment, spans_of, whole
 
 MERGED = {"nvila": 2, "nvila_lite": 3}
-"""Patches that the projector merges, by side, for each model type."""
+"""Patches along a side that the projector merges into one token, by model type."""
 
 
 def side_of(hf_config: Any) -> int:
-    """The side of a tile in tokens: 16 of released NVILA, 11 of NVILA-Lite."""
+    """The side of a tile in tokens: 16 in released NVILA, 11 in NVILA-Lite."""
     vision = hf_config.vision_config
     return -(-(vision.image_size // vision.patch_size) // MERGED[hf_config.model_type])
 
@@ -39,13 +39,13 @@ class TileReader(Reader):
     """One segment for each image or video of an item.
 
     Attributes:
-        side: of a tile, in tokens.
+        side: tokens along a side of a tile.
     """
 
     side: int
 
     def of_item(self, one: MediaItem) -> Iterator[LabelledSegment]:
-        """Raises GeometryError "grid_mismatch", besides what offsets can be wrong in."""
+        """Raises GeometryError: "grid_mismatch", or an error of `spans_of`."""
         side = self.side
         spans = spans_of(one.item, one.label)
         if len(spans) == 1 and (blocks := blocks_of(one.item, one.label)) is not None:
@@ -66,12 +66,16 @@ def _check(span: Span, side: int, tiles: int) -> None:
 
 
 def blocks_of(item: Any, name: str) -> tuple[int, int] | None:
-    """Rows and columns of tiles that were put together in a span; None where the span is a tile."""
-    given: Any = data_of(item).get("block_sizes")
-    if given is None:
+    """(rows, columns) of the tiles that an item's span is put together from; None if the span is one tile.
+
+    Raises:
+        GeometryError: "grid_mismatch" if `block_sizes` holds something else.
+    """
+    sizes: Any = data_of(item).get("block_sizes")
+    if sizes is None:
         return None
     try:
-        (one,) = given
+        (one,) = sizes
         if one is None:
             return None
         rows, cols = map(whole, one)
@@ -80,5 +84,5 @@ def blocks_of(item: Any, name: str) -> tuple[int, int] | None:
         return rows, cols
     except (TypeError, ValueError):
         raise GeometryError(
-            "grid_mismatch", f"{name}: expected rows and columns of tiles in block_sizes, got {given!r:.80}"
+            "grid_mismatch", f"{name}: expected rows and columns of tiles in block_sizes, got {sizes!r:.80}"
         ) from None

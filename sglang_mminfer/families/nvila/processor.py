@@ -22,23 +22,23 @@ def processor_class(base: Any) -> type:
     from sglang.srt.multimodal.processors.nvila import NUM_VIDEO_FRAMES
 
     class MMInferNVILAProcessor(counting_frames(base, NUM_VIDEO_FRAMES)):  # type: ignore[misc]
-        """NVILA with videos, of any number of frames, and with the number of its medium on each tile.
+        """NVILA with videos of any number of frames, and with tiles that know which medium they belong to.
 
-        SGLang's own takes 8 frames, asks each for a method that only decord's frames have, and fails on every
-        video because its decoder gives arrays.
+        SGLang's class takes 8 frames, and calls a method that only decord's frames have. SGLang's decoder gives arrays,
+        so every video fails.
         """
 
         def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
             """The pieces as they are.
 
             Raises:
-                ValueError: for the tokens of media, which nothing tells from those of other media.
+                ValueError: for expanded media: nothing tells the tokens of one medium from those of the next.
             """
             for kind, token in (("image", self.mm_tokens.image_token), ("video", self.mm_tokens.video_token)):
-                found = sum(piece.name == token for piece in pieces)
-                if found > counts[kind]:
+                count = sum(piece.name == token for piece in pieces)
+                if count > counts[kind]:
                     raise ValueError(
-                        f"input_ids: expected one {token} for each of {counts[kind]} {kind}s, got {found}: ids of an "
+                        f"input_ids: expected one {token} for each of {counts[kind]} {kind}s, got {count}: ids of an "
                         f"answer, with the tokens of media in them, are not taken by this model"
                     )
             return pieces
@@ -56,9 +56,9 @@ def processor_class(base: Any) -> type:
             )
             loop = asyncio.get_running_loop()
             for i, video in enumerate(loaded.videos):
-                if not isinstance(video, dict):  # embeddings, or what a processor made of it
+                if not isinstance(video, dict):  # a dict holds embeddings, or a processor's output
                     loaded.videos[i] = await loop.run_in_executor(self.io_executor, frames_of, video, self.num_frames)
-            # The frames are chosen: the checkpoint's processor takes all, and is told of no option.
+            # The frames are sampled already: the checkpoint's processor takes them all, and gets no options.
             items, ids, _ = await self.process_and_combine_mm_data_async(
                 loaded, self.mm_tokens, processor_video_config={}
             )
@@ -77,11 +77,11 @@ def processor_class(base: Any) -> type:
 
 
 def frames_of(video: Any, usual: int) -> list[Any]:
-    """Frames from the first to the last, each uint8 [height, width, 3]; of a shorter video some come twice.
+    """Frames from the first to the last, each uint8 [height, width, 3]; a shorter video gives some of them twice.
 
     Args:
         video: SGLang's decoder, or the frames themselves.
-        usual: how many, where the request does not say it.
+        usual: how many, if the request does not say.
 
     Raises:
         ValueError: if it has no frames or breaks off; the client is told.
@@ -94,13 +94,14 @@ def frames_of(video: Any, usual: int) -> list[Any]:
 
 
 def place_media(items: Sequence[Any], images: int, videos: Sequence[int], side: int) -> None:
-    """Says of each item where in its medium it belongs.
+    """Writes into each item the `Place` of its tiles.
 
-    Items are of one tile each, or of a whole image, and in the order of their media.
+    An item holds one tile, or a whole image. Items come in the order of their media.
 
     Args:
-        videos: the number of frames of each.
-        side: of a tile, in tokens.
+        images: the number of images.
+        videos: the number of frames of each video.
+        side: tokens along a side of a tile.
     """
     pictures = [item for item in items if not item.is_video()]
     if images and len(pictures) % images == 0:
@@ -113,23 +114,23 @@ def place_media(items: Sequence[Any], images: int, videos: Sequence[int], side: 
 
 
 def _place(items: Sequence[Any], lengths: Sequence[int], side: int) -> None:
-    left = iter(items)
+    next_items = iter(items)
     for number, length in zip(fresh_numbers(len(lengths)), lengths):
-        medium = list(itertools.islice(left, length))
+        medium = list(itertools.islice(next_items, length))
         rows, cols = (len(medium) == 1 and blocks_of(medium[0], "image")) or (1, 1)
         tiles = sum(len(item.offsets) for item in medium)
-        following = itertools.count()
+        next_tile = itertools.count()
         for item in medium:
             item.model_specific_data[KEY] = [
-                (number, next(following), tiles, rows * side, cols * side, 0) for _ in item.offsets
+                (number, next(next_tile), tiles, rows * side, cols * side, 0) for _ in item.offsets
             ]
 
 
 def name_blocks(items: Sequence[Any]) -> None:
-    """Says of images in one tile that they are.
+    """Writes `block_sizes` into images of one tile, which lack it.
 
-    SGLang's NVILA encodes images of several requests together and reads the blocks of those that name them, so that
-    an image in several tiles beside one that names none would fail, and end the scheduler.
+    SGLang's NVILA encodes images of several requests together, and reads the block sizes of those that have them. An
+    image of several tiles beside one without block sizes would fail and end the scheduler.
     """
     for item in items:
         if item.is_image() and item.feature is not None:

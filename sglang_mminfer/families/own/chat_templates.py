@@ -1,4 +1,4 @@
-"""Chat templates of the families: ChatML and Llama 3, with `<image>` and `<video>` where media stand."""
+"""Chat templates of these families: ChatML and Llama 3, with `<image>` and `<video>` where media stand."""
 
 from __future__ import annotations
 
@@ -55,15 +55,18 @@ def _filled(template: str, system: str, after_image: str, after_video: str) -> s
 
 
 def chatml(system: str, after_image: str = "", after_video: str = "") -> str:
-    """Qwen's: `<|im_start|>role`, a newline, the content, `<|im_end|>`.
+    """Qwen's template: `<|im_start|>role`, a newline, the content, `<|im_end|>`.
 
     Args:
         system: the system prompt of a conversation that brings none.
-        after_image, after_video: what follows a placeholder, as a Jinja string says it.
+        after_image, after_video: the text behind a placeholder, escaped as in a Jinja string.
     """
     return _filled(_CHATML, system, after_image, after_video)
 
 
 def llama_3(system: str = "", after_image: str = "", after_video: str = "") -> str:
-    """Llama 3's: `<|start_header_id|>role<|end_header_id|>`, an empty line, the content, `<|eot_id|>`."""
+    """Llama 3's template: `<|start_header_id|>role<|end_header_id|>`, an empty line, the content, `<|eot_id|>`.
+
+    Args: as `chatml`.
+    """
     return _filled(_LLAMA_3, system, after_image, after_video)

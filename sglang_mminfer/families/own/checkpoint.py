@@ -16,9 +16,9 @@ class Checkpoint:
     revision: str | None = None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """The content of a JSON file; None if there is no such file, or it holds something else than an object.
+        """The content of a JSON file; None if there is no such file, or it does not hold an object.
 
-        A checkpoint that is no such thing at all (one GGUF file, a remote URL) has no files.
+        A path that is neither a folder nor a name on the hub (one GGUF file, a remote URL) has no files.
         """
         file = self._file(name)
         if file is None:
@@ -31,7 +31,7 @@ class Checkpoint:
         return content if isinstance(content, dict) else None
 
     def folder(self, name: str) -> str:
-        """A local path of one of its sub-folders, tokenizer files and all; downloads what is not here yet."""
+        """The local path of a sub-folder with its tokenizer files. Files that are not here yet are downloaded."""
         if os.path.isdir(self.path):
             return os.path.join(self.path, name)
         from huggingface_hub import snapshot_download
@@ -56,5 +56,5 @@ class Checkpoint:
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
             )
-        except (OSError, ValueError):  # SGLang, asked next, says what is wrong with the name
+        except (OSError, ValueError):  # SGLang looks for the config next, and says what is wrong with the name
             return None

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class OwnFamily(Family):
-    """Items say where they stand (`own.geometry`), and checkpoints get into SGLang by `own.registration`.
+    """A family of ours. Its items say where they stand (`own.geometry`); `own.registration` brings it into SGLang.
 
     Attributes:
-        architectures: in the config.json of checkpoints that may be of this family.
+        architectures: those in the config.json of checkpoints that may belong to this family.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()
@@ -26,7 +26,7 @@ class OwnFamily(Family):
 
     @abstractmethod
     def read_config(self, root: dict[str, Any], files: Checkpoint) -> Any:
-        """The config of a checkpoint whose config.json is `root`; None if it is another family's after all.
+        """The config of a checkpoint whose config.json is `root`; None if it belongs to another family after all.
 
         The config names an architecture and a model type that SGLang does not have.
 
@@ -36,11 +36,11 @@ class OwnFamily(Family):
 
     @abstractmethod
     def classes(self) -> tuple[type, type]:
-        """Model and processor. The model's class has the name of the architecture in the family's config."""
+        """The classes of model and processor. The model's class is named as the architecture in the family's config."""
 
     @abstractmethod
     def chat_template(self, config: Any) -> str:
-        """Jinja source; a media part becomes `<image>` or `<video>`."""
+        """The chat template as Jinja source. It writes a media part as `<image>` or `<video>`."""
 
     def tokenizer_folder(self, config: Any) -> str:
         """The sub-folder that holds the tokenizer, "" if it is the checkpoint's own."""

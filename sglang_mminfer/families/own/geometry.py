@@ -2,9 +2,9 @@
 
 An item is one frame of a video, or one view of a picture, as a span of `rows * cols` tokens in raster order and
 `tail` tokens without a cell. Items 0 to n - 1 of a medium stand one behind the other, and what is between them (a
-separator) belongs to the medium. Where a model ends each row with a newline token, that is the last column of the
-raster: the period of a row is then the number of columns, newline included. Where it merges a clip's tokens until no
-raster is left, there is one row, and only the stride of the clip means anything.
+separator) belongs to the medium. If a model ends each row with a newline token, that token is the last column of the
+raster, so the stride of a row is the number of columns with the newline. If a model merges a clip's tokens until no
+raster is left, there is one row, and only the stride of the clip has a meaning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang_mminfer.modality.items import KEY, GeometryError
 
 @dataclass(frozen=True)
 class PlacedReader(Reader):
-    """Takes no items but those of our processors.
+    """The reader of these families. It takes only items that our processors made.
 
     Attributes:
         merged: whether the model merges tokens until no raster is left: every item has one row.

@@ -1,7 +1,7 @@
-"""The processor that all families share: media are loaded by SGLang, laid out here, one item for each raster.
+"""The processor that these families share. SGLang loads the media; here they become one item for each raster.
 
-An item for each frame, and not one for a video: SGLang keeps the embedding of an item from one prefill chunk to the
-next only if it fits its cache, so a long video in one item is encoded again for every chunk.
+A video is an item for each frame and not one item, because SGLang keeps the embedding of an item from one prefill chunk
+to the next only if it fits its cache: a long video in one item would be encoded again for every chunk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MODALITIES = {"image": Modality.IMAGE, "video": Modality.VIDEO}
 
 
 class MediaProcessor(BaseMultimodalProcessor):
-    """A family says how a picture and a video are cut into rasters; everything else is here.
+    """A family implements `image` and `video`, which cut media into rasters; everything else is here.
 
     Attributes:
         VIDEO_OPTIONS: names and types that `--mm-process-config '{"video": {...}}'` may give.
@@ -35,13 +35,13 @@ class MediaProcessor(BaseMultimodalProcessor):
     VIDEO_OPTIONS: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
     REQUEST_OPTIONS: ClassVar[Mapping[str, frozenset[str]]] = {}
 
-    # By these words a prompt is cut at its media; the id that stands for their tokens may stand for others, too.
+    # A prompt is cut at these words. The id of media tokens does not mark media: other tokens may have it, too.
     placeholder_words: ClassVar[tuple[str, ...]] = (IMAGE, VIDEO)
     media_tokens: ClassVar[Mapping[int, tuple[str, ...]]] = {}
 
     # Text is tokenized here, around the media, and once.
     generates_input_ids_from_raw_prompt = True
-    # Concurrency is SGLang's IO threads', in which all of this runs; there is no processor to clone.
+    # All of this runs in SGLang's IO threads, so there is no processor to clone.
     auto_mm_processor_worker_num = 1
     # Frames are resized on the CPU.
     video_preprocessing_device = "cpu"
@@ -53,27 +53,30 @@ class MediaProcessor(BaseMultimodalProcessor):
         self.mm_tokens = MultimodalSpecialTokens(
             image_token=IMAGE, video_token=VIDEO, image_token_id=self.fill, video_token_id=self.fill
         ).build(_processor)
-        # Of its own, for one thread at a time: fast tokenizers cannot be used by two.
+        # A copy for one thread at a time, because two threads cannot use one fast tokenizer.
         self._encoder, self._encoding = copy.deepcopy(self._tokenizer), threading.Lock()
         _check_options("video", self.video_config, self.VIDEO_OPTIONS)
         _check_options("image", self.image_config, {})
 
     @abstractmethod
     def image(self, picture: Any) -> Sequence[Medium]:
-        """A PIL image as one medium, or as several views of other shapes, one behind the other."""
+        """A PIL image as one medium, or as several views of different shapes, one behind the other."""
 
     @abstractmethod
     def video(self, video: Any) -> Medium:
-        """A video as rasters: SGLang's decoder, or its frames; see `frames.decode`.
+        """A video as one medium.
+
+        Args:
+            video: SGLang's decoder, or the frames themselves; see `frames.decode`.
 
         Raises:
-            ValueError: if it cannot be decoded; the client is told.
+            ValueError: if it cannot be decoded. The client gets the message.
         """
 
     async def process_mm_data_async(
         self, image_data: Any, audio_data: Any, input_text: Any, request_obj: Any, *args: Any, **kwargs: Any
     ) -> MultimodalProcessorOutput:
-        """SGLang's entry: ids and items of one request.
+        """SGLang calls this for each request; the result holds its token ids and items.
 
         Raises:
             ValueError: for media and placeholders that do not match, and for media that cannot be decoded.
@@ -133,9 +136,9 @@ def item_of(placed: Placed) -> MultimodalDataItem:
 
 
 def _hash(placed: Placed) -> int:
-    """Of all that decides the embedding: the pixels, what is made of them, and as what.
+    """64 bits of a hash of everything that decides the embedding: pixels, layout and modality.
 
-    Not of its number in the video: a frame that comes twice is encoded once.
+    The number of a frame in its video is left out, so a frame that comes twice is encoded once.
     """
     raster = placed.raster
     layout = (placed.kind, raster.rows, raster.cols, raster.tail, sorted(raster.values.items()))

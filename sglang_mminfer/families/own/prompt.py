@@ -1,4 +1,4 @@
-"""From a prompt with `<image>` and `<video>` in it to token ids, and to where each medium's tokens stand."""
+"""Turns a prompt with `<image>` and `<video>` in it into token ids, and says where each medium's tokens stand."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Raster:
     """One frame, clip or view, which the language model sees as `rows * cols + tail` tokens.
 
     Attributes:
-        pixels: uint8, whatever shape the family's encoder takes.
-        rows, cols: its raster, the newline column included; (1, n) for n tokens without one.
+        pixels: uint8, in the shape that the family's encoder takes.
+        rows, cols: the shape of the raster, newline column included; (1, n) for n tokens without rows and columns.
         tail: tokens behind the raster that have no cell.
-        separator: text behind it, tokenized by itself.
+        separator: text behind the raster, tokenized by itself.
         values: further numbers that the family's encoder reads.
     """
 
@@ -50,7 +50,7 @@ class Medium:
 
 @dataclass(frozen=True)
 class Placed:
-    """A raster in the prompt: tokens [start, start + raster.tokens). It is number `frame` of its medium's `frames`."""
+    """A raster at tokens [start, start + raster.tokens) of the prompt, number `frame` of the `frames` of its medium."""
 
     raster: Raster
     kind: Literal["image", "video"]
@@ -60,16 +60,19 @@ class Placed:
     frames: int
 
     def data(self) -> dict[str, Any]:
-        """What the map and the family's encoder read, as SGLang's item carries it."""
+        """The item's `model_specific_data`: what the map and the family's encoder read."""
         raster = self.raster
         place = Place(self.medium, self.frame, self.frames, raster.rows, raster.cols, raster.tail)
         return {KEY: [tuple(place)], **raster.values}
 
 
 def fill_id(config: Any, tokenizer: Any) -> int:
-    """The id that stands for media tokens: the model's own where the vocabulary has it, else the padding token.
+    """The id of media tokens: the model's own if the vocabulary has it, else the padding or end-of-sequence token.
 
-    It is never embedded, but SGLang wants ids of the vocabulary, and some of these models name one beyond.
+    The id is never embedded, but SGLang wants ids of the vocabulary, and some of these models name one outside it.
+
+    Raises:
+        ValueError: if the vocabulary has none of them.
     """
     vocabulary = config.text_config.vocab_size
     for candidate in (getattr(config, "image_token_index", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -101,8 +104,9 @@ def lay_out(
     """Token ids of the whole prompt, and every raster in it.
 
     Args:
-        encode: text to ids, without special tokens of its own.
-        fill: the id that stands for a medium's token.
+        pieces: text and media in the order of the prompt.
+        encode: turns text into ids, and adds no special tokens.
+        fill: the id of media tokens.
     """
     ids: list[int] = []
     placed: list[Placed] = []
@@ -121,7 +125,7 @@ def lay_out(
 
 
 def _runs(pieces: Sequence[str | Medium]) -> Iterator[str | Medium]:
-    """Text that nothing interrupts is tokenized in one go, a medium's own text included."""
+    """Joins text between media, a medium's own text included, so that it is tokenized in one go."""
     text = ""
     for piece in pieces:
         if isinstance(piece, str):

@@ -1,10 +1,10 @@
-"""How a checkpoint of ours gets into SGLang: by its own config, under an architecture name that SGLang does not have.
+"""Brings checkpoints of our families into SGLang, under architecture names that SGLang does not have.
 
-SGLang asks three things of a checkpoint: its config, its processor and its tokenizer's folder. Each question is
-hooked (see `plugin.HOOKS`), answered for the architectures of the `OwnFamily` classes, and left to SGLang for all
-others and in servers without mminfer, which then look for no file that SGLang would not look for. The
-config of ours names an architecture and a model type that nobody else has, so no class of SGLang is replaced: an
-lmms-lab LLaVA-OneVision, whose architecture is that of LLaVA-Video, is served as it was.
+SGLang needs three things of a checkpoint: its config, its processor and its tokenizer's folder. Hooks (see
+`plugin.HOOKS`) answer for the architectures of the `OwnFamily` classes. SGLang answers for all other checkpoints, and
+in servers without mminfer, which look for no file that SGLang would not look for. Our config names an architecture and
+a model type that nobody else has, so no class of SGLang is replaced: an lmms-lab LLaVA-OneVision, whose config.json has
+the same architecture as LLaVA-Video's, is served as before.
 
 Nothing but the standard library is imported here before a server with mminfer asks about a checkpoint.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _read(path: Any, revision: str | None) -> tuple[OwnFamily, Any, Checkpoint] | None:
-    """The family of a checkpoint, its config and its files; None for all that are not ours to serve."""
+    """The family of a checkpoint, its config and its files; None if no family of ours serves it."""
     if not asked.for_mminfer():
         return None
     from sglang_mminfer.families.own.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ def parse_config(
     revision: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """AROUND HfModelConfigParser.parse: the config of a checkpoint of ours; its classes are known from then on."""
+    """AROUND HfModelConfigParser.parse: the config of a checkpoint of ours. From then on SGLang knows its classes."""
     ours = _read(model, revision)
     if ours is None:
         return original(self, model, trust_remote_code, revision=revision, **kwargs)
@@ -60,7 +60,7 @@ def parse_config(
 
 
 def _register(family: OwnFamily) -> None:
-    """Tells SGLang the classes. Every process that builds a model or a processor reads the config before."""
+    """Registers a family's classes. Every process that builds a model or a processor reads the config before."""
     from sglang.srt.managers.multimodal_processor import PROCESSOR_MAPPING
     from sglang.srt.models.registry import ModelRegistry
 
@@ -86,9 +86,10 @@ def load_processor(original: Callable[..., Any], tokenizer_name: str, *args: Any
 
 
 class TokenizerAndTemplate:
-    """What SGLang takes for the processor of a checkpoint.
+    """The object that SGLang gets as the processor of a checkpoint.
 
-    Not a bare tokenizer: SGLang looks for the chat template at the processor, and loads some tokenizers anew.
+    It is no bare tokenizer, because SGLang looks for the chat template on the processor, and loads some tokenizers
+    again.
     """
 
     def __init__(self, tokenizer: Any, chat_template: str) -> None:
@@ -103,14 +104,14 @@ def resolve_tokenizer(server_args: Any, previous: Callable[[Any], None]) -> None
     previous(server_args)
     cfg = resolving_view(server_args)
     if cfg.tokenizer_path != cfg.model_path:
-        return  # the user knows better
+        return  # the user named another tokenizer
     ours = _read(cfg.model_path, cfg.revision)
     if ours is not None:
         family, config, files = ours
         if folder := family.tokenizer_folder(config):
             path = files.folder(folder)
             if not os.path.isfile(os.path.join(path, "tokenizer_config.json")):
-                # A cache of the hub that is offline gives what it has. SGLang would name a path that nobody gave it.
+                # Offline, the hub's cache gives what it has. SGLang's own error would name a path that nobody gave.
                 raise ValueError(
                     f"{cfg.model_path}: expected its tokenizer in the folder {folder}, got no tokenizer_config.json at "
                     f"{path}; download the whole checkpoint, or give --tokenizer-path"

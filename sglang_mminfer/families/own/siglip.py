@@ -11,15 +11,18 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from sglang_mminfer.families.frames import MEAN
 
 STD = MEAN
-"""Of every published SigLIP."""
+"""The standard deviation of pixel values from 0 to 1, in every published SigLIP."""
 
 
 class SiglipTower(nn.Module):
-    """Patches of pictures as the vision tower's layer `select_layer` leaves them.
+    """The patches of pictures behind one layer of the vision tower.
 
     Args:
-        config: of the whole tower.
-        select_layer: which of its hidden states, counted from the end: -2 leaves out the last layer.
+        config: the config of the whole tower.
+        select_layer: the hidden state to return, counted from the end if negative: -2 leaves out the last layer.
+
+    Raises:
+        ValueError: if the tower has no such layer.
     """
 
     def __init__(self, config: SiglipVisionConfig, select_layer: int) -> None:
@@ -29,9 +32,9 @@ class SiglipTower(nn.Module):
             raise ValueError(
                 f"mm_vision_select_layer: expected a layer of a tower of {config.num_hidden_layers}, got {select_layer}"
             )
-        kept = SiglipVisionConfig(**{**config.to_dict(), "num_hidden_layers": layers, "vision_use_head": False})
-        kept._attn_implementation = "sdpa"
-        model = SiglipVisionModel(kept)
+        shortened = SiglipVisionConfig(**{**config.to_dict(), "num_hidden_layers": layers, "vision_use_head": False})
+        shortened._attn_implementation = "sdpa"
+        model = SiglipVisionModel(shortened)
         # Transformers before 5.10 kept the parts one level lower.
         model = getattr(model, "vision_model", model)
         self.embeddings, self.encoder = model.embeddings, model.encoder
@@ -39,7 +42,7 @@ class SiglipTower(nn.Module):
         self.side = config.image_size // config.patch_size
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, side * side, hidden] of uint8 pixels [n, 3, size, size]."""
+        """From uint8 pixels [n, 3, size, size] to [n, side * side, hidden]."""
         weight = self.embeddings.patch_embedding.weight
         values = (pixels.to(weight.device, torch.float32) / 255 - MEAN) / STD
         return self.encoder(inputs_embeds=self.embeddings(values.to(weight.dtype))).last_hidden_state
@@ -54,5 +57,5 @@ class SiglipTower(nn.Module):
 
 
 def vision_config(values: dict[str, Any]) -> SiglipVisionConfig:
-    """Transformers' config from a dictionary that may hold more than it knows."""
+    """Transformers' config of the tower from a dictionary that may name its architecture and model type, too."""
     return SiglipVisionConfig(**{k: v for k, v in values.items() if k not in ("architectures", "model_type")})

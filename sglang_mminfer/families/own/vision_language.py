@@ -1,4 +1,4 @@
-"""The model that all families share: an encoder of rasters before one of SGLang's own language models."""
+"""The model that these families share: an encoder of rasters before one of SGLang's own language models."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class VisionLanguageModel(nn.Module):
 
     @abstractmethod
     def encode(self, item: MultimodalDataItem, features: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden]: the embedding of one item.
+        """The embedding of one item: [tokens, hidden].
 
         Args:
-            features: [pictures, ...] what `see` made of the item's pixels.
+            features: what `see` returns for the item's pictures: [pictures, ...].
         """
 
     @abstractmethod
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The vision tower and all else that is done picture by picture: [n, ...] of uint8 pixels [n, ...]."""
+        """The vision tower, and all else that is done picture by picture: from uint8 pixels [n, ...] to [n, ...]."""
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> list[torch.Tensor]:
-        """One embedding for each item; SGLang's name for it."""
+        """One embedding [tokens, hidden] for each item. SGLang calls this method by its name."""
         logger.debug("mminfer: %d items go through the vision tower.", len(items))
         pixels = [self._pictures(item) for item in items]
         features = torch.cat([self.see(part) for part in torch.cat(pixels).split(ENCODED_AT_ONCE)])
@@ -69,7 +69,7 @@ class VisionLanguageModel(nn.Module):
 
     @staticmethod
     def _pictures(item: MultimodalDataItem) -> torch.Tensor:
-        """An item holds one picture, or several with a first dimension for them."""
+        """The pixels of an item's pictures, [pictures, ...]. An item of one picture may lack the first dimension."""
         pixels = item.feature
         return pixels if pixels.ndim == 4 else pixels[None]
 
@@ -87,7 +87,7 @@ class VisionLanguageModel(nn.Module):
         )
 
     def pad_input_ids(self, input_ids: array, mm_inputs: MultimodalInputs) -> array:
-        """SGLang's radix keys: each item's tokens get values made of its hash."""
+        """The keys of SGLang's radix cache: the tokens of each item get values made of the item's hash."""
         return pad_mm_tokens(input_ids, mm_inputs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -101,8 +101,8 @@ class VisionLanguageModel(nn.Module):
 
     @abstractmethod
     def own_name(self, name: str) -> str | None:
-        """Where a tensor of the checkpoint goes: a parameter of this model, "" for nowhere, None for the language
-        model."""
+        """The parameter of this model that a tensor of the checkpoint goes to; "" if the tensor is not used, None if it
+        belongs to the language model."""
 
     def language_name(self, name: str) -> str:
         """The language model's own name for one of its tensors."""
@@ -112,18 +112,18 @@ class VisionLanguageModel(nn.Module):
         """Loads the checkpoint's tensors by their original names.
 
         Raises:
-            ValueError: naming a tensor that is missing, has no place here or another shape.
+            ValueError: naming a tensor that is missing, has another shape, or has no place in this model.
         """
-        own = {name: p for name, p in self.named_parameters() if not name.startswith("language_model.")}
+        parameters = {name: p for name, p in self.named_parameters() if not name.startswith("language_model.")}
         loaded: set[str] = set()
 
-        def others() -> Iterator[tuple[str, torch.Tensor]]:
+        def language_weights() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
                 target = self.own_name(name)
                 if target is None:
                     yield self.language_name(name), tensor
                 elif target:
-                    parameter = own.get(target)
+                    parameter = parameters.get(target)
                     if parameter is None:
                         raise ValueError(f"checkpoint: {name} has no place in this model (as {target})")
                     if parameter.shape != tensor.shape:
@@ -134,6 +134,6 @@ class VisionLanguageModel(nn.Module):
                         parameter.copy_(tensor)
                     loaded.add(target)
 
-        self.language_model.load_weights(others())
-        if missing := sorted(set(own) - loaded):
+        self.language_model.load_weights(language_weights())
+        if missing := sorted(set(parameters) - loaded):
             raise ValueError(f"checkpoint: {len(missing)} tensors are missing, among them {missing[0]}")

@@ -12,16 +12,16 @@ _QWEN2_5_VL = "sglang.srt.models.qwen2_5_vl"
 
 
 def is_mended(kind: type) -> bool:
-    """Whether a class is SGLang's of Qwen2.5-VL, and the mend is on."""
+    """Whether `kind` is SGLang's class of Qwen2.5-VL and the mend is on."""
     return mends.active("frames_apart") and kind.__module__ == _QWEN2_5_VL and hasattr(kind, "get_video_feature")
 
 
 @functools.cache
 def with_frames_apart(base: Any) -> type:
-    """SGLang's class with one change."""
+    """SGLang's class `base` with the mend."""
 
     class FramesApart(base):
-        """Vision blocks with full attention see their frame and not the whole video, as the model was trained.
+        """Vision blocks with full attention see their frame and not the whole video, as in the model's training.
 
         Each temporal patch goes through the tower as a picture does. Nothing else depends on the number of frames.
         """

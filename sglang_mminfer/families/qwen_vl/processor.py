@@ -19,17 +19,17 @@ _PIXELS = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_widt
 _BY_RATE, _BY_COUNT = frozenset({"fps", "min_frames", "max_frames"}), frozenset({"num_frames"})
 
 _METADATA = "mminfer_video_metadata"
-"""On what SGLang loads for a prompt: where the frames of each of its videos stand in their files."""
+"""Attribute of what SGLang loads for a prompt: for each video, where its frames stand in the file."""
 
 _KINDS = {"<|image_pad|>": ("image",), "<|video_pad|>": ("video",)}
 
 _SMALL = "mminfer_small_video"
-"""On the same: whether one of them has fewer pixels than usual."""
+"""Attribute of the same object: whether one of the videos may have fewer pixels than usual."""
 
 _SMALLER = frozenset({"max_long_side_pixel", "min_pixels", "max_pixels", "total_pixels", *_PIXELS})
 
 IMAGE_FACTOR = 28
-"""Pixels of a side of what becomes a token, as SGLang reckons for all of these models."""
+"""Pixels along a side of the square that becomes one token, as SGLang counts for all of these models."""
 
 _PLACEHOLDERS = {"image": re.compile(r"(?:<\|image_pad\|>)+|<image>"), "video": re.compile(r"(?:<\|video_pad\|>)+")}
 
@@ -39,7 +39,7 @@ def processor_class(base: Any) -> Any:
     """SGLang's class `base` with the mends."""
 
     class MMInferQwenVLProcessor(base):
-        """Videos one by one, their frames at their time, and as many and as large as the request wants them."""
+        """Each video is an item, its frames have their real times, and the request sets their number and size."""
 
         REQUEST_OPTIONS: ClassVar[dict[str, frozenset[str]]] = {
             "image": _PIXELS,
@@ -50,7 +50,7 @@ def processor_class(base: Any) -> Any:
             return {kind: len(pattern.findall(prompt)) for kind, pattern in _PLACEHOLDERS.items()}
 
         def collapse_media(self, pieces: list[Piece], counts: dict[str, int]) -> list[Piece]:
-            """One placeholder for each medium, where an answer's ids were sent back."""
+            """The pieces with one placeholder for each medium, if a client sent back the ids of an answer."""
             return collapsed(pieces, counts, _KINDS)
 
         async def load_mm_data(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,9 +60,9 @@ def processor_class(base: Any) -> Any:
                 return loaded
             loop = asyncio.get_running_loop()
             sampled = [await loop.run_in_executor(self.io_executor, self._sampled, video) for video in loaded.videos]
-            # A video with fewer pixels than usual: transformers would enlarge it again.
+            # Transformers would enlarge a video with fewer pixels than usual.
             setattr(loaded, _SMALL, any(options.on(video).keys() & _SMALLER for video in loaded.videos))
-            # What is no decoder any more is taken as it is by the caller, which has nothing to say of its time then.
+            # The caller takes frames as they are and knows no times for them, so the times are kept beside them.
             loaded.videos = [frames for frames, _ in sampled]
             setattr(loaded, _METADATA, [metadata for _, metadata in sampled])
             return loaded
@@ -72,7 +72,7 @@ def processor_class(base: Any) -> Any:
             return await super()._run_preprocess_and_build_artifact_batch(resized)
 
         def _resized(self, picture: Any) -> Any:
-            """A picture in the size that its request wants, as Qwen's own code resizes it; any other as it is."""
+            """A picture in the size that its request asks for, resized as in Qwen's own code; else as it is."""
             wanted = options.on(picture)
             if not wanted.keys() & _PIXELS:
                 return picture
@@ -80,10 +80,10 @@ def processor_class(base: Any) -> Any:
             return picture.resize(self._size_of(wanted, height, width)[::-1])
 
         def _size_of(self, wanted: dict[str, Any], height: int, width: int) -> tuple[int, int]:
-            """Height and width in whole patches.
+            """(height, width) of a picture in whole patches, as its request asks.
 
             Raises:
-                ValueError: for a size that is larger than the server takes, or too long.
+                ValueError: if the size is larger than the server takes, or one side is too long.
             """
             from sglang.srt.multimodal.processors.qwen_vl import smart_resize
 
@@ -97,7 +97,7 @@ def processor_class(base: Any) -> Any:
             return height, width
 
         def _sampled(self, video: Any) -> tuple[Any, dict[str, Any] | None]:
-            """The frames that SGLang takes of a video, and where they stand in the file."""
+            """The frames that SGLang samples from a video, and where they stand in the file."""
             from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
 
             config = self._video_options(options.on(video))
@@ -106,7 +106,7 @@ def processor_class(base: Any) -> Any:
             return asyncio.run(preprocess_video(video, video_config=config))
 
         def _video_options(self, wanted: dict[str, Any]) -> dict[str, Any]:
-            """What SGLang samples a video by: the operator's options, and the request's over them."""
+            """The options by which SGLang samples a video: the operator's, overridden by the request's."""
             config = dict(self.video_config)
             for one, other in ((_BY_RATE, {"nframes"}), (_BY_COUNT, _BY_RATE)):
                 if wanted.keys() & one:
@@ -117,7 +117,7 @@ def processor_class(base: Any) -> Any:
             if "num_frames" in wanted:
                 wanted["nframes"] = wanted.pop("num_frames")
             if wanted.pop("max_long_side_pixel", None):
-                # Frames have been made smaller, and stay it.
+                # Frames were made smaller already, and must stay so.
                 wanted.setdefault("min_pixels", IMAGE_FACTOR**2)
             return {**config, **wanted}
 
@@ -150,8 +150,8 @@ def processor_class(base: Any) -> Any:
             if metadata and all(metadata):
                 from sglang.srt.multimodal.processors.qwen_vl import _get_processor_video_config
 
-                # Without these transformers takes every video for one of 24 frames a second, and a Qwen2.5-VL for
-                # twelve times shorter than it is.
+                # Without these, transformers assumes 24 frames a second, and a video of Qwen2.5-VL seems to run twelve
+                # times too fast.
                 kwargs["video_metadata"], kwargs["do_sample_frames"] = metadata, False
                 kwargs["processor_video_config"] = _get_processor_video_config(self.video_config, metadata)
                 if getattr(base_output, _SMALL, False):
@@ -186,14 +186,14 @@ def videos_of(item: Any) -> list[Any]:
             key: value[i : i + 1] if _has_rows(value, count) else value
             for key, value in item.model_specific_data.items()
         }
-        video.hash = None  # of all videos so far; SGLang computes it anew
+        video.hash = None  # the hash of all videos together; SGLang computes a new one
         videos.append(video)
         start += length
     return videos
 
 
 def _has_rows(value: Any, count: int) -> bool:
-    """Whether a value holds something of each of `count` videos."""
+    """Whether a value has a row for each of `count` videos."""
     shape = getattr(value, "shape", None)
     if shape is not None:
         return len(shape) > 0 and shape[0] == count

@@ -1,4 +1,4 @@
-"""VideoChat-Flash: the five checkpoints of OpenGVLab, from their original files.
+"""VideoChat-Flash (arXiv 2501.00574): the five checkpoints of OpenGVLab, from their original files.
 
 A video tower (UMT-L at 224 or 448 pixels, or InternVideo2-1B) sees clips of 4 frames; the patches of a clip are
 merged until 64 tokens are left, so a frame costs 16. Clips stand one behind the other, and their tokens have no
@@ -34,7 +34,7 @@ class VideoChatFlash(OwnFamily):
         return VideoChatFlashForConditionalGeneration, VideoChatFlashProcessor
 
     def chat_template(self, config: Any) -> str:
-        """ChatML as the original's `chat` writes it; what follows a video, the processor adds."""
+        """ChatML as the original's `chat` writes it. The processor adds the text behind a video."""
         from sglang_mminfer.families.own.chat_templates import chatml
 
         return chatml("You are a helpful assistant.", after_image="\\n")

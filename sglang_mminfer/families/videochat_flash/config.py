@@ -1,7 +1,7 @@
-"""What a VideoChat-Flash checkpoint's config.json says, and what it leaves to the reader.
+"""The config of VideoChat-Flash, from a checkpoint's config.json and the sizes that the file leaves out.
 
-The file is a flat Qwen2 config with `mm_*` fields beside it. It names the vision tower and no size of it, so the
-sizes of the three released towers stand here; a checkpoint with another one (a test's) says so in
+The file is a flat Qwen2 config with `mm_*` fields beside it. It names the vision tower but not its sizes, so the
+sizes of the three released towers stand here. A checkpoint with another tower (in a test) gives its sizes in
 `mm_vision_config`.
 """
 
@@ -17,39 +17,39 @@ CLIP_TOKENS = 64
 
 
 class UnsupportedCheckpoint(ValueError):
-    """A checkpoint of this architecture that is not served."""
+    """A checkpoint of this architecture cannot be served. The message says why."""
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """Sizes of a vision tower. `mm_vision_config` of a checkpoint may replace each of them, but for `kind`."""
+    """Sizes of a vision tower. `mm_vision_config` of a checkpoint may replace those that `tower_config` allows."""
 
     kind: Literal["umt", "internvideo2"]
     image_size: int
-    """Pixels a side; pictures are squeezed to this square."""
+    """Pixels along a side; pictures are stretched to this square."""
     patch: int
     hidden: int
     layers: int
-    """Of the tower as it was trained. The last one is not used."""
+    """Layers of the tower as it was trained. The last one is not used."""
     heads: int
     mlp_hidden: int
     frames: int = 4
-    """Of a clip, which the tower sees at once."""
+    """Frames of a clip, which the tower sees at once."""
     layers_used: int = 0
-    """How many run: told by `mm_vision_select_layer`."""
+    """How many layers run, by `mm_vision_select_layer`."""
 
     @property
     def side(self) -> int:
-        """Patches a side."""
+        """Patches along a side of a frame."""
         return self.image_size // self.patch
 
     @property
     def patches(self) -> int:
-        """Of a frame."""
+        """Patches of a frame."""
         return self.side**2
 
 
-# By what `mm_vision_tower` contains, the more particular name first.
+# Keys are parts of names in `mm_vision_tower`, the more specific first.
 _TOWERS: dict[str, TowerConfig] = {
     "internvideo2": TowerConfig("internvideo2", 224, 14, 1408, 40, 16, 6144),
     "umt-hd": TowerConfig("umt", 448, 16, 1024, 24, 16, 4096),
@@ -78,25 +78,25 @@ def tower_config(hf_config: Any) -> TowerConfig:
             "served here; set it to false in config.json, as released checkpoints do."
         )
     for name, served in _EXPECTED.items():
-        said = getattr(hf_config, name, served)
-        if said != served:
-            raise UnsupportedCheckpoint(f"VideoChat-Flash: {name} is {said!r}, and only {served!r} is served.")
+        value = getattr(hf_config, name, served)
+        if value != served:
+            raise UnsupportedCheckpoint(f"VideoChat-Flash: {name} is {value!r}, and only {served!r} is served.")
     name = str(getattr(hf_config, "mm_vision_tower", None))
     tower = next((tower for part, tower in _TOWERS.items() if part in name), None)
     if tower is None:
         raise UnsupportedCheckpoint(
             f"VideoChat-Flash: mm_vision_tower is {name!r}; expected a name with one of {', '.join(_TOWERS)} in it."
         )
-    given = getattr(hf_config, "mm_vision_config", None) or {}
+    sizes = getattr(hf_config, "mm_vision_config", None) or {}
     known = {field.name for field in fields(TowerConfig)} - {"kind", "frames", "layers_used"}
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted(set(sizes) - known):
         raise UnsupportedCheckpoint(
             f"VideoChat-Flash: mm_vision_config has no {unknown[0]!r}; it may have {', '.join(sorted(known))}."
         )
-    layers = int(given.get("layers", tower.layers))
+    layers = int(sizes.get("layers", tower.layers))
     select = int(getattr(hf_config, "mm_vision_select_layer", -2))
     used = layers + select + 1
-    tower = replace(tower, **given, layers_used=used)
+    tower = replace(tower, **sizes, layers_used=used)
     if not 0 < used <= layers:
         raise UnsupportedCheckpoint(
             f"VideoChat-Flash: mm_vision_select_layer is {select} of a tower of {layers} layers; expected a number "
@@ -108,9 +108,9 @@ def tower_config(hf_config: Any) -> TowerConfig:
             f"wide with {tower.heads} heads, does not work out: patches have to fill the picture, number "
             f"{CLIP_TOKENS} or more, and heads have to share the width."
         )
-    if (said := getattr(hf_config, "mm_hidden_size", tower.hidden)) != tower.hidden:
+    if (hidden := getattr(hf_config, "mm_hidden_size", tower.hidden)) != tower.hidden:
         raise UnsupportedCheckpoint(
-            f"VideoChat-Flash: mm_hidden_size is {said}, and the tower {name!r} is {tower.hidden} wide."
+            f"VideoChat-Flash: mm_hidden_size is {hidden}, and the tower {name!r} is {tower.hidden} wide."
         )
     return tower
 
@@ -136,24 +136,25 @@ _NOT_HEEDED = ("rope_scaling", "dual_chunk_attention_config")
 
 
 def read(root: dict[str, Any]) -> VideoChatFlashConfig:
-    """The config of a checkpoint whose config.json is `root`. Its own model type does not matter: released ones have
-    "videochat_flash_qwen", or "qwen2".
+    """The config of a checkpoint whose config.json is `root`.
+
+    The model type in `root` does not matter: released checkpoints have "videochat_flash_qwen", or "qwen2".
 
     Raises:
         UnsupportedCheckpoint: see `tower_config`.
     """
-    own = {
+    vision_fields = {
         name: value
         for name, value in root.items()
         if name.startswith(("mm_", "image_", "frame_", "llm_")) or name in ("vision_encode_type", "mminfer_config")
     }
-    left_out = {*own, *_NOT_HEEDED, "architectures", "model_type", "auto_map"}
+    left_out = {*vision_fields, *_NOT_HEEDED, "architectures", "model_type", "auto_map"}
     config = VideoChatFlashConfig(
         text_config=Qwen2Config(**{name: value for name, value in root.items() if name not in left_out}),
         architectures=["VideoChatFlashForConditionalGeneration"],
         tie_word_embeddings=bool(root.get("tie_word_embeddings", False)),
         dtype=root.get("torch_dtype") or root.get("dtype"),
-        **{name: value for name, value in own.items() if value is not None},
+        **{name: value for name, value in vision_fields.items() if value is not None},
     )
     tower_config(config)
     return config

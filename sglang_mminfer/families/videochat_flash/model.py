@@ -33,8 +33,8 @@ class VideoChatFlashForConditionalGeneration(VisionLanguageModel):
     def get_image_feature(self, items: list[MultimodalDataItem]) -> list[torch.Tensor]:
         """One embedding for each clip of a video and each view of a picture.
 
-        Each goes through the tower by itself: what else is encoded with it moves its features by a rounding
-        error, and where two pairs of tokens are nearly as alike, that can change which of them are merged.
+        Each goes through the tower alone. Others in the same batch would move its features by a rounding error, and if
+        two pairs of tokens are almost equally alike, that can change which of them is merged.
         """
         logger.debug("mminfer: %d items go through the vision tower.", len(items))
         return [self._embed(item) for item in items]

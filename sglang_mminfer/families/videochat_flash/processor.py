@@ -1,4 +1,4 @@
-"""Pictures and videos as VideoChat-Flash wants them."""
+"""Pictures and videos in the form that VideoChat-Flash was trained with: clips of frames, views and tiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sglang_mminfer.families.videochat_flash.vision import MEAN
 from sglang_mminfer.mends import options
 
 LEAST, MOST = 64, 512
-"""Frames of a video, as the model was trained."""
+"""The least and the most frames of a video, as in the model's training."""
 
 
 class VideoChatFlashProcessor(MediaProcessor):
@@ -52,7 +52,7 @@ class VideoChatFlashProcessor(MediaProcessor):
         return Medium("video", [Raster(clip, 1, CLIP_TOKENS) for clip in clips], f"\n{time_message(sampled)} ")
 
     def _sampled(self, total: int, rate: float, wanted: Mapping[str, Any]) -> Sampled:
-        """As the request wants it, in whole clips, else as the server does."""
+        """The frames that the request asks for, in whole clips, else those that the server's options give."""
 
         def clips(name: str, usual: int) -> int:
             count = options.within(wanted.get(name, usual), self.most, name)
@@ -62,7 +62,7 @@ class VideoChatFlashProcessor(MediaProcessor):
             count = clips("num_frames", self.most)
             return by_clips(total, rate, least=count, most=count)
         most = clips("max_frames", self.most)
-        # Whoever names a rate or a limit means it, and the usual least number of frames is for others.
+        # The usual least number of frames does not raise a rate or a limit that the request names.
         usual = CLIP if "fps" in wanted else self.least
         least = min(clips("min_frames", usual), most)
         return by_clips(total, rate, least=least, most=most, fps=wanted.get("fps", 1.0))
@@ -74,14 +74,14 @@ class VideoChatFlashProcessor(MediaProcessor):
         media = [Medium("image", [_view([resize(picture, self.size, self.size)], 1)])]
         if "anyres" in self.aspect:
             across, down = best_canvas(*picture.size, self.canvases, self.size)
-            whole = resize(picture, across * self.size, down * self.size)
-            tiles = [tile for row in whole.split(self.size, dim=1) for tile in row.split(self.size, dim=2)]
+            canvas = resize(picture, across * self.size, down * self.size)
+            tiles = [tile for row in canvas.split(self.size, dim=1) for tile in row.split(self.size, dim=2)]
             media.append(Medium("image", [_view(tiles, across)]))
         return media
 
 
 def time_message(sampled: Sampled) -> str:
-    """What the model was trained to read after a video."""
+    """The sentence that the model was trained to read after a video."""
     return (
         f"The video lasts for {sampled.duration:.2f} seconds, and {len(sampled.indices)} frames are uniformly sampled "
         "from it."

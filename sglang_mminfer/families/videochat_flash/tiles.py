@@ -1,8 +1,8 @@
 """Pictures of any size: a view of the whole, and a grid of tiles behind it ("anyres_nopad").
 
 The picture is stretched to the canvas of whole tiles that keeps most of its pixels, and each tile becomes 64 tokens
-like the whole does. The original puts tiles together as if their tokens stood in 8 x 8, a line through all tiles of
-a row at a time; they do not, but the weights were trained with it.
+like the whole does. The original puts tiles together as if the tokens of each stood in 8 x 8, line by line through all
+tiles of a row. They do not, but the weights were trained with it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import torch
 from sglang_mminfer.families.videochat_flash.config import CLIP_TOKENS
 
 ACROSS = "tiles_across"
-"""In an item's data: tiles of a row."""
+"""Key in an item's `model_specific_data`: how many tiles a row has."""
 
 _LINE = 8  # tokens of a tile that stay together: the root of 64
 
 
 def canvases(pinpoints: Any, size: int) -> list[tuple[int, int]]:
-    """(tiles across, tiles down) that a config allows: pairs of pixels, or "(1x1),...,(6x6)" in tiles.
+    """(tiles across, tiles down) of every canvas that a config allows.
+
+    Args:
+        pinpoints: pairs of pixels, or "(1x1),...,(6x6)" in tiles; None: one tile.
+        size: pixels along a side of a tile.
 
     Raises:
         ValueError: if it says neither.
@@ -36,19 +40,19 @@ def canvases(pinpoints: Any, size: int) -> list[tuple[int, int]]:
             return [(a, b) for a in range(left, right + 1) for b in range(top, bottom + 1)]
     try:
         pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-        found = [(int(w) // size, int(h) // size) for w, h in pairs if not (int(w) % size or int(h) % size)]
+        sizes = [(int(w) // size, int(h) // size) for w, h in pairs if not (int(w) % size or int(h) % size)]
     except (ValueError, TypeError, SyntaxError):
-        found = []
-    if not found or min(min(canvas) for canvas in found) < 1:
+        sizes = []
+    if not sizes or min(min(canvas) for canvas in sizes) < 1:
         raise ValueError(
             f"image_grid_pinpoints: expected pairs of multiples of {size} pixels or a range like (1x1),...,(6x6), "
             f"got {pinpoints!r}"
         )
-    return found
+    return sizes
 
 
 def best_canvas(width: int, height: int, allowed: list[tuple[int, int]], size: int) -> tuple[int, int]:
-    """The one in which most of a picture's pixels survive, and of those the smallest, and of those the first."""
+    """The canvas in which most of a picture's pixels survive; among equals the smallest, then the first."""
 
     def worth(canvas: tuple[int, int]) -> tuple[int, int]:
         across, down = canvas[0] * size, canvas[1] * size

@@ -1,8 +1,8 @@
-"""The two video towers of VideoChat-Flash, UMT-L and InternVideo2-1B, in plain torch.
+"""The two video towers of VideoChat-Flash in plain torch: UMT-L (arXiv 2303.16058), InternVideo2-1B (arXiv 2403.15377).
 
 A clip is 4 frames whose patches all see each other; an image is a clip of one frame with positions of its own.
-Modules are named so that a released checkpoint's keys are theirs, and the original's quirks are kept, because its
-weights were trained with them: the last layer is left out, UMT's keys have no bias, InternVideo2 norms queries and
+Modules have the names of the keys in released checkpoints. The original's quirks are kept, because its weights were
+trained with them: the last layer is left out, UMT's keys have no bias, InternVideo2 norms queries and
 keys over all heads at once and scales each residual in fp32.
 """
 
@@ -15,13 +15,13 @@ from torch import nn
 
 from sglang_mminfer.families.videochat_flash.config import TowerConfig
 
-_PRETRAINED_SIDE = 14  # patches a side that UMT's positions were made for: 224 / 16
+_PRETRAINED_SIDE = 14  # patches along a side for which UMT's positions were made: 224 / 16
 
 
 def build_tower(config: TowerConfig) -> nn.Module:
     """The tower of a checkpoint, its weights not yet loaded.
 
-    It takes pixels [clips, frames, 3, size, size], normalised, `frames` 1 or `config.frames`, and returns
+    It takes normalised pixels [clips, frames, 3, size, size], where `frames` is 1 or `config.frames`, and returns
     [clips, frames * patches, hidden].
     """
     return UMT(config) if config.kind == "umt" else InternVideo2(config)
@@ -45,7 +45,7 @@ class _UMTEncoder(nn.Module):
         self.blocks = nn.ModuleList(_UMTBlock(config) for _ in range(config.layers_used))
         self.vision_layernorm = nn.LayerNorm(config.hidden, eps=1e-12)
         for name, frames in (("positions", config.frames), ("image_positions", 1)):
-            # Neither is in a checkpoint: the original computes both, too, in fp32.
+            # Checkpoints hold neither table: the original computes both in fp32, too.
             table = sinusoid_positions(frames, config.side, config.hidden).to(torch.get_default_device())
             self.register_buffer(name, table, persistent=False)
 
@@ -183,13 +183,13 @@ class _LayerScale(nn.Module):
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention of every token of a clip to all of it. q, k, v, result: [clips, tokens, hidden]."""
+    """Attention of every token to all tokens of its clip. q, k, v and the result: [clips, tokens, hidden]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def sinusoid_positions(frames: int, side: int, hidden: int) -> torch.Tensor:
-    """UMT's positions of a clip of `frames` frames of side x side patches: fp32 [1, frames * side**2, hidden].
+    """UMT's positions for a clip of `frames` frames of side x side patches: fp32 [1, frames * side**2, hidden].
 
     The tower was trained on 14 x 14 patches, numbered through all frames. Other sizes are interpolated, frame by
     frame.

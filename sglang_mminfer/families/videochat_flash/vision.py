@@ -10,7 +10,7 @@ from sglang_mminfer.families.videochat_flash.merging import merge_tokens
 from sglang_mminfer.families.videochat_flash.towers import build_tower
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, of pixels in [0, 1]."""
+"""Mean and standard deviation of ImageNet's pixel values from 0 to 1, by channel."""
 
 
 class Projector(nn.Module):
@@ -25,7 +25,7 @@ class Projector(nn.Module):
 
 
 class VisionPath(nn.Module):
-    """[clips, frames, 3, size, size], normalised, `frames` 4 or 1 -> [clips, 64, hidden of the language model]."""
+    """From normalised pixels [clips, 4 or 1 frames, 3, size, size] to [clips, 64, hidden of the language model]."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -39,7 +39,7 @@ class VisionPath(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The same of uint8 pixels, on whatever device."""
+        """As `forward`, for uint8 pixels on any device."""
         weight = next(self.projector.parameters())
         scaled = pixels.to(weight.device).float() / 255
         return self(((scaled - self.mean) / self.std).to(weight.dtype))

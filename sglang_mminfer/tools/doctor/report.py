@@ -1,7 +1,7 @@
 """`mminfer doctor`: what is installed, what SGLang sees of it, what would run for a model, and what to mend.
 
-Everything is asked of the real thing: SGLang's own loader loads the plugin, and a given model goes through
-SGLang's own resolution of arguments, as at the start of a server.
+The doctor asks SGLang itself: SGLang's loader loads the plugin, and SGLang resolves the arguments for a given model as
+at the start of a server.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 DISTRIBUTION = "sglang-mminfer"
 GROUPS = {"sglang.srt.plugins": "mminfer", "sglang.srt.platforms": "mminfer_cpu"}
 
-_SHOWN = ("sglang", "torch", "transformers")  # of the requirements; the others only where they do not fit
-_ALSO = ("triton", "flashinfer-python", "sglang-kernel")  # not ours to require, but good to know
+_SHOWN = ("sglang", "torch", "transformers")  # requirements with a line; the others have one only if they do not fit
+_OPTIONAL = ("triton", "flashinfer-python", "sglang-kernel")  # not required, but shown if installed
 
 Status = Literal["ok", "note", "warning", "error"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. Only an "error" makes the exit status 1; each has a fix."""
+    """One line of the report. An "error" makes the exit status 1, and every error has a fix."""
 
     section: str
     name: str
@@ -54,7 +54,15 @@ def run(
     video: VideoOptions | None = None,
     trust_remote_code: bool = False,
 ) -> int:
-    """Print the report; the exit status. `video` needs a model. `trust_remote_code`: as for the server."""
+    """Print the report. Returns the exit status: 1 if there is an error, else 0.
+
+    Args:
+        model_path: a folder or a hub name; None: no model is checked.
+        config_name: the value of --mminfer-config; None: that of the setting.
+        as_json: print the findings as one JSON object.
+        video: a video to examine; needs a model.
+        trust_remote_code: as SGLang's --trust-remote-code.
+    """
     with _waiting("Asking SGLang ..."), _quiet() as problems:
         findings = list(examine(model_path, config_name, problems, video, trust_remote_code))
     ok = all(finding.status != "error" for finding in findings)
@@ -72,7 +80,7 @@ def examine(
     video: VideoOptions | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[Finding]:
-    """All findings. `problems` is what SGLang logs as an error meanwhile; see `_quiet`."""
+    """All findings, section by section. `problems` receives the errors that SGLang logs meanwhile; see `_quiet`."""
     problems = [] if problems is None else problems
     sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("installed", examine_versions),
@@ -111,6 +119,7 @@ def examine(
 
 
 def examine_versions() -> Iterator[Finding]:
+    """The versions of this package, of what it requires, and of optional kernel packages."""
     from packaging.requirements import Requirement
 
     yield Finding("installed", "python", "ok", host.python_version())
@@ -152,7 +161,7 @@ def examine_versions() -> Iterator[Finding]:
                 f'run `pip install "{requirement}"`.',
             )
     yield Finding("installed", "requirements", "ok", f"{fitting} of them fit")
-    optional = [f"{name} {version}" for name in _ALSO if (version := version_of(name))]
+    optional = [f"{name} {version}" for name in _OPTIONAL if (version := version_of(name))]
     yield Finding("installed", "kernels of others", "note", ", ".join(optional) or "none")
 
 
@@ -181,28 +190,28 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
     if settings.BACKEND_NAME in ATTENTION_BACKENDS and settings.BACKEND_NAME in ATTENTION_BACKEND_CHOICES:
         yield Finding("plugin", "attention backend", "ok", f"SGLang knows {settings.BACKEND_NAME!r}")
     else:
-        said = f"; SGLang says: {problems[-1]}" if problems else ""
+        logged = f"; SGLang says: {problems[-1]}" if problems else ""
         yield Finding(
             "plugin",
             "attention backend",
             "error",
-            f"SGLang did not take the plugin{said}",
+            f"SGLang did not take the plugin{logged}",
             "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
         )
     hooks.install("mminfer")
-    gone = [hook for hook in plugin.HOOKS if not hook.target_exists()]  # imports their modules
-    missing = [hook.target for hook in gone]
+    without_target = [hook for hook in plugin.HOOKS if not hook.target_exists()]  # imports the targets' modules
+    missing = [hook.target for hook in without_target]
     on_cpu = cpu_platform.selected()
-    due = [hook for hook in plugin.HOOKS if hook not in gone and (on_cpu or hook.when != ("cpu",))]
+    due = [hook for hook in plugin.HOOKS if hook not in without_target and (on_cpu or hook.when != ("cpu",))]
     unapplied = [hook.target for hook in hooks.unapplied(due)]
     total = len(plugin.HOOKS)
     if missing:
         yield Finding(
             "plugin",
             "hooks",
-            "error" if any(hook.essential for hook in gone) else "warning",
+            "error" if any(hook.essential for hook in without_target) else "warning",
             f"{len(missing)} of {total} find no target: {', '.join(missing)}"
-            + (" (none of them essential)" if not any(hook.essential for hook in gone) else ""),
+            + (" (none of them essential)" if not any(hook.essential for hook in without_target) else ""),
             f"this SGLang moved them; install one that fits: {_needed('sglang')}.",
         )
     elif unapplied:
@@ -218,6 +227,12 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
 
 
 def examine_filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:
+    """Whether SGLang's filters let the plugin through.
+
+    Args:
+        plugins: the value of SGLANG_PLUGINS, None if it is not set.
+        selected: the value of SGLANG_PLATFORM, None if it is not set.
+    """
     allowed = {name.strip() for name in (plugins or "").split(",") if name.strip()}
     if not allowed:
         yield Finding("plugin", "SGLANG_PLUGINS", "ok", "not set, so every plugin is loaded")
@@ -252,8 +267,8 @@ def _settings() -> Iterator[Finding]:
     defaults = []
     for setting in settings.SETTINGS:
         if value := setting.read():
-            beside = f" ({setting.flag} of a server wins over it)" if setting.flag else ""
-            yield Finding("settings", setting.variable, "ok", f"{value}{beside}")
+            note = f" ({setting.flag} of a server wins over it)" if setting.flag else ""
+            yield Finding("settings", setting.variable, "ok", f"{value}{note}")
         else:
             defaults.append(f"{setting.variable.removeprefix(settings.PREFIX)}={setting.default}")
     if defaults:
@@ -282,15 +297,15 @@ def _machine() -> Iterator[Finding]:
 
     from sglang_mminfer.serving import cpu_platform
 
-    found = cpu_platform.accelerators()
-    if found == ("cuda",):
+    kinds = cpu_platform.accelerators()
+    if kinds == ("cuda",):
         yield Finding("machine", "accelerator", "ok", torch.cuda.get_device_name(0))
-    elif found:
+    elif kinds:
         yield Finding(
             "machine",
             "accelerator",
             "warning",
-            f"{', '.join(found)}: mminfer was never tried there",
+            f"{', '.join(kinds)}: mminfer was never tried there",
             "treat answers and speed as unknown, or use an NVIDIA GPU or a CPU.",
         )
     elif os.path.exists("/dev/nvidia0"):
@@ -308,7 +323,7 @@ def _machine() -> Iterator[Finding]:
     reason = cpu_platform.why_unfit()
     if cpu_platform.is_active():
         yield Finding("machine", "platform", "ok", "mminfer_cpu is active: SGLang runs on plain torch")
-    elif found:
+    elif kinds:
         yield Finding("machine", "platform", "ok", f"SGLang's own ({current_platform.device_name}): {reason}")
     elif reason is None:
         yield Finding(
@@ -330,7 +345,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def examine_gpu() -> Iterator[Finding]:
-    """The card, and whether the kernel that is compiled for it is right."""
+    """The GPU, and whether the kernel that is compiled for it gives right answers."""
     import torch
 
     if not torch.cuda.is_available():
@@ -347,14 +362,14 @@ def examine_gpu() -> Iterator[Finding]:
 
 
 def check_kernel(device: str, dtype: torch.dtype) -> Finding:
-    """The Triton kernel on the small cases that a server checks it with, against float64."""
+    """Run the Triton kernel on the small cases that a server checks it with, and compare it with float64."""
     from sglang_mminfer.kernels.triton import launch
     from sglang_mminfer.serving import self_check
 
     name = f"kernel, {str(dtype).removeprefix('torch.')}"
     try:
         answer = self_check.check(launch.run, device, dtype, HEAD_DIM)
-    except Exception as error:  # a compiler that does not fit, for one
+    except Exception as error:  # for example a compiler that does not fit
         return Finding("gpu", name, "error", f"does not run: {brief(error)}", _OTHER_EXECUTOR)
     if answer.good:
         return Finding("gpu", name, "ok", str(answer))
@@ -362,6 +377,7 @@ def check_kernel(device: str, dtype: torch.dtype) -> Finding:
 
 
 HEAD_DIM = 128
+"""The head dimension with which the kernel is checked."""
 
 _OTHER_EXECUTOR = (
     "install the triton that this torch requires, or try SGLANG_MMINFER_EXECUTOR=flashinfer; until then a server finds "
@@ -370,25 +386,26 @@ _OTHER_EXECUTOR = (
 
 
 def _video() -> Iterator[Finding]:
-    usable, said = _torchcodec()
+    usable, reason = _torchcodec()
     if usable:
         yield Finding("video", "torchcodec", "ok", f"{version_of('torchcodec')}, with FFmpeg's libraries")
     elif decord := version_of("decord"):
-        import decord as _  # noqa: F401 - present but broken is worse than absent
+        import decord as _  # noqa: F401 - an installed decord that does not import is an error
 
-        yield Finding("video", "torchcodec", "note", said)
+        yield Finding("video", "torchcodec", "note", reason)
         yield Finding("video", "decord", "ok", f"{decord} decodes video instead")
     else:
         yield Finding(
             "video",
             "decoder",
             "error",
-            f"{said}, and decord is missing",
+            f"{reason}, and decord is missing",
             "run `pip install decord`, or install FFmpeg's shared libraries for torchcodec.",
         )
 
 
 def examine_model(model_path: str | None, config_name: str | None, trust_remote_code: bool) -> Iterator[Finding]:
+    """What would run for a model; without a model, the head config only."""
     from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
     if model_path is None:
@@ -448,8 +465,20 @@ def examine_model(model_path: str | None, config_name: str | None, trust_remote_
 
 
 def server_args_of(model_path: str, config_name: str | None, **fields: Any) -> Any:
-    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server, which is launched with
-    `--device cpu` where there is no accelerator. Raises what that raises."""
+    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server.
+
+    If the machine has no accelerator and `fields` names no device, the device is "cpu".
+
+    Args:
+        model_path: a folder or a hub name.
+        config_name: the value of --mminfer-config; None: that of the setting.
+        **fields: further fields of ServerArgs.
+
+    Raises:
+        UnsupportedLaunch: mminfer cannot serve the model.
+        HeadConfigError: the head config cannot be used, or was made for another model.
+        Exception: any other error by which SGLang refuses the arguments.
+    """
     from sglang.srt.server_args import ServerArgs
 
     from sglang_mminfer.serving import cpu_platform
@@ -476,6 +505,7 @@ def _bad_config(text: str) -> Finding:
 
 
 def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -483,7 +513,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def _is_newer(installed: str, requirement: Any) -> bool:
-    """SGLang beyond what the tests were run with: it may work, and nobody knows."""
+    """Whether this is an SGLang newer than those that the tests were run with. It may work, but nobody has tried."""
     from packaging.version import Version
 
     lowest = (Version(clause.version) for clause in requirement.specifier if clause.operator == ">=")
@@ -495,7 +525,7 @@ def _needed(name: str) -> str:
 
 
 def _torchcodec() -> tuple[bool, str]:
-    """Whether torchcodec decodes, and if not, why. It looks for FFmpeg only when a decoder is made."""
+    """Whether torchcodec decodes, and why not if it does not. It looks for FFmpeg only when a decoder is made."""
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError):
@@ -509,13 +539,13 @@ def _torchcodec() -> tuple[bool, str]:
 
 
 def brief(error: BaseException) -> str:
-    """Type and first line."""
+    """The type of an error and the first line of its message, cut to 300 characters."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
 
 
 class _Collect(logging.Handler):
-    """Keeps errors, with the exception's own words, instead of printing them."""
+    """Collects logged errors, with the message of their exception, instead of printing them."""
 
     def __init__(self, into: list[str]) -> None:
         super().__init__(logging.ERROR)
@@ -528,7 +558,7 @@ class _Collect(logging.Handler):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """No logging or warnings on the terminal; what is logged as an error is collected."""
+    """Keep logging and warnings off the terminal. Yields the list in which logged errors are collected."""
     problems: list[str] = []
     root, handler = logging.getLogger(), _Collect(problems)
     before, root.handlers = root.handlers, [handler]
@@ -544,7 +574,7 @@ _MARKS = {"ok": "[green]✓[/]", "note": "[dim]·[/]", "warning": "[yellow]![/]"
 
 
 def _waiting(words: str) -> contextlib.AbstractContextManager[Any]:
-    """Something that moves on the screen, where `rich` is installed."""
+    """A spinner beside the words, if `rich` is installed."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:

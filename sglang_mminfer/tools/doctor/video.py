@@ -1,8 +1,8 @@
-"""`mminfer doctor --video F`: what a server would make of one video, told without a GPU and without weights.
+"""`mminfer doctor --video F`: what a server would make of one video, without a GPU and without weights.
 
-The video goes the way of a chat request with it, as far as the scheduler's door: SGLang's own arguments, chat
-template, tokenizer manager, the model's own processor with its rules for sampling frames. So tokens and geometry are
-those of the server; memory and density are computed from them.
+SGLang's own code prepares a chat request with the video up to the point where the scheduler would get it: arguments,
+chat template, tokenizer manager, and the model's processor with its rules for sampling frames. So tokens and geometry
+are those of a server. Memory and density are computed from them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ SECTION = "this video"
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """What is asked, and what would be given to the server.
+    """The video, and the flags of the server that would get it.
 
-    mm_process_config: as SGLang's --mm-process-config; None for its defaults. chunked_prefill_size: as its flag; None
-    for what SGLang picks on this machine.
+    Attributes:
+        path: the video file.
+        mm_process_config: as SGLang's --mm-process-config; None: SGLang's defaults.
+        chunked_prefill_size: as SGLang's --chunked-prefill-size, in tokens; None: what SGLang picks on this machine.
     """
 
     path: str
@@ -44,7 +46,7 @@ class VideoOptions:
 
 
 class VideoError(ValueError):
-    """Why the video cannot be looked at, in one sentence, and what to do."""
+    """The video cannot be examined. The message says why in one sentence, and `fix` says what to do."""
 
     def __init__(self, text: str, fix: str) -> None:
         super().__init__(text)
@@ -62,7 +64,7 @@ class Prompt:
 def examine_video(
     model_path: str, config_name: str | None, options: VideoOptions, trust_remote_code: bool = False
 ) -> Iterator[Finding]:
-    """All findings about one video and one model; a single error where it cannot be served."""
+    """All findings about one video and one model; a single error if the video cannot be served."""
     try:
         yield from _findings(model_path, config_name, options, trust_remote_code)
     except VideoError as error:
@@ -104,7 +106,11 @@ def _findings(
 
 
 def _file(path: str) -> tuple[int, float]:
-    """Frames and frames a second, by SGLang's decoder."""
+    """The number of frames, and frames per second, as SGLang's decoder reads them.
+
+    Raises:
+        VideoError: the file cannot be decoded.
+    """
     from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
     try:
@@ -122,7 +128,7 @@ def _file(path: str) -> tuple[int, float]:
 
 
 def prompt_of(server_args: Any, path: str) -> Prompt:
-    """The request, made by SGLang's own code in this process.
+    """A chat request with the video at `path`, prepared by SGLang's own code in this process.
 
     Raises:
         VideoError: if SGLang refuses it, or drops the video on the way.
@@ -147,42 +153,42 @@ def prompt_of(server_args: Any, path: str) -> Prompt:
             stack.callback(socket.close, 0)
         try:
             chat = manager.serving_chat_class(manager, templates)
-            asked, _ = chat._convert_to_internal_request(request)
-            made = asyncio.run(_tokenized(manager, asked))
+            internal_request, _ = chat._convert_to_internal_request(request)
+            tokenized = asyncio.run(_tokenized(manager, internal_request))
         except Exception as error:
             raise VideoError(
                 f"SGLang refuses a request with it: {brief(error)}",
                 "a server would answer the same; give a shorter video, another --mm-process-config or another model.",
             ) from None
         architecture = (manager.model_config.hf_config.architectures or ["this model"])[0]
-        mm_inputs = made.mm_inputs and MultimodalInputs.from_processor_output(made.mm_inputs)
+        mm_inputs = tokenized.mm_inputs and MultimodalInputs.from_processor_output(tokenized.mm_inputs)
         if mm_inputs is None or not any(item.is_video() or item.is_image() for item in mm_inputs.mm_items):
             raise VideoError(
                 f"SGLang makes no media of it: its chat template or processor for {architecture} takes no video",
                 "name a model that takes video, or its --chat-template.",
             )
-        return Prompt(list(made.input_ids), mm_inputs)
+        return Prompt(list(tokenized.input_ids), mm_inputs)
 
 
 async def _tokenized(manager: Any, request: Any) -> Any:
-    """What the manager would send to the scheduler; these are its own steps up to there."""
+    """What the tokenizer manager would send to the scheduler. The steps are the manager's own."""
     request.normalize_batch_and_arguments()
     manager._init_req_state(request)
     return await manager._tokenize_one_request(request)
 
 
 def _remove_sockets(ports: Any) -> None:
-    """The files by which a server's processes would find each other."""
+    """Remove the socket files over which a server's processes would talk to each other."""
     for name in vars(ports).values():
         if isinstance(name, str) and name.startswith("ipc://"):
             Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def map_of(prompt: Prompt, model: Any) -> ModalityMap:
-    """As the backend reads it.
+    """The prompt's map, read as the backend reads it.
 
     Raises:
-        GeometryError: as there.
+        GeometryError: the media do not add up; a server would run the request dense.
     """
     from sglang_mminfer.families.maps import map_from_mm_inputs, reader_of
 
@@ -216,7 +222,7 @@ def _tokens(prompt: Prompt, model: Any) -> Iterator[Finding]:
 
 
 def _chunk_size(model: Any, view: Any) -> int | None:
-    """Tokens that one prefill takes at most; None without a bound."""
+    """The largest prefill chunk, in tokens; None if SGLang does not cut prompts."""
     from sglang.srt.configs.model_config import ModelImpl
     from sglang.srt.model_loader.utils import get_resolved_model_impl
 
@@ -227,7 +233,7 @@ def _chunk_size(model: Any, view: Any) -> int | None:
 
 
 def embedding_bytes(model: Any) -> int:
-    """Of one token in SGLang's embedding cache. Models with deepstack keep the features of several layers."""
+    """Bytes of one token in SGLang's embedding cache. Models with deepstack keep the features of several layers."""
     layers = getattr(getattr(model.hf_config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     return model.hf_text_config.hidden_size * (1 + len(layers)) * model.dtype.itemsize
 
@@ -254,7 +260,11 @@ def _embeddings(prompt: Prompt, model: Any, view: Any) -> Finding:
 
 
 def chunks_of(items: list[Any], chunk: int | None) -> int:
-    """How many chunks of a prompt that is prefilled from its start have tokens of these items."""
+    """How many chunks hold tokens of these items, if the prompt is prefilled from its start.
+
+    Args:
+        chunk: tokens of a chunk; None: the prompt is not cut.
+    """
     if chunk is None:
         return 1
     spans = [span for item in items for span in item.offsets]
@@ -270,13 +280,13 @@ def _kv_cache(tokens: int, model: Any, view: Any) -> Finding:
 
 
 def expected_density(modality_map: ModalityMap, head_config: HeadConfig, layers: int) -> float:
-    """Visited over causal pairs, mean over all heads of all layers. Estimated patterns: at most about this."""
+    """Visited over causal pairs, mean over all heads of all layers. With estimated patterns it is about the maximum."""
     from sglang_mminfer.tools.baselines import density_of
 
     below = head_config.defaults.dense_below
     heads = Counter(pattern for layer in range(layers) for pattern in head_config.patterns(layer))
-    found = {pattern: density_of(pattern, modality_map, below) for pattern in heads}
-    return sum(found[pattern] * count for pattern, count in heads.items()) / heads.total()
+    densities = {pattern: density_of(pattern, modality_map, below) for pattern in heads}
+    return sum(densities[pattern] * count for pattern, count in heads.items()) / heads.total()
 
 
 def _density(prompt: Prompt, model: Any, server_args: Any) -> Finding:

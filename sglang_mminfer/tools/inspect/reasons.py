@@ -1,5 +1,7 @@
-"""Why rows of a head saw everything: by rules of its pattern, which names them itself, or of the config, or for want of
-something to leave out."""
+"""Why rows of a head saw every key: by a rule of its pattern or of the head config, or because nothing was left out.
+
+Patterns name the reasons of their own rules.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ PATTERN_REASONS = tuple(
     dict.fromkeys(reason for pattern in kinds().values() for reason in pattern.reasons if reason not in _FIRST)
 )
 REASONS = (*_FIRST, *PATTERN_REASONS, TILES)
-"""In the order in which they are looked for: a row counts under the first that holds."""
+"""All reasons, in order: a row counts under the first one that holds."""
 
 
 @dataclass(frozen=True)
 class Why:
-    """One reason: how many rows saw everything for it, and the share of the visited pairs that they cost."""
+    """One reason: how many rows have it, and the share of the visited pairs that these rows cost."""
 
     reason: str
     rows: int
@@ -45,37 +47,42 @@ def reasons_by_row(
 
     Args:
         visited: int64 [rows], how many keys each row visited, from position `first_row` on.
-        ran_dense: nothing ran sparse here.
+        ran_dense: whether the whole layer or request ran dense.
     """
     position = first_row + np.arange(len(visited))
-    everything = visited >= position + 1
+    saw_all = visited >= position + 1
     holds = {reason: np.zeros(len(visited), dtype=bool) for reason in REASONS}
     holds[BELOW] = position < dense_below
     holds[ALL_DENSE][:] = ran_dense
     holds[TILES][:] = True
     for row_class in row_classes(head):
         scope = Scope(modality_map, first_row + len(visited), row_class.rows, text_rule=row_class.text_rule)
-        mine = scope.row_members.has(position)
+        in_class = scope.row_members.has(position)
         if all(pattern == UNNAMED for _, pattern in row_class.pairs):
-            holds[MODALITY if isinstance(head, Boundary) else BY_CONFIG] |= mine
+            holds[MODALITY if isinstance(head, Boundary) else BY_CONFIG] |= in_class
             continue
         for keys, pattern in row_class.pairs:
             if pattern == UNNAMED:
                 continue
             index = pattern.index(replace(scope, keys=keys))
             if index.local:
-                holds[START] |= mine & (position < index.sink + index.local + BLOCK_K + BLOCK_Q)
+                holds[START] |= in_class & (position < index.sink + index.local + BLOCK_K + BLOCK_Q)
             for reason, rows in index.whole.items():
-                holds[reason] |= mine & rows.has(position)
-    found = np.select([holds[reason] for reason in REASONS], list(REASONS), default=TILES)
-    return np.where(everything, found, SPARSE)
+                holds[reason] |= in_class & rows.has(position)
+    first_reason = np.select([holds[reason] for reason in REASONS], list(REASONS), default=TILES)
+    return np.where(saw_all, first_reason, SPARSE)
 
 
 def account(reasons: np.ndarray, visited: np.ndarray) -> list[Why]:
-    """By reason, dearest first; the rows that ran sparse are among them."""
+    """One entry for each reason, the one that cost most pairs first. Rows that left keys out have an entry, too.
+
+    Args:
+        reasons: str [rows], from `reasons_by_row`.
+        visited: int64 [rows], how many keys each row visited.
+    """
     total = max(int(visited.sum()), 1)
-    found = [
+    entries = [
         Why(str(reason), int((reasons == reason).sum()), float(visited[reasons == reason].sum() / total))
         for reason in np.unique(reasons)
     ]
-    return sorted(found, key=lambda why: -why.pairs)
+    return sorted(entries, key=lambda entry: -entry.pairs)

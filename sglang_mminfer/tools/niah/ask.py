@@ -78,12 +78,15 @@ class Settings:
 
     @property
     def questions(self) -> int:
+        """How many questions a server is asked."""
         return len(self.cases) * self.depths
 
     def depth(self, index: int) -> float:
+        """The depth with this index, from 0 (the start of a conversation) to 1 (its end)."""
         return index / (self.depths - 1)
 
     def conversation(self, case: Case) -> Placed:
+        """The conversation of a case; the same settings give the same one."""
         make, relays = TASKS[case.task]
         random = np.random.default_rng((case.seed, case.length, list(TASKS).index(case.task)))
         return make(case.length, [self.depth(i) for i in range(self.depths)], random, relays=relays)
@@ -258,10 +261,12 @@ class Cell:
 
     @property
     def share(self) -> float | None:
+        """The share of right answers, 0 to 1; None if there are no answers."""
         return self.right / self.answered if self.answered else None
 
     @classmethod
     def of(cls, answers: Iterable[Answer]) -> Cell:
+        """The counts of some answers."""
         answers = list(answers)
         failed = sum(a.error is not None for a in answers)
         return cls(sum(a.right for a in answers), len(answers) - failed, failed)

@@ -76,6 +76,7 @@ def settings_of(options: argparse.Namespace, kit: kits.Kit, model: str, relays: 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to `parser`."""
     servers = parser.add_argument_group("servers")
     servers.add_argument("--url", action="append", default=[], help="of a running server; may be given several times")
     servers.add_argument("--model", help="name to ask those servers for; default: the first that each lists")
@@ -281,11 +282,12 @@ def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
 
 
 def ask_with_progress(target: Target, media: Media, concurrency: int, console: Console) -> list[Answer]:
+    """`ask.ask_all` with a progress bar on the console."""
     with progress_bar(console, target.label, media.settings.questions) as count_answer:
         return niah.ask_all(target, media, concurrency, count_answer)
 
 
-def table(heard: dict[str, list[Answer]], settings: Settings) -> Table:
+def table(answers_of: dict[str, list[Answer]], settings: Settings) -> Table:
     """The table of right answers, by server, task and length."""
     rows = Table(title="Needles found", title_justify="left")
     rows.add_column("server", no_wrap=True)
@@ -293,7 +295,7 @@ def table(heard: dict[str, list[Answer]], settings: Settings) -> Table:
         for length in settings.lengths:
             rows.add_column(f"{TITLES[task]}\n{length:,}", justify="right", no_wrap=True)
     rows.add_column("errors", justify="right")
-    for name, answers in heard.items():
+    for name, answers in answers_of.items():
         row = [
             percent(Cell.of(a for a in answers if (a.task, a.length) == (task, length)))
             for task in settings.tasks
@@ -304,6 +306,7 @@ def table(heard: dict[str, list[Answer]], settings: Settings) -> Table:
 
 
 def percent(cell: Cell) -> str:
+    """The share of right answers as text."""
     return "–" if cell.share is None else f"{100 * cell.share:.1f} %"
 
 

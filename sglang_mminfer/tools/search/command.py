@@ -14,12 +14,13 @@ from sglang_mminfer.tools.search import BOUNDARIES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_mminfer.tools.search.run import Found
+    from sglang_mminfer.tools.search.run import SearchResult
 
 DENSITY = 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("model_path", help="a model directory, or its name on the hub")
     parser.add_argument("--video", type=Path, action="append", default=[], help="a calibration video; may be repeated")
     parser.add_argument(
@@ -89,6 +90,7 @@ def _boundaries(text: str) -> tuple[str, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command. Returns the exit status: 1 if the search cannot go on, else 0."""
     from rich.console import Console
 
     from sglang_mminfer.tools.search.run import SearchError
@@ -109,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _search(options: argparse.Namespace, console: Console) -> Found:
+def _search(options: argparse.Namespace, console: Console) -> SearchResult:
     from transformers import AutoConfig
 
     from sglang_mminfer.head_config import fingerprint_of
@@ -165,7 +167,7 @@ def _search(options: argparse.Namespace, console: Console) -> Found:
             server.stop()
 
 
-def _print(result: Found) -> None:
+def _print(result: SearchResult) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 

@@ -50,6 +50,7 @@ def write(folder: Path, job: Job) -> None:
 
 
 def read(folder: Path) -> Job | None:
+    """The job in the folder; None if there is none."""
     try:
         return msgspec.json.decode((folder / JOB).read_bytes(), type=Job)
     except FileNotFoundError:
@@ -57,10 +58,12 @@ def read(folder: Path) -> Job | None:
 
 
 def result_path(folder: Path, result: str, layer: int, rank: int) -> Path:
+    """The file for the result of one layer of one rank."""
     return folder / result / f"layer-{layer:03d}-rank-{rank:02d}.json"
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(result))
@@ -93,6 +96,7 @@ def as_config(name: str, heads: Sequence[Sequence[HeadPattern]], dense_below: in
 
 
 def map_to_json(modality_map: ModalityMap) -> list[dict[str, Any]]:
+    """The segments of a map as JSON values."""
     return [
         {
             "modality": s.modality.value,
@@ -105,6 +109,8 @@ def map_to_json(modality_map: ModalityMap) -> list[dict[str, Any]]:
 
 
 def map_from_json(segments: list[dict[str, Any]]) -> ModalityMap:
+    """The map that `map_to_json` turned into JSON values."""
+
     def grid(fields: list[Any] | None) -> VisionGrid | None:
         if fields is None:
             return None

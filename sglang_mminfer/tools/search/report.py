@@ -10,7 +10,7 @@ import numpy as np
 from sglang_mminfer.patterns.base import kinds
 from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary
 from sglang_mminfer.tools.page import Page
-from sglang_mminfer.tools.search.run import Found, Scores
+from sglang_mminfer.tools.search.run import Scores, SearchResult
 
 
 def rows_of(scores: Scores) -> list[tuple[str, float, float, float]]:
@@ -19,29 +19,29 @@ def rows_of(scores: Scores) -> list[tuple[str, float, float, float]]:
     return [(scores.names[c], scores.density(c), scores.mean_error(c), float(scores.ms[c].sum())) for c in every]
 
 
-def page(found: Found) -> str:
+def page(result: SearchResult) -> str:
     """One self-contained HTML page."""
-    provenance = found.config.provenance
-    out = Page(f"Head config {found.config.name}")
+    provenance = result.config.provenance
+    out = Page(f"Head config {result.config.name}")
     calibration, budget, date = (text or "" for text in (provenance.calibration, provenance.budget, provenance.date))
     out.note(f"{provenance.note} Calibration: {calibration}. Budget: {budget}. {date}.")
-    for doubt in found.doubts:
+    for doubt in result.doubts:
         out.warning(doubt)
-    if found.held_out is not None:
+    if result.held_out is not None:
         out.heading("On the held-out input")
-        out.table(_COLUMNS, _cells(found.held_out))
+        out.table(_COLUMNS, _cells(result.held_out))
     out.heading("On the calibration input")
-    out.table(_COLUMNS, _cells(found.calibration))
+    out.table(_COLUMNS, _cells(result.calibration))
     out.note(
         "Error: difference of a head's attention output from dense, in units of the head's root-mean-square output; "
         "near the worst rows of each modality, summed over modalities, the mean of all heads. Density: visited over "
         "causal pairs, estimates included. Time: the executor's, all layers, on the machine of the search."
     )
-    out.note(found.cost_words)
+    out.note(result.cost_words)
     for heading, figure in (
-        ("What each head does", mosaic(found.allocation.heads)),
-        ("Error and density of each head", by_head(found)),
-        ("What a budget buys", pareto(found)),
+        ("What each head does", mosaic(result.allocation.heads)),
+        ("Error and density of each head", by_head(result)),
+        ("What a budget buys", pareto(result)),
     ):
         out.heading(heading)
         out.picture(figure, heading)
@@ -104,16 +104,16 @@ def _square(x: int, y: int, colour: str) -> Any:
     return Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, color=colour)
 
 
-def by_head(found: Found) -> Any:
+def by_head(result: SearchResult) -> Any:
     """Two maps, layers x heads: error and density."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers, count = found.allocation.by_head.shape[:2]
+    layers, count = result.allocation.by_head.shape[:2]
     figure, pair = pyplot.subplots(1, 2, figsize=(max(8.0, min(18.0, 0.9 * count)), max(2.6, 0.4 * layers + 1.2)))
-    for axes, values, title in zip(pair, np.moveaxis(found.allocation.by_head, 2, 0), ("error", "density")):
+    for axes, values, title in zip(pair, np.moveaxis(result.allocation.by_head, 2, 0), ("error", "density")):
         shown = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
         axes.set(xlabel="head", ylabel="layer", title=title)
         axes.set_xticks(range(0, count, 1 if count <= 16 else 4))
@@ -123,13 +123,13 @@ def by_head(found: Found) -> Any:
     return figure
 
 
-def pareto(found: Found) -> Any:
+def pareto(result: SearchResult) -> Any:
     """Mean error over mean density: what the allocation can buy, and where the finalists stand."""
     figure, axes = _figure(8, 4.5)
-    density, error = zip(*found.curve)
+    density, error = zip(*result.curve)
     axes.plot(density, error, "-", color="#4c78a8", label="allocation over all heads")
     marks = ["o", "s", "^", "v", "D", "P", "X", "*", "<", ">"]
-    for mark, (name, its_density, its_error, _) in zip(marks, rows_of(found.calibration)):
+    for mark, (name, its_density, its_error, _) in zip(marks, rows_of(result.calibration)):
         axes.plot([its_density], [its_error], mark, markersize=8, linestyle="none", label=name)
     axes.set(xlabel="density: visited over causal pairs", ylabel="mean error of a head", ylim=(0, None))
     axes.grid(alpha=0.3)

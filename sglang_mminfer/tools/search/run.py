@@ -54,6 +54,7 @@ class Calibration:
 
     @staticmethod
     def of_video(path: Path, question: str = "What happens in this video?") -> Calibration:
+        """One message with a video and a question."""
         url = str(path.resolve())
         content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}]
         return Calibration._named(path.stem, [{"role": "user", "content": content}])
@@ -99,6 +100,7 @@ class Scores:
     ms: np.ndarray
 
     def density(self, config: int) -> float:
+        """Visited over causal pairs of one config, mean over all heads."""
         return float(self.visited[config].sum(axis=-1).mean() / self.causal.sum())
 
     def first(self, count: int) -> Scores:
@@ -118,6 +120,7 @@ class Scores:
         return spent / spent[self.names.index(DENSE)].sum(axis=-1).mean()
 
     def mean_error(self, config: int) -> float:
+        """The error of one config, summed over modalities, mean over all heads."""
         return float(np.nansum(self.error[config], axis=-1).mean())
 
 
@@ -177,6 +180,7 @@ class Prober:
         return self.ask(jobs.Job("phases", result, max_memory=self.max_memory), calibration)
 
     def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
+        """The map of the prompt, and the phases of each head, [layers][heads]. Errors: as `ask`."""
         results = self._first_look(calibration)
         heads = [[of_head for rank in ranks for of_head in rank["phases"]] for ranks in results]
         return jobs.map_from_json(results[0][0]["map"]), heads
@@ -191,6 +195,7 @@ class Prober:
         return read_times(path)
 
     def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
+        """The measurements of configs, given as (name, head config as JSON text), on one prompt. Errors: as `ask`."""
         digest = hashlib.sha256(json.dumps([jobs.FORMAT, configs]).encode()).hexdigest()[:10]
         job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory)
         results = self.ask(job, calibration)
@@ -284,8 +289,19 @@ def baselines(layers: int, heads: int, local: int) -> list[tuple[str, list[list[
 
 
 @dataclass
-class Found:
-    """The result of a search."""
+class SearchResult:
+    """The result of a search.
+
+    config:      the head config that was searched.
+    allocation:  the choices that `config` holds.
+    equal:       the choices with an equal budget for each head.
+    curve:       (density, error) of many budgets, ascending.
+    doubts:      sentences about what the calibration does not show.
+    times:       the times of tile visits.
+    by_time:     whether errors were weighed against times; else against visited pairs.
+    calibration: the measurements of the finalists on the calibration input.
+    held_out:    the same on the held-out input; None if there is none.
+    """
 
     config: HeadConfig
     allocation: Allocation
@@ -318,7 +334,7 @@ def search(
     dense_below: int,
     name: str,
     today: datetime.date,
-) -> Found:
+) -> SearchResult:
     """Measure the candidates, allocate a pattern to each head, and measure the result.
 
     Args:
@@ -343,7 +359,15 @@ def search(
     scores = with_default.first(len(named_candidates))
     tile_us = times or prober.tile_times(calibrations)
     time = scores.time(tile_us) if by_time else None
-    table = Table(patterns, scores.error, scores.visited, scores.causal, MODALITIES, time).only(boundaries)
+    table = Table(
+        patterns,
+        scores.error,
+        scores.visited,
+        scores.causal,
+        MODALITIES,
+        time,
+        group=model.heads // model.kv_heads,
+    ).only(boundaries)
     try:
         chosen = within_density(table, density) if density is not None else within_error(table, error or 0.0)
     except ValueError as infeasible:
@@ -376,7 +400,7 @@ def search(
     texts = [*((label, jobs.as_config(label, heads)) for label, heads in finalists), default]
     on_calibration = joined([prober.scores(calibration, texts) for calibration in calibrations])
     on_held_out = prober.scores(held_out, texts) if held_out is not None else None
-    return Found(config, chosen, equal, frontier(table), unseen, tile_us, by_time, on_calibration, on_held_out)
+    return SearchResult(config, chosen, equal, frontier(table), unseen, tile_us, by_time, on_calibration, on_held_out)
 
 
 def _as_dense_as(table: Table, densities: dict[str, float]) -> list[tuple[str, list[list[HeadPattern]]]]:

@@ -14,7 +14,7 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 
 from families import llava_original
 from processing import Processing
-from sglang_mminfer.families.llava_original.processor import lay_out, rasters_of, side_of
+from sglang_mminfer.families.llava_original.processor import lay_out, model_class, rasters_of, side_of
 from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.families.processors import adapt_model
 from sglang_mminfer.modality.items import KEY, Place
@@ -45,9 +45,7 @@ def model_of(merge: str, aspect: str):
     """SGLang's model with ours over it. Pixels say where a view lies, and become features that say where they lie."""
     from sglang.srt.models.llava import LlavaQwenForCausalLM
 
-    kind, _ = adapt_model((LlavaQwenForCausalLM, "LlavaQwenForCausalLM"))
-
-    class Marked(kind):
+    class Marked(model_class(LlavaQwenForCausalLM)):
         def encode_images(self, pixel_values):
             y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
             inside = torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(1, -1, 3)
@@ -238,9 +236,10 @@ def test_what_the_items_do_not_say():
     assert caught.value.reason == "no_offsets"
 
 
-def test_it_can_be_left_as_sglang_has_it(monkeypatch):
+def test_it_can_be_left_as_sglang_has_it(monkeypatch, note):
     from sglang.srt.models.llava import LlavaQwenForCausalLM
 
+    note(SimpleNamespace(attention_backend="mminfer"))
     resolved = (LlavaQwenForCausalLM, "LlavaQwenForCausalLM")
     assert adapt_model(resolved)[0] is not LlavaQwenForCausalLM
     monkeypatch.setenv(SPLIT_VIDEOS.variable, "0")

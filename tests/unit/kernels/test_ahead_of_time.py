@@ -3,7 +3,7 @@
 import pytest
 
 from sglang_mminfer.kernels.triton import ahead_of_time
-from sglang_mminfer.kernels.triton.configurations import HEAD_DIMS, configuration
+from sglang_mminfer.kernels.triton.configurations import HEAD_DIMS, Configuration, configuration
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
 ROUNDING = 16  # bytes; from one run of the compiler to the next the same source may differ by a register or two
@@ -18,6 +18,20 @@ def test_builds_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim)
         assert build.spills <= ROUNDING, build
         assert build.shared <= SHARED_MEMORY[capability], build
         assert build.tensor_cores == TENSOR_CORES[capability], build
+        assert not build.serialized and not build.unfenced, build
+
+
+def test_a_build_that_the_assembler_serialises_is_seen():
+    """With 128 registers a thread every wgmma would wait."""
+    build = ahead_of_time.compile_build(90, "bf16", 128, Configuration(128, 8, 4, maxnreg=128))
+    assert build.serialized and build.spills
+
+
+def test_loops_without_a_proxy_fence_are_seen():
+    loop = "$L__BB0_1:\n cp.async.cg.shared.global [a], [b];\n{fence}\n wgmma.mma_async.sync;\n @%p1 bra $L__BB0_1;"
+    assert ahead_of_time.unfenced_loops(loop.format(fence="")) == 1
+    assert ahead_of_time.unfenced_loops(loop.format(fence=" fence.proxy.async.shared::cta;")) == 0
+    assert ahead_of_time.unfenced_loops(loop.replace("wgmma", "mma").format(fence="")) == 0
 
 
 @pytest.mark.parametrize("capability", [89, 120])

@@ -1,5 +1,6 @@
 """The search on heads whose pattern is known, and its allocation against every other choice."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -133,6 +134,17 @@ def test_no_other_choice_of_the_same_density_errs_less(seed):
             index = (np.array(picks).reshape(2, 2), *np.indices((2, 2)))
             error, dense = table.error[:, 0][index].sum() / 2, density[index].sum() / 2
             assert not (error < found.error - 1e-12 and dense <= found.density + 1e-12)
+
+
+def test_heads_of_one_kv_head_share_a_pattern_where_it_is_as_good():
+    patterns = [[[AShape(0, 1 + c)] * 4] for c in range(3)]
+    error = np.array([[1.0, 1.004, 1.0, 5.0], [1.004, 1.0, 5.0, 1.0], [0.0] * 4]).reshape(3, 1, 4, 1)
+    cost = np.array([0.1, 0.1, 4.0])[:, None, None, None] * np.ones((3, 1, 4, 1))
+    table = Table(patterns, error, cost, np.ones(1), (VIDEO,), group=2)
+    assert at_price(replace(table, group=1), 1.0).heads == [[AShape(0, 1), AShape(0, 2), AShape(0, 1), AShape(0, 2)]]
+    found = at_price(table, 1.0)
+    assert found.heads == [[AShape(0, 1), AShape(0, 1), AShape(0, 1), AShape(0, 2)]]
+    assert found.error == pytest.approx((1.0 + 1.004 + 1.0 + 1.0) / 4)
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, 1.0])
