@@ -15,22 +15,30 @@ VERSION = "4.0.0b36"
 names anew, so another version may compile and still be wrong."""
 
 CAPABILITIES = (90, 100, 103)
-HEAD_DIMS = (64, 96, 128, 256)
-DTYPES = (torch.bfloat16, torch.float16)
+KEYS_OF_A_TILE = {64: (64, 128), 96: (64, 128), 128: (64, 128), 256: (64,)}
+"""For each head dim the key tiles that shared memory has room for."""
 
 
-def why_unavailable(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+def why_unavailable(device: torch.device, head_dim: int, block_k: int, dtype: torch.dtype) -> str | None:
     """Why this executor cannot run here, in words for the log; None if it can be tried."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "there is no NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor not in CAPABILITIES:
         return f"the GPU is sm_{major}{minor}, and there are kernels for sm_90, sm_100 and sm_103"
-    if head_dim not in HEAD_DIMS:
-        return f"the head dim is {head_dim}, and there are kernels for {HEAD_DIMS}"
-    if dtype not in DTYPES:
+    if dtype not in (torch.bfloat16, torch.float16):
         return f"attention computes in {dtype}, and there are kernels for bfloat16 and float16"
-    return why_not_installed()
+    return why_unsupported(head_dim, block_k) or why_not_installed()
+
+
+def why_unsupported(head_dim: int, block_k: int) -> str | None:
+    """Why there is no kernel for these sizes; None if there is one."""
+    if head_dim not in KEYS_OF_A_TILE:
+        return f"the head dim is {head_dim}, and there are kernels for {', '.join(map(str, KEYS_OF_A_TILE))}"
+    if block_k not in KEYS_OF_A_TILE[head_dim]:
+        fitting = " and ".join(map(str, KEYS_OF_A_TILE[head_dim]))
+        return f"key tiles have {block_k} keys, and there are kernels for {fitting} at head dim {head_dim}"
+    return None
 
 
 def why_not_installed() -> str | None:
@@ -41,7 +49,7 @@ def why_not_installed() -> str | None:
         return "flash-attn-4 is not installed"
     if version != VERSION:
         return f"flash-attn-4 is {version}, and only {VERSION} is known"
-    for module in ("flash_attn", "cutlass", "quack"):
+    for module in ("flash_attn", "cutlass", "quack", "tvm_ffi"):
         if importlib.util.find_spec(module) is None:
             return f"flash-attn-4 lacks {module}"
     return None

@@ -26,6 +26,7 @@ from flash_attn.cute.flash_fwd_sm100 import FlashAttentionForwardSm100
 from flash_attn.cute.utils import AuxData
 from quack.compile_utils import make_fake_tensor
 
+from . import why_unsupported
 from .arguments import CallArguments
 from .mask import below_bound
 from .sm90 import ListedForwardSm90
@@ -52,12 +53,8 @@ class Kind:
     gathered: bool
 
     def __post_init__(self) -> None:
-        fitting = (64,) if self.head_dim == 256 else (64, 128)  # what shared memory has room for
-        if self.block_k not in fitting:
-            raise ValueError(
-                f"block_k: expected one of {fitting} for the fa4 executor at head dim {self.head_dim}, "
-                f"got {self.block_k}"
-            )
+        if (why := why_unsupported(self.head_dim, self.block_k)) is not None:
+            raise ValueError(f"the fa4 executor cannot run this plan: {why}")
 
     @property
     def blackwell(self) -> bool:
@@ -98,13 +95,14 @@ def call(
     """One launch.
 
     Args:
-        q, out: [1, rows, kv_heads, D] for the rows of `arguments`. lse: float32 [1, kv_heads, rows], natural logarithm.
+        q, out: [kv_heads, rows, D] for the rows of `arguments`. lse: float32 [kv_heads, rows], natural logarithm.
         k, v: [1, keys, kv_heads, D] if gathered, else [slots, 1, kv_heads, D].
     """
+    q, out = (x.transpose(0, 1)[None] for x in (q, out))  # upstream's [batch, rows, heads, D]
     pages = None if kind.gathered else arguments.kv_slots[None]
     lists = arguments.padded_lists if kind.blackwell else (arguments.lists, arguments.tiles, None, None)
     aux_tensors = [arguments.q_stop, arguments.kv_pos]
-    compiled(kind)(*_in_order(kind, q, k, v, out, lse, sm_scale, pages, (*lists, *[None] * 4), aux_tensors))
+    compiled(kind)(*_in_order(kind, q, k, v, out, lse[None], sm_scale, pages, (*lists, *[None] * 4), aux_tensors))
 
 
 def _in_order(

@@ -54,16 +54,7 @@ def run(
     k, v = (keys_of(cache, arguments, kind.gathered) for cache in (k_cache, v_cache))
     rows_out = torch.empty_like(rows)
     rows_lse = torch.empty(rows.shape[:2], dtype=torch.float32, device=q.device)
-    call(
-        kind,
-        rows.transpose(0, 1)[None],
-        k,
-        v,
-        arguments,
-        sm_scale,
-        rows_out.transpose(0, 1)[None],
-        rows_lse[None],
-    )
+    call(kind, rows, k, v, arguments, sm_scale, rows_out, rows_lse)
     slots = (-1, kind.pairs)
     merge(arguments.items, rows_out.view(*slots, head_dim), rows_lse.view(slots).mul_(LOG2_E), out, lse)
 

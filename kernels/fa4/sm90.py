@@ -8,7 +8,7 @@ indices for each query tile. Two things differ here, and nothing of upstream's c
             `produce_block_sparse_loads`.
     lists   A list is a range of one array, the plan's own. Only `get_curr_blocksparse_tensors` knows how lists lie.
 
-So these are upstream's functions with one or two of the names that they use bound anew.
+So these are upstream's functions with one or two of the names that they use bound anew, and a fence.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flash_attn.cute import block_sparse_utils
 from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.paged_kv import PagedKVManager
+from flash_attn.cute.pipeline import PipelineCpAsync
 
 
 def rebound(staged: Any, **names: Any) -> Any:
@@ -62,6 +63,24 @@ def lists_of_item(
 
 PRODUCE = rebound(block_sparse_utils.produce_block_sparse_loads, get_curr_blocksparse_tensors=lists_of_item)
 CONSUME = rebound(block_sparse_utils.consume_block_sparse_loads, get_curr_blocksparse_tensors=lists_of_item)
+MMA = rebound(FlashAttentionForwardSm90.mma, consume_block_sparse_loads=CONSUME)
+
+
+class FencedPipelineCpAsync(PipelineCpAsync):
+    """Tiles that cp.async has written, for a consumer that multiplies them by wgmma.
+
+    The two reach shared memory through different proxies, and PTX wants a fence between them. Upstream has none.
+    """
+
+    def consumer_wait(self, *arguments: Any, **keywords: Any) -> None:
+        super().consumer_wait(*arguments, **keywords)
+        cute.arch.fence_view_async_shared()
+
+
+def fenced(pipeline: PipelineCpAsync) -> PipelineCpAsync:
+    """The pipeline as a `FencedPipelineCpAsync`, in the way in which upstream makes its own of others' pipelines."""
+    object.__setattr__(pipeline, "__class__", FencedPipelineCpAsync)
+    return pipeline
 
 
 class ListedForwardSm90(FlashAttentionForwardSm90):
@@ -71,9 +90,12 @@ class ListedForwardSm90(FlashAttentionForwardSm90):
     slots; else [1, keys, kv_heads, D].
     """
 
-    mma = rebound(FlashAttentionForwardSm90.mma, consume_block_sparse_loads=CONSUME)
+    # `load` and `mma` are plain methods, of which nothing is staged. Their arguments are upstream's.
+    def mma(self, *arguments: Any) -> None:
+        """Upstream's consumer, over our lists."""
+        arguments = tuple(fenced(x) if isinstance(x, PipelineCpAsync) else x for x in arguments)
+        MMA(self, *arguments)
 
-    # A plain method, of which nothing is staged. The arguments are upstream's.
     def load(
         self,
         mQ: Any,

@@ -8,6 +8,7 @@ request.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,30 @@ def check(
     return Answer(error, lse_error, repeatable, TOLERANCE[dtype])
 
 
-def why_unfit(runner: Any, executor: str, device: torch.device, ranks: int, dense_backend: str) -> str | None:
+def first_fit(
+    runner: Any, names: Sequence[str], device: torch.device, ranks: int, dense_backend: str
+) -> tuple[str, str | None]:
+    """The first of these executors that gives right answers here, and None.
+
+    If none does: the last of them, and the dense_reason of every request. Arguments as for `why_unfit`.
+    """
+    for name, following in zip(names, [*names[1:], None]):
+        otherwise = "everything runs dense" if following is None else f"{following} is tried next"
+        reason = why_unfit(runner, name, device, ranks, dense_backend, otherwise)
+        if reason != "executor_failed":
+            break
+        executors.rule_out(name)
+    return name, reason
+
+
+def why_unfit(
+    runner: Any,
+    executor: str,
+    device: torch.device,
+    ranks: int,
+    dense_backend: str,
+    otherwise: str = "everything runs dense",
+) -> str | None:
     """Runs the case through the executor before the first request.
 
     Args:
@@ -121,6 +145,7 @@ def why_unfit(runner: Any, executor: str, device: torch.device, ranks: int, dens
         device: where requests run. Nothing is checked on a CPU.
         ranks: tensor-parallel ranks of the attention.
         dense_backend: the backend that runs everything if the check fails; for the log.
+        otherwise: what follows if the check fails; for the log.
 
     Returns:
         The dense_reason of every request if the check fails, else None.
@@ -142,10 +167,10 @@ def why_unfit(runner: Any, executor: str, device: torch.device, ranks: int, dens
     try:
         answer = check(executors.EXECUTORS[executor], device, runner.dtype, model.head_dim, *heads)
     except Exception:
-        logger.exception("mminfer: the %s executor does not run here; everything runs dense", executor)
+        logger.exception("mminfer: the %s executor does not run here; %s", executor, otherwise)
         return "executor_failed"
     if answer.good:
         logger.info("mminfer: the %s executor was checked on %s: %s", executor, device, answer)
         return None
-    logger.error("mminfer: the %s executor is wrong here (%s); everything runs dense", executor, answer)
+    logger.error("mminfer: the %s executor is wrong here (%s); %s", executor, answer, otherwise)
     return "executor_failed"

@@ -21,6 +21,7 @@ from sglang_mminfer.planning.budget import PlanBudget, line_strides
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
 from sglang_mminfer.planning.planner import BatchPlanner
+from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
@@ -95,10 +96,11 @@ class SparsePrefill:
         self._budget, self._line_strides = PlanBudget(*settings.plan_budget()), line_strides(self._patterns)
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
-        self.executor = executors.name_for(settings.executor(), self.device)
-        self.unfit: str | None = None
+        case = self.device, runner.model_config.head_dim, BLOCK_K, runner.dtype
+        names = executors.names_for(settings.executor(), *case)
+        self.executor, self.unfit = names[0], None
         if not self._all_dense:
-            self.unfit = self_check.why_unfit(runner, self.executor, self.device, self.ranks, dense_backend)
+            self.executor, self.unfit = self_check.first_fit(runner, names, self.device, self.ranks, dense_backend)
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
