@@ -43,7 +43,9 @@ EXECUTORS: dict[str, Executor] = {
 }
 CHOICES = ("auto", *EXECUTORS)
 
-_ruled_out: set[str] = set()
+ruled_out: set[str] = set()
+"""Executors that "auto" no longer means in this process, because a check found that they do not run or are wrong."""
+
 _said: set[str] = set()
 
 
@@ -58,7 +60,7 @@ def names_for(choice: str, device: torch.device, head_dim: int, block_k: int, dt
         return (choice,)
     if device.type != "cuda":
         return ("torch",)
-    why = "it was ruled out" if "fa4" in _ruled_out else fa4.why_unavailable(device, head_dim, block_k, dtype)
+    why = "it was ruled out" if "fa4" in ruled_out else fa4.why_unavailable(device, head_dim, block_k, dtype)
     if why is None:
         return ("fa4", "triton")
     if why not in _said:
@@ -70,8 +72,3 @@ def names_for(choice: str, device: torch.device, head_dim: int, block_k: int, dt
 def name_for(choice: str, device: torch.device, head_dim: int, block_k: int, dtype: torch.dtype) -> str:
     """The first of `names_for`."""
     return names_for(choice, device, head_dim, block_k, dtype)[0]
-
-
-def rule_out(name: str) -> None:
-    """From now on "auto" means another executor in this process: this one was tried, and does not run or is wrong."""
-    _ruled_out.add(name)

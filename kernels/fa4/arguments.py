@@ -37,7 +37,7 @@ class CallArguments:
 
     items:    the H * M items, some of them empty, in the order of the kernel's output: item h * M + m is tile m of head
               h, and every item writes to the slot of its own number.
-    q_index:  int64 [H * M * P], rows of q seen as [tokens * query heads, D].
+    q_index:  int32 [H * M * P], rows of q seen as [tokens * query heads, D].
     q_stop:   int32 [H, M * P], the exclusive bound of each row; 0 for rows that no pair fills.
     lists:    int32 [H, M, 3], for each item where its key tiles begin in `tiles`, how many full ones there are, and how
               many masked ones follow.
@@ -105,7 +105,7 @@ def _made(
         tiles, kv_slots, kv_pos = _visited_once(plan, tiles, kv_slots, kv_pos)
     return CallArguments(
         items,
-        q_index.flatten(),
+        q_index.flatten().to(torch.int32),
         q_stop.view(num_kv_heads, -1),
         _lists(plan, table).view(num_kv_heads, -1, 3),
         tiles,
@@ -171,8 +171,41 @@ def _with_private_tiles(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, to
     of_row[row] = plan.block_indices.long()
     of_row = of_row[:-1]
     own_pos = pos[of_row].masked_fill(unpack_lanes(plan.excluded_lanes, plan.block_k), PAD_POSITION)
-    tiles = (len(slots) + row).to(torch.int32).where(private, plan.block_indices)
-    return tiles, torch.cat([slots, slots[of_row]]), torch.cat([pos, own_pos])
+    extended = _ExtendedKeys.of(plan)
+    first = extended.add(slots[of_row], own_pos)
+    tiles = (first + row).to(torch.int32).where(private, plan.block_indices)
+    return tiles, extended.slots, extended.pos
+
+
+class _ExtendedKeys:
+    """A key table with room behind it for the private tiles of all plans that share it.
+
+    When the room is used up, the table is copied into a longer one; plans of before keep the one that they have.
+    """
+
+    def __init__(self, slots: torch.Tensor, pos: torch.Tensor) -> None:
+        self.slots, self.pos, self.used = slots, pos, len(slots)
+        self._spare = 0  # a table that no second plan shares has no room to spare
+
+    @classmethod
+    def of(cls, plan: BlockPlan) -> _ExtendedKeys:
+        key = ("fa4", plan.block_k)
+        if key not in plan.keys.derived:
+            tables = (plan.keys.kv_slots, plan.keys.kv_pos)
+            plan.keys.derived[key] = cls(*(x.view(-1, plan.block_k) for x in tables))
+        return plan.keys.derived[key]
+
+    def add(self, slots: torch.Tensor, pos: torch.Tensor) -> int:
+        """Add tiles [n, block_k]; returns the number of the first."""
+        first, self.used = self.used, self.used + len(slots)
+        if self.used > len(self.slots):
+            room = self.used + self._spare
+            self._spare = room // 4
+            for name in ("slots", "pos"):
+                old = getattr(self, name)
+                setattr(self, name, torch.cat([old[:first], old.new_zeros(room - first, old.shape[1])]))
+        self.slots[first : self.used], self.pos[first : self.used] = slots, pos
+        return first
 
 
 def _visited_once(

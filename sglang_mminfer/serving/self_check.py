@@ -125,7 +125,7 @@ def first_fit(
         reason = why_unfit(runner, name, device, ranks, dense_backend, otherwise)
         if reason != "executor_failed":
             break
-        executors.rule_out(name)
+        executors.ruled_out.add(name)
     return name, reason
 
 

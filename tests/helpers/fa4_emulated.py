@@ -38,11 +38,17 @@ class Emulated:
             lse.fill_(-torch.inf)
             return
         arguments = call_arguments(plan, group, num_kv_heads, self.pairs, self.gathered, self.most_visits)
+        join(arguments.items, *self.slots(q, k_cache, v_cache, arguments, sm_scale), out, lse)
+
+    def slots(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, arguments: CallArguments, sm_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the items say: o [slots, P, D] and lse [slots, P], base 2."""
         k, v = (keys_of(cache, arguments, self.gathered) for cache in (k_cache, v_cache))
         if not self.gathered:  # the page table: pages of one key
             k, v = (x[arguments.kv_slots.long(), 0][None] for x in (k, v))
-        slots_out, slots_lse = forward(queries_of(q, arguments), k[0], v[0], arguments, sm_scale, self.padded)
-        join(arguments.items, slots_out, slots_lse / LN_2, out, lse)
+        o, lse = forward(queries_of(q, arguments), k[0], v[0], arguments, sm_scale, self.padded)
+        return o, lse / LN_2
 
 
 def forward(
@@ -92,7 +98,7 @@ def join(
     items: WorkItems, slots_out: torch.Tensor, slots_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """What `kernels.triton.merge.merge` computes where every item writes to a slot: the parts of each pair by LSE."""
-    flat_out, flat_lse = slots_out.flatten(0, 1), slots_lse.flatten()
+    flat_out, flat_lse = slots_out.double().flatten(0, 1), slots_lse.double().flatten()
     found: list[list[int]] = [[] for _ in range(lse.numel())]
     for of_pass in items.first_slot.tolist():
         for pair, first in enumerate(of_pass):
@@ -101,7 +107,7 @@ def join(
                 found[pair] += [first + part * items.pairs for part in range(int(items.parts[first // items.pairs]))]
     for pair, places in enumerate(found):
         part_lse = flat_lse[places] * LN_2
-        total = part_lse.logsumexp(dim=0) if places else torch.tensor(-torch.inf)
+        total = part_lse.logsumexp(dim=0) if places else torch.tensor(-torch.inf, dtype=torch.float64)
         weights = (part_lse - total.nan_to_num(neginf=0)).exp()
         out.view(-1, out.shape[2])[pair] = (weights @ flat_out[places]).to(out.dtype)
         lse.view(-1)[pair] = total / LN_2

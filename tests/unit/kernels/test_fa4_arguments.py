@@ -1,15 +1,20 @@
 """The arguments of FlashAttention-4's forward mean what the plan means: its lists, emulated, against the oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fa4_emulated import Emulated
+import support
+from fa4_emulated import Emulated, join
 from raw_plans import SLOTS, counted_slots, raw_plans
 from sglang_mminfer import AShape, Boundary2D, Dense, Dilated, Grid, Modality, QBoundary, TriShape, VerticalSlash
 from sglang_mminfer.kernels import reference
 from sglang_mminfer.kernels.block_plan import nothing
+from sglang_mminfer.kernels.fa4.arguments import call_arguments
+from sglang_mminfer.kernels.work_items import work_items
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
 from support import D, any_pattern, batches, conversation
@@ -113,6 +118,20 @@ def test_all_patterns_in_one_layer(form, group):
 
 
 @forms
+def test_plans_that_share_a_key_table_keep_their_own_key_tiles(form):
+    """Each adds tiles to the table, which grows; those that ran before still find theirs."""
+    slots = torch.randperm(CHAT.length, generator=torch.Generator().manual_seed(0))
+    q, k, v = (randn(CHAT.length, heads, D, seed=seed) for seed, heads in enumerate((2, 1, 1)))
+    planner = BatchPlanner([RequestChunk(CHAT, 0, CHAT.length, 0, slots)], len(q), block_k=16)
+    plans = [planner.plan([Grid("frame", True, True, True, phase, 8, 24)] * 2) for phase in range(6)]
+    plans = [replace(plan, keys=plans[-1].keys) for plan in plans]  # of all their orders
+    assert all(len(plan.excluded_lanes) for plan in plans)
+    for plan in (*plans, *plans):
+        given = q, k, v, plan, 0.3
+        assert_close(ran(Emulated(16, **FORMS[form]), *given), ran(reference.run, *given))
+
+
+@forms
 def test_rows_of_one_key_and_rows_of_none(form):
     """A first row sees itself alone; with no pattern for a head, its rows see nothing."""
     chat, slots = conversation(3, (1, 2, 2), 2), torch.arange(9)
@@ -129,3 +148,24 @@ def test_a_plan_without_tiles(form):
     plan = nothing(3, 2, 8, 8, torch.device("cpu"))
     out, lse = ran(Emulated(**FORMS[form]), randn(3, 2, D, seed=0), *[randn(5, 1, D, seed=1)] * 2, plan, 1.0)
     assert not out.any() and bool(lse.isneginf().all())
+
+
+@pytest.mark.skipif(not support.INTERPRETED, reason="a GPU kernel: in Triton's interpreter (make test-interpreted)")
+@settings(max_examples=support.examples(40))
+@given(plan=raw_plans(), limit=limits)
+def test_triton_joins_items_of_16_bits(plan, limit):
+    """Every item of this executor goes through the kernel that joins parts, in the dtype of the queries."""
+    from sglang_mminfer.kernels.triton.merge import merge
+
+    if not work_items(plan, 2, 16, limit).num_items:
+        return
+    q, k, v = (randn(n, heads, D, seed=n) for n, heads in ((plan.num_rows, 4), (SLOTS, 2), (SLOTS, 2)))
+    arguments = call_arguments(plan, 2, 2, 16, False, limit)
+    slots_out, slots_lse = Emulated(16, limit).slots(q, k, v, arguments, 0.4)
+    slots_out, slots_lse = slots_out.half(), slots_lse.float()
+    results = []
+    for execute in (merge, join):
+        out, lse = torch.full(q.shape, torch.nan), torch.full(q.shape[:2], torch.nan)
+        execute(arguments.items, slots_out, slots_lse, out, lse)
+        results.append((out, lse))
+    assert_close(*results)

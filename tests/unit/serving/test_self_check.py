@@ -61,7 +61,7 @@ def test_an_executor_that_does_not_run_leaves_the_server_dense_and_says_so(caplo
 
 @no_gpu
 def test_executors_are_tried_in_order_and_those_that_fail_are_ruled_out(caplog, monkeypatch):
-    monkeypatch.setattr(executors, "_ruled_out", set())
+    monkeypatch.setattr(executors, "ruled_out", set())
     assert first_fit(RUNNER, ("fa4", "triton"), CUDA, 1, "fa3") == ("triton", "executor_failed")
     assert "the fa4 executor does not run here; triton is tried next" in caplog.text
     assert "the triton executor does not run here; everything runs dense" in caplog.text
