@@ -176,7 +176,7 @@ class BlockPlan:
         """int64 [nnz] twice: the query tile of each visit, and the visit's number in its tile. Waits for the device."""
         counts = self.block_indptr.diff().long()
         tile = torch.repeat_interleave(torch.arange(self.num_tiles, device=counts.device), counts)
-        return tile, torch.arange(len(tile), device=tile.device) - self.block_indptr[:-1].long()[tile]
+        return tile, torch.arange(len(tile), device=tile.device) - (counts.cumsum(0) - counts)[tile]
 
     def visited_blocks(self, tile: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         """int64, shaped like `number`: the key tiles of these visits."""

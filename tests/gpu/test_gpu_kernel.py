@@ -182,6 +182,17 @@ def test_all_patterns_in_one_layer(dtype, head_dim, kv_heads, execute):
     assert_close(first, exact(*given, plan))
 
 
+@pytest.mark.parametrize("most_visits", [1, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_lists_in_parts(kv_heads, most_visits):
+    given = inputs(len(HEADS), kv_heads, 128, torch.bfloat16)
+    plan = planned(HEADS, *given[:2])
+    out, lse = torch.full_like(given[0], torch.nan), torch.full(given[0].shape[:2], torch.nan, device=DEVICE)
+    for _ in range(20):
+        launch.run(*given, plan, 128**-0.5, out, lse, most_visits=most_visits)
+        assert_close((out, lse), exact(*given, plan))
+
+
 @pytest.mark.parametrize("name", [name for name in PATTERNS if not name.endswith(("estimated", "slash"))])
 def test_static_plans_are_those_of_the_host(name):
     given = inputs(2, 1, 64, torch.bfloat16)

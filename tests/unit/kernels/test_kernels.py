@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ from sglang_mminfer.planning.planner import BatchPlanner
 from support import D, any_pattern, batches, conversation
 
 EXECUTORS = [pytest.param(prefill.EXECUTORS[name], id=name) for name in support.EXECUTORS]
+if support.INTERPRETED:  # short lists, so by itself it cuts none of them
+    from sglang_mminfer.kernels.triton import launch
 
+    EXECUTORS += [pytest.param(partial(launch.run, most_visits=n), id=f"triton, parts of {n}") for n in (1, 3)]
 
 CHAT = conversation(20, (6, 4, 5), 30, (1, 4, 5), 40)  # 230 tokens
 HEADS = [

@@ -124,3 +124,25 @@ def test_rows_are_used_and_no_item_is_long(tokens, rows):
     makespan = items.visits.sum() / module.PROCESSORS
     assert rows_used(items) >= 0.85
     assert int(items.visits.max()) <= max(module.LEAST_VISITS, np.ceil(makespan / 4))
+
+
+# ---- passes --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80)
+@given(raw_plans())
+def test_passes_say_together_what_the_plan_says(plan):
+    """Each visit of a pass is a visit of the plan: its rows, its key tile, and the lanes that count."""
+
+    def said(part: BlockPlan) -> list[tuple]:
+        tile, number = part.visits()
+        positions = part.visited_positions(tile, number).tolist()
+        out = []
+        for t, block, seen in zip(tile.tolist(), part.visited_blocks(tile, number).tolist(), positions):
+            rows = slice(*part.q_indptr[t : t + 2].tolist())
+            heads = part.head_groups[int(part.q_heads[t])]
+            out.append((part.q_rows[rows].tolist(), part.q_stop[rows].tolist(), heads, block, seen))
+        return out
+
+    assert [visit for part in plan.passes for visit in said(part)] == said(plan)
+    assert sum(part.num_tiles for part in plan.passes) == plan.num_tiles
