@@ -1,6 +1,9 @@
 """Compiles FlashAttention-4's forward as this executor calls it for GPUs that this machine lacks, and reports on it.
 
-python -m sglang_mminfer.kernels.fa4.ahead_of_time [CAPABILITY HEAD_DIM BLOCK_K cache|gathered]
+    python -m sglang_mminfer.kernels.fa4.ahead_of_time
+
+This needs no GPU. Spilled registers, and matrix products that wait for each other, make a kernel slow without making
+it wrong, so a test checks that no build has either.
 """
 
 from __future__ import annotations
@@ -11,18 +14,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-COMMAND = (sys.executable, "-m", __name__ if __name__ != "__main__" else "sglang_mminfer.kernels.fa4.ahead_of_time")
-BUILDS = (
-    (90, 128, 64, "cache"),
-    (90, 128, 128, "cache"),
-    (90, 128, 64, "gathered"),
-    (90, 128, 128, "gathered"),
-    (90, 64, 64, "cache"),
-    (90, 96, 64, "cache"),
-    (90, 256, 64, "gathered"),
-    (100, 128, 64, "gathered"),
-    (100, 128, 128, "gathered"),
-)
+PROGRAM = "sglang_mminfer.kernels.fa4.ahead_of_time"
+BUILDS = {
+    90: ("128 64 cache", "128 128 cache", "64 64 cache", "96 64 cache", "128 64 gathered", "256 64 gathered"),
+    100: ("128 64 gathered", "128 128 gathered"),
+}
+"""Builds that the launcher asks for on GPUs of each compute capability: head dim, keys of a key tile, and where K and V
+are read."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Report:
     registers: of a thread, as the kernel starts.
     stack:     bytes of a thread's stack frame.
     spills:    bytes stored to and loaded from local memory.
-    warnings:  all that it warns of, such as matrix products that wait for each other (C7510 and the like).
+    warnings:  what it warns of, such as matrix products that wait for each other (C7510 and the like).
     """
 
     registers: int
@@ -41,38 +39,46 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def report(capability: int, head_dim: int, block_k: int, keys: str) -> Report:
-    """Compile bfloat16 in a process of its own, because the compiler reads its target once.
+def reports(capability: int, builds: tuple[str, ...]) -> list[Report]:
+    """Compile builds for bfloat16, in a process of their own, because the compiler reads its target once.
 
     Raises:
-        RuntimeError: it does not compile; with the end of what the compiler said.
+        RuntimeError: one of them does not compile; with the end of what the compiler said.
     """
     environment = os.environ | {
         "CUTE_DSL_ARCH": f"sm_{capability}a",
         "CUTE_DSL_COMPILER_OPT": "warnings{ptx},remarks{ptx}",
     }
-    command = [*COMMAND, *map(str, (capability, head_dim, block_k, keys))]
+    command = [sys.executable, "-m", PROGRAM, str(capability), *builds]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = done.stdout
-    if done.returncode:
-        raise RuntimeError(said[-3000:])
+    _, *said = done.stdout.split(f"\n{PROGRAM}\n")
+    if done.returncode or len(said) != len(builds):
+        raise RuntimeError(done.stdout[-3000:])
+    return [_report(text) for text in said]
+
+
+def _report(said: str) -> Report:
     (registers,) = re.findall(r"Used (\d+) registers", said)
     (stack,) = re.findall(r"(\d+) bytes stack frame", said)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-    return Report(int(registers), int(stack), spills, tuple(re.findall(r".*(?:\bC7\d\d\d\b|ptxas warning).*", said)))
+    warnings = re.findall(r".*(?:\(C7\d\d\d\)|ptxas warning).*", said)
+    return Report(int(registers), int(stack), spills, tuple(warning.strip() for warning in warnings))
 
 
 def main() -> None:
     if len(sys.argv) == 1:
-        for build in BUILDS:
-            print(*build, report(*build), flush=True)
+        for capability, builds in BUILDS.items():
+            for build, report in zip(builds, reports(capability, builds)):
+                print(f"sm_{capability}", build, report, flush=True)
         return
     import torch
 
     from .forward import Kind, compile_kind
 
-    capability, head_dim, block_k = map(int, sys.argv[1:4])
-    compile_kind(Kind(capability, torch.bfloat16, head_dim, block_k, sys.argv[4] == "gathered"))
+    for build in sys.argv[2:]:
+        head_dim, block_k, keys = build.split()
+        print(f"\n{PROGRAM}", flush=True)
+        compile_kind(Kind(int(sys.argv[1]), torch.bfloat16, int(head_dim), int(block_k), keys == "gathered"))
 
 
 if __name__ == "__main__":
