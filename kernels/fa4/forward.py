@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Kind:
     def __post_init__(self) -> None:
         if (why := why_unsupported(self.head_dim, self.block_k)) is not None:
             raise ValueError(f"the fa4 executor cannot run this plan: {why}")
+        if self.blackwell and not self.gathered:
+            raise ValueError("gathered: expected True on Blackwell, whose kernel reads no pages through a list")
 
     @property
     def blackwell(self) -> bool:
@@ -70,7 +72,7 @@ class Kind:
 def compiled(kind: Kind) -> Callable[..., None]:
     """The function, from memory, from disk, or compiled in 5 to 30 seconds."""
     kept = _kept()
-    key = ("sglang_mminfer", _own_sources(), str(kind.dtype), *(x for x in astuple(kind) if x is not kind.dtype))
+    key = (_own_sources(), str(kind))
     if key not in kept:
         logger.info("mminfer: compiling flash-attn-4 for %s", kind)
         kept[key] = compile_kind(kind)
