@@ -67,18 +67,12 @@ def run_fa4(*arguments: Any, **forms: Any) -> None:
     run(*arguments, **forms)
 
 
-every_executor = pytest.mark.parametrize(
-    "execute",
-    [
-        pytest.param(launch.run, id="triton"),
-        pytest.param(run_fa4, id="fa4", marks=pytest.mark.skipif(NO_FA4 is not None, reason=str(NO_FA4))),
-        pytest.param(
-            partial(run_fa4, gathered=True),
-            id="fa4-gathered",
-            marks=pytest.mark.skipif(NO_FA4 is not None, reason=str(NO_FA4)),
-        ),
-    ],
-)
+if_fa4 = pytest.mark.skipif(NO_FA4 is not None, reason=str(NO_FA4))
+FA4 = [
+    pytest.param(run_fa4, id="fa4", marks=if_fa4),
+    pytest.param(partial(run_fa4, gathered=True), id="fa4-gathered", marks=if_fa4),
+]
+every_executor = pytest.mark.parametrize("execute", [pytest.param(launch.run, id="triton"), *FA4])
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -109,12 +103,12 @@ def planned(heads: list, q: torch.Tensor, k: torch.Tensor) -> BlockPlan:
 
 
 def ran(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, execute: Any = launch.run, **limits: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, execute: Any = launch.run
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and LSE of an executor, in tensors that held NaN before."""
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], torch.nan, device=q.device)
-    execute(q, k, v, plan, q.shape[2] ** -0.5, out, lse, **limits)
+    execute(q, k, v, plan, q.shape[2] ** -0.5, out, lse)
     return out, lse
 
 
@@ -151,14 +145,12 @@ def test_a_pattern_over_prefixes_in_one_batch(name, dtype, execute):
     assert_close(ran(*given, plan, execute), exact(*given, plan))
 
 
-@every_executor
-@pytest.mark.parametrize("block_k", [64, 128])
-@pytest.mark.parametrize("most_visits", [1, 3, None])
-def test_lists_cut_into_parts_and_both_sizes_of_key_tiles(most_visits, block_k, execute):
+@pytest.mark.parametrize("execute", FA4)
+def test_key_tiles_of_128_keys(execute):
     given = inputs(len(HEADS), 2, 128, torch.bfloat16)
     batch, rows = chunks(DEVICE)
-    plan = BatchPlanner(batch, rows, block_k=block_k).plan(HEADS, *given[:2], 128**-0.5)
-    assert_close(ran(*given, plan, execute, most_visits=most_visits), exact(*given, plan))
+    plan = BatchPlanner(batch, rows, block_k=128).plan(HEADS, *given[:2], 128**-0.5)
+    assert_close(ran(*given, plan, execute), exact(*given, plan))
 
 
 @every_executor
@@ -182,14 +174,15 @@ def test_all_patterns_in_one_layer(dtype, head_dim, kv_heads, execute):
     assert_close(first, exact(*given, plan))
 
 
+@every_executor
 @pytest.mark.parametrize("most_visits", [1, 3])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_lists_in_parts(kv_heads, most_visits):
+def test_lists_in_parts(kv_heads, most_visits, execute):
     given = inputs(len(HEADS), kv_heads, 128, torch.bfloat16)
     plan = planned(HEADS, *given[:2])
     out, lse = torch.full_like(given[0], torch.nan), torch.full(given[0].shape[:2], torch.nan, device=DEVICE)
     for _ in range(20):
-        launch.run(*given, plan, 128**-0.5, out, lse, most_visits=most_visits)
+        execute(*given, plan, 128**-0.5, out, lse, most_visits=most_visits)
         assert_close((out, lse), exact(*given, plan))
 
 
