@@ -178,7 +178,10 @@ def _kept() -> Any:
     try:
         # Under the name of all sources of FlashAttention-4 and the versions of its compiler, as upstream does.
         path = Path(folder) / "flash_attention_cute_dsl" / cache_utils._compute_source_fingerprint() / "sglang_mminfer"
-        return cache_utils.JITPersistentCache(path)
+        kept = cache_utils.JITPersistentCache(path)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"no file can be written in {path}")
+        return kept
     except OSError as error:
         logger.warning("mminfer: compiled kernels of flash-attn-4 are not kept: %s", error)
         return cache_utils.JITCache()
