@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 PROGRAM = "sglang_mminfer.kernels.fa4.ahead_of_time"
 BUILDS = {
-    90: ("128 64 cache", "128 128 cache", "64 64 cache", "96 64 cache", "128 64 gathered", "256 64 gathered"),
+    90: ("128 64 cache", "128 128 cache", "128 64 gathered", "256 64 gathered"),
     100: ("128 64 gathered", "128 128 gathered"),
 }
-"""Builds that the launcher asks for on GPUs of each compute capability: head dim, keys of a key tile, and where K and V
-are read."""
+"""Of what the launcher asks for on GPUs of each compute capability: head dim, keys of a key tile, and where K and V are
+read."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ def reports(capability: int, builds: tuple[str, ...]) -> list[Report]:
     _, *said = done.stdout.split(f"\n{PROGRAM}\n")
     if done.returncode or len(said) != len(builds):
         raise RuntimeError(done.stdout[-3000:])
-    return [_report(text) for text in said]
+    return [report_of(text) for text in said]
 
 
-def _report(said: str) -> Report:
+def report_of(said: str) -> Report:
+    """From the assembler's words on one kernel."""
     (registers,) = re.findall(r"Used (\d+) registers", said)
     (stack,) = re.findall(r"(\d+) bytes stack frame", said)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
