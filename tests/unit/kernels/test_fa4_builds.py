@@ -20,7 +20,7 @@ def test_builds_have_no_spills_and_no_products_that_wait_for_each_other(capabili
 
 
 def test_what_the_assembler_warns_of_is_seen():
-    """Its words on a build for 256 dims over the cache, whose products have too few registers. Launches gather there."""
+    """Its words on a build for 256 dims over the cache, whose products have too few registers."""
     report = report_of(
         "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are\n"
         "    824 bytes stack frame, 4176 bytes spill stores, 4476 bytes spill loads\n"
