@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import support
-from fa4_emulated import Emulated, join
+from fa4_emulated import Emulated, forward, join
 from raw_plans import SLOTS, counted_slots, raw_plans
 from sglang_mminfer import AShape, Boundary2D, Dense, Dilated, Grid, Modality, QBoundary, TriShape, VerticalSlash
-from sglang_mminfer.kernels import reference
+from sglang_mminfer.kernels import fa4, reference
 from sglang_mminfer.kernels.block_plan import nothing
 from sglang_mminfer.kernels.fa4.arguments import call_arguments
 from sglang_mminfer.kernels.work_items import work_items
@@ -26,6 +26,9 @@ FORMS = {
 }
 forms = pytest.mark.parametrize("form", FORMS)
 limits = st.sampled_from([1, 3, None])
+interpreted = pytest.mark.skipif(
+    not support.INTERPRETED, reason="a GPU kernel: in Triton's interpreter (make test-interpreted)"
+)
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
@@ -150,7 +153,7 @@ def test_a_plan_without_tiles(form):
     assert not out.any() and bool(lse.isneginf().all())
 
 
-@pytest.mark.skipif(not support.INTERPRETED, reason="a GPU kernel: in Triton's interpreter (make test-interpreted)")
+@interpreted
 @settings(max_examples=support.examples(40))
 @given(plan=raw_plans(), limit=limits)
 def test_triton_joins_items_of_16_bits(plan, limit):
@@ -169,3 +172,37 @@ def test_triton_joins_items_of_16_bits(plan, limit):
         execute(arguments.items, slots_out, slots_lse, out, lse)
         results.append((out, lse))
     assert_close(*results)
+
+
+@interpreted
+@pytest.mark.skipif(fa4.why_not_installed() is not None, reason=str(fa4.why_not_installed()))
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+def test_all_of_a_run_but_the_kernel_with_triton_joining(monkeypatch, capability):
+    """The kernel needs a GPU, so its emulation takes its place."""
+    from sglang_mminfer.kernels.fa4 import launch
+
+    def call(kind, q, k, v, arguments, sm_scale, out, lse):
+        if not kind.gathered:
+            k, v = (x[arguments.kv_slots.long(), 0][None] for x in (k, v))
+        o, natural = forward(q, k[0], v[0], arguments, sm_scale, kind.blackwell)
+        out.copy_(o.view(out.shape))
+        lse.copy_(natural.view(lse.shape))
+
+    monkeypatch.setattr(launch, "call", call)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    slots = torch.randperm(CHAT.length, generator=torch.Generator().manual_seed(0))
+    q, k, v = (randn(CHAT.length, heads, 64, seed=seed).half() for seed, heads in enumerate((4, 2, 2)))
+    planner = BatchPlanner([RequestChunk(CHAT, 0, CHAT.length, 0, slots)], len(q))
+    plan = planner.plan([PATTERNS[i] for i in (1, 4, 5, 7)])
+    for scale in (0.125, -0.125):
+        out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
+        launch.run(q, k, v, plan, scale, out, lse)
+        exact, exact_lse = ran(reference.run, q.float(), k.float(), v.float(), plan, scale)
+        torch.testing.assert_close(out.float(), exact, rtol=3e-3, atol=3e-3)
+        torch.testing.assert_close(lse, exact_lse, rtol=1e-3, atol=1e-3)
+    nowhere = nothing(len(q), 4, 128, 64, q.device)
+    launch.run(q, k, v, nowhere, 0.125, out, lse)
+    assert not out.any() and bool(lse.isneginf().all())
+    for name, tensors in (("q", (q.float(), k, v)), ("k_cache", (q, k.bfloat16(), v)), ("v_cache", (q, k, v.float()))):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            launch.run(*tensors, plan, 0.125, out, lse)
