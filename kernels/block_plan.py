@@ -37,10 +37,12 @@ class KeyTable:
     kv_pos:   [tiles * block_k] absolute position in its request; PAD_POSITION for padding.
     kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]. Padding and keys that are
               not written yet point at a real slot of the same tile: their weight is 0, but 0 x NaN is NaN.
+    derived:  what executors have made of the table for all plans that share it, by keys of their own.
     """
 
     kv_pos: torch.Tensor
     kv_slots: torch.Tensor
+    derived: dict[tuple[object, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def pack_lanes(excluded: torch.Tensor) -> torch.Tensor:

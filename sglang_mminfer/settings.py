@@ -68,8 +68,9 @@ AUDIT = Setting(
 EXECUTOR = Setting(
     "SGLANG_MMINFER_EXECUTOR",
     "auto",
-    "Which kernel runs the plans: `auto` (`triton` on a GPU, `torch` elsewhere), `torch`, `triton`, or `flashinfer` "
-    "(the same plans on FlashInfer's kernels, if Triton must not be used).",
+    "Which kernel runs the plans: `auto` (on a GPU `fa4` if it can, else `triton`; `torch` elsewhere), `torch`, `fa4` "
+    "(flash-attn-4's kernels, on Hopper and Blackwell), `triton`, or `flashinfer` (the same plans on FlashInfer's "
+    "kernels, if neither must be used).",
 )
 SPARSE = Setting(
     "SGLANG_MMINFER_SPARSE",
@@ -139,7 +140,7 @@ SETTINGS: tuple[Setting, ...] = (
     SPLIT_VIDEOS,
 )
 
-EXECUTOR_CHOICES = ("auto", "torch", "triton", "flashinfer")
+EXECUTOR_CHOICES = ("auto", "torch", "fa4", "triton", "flashinfer")
 SPARSE_CHOICES = ("faster", "always")
 DENSE_HEADS_CHOICES = ("auto", "stock", "own")
 MOST_MEGAPIXELS = 178

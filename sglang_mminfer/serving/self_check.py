@@ -10,7 +10,7 @@ then a kernel is right most of the time. Executors that compile kernels do so he
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,8 +243,35 @@ def _check_estimate(shapes: _Shapes) -> Answer:
     return shapes.compare(once, exact[0] * mean, exact[1] * mean)
 
 
+def first_fit(
+    runner: Any,
+    names: Sequence[str],
+    device: torch.device,
+    ranks: int,
+    dense_backend: str,
+    estimates: bool = False,
+) -> tuple[str, str | None]:
+    """The first of these executors that gives right answers here, and None.
+
+    If none does: the last of them, and the dense_reason of every request. Arguments as for `why_unfit`.
+    """
+    for name, following in zip(names, [*names[1:], None]):
+        otherwise = "everything runs dense" if following is None else f"{following} is tried next"
+        reason = why_unfit(runner, name, device, ranks, dense_backend, otherwise, estimates)
+        if reason != "executor_failed":
+            break
+        executors.ruled_out.add(name)
+    return name, reason
+
+
 def why_unfit(
-    runner: Any, executor: str, device: torch.device, ranks: int, dense_backend: str, estimates: bool = False
+    runner: Any,
+    executor: str,
+    device: torch.device,
+    ranks: int,
+    dense_backend: str,
+    otherwise: str = "everything runs dense",
+    estimates: bool = False,
 ) -> str | None:
     """Runs the cases through the executor before the first request.
 
@@ -254,6 +281,7 @@ def why_unfit(
         device: where requests run. Nothing is checked on a CPU.
         ranks: tensor-parallel ranks of the attention.
         dense_backend: the backend that runs everything if the check fails; for the log.
+        otherwise: what follows if the check fails; for the log.
         estimates: whether the head config has an estimated pattern.
 
     Returns:
@@ -285,14 +313,12 @@ def why_unfit(
             estimates=estimates,
         )
     except Exception:
-        logger.exception("mminfer: the %s executor does not run here; everything runs dense", executor)
+        logger.exception("mminfer: the %s executor does not run here; %s", executor, otherwise)
         return "executor_failed"
     if answer.good:
         logger.info("mminfer: the %s executor was checked on %s (%s): %s", executor, device, compilers(device), answer)
         return None
-    logger.error(
-        "mminfer: the %s executor is wrong here (%s; %s); everything runs dense", executor, answer, compilers(device)
-    )
+    logger.error("mminfer: the %s executor is wrong here (%s; %s); %s", executor, answer, compilers(device), otherwise)
     return "executor_failed"
 
 

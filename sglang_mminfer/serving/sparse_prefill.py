@@ -19,6 +19,7 @@ from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner, is_static
+from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
@@ -98,13 +99,14 @@ class SparsePrefill:
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self.num_layers))
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
-        self.executor = executors.name_for(settings.executor(), self.device)
-        self.unfit: str | None = None
+        case = self.device, runner.model_config.head_dim, BLOCK_K, runner.dtype
+        names = executors.names_for(settings.executor(), *case)
+        self.executor, self.unfit = names[0], None
         if not self._all_dense:
             heads = (head for layer in range(self.num_layers) for head in self.head_config.patterns(layer))
             estimates = not all(is_static(head) for head in set(heads))
-            self.unfit = self_check.why_unfit(
-                runner, self.executor, self.device, self.ranks, dense_backend, estimates=estimates
+            self.executor, self.unfit = self_check.first_fit(
+                runner, names, self.device, self.ranks, dense_backend, estimates
             )
         self.choice = Choice(self.head_config, self.num_layers, self.executor, dense_backend)
         self.second_instance = None if self._all_dense or self.unfit else second_instance()

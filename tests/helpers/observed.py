@@ -105,7 +105,7 @@ def runner(
     )
     pool = Pool()
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=hf_config, num_hidden_layers=LAYERS),
+        model_config=SimpleNamespace(hf_config=hf_config, num_hidden_layers=LAYERS, head_dim=D),
         server_args=SimpleNamespace(enable_metrics=metrics, **server_args),
         req_to_token_pool=SimpleNamespace(req_to_token=pool.slots[None].int()),
         token_to_kv_pool=pool,

@@ -30,7 +30,7 @@ DISTRIBUTION = "sglang-mminfer"
 GROUPS = {"sglang.srt.plugins": "mminfer", "sglang.srt.platforms": "mminfer_cpu"}
 
 _SHOWN = ("sglang", "torch", "transformers")  # requirements with a line; the others have one only if they do not fit
-_OPTIONAL = ("triton", "flashinfer-python", "sglang-kernel")  # not required, but shown if installed
+_OPTIONAL = ("triton", "flash-attn-4", "flashinfer-python", "sglang-kernel")  # not required, but shown if installed
 
 Status = Literal["ok", "note", "warning", "error"]
 

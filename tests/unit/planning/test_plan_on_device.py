@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import support
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VisionGrid
+from sglang_mminfer.kernels.fa4.arguments import call_arguments, keys_of, queries_of
 from sglang_mminfer.kernels.triton import estimate
 from sglang_mminfer.kernels.work_items import work_items
 from sglang_mminfer.planning.chunk import RequestChunk
@@ -78,6 +79,10 @@ def plan_on_a_card_that_is_not_there(batch):
         items = work_items(plan, batch.group, 16)
         tensors = [x for x in vars(plan).values() if isinstance(x, torch.Tensor)]
         tensors += [*items.on_device, items.first_slot, items.parts, plan.keys.kv_pos, plan.keys.kv_slots]
+        for gathered in (False, True) if items.num_items else ():
+            arguments = call_arguments(plan, batch.group, batch.num_kv_heads, 16, gathered)
+            tensors += [*arguments.padded_lists, *(x for x in vars(arguments).values() if isinstance(x, torch.Tensor))]
+            tensors += [queries_of(q, arguments), keys_of(k_cache, arguments, gathered)]
         assert {x.device.type for x in tensors} == {"cuda"}
 
 
