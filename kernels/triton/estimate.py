@@ -20,6 +20,9 @@ from .configurations import Configuration
 BLOCK = 64  # rows of the estimate, at most, and keys of a tile
 PROGRAMS = 1024  # enough that every multiprocessor has several
 
+# These differ from chunk to chunk. Triton would compile the kernels anew for values that are 1 or multiples of 16.
+COUNTS = ["num_rows", "num_keys", "first_frontier", "tiles_each"]
+
 
 @triton.jit
 def _scores(q_tile, k_head, slots, tile, num_keys, stride_k, first_frontier, num_rows, scale, dims, HEAD_DIM, BLOCK_N):
@@ -45,7 +48,7 @@ def _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, B
     return head, tl.load(offsets, mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def row_lse(
     q,
     k_cache,
@@ -89,7 +92,7 @@ def row_lse(
     tl.store(lse + (number * tl.num_programs(1) + part) * BLOCK_N + rows, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def masses(
     q,
     k_cache,
@@ -116,7 +119,8 @@ def masses(
     """Program (head number, part) sums the weights of one part of the keys.
 
     columns:   [heads, tiles * BLOCK_N], the sum of each column.
-    diagonals: [heads, tiles + 1, BLOCK_N], entry (b, j) is the sum at distance first_frontier - 1 - b * BLOCK_N + j.
+    diagonals: [heads, tiles + 1, BLOCK_N], by distance, ascending: block b of the keys, which begins at distance
+               first_frontier - 1 - b * BLOCK_N, has row tiles - b.
     carried:   [heads, parts, BLOCK_N], what a part adds to the block after it.
     """
     number, part = tl.program_id(0), tl.program_id(1)
@@ -141,7 +145,7 @@ def masses(
         tl.store(columns + (number * tiles + tile).to(tl.int64) * BLOCK_N + lanes, tl.sum(weights, 0))
         skewed = tl.gather(weights, skewed_lane, 1)
         block = carry + tl.sum(tl.where(in_own_block, skewed, 0.0), 0)
-        tl.store(diagonals + (number * (tiles + 1) + tile).to(tl.int64) * BLOCK_N + lanes, block)
+        tl.store(diagonals + (number * (tiles + 1) + tiles - tile).to(tl.int64) * BLOCK_N + lanes, block)
         carry = tl.sum(tl.where(in_own_block, 0.0, skewed), 0)
     tl.store(carried + (number * tl.num_programs(1) + part) * BLOCK_N + lanes, carry)
 
@@ -185,7 +189,7 @@ def estimate(
     parts = -(-tiles // tiles_each)
     partial = torch.empty(count, parts, BLOCK, device=device)
     columns = torch.empty(count, tiles * BLOCK, device=device)
-    diagonals = torch.zeros(count, tiles + 1, BLOCK, device=device)
+    diagonals = torch.empty(count, tiles + 1, BLOCK, device=device)
     carried = torch.empty(count, parts, BLOCK, device=device)
     scalars = (num_rows, num_keys, first_frontier, tiles_each, q.stride(0), q.stride(1), *k_cache.stride()[:2])
     shapes = {
@@ -206,8 +210,7 @@ def estimate(
         q, k_cache, slots, heads, lse, columns, diagonals, carried, *scalars, sm_scale * LOG2_E, **shapes, **options
     )
     # A part's carry belongs to the first block after it.
-    diagonals[:, tiles_each : parts * tiles_each : tiles_each] += carried[:, :-1]
-    diagonals[:, tiles] += carried[:, -1]
-    by_distance = diagonals.flip(1).flatten(1)
+    diagonals[:, tiles - (parts - 1) * tiles_each : tiles : tiles_each] += carried[:, :-1].flip(1)
+    diagonals[:, 0] = carried[:, -1]
     start = tiles * BLOCK + 1 - first_frontier  # distance 0
-    return columns[:, :num_keys], by_distance[:, start : start + num_keys]
+    return columns[:, :num_keys], diagonals.flatten(1)[:, start : start + num_keys]

@@ -11,7 +11,7 @@ from ..work_items import WorkItems
 BLOCK = 16  # (row, head) pairs of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def merge_slots(
     out,
     lse,

@@ -1,7 +1,7 @@
 """Patterns that depend on q and k: estimated anew for every layer and chunk, on the device, without waiting for it.
 
 Tensors that hold what was picked have the same size whatever the estimate says; how much of them counts is known on
-the device only.
+the device only. They are small: what a pattern picks from has a value for each key and head, and is let go at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.patterns.base import Pattern
 from sglang_mminfer.patterns.index import Scope
 
-Masses = tuple[torch.Tensor, ...]
+Picks = tuple[torch.Tensor, ...]
 
 
 class CachedKeys(Protocol):
@@ -66,7 +66,7 @@ class Crossings(Protocol):
     keys_of_last_row: torch.Tensor
 
     def ranges(self, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key tiles number 0 to below[t] - 1 that are crossed: start and count, int64 [H, T, S]; starts ascend, no two
+        """Key tiles number 0 to below[t] - 1 that are crossed: start and count, int32 [H, T, S]; starts ascend, no two
         overlap. A range has at most 2 tiles more than lie between a query tile's first row and its last."""
         ...
 
@@ -86,16 +86,17 @@ class Estimated(Pattern):
         """How many keys a row of a prompt of so many tokens gets, at most."""
 
     @abstractmethod
-    def estimate(self, evidence: Evidence) -> Masses:
-        """What `select` picks from, for all heads together."""
+    def estimate(self, evidence: Evidence) -> Picks:
+        """What each head picks, in a form of the pattern's own: [heads, ...] each."""
 
     @abstractmethod
     def select(
-        self, masses: Masses, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
+        self, picks: Picks, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
     ) -> tuple[torch.Tensor, Crossings]:
-        """What each head picks.
+        """What each head picks, in the form of planning.
 
         Args:
+            picks: what `estimate` gave.
             keys_of_first_row, keys_of_last_row: int64 [T], keys of the class up to that row of each query tile.
 
         Returns:

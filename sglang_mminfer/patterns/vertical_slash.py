@@ -11,7 +11,7 @@ import torch
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.patterns.base import Count, Pattern, Size
-from sglang_mminfer.patterns.estimated import Crossings, Estimated, Evidence, Masses
+from sglang_mminfer.patterns.estimated import Crossings, Estimated, Evidence, Picks
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.patterns.ladder import Prompt
 from sglang_mminfer.patterns.pair import Pair
@@ -20,6 +20,8 @@ FORCED_COLUMNS, FORCED_DIAGONALS = 30, 100
 SMALL = ((64, 64), (256, 64), (64, 256), (256, 256), (1000, 100), (100, 800), (500, 700))
 PAPER = ((1000, 1024), (1000, 2048), (1000, 6096), (3500, 100))  # MMInference table 4
 KERNEL_ROWS = 64  # what the GPU's kernel takes at a time
+MASS_BYTES = 64 << 20
+"""The memory that the masses of some heads may take at a time: at a million keys, of eight heads."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,17 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
     def picks(self, tokens: int) -> int:
         return min(self.vertical, tokens) + min(self.slash, tokens)
 
-    def estimate(self, evidence: Evidence) -> Masses:
-        """Mass of every column and diagonal: float32 [heads, keys of the class] twice, see `masses_of`."""
+    def estimate(self, evidence: Evidence) -> Picks:
+        """The heaviest columns and the distances of the heaviest diagonals, int64 [heads, ...], ascending."""
+        columns, distances = [], []
+        for column_mass, diagonal_mass in self._masses(evidence):
+            columns.append(_heaviest(column_mass, self.vertical, self.forced_columns))
+            distances.append(_heaviest(diagonal_mass, self.slash, self.forced_diagonals))
+        return torch.cat(columns), torch.cat(distances)
+
+    def _masses(self, evidence: Evidence) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Mass of every column and diagonal, float32 [some heads, keys] twice, see `masses_of`: some heads at a time,
+        and the keys of the class that some of its rows may see."""
         request, scope, device = evidence.request, evidence.scope, evidence.q.device
         q_pos = evidence.last_rows(self.last_q)
         first, stop = int(q_pos[0]), int(q_pos[-1]) + 1
@@ -105,27 +116,23 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
 
             (heads,) = to_device(device, np.array(evidence.heads))
             q = evidence.q[first - request.q_start : stop - request.q_start]
-            masses = estimate(q, evidence.k_cache, request.slots32[:stop], heads, first + 1, evidence.sm_scale)
-            columns, diagonals = (torch.nn.functional.pad(x, (0, request.kv_len - stop)) for x in masses)
-            return columns, diagonals
+            for some in heads.split(max(1, MASS_BYTES // (8 * stop))):
+                yield estimate(q, evidence.k_cache, request.slots32[:stop], some, first + 1, evidence.sm_scale)
+            return
         (positions,) = to_device(device, q_pos)
         positions = positions.long()
-        return masses_of(
-            evidence.q[positions - request.q_start],
-            evidence.k_cache[request.slots],
-            list(evidence.heads),
-            positions,
-            scope.key_members.rank(q_pos + 1).tolist(),
-            evidence.sm_scale,
-            evidence.keys,
-        )
+        q, frontier = evidence.q[positions - request.q_start], scope.key_members.rank(q_pos + 1).tolist()
+        group = q.shape[1] // evidence.k_cache.shape[1]
+        for kv_head in sorted({head // group for head in evidence.heads}):
+            of_kv = slice(kv_head * group, (kv_head + 1) * group)
+            own = [head - of_kv.start for head in evidence.heads if head // group == kv_head]
+            k = evidence.k_cache[:, kv_head : kv_head + 1][request.slots]
+            yield masses_of(q[:, of_kv], k, own, positions, frontier, evidence.sm_scale, evidence.keys)
 
     def select(
-        self, masses: Masses, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
+        self, picks: Picks, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
     ) -> tuple[torch.Tensor, Crossings]:
-        column_mass, diagonal_mass = masses
-        columns = _heaviest(column_mass, self.vertical, self.forced_columns)
-        distances = _heaviest(diagonal_mass, self.slash, self.forced_diagonals)
+        columns, distances = picks
         return columns, Diagonals(distances, keys_of_first_row, keys_of_last_row, block_k)
 
     # ---- for reports and searches --------------------------------------------------------------------------
@@ -182,9 +189,11 @@ def masses_of(
 
 def _heaviest(mass: torch.Tensor, count: int, forced: int) -> torch.Tensor:
     """Ascending indices of the `count` largest values of each row, the first `forced` always among them."""
-    mass = mass.clone()
-    mass[:, :forced] = torch.inf
-    return mass.topk(min(count, mass.shape[1]), dim=1).indices.sort(dim=1).values
+    count = min(count, mass.shape[1])
+    forced = min(forced, count)
+    first = torch.arange(forced, device=mass.device).expand(len(mass), -1)
+    rest = mass[:, forced:].topk(count - forced, dim=1, sorted=False).indices + forced
+    return torch.cat([first, rest.sort(dim=1).values], dim=1)
 
 
 class Diagonals:
@@ -195,34 +204,38 @@ class Diagonals:
     Args:
         distances: int64 [H, S], ascending.
         keys_of_first_row, keys_of_last_row: int64 [T], keys up to that row of a tile.
+
+    What is computed for each (head, tile, diagonal) is int32 and computed in place: there are tens of millions.
     """
 
     def __init__(
         self, distances: torch.Tensor, keys_of_first_row: torch.Tensor, keys_of_last_row: torch.Tensor, block_k: int
     ) -> None:
-        self.distances, self.block_k = distances, block_k
+        self.distances, self.block_k = distances.int(), block_k
         self.keys_of_first_row, self.keys_of_last_row = keys_of_first_row, keys_of_last_row
 
     def ranges(self, below: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key tiles number 0 to below[t] - 1: start and count, int64 [H, T, S]; starts ascend, no two overlap.
+        """Key tiles number 0 to below[t] - 1: start and count, int32 [H, T, S]; starts ascend, no two overlap.
 
         From the farthest diagonal to the nearest, both ends of what they cross ascend: each adds what lies
         before the next one's start, and what they add together is all they cross.
         """
         back = self.distances.flip(1)[:, None, :]
-        start = (self.keys_of_first_row[:, None] - 1 - back).clamp_min(0) // self.block_k
-        stop = (self.keys_of_last_row[:, None] - 1 - back + self.block_k).clamp_min(0) // self.block_k
-        stop = stop.minimum(below[:, None])
-        stop[:, :, :-1] = stop[:, :, :-1].minimum(start[:, :, 1:])
-        return start, (stop - start).clamp_min(0)
+        start = (self.keys_of_first_row.int()[:, None] - 1) - back
+        start.clamp_min_(0).floor_divide_(self.block_k)
+        stop = (self.keys_of_last_row.int()[:, None] - 1 + self.block_k) - back
+        stop.clamp_min_(0).floor_divide_(self.block_k)
+        torch.minimum(stop, below.int()[:, None], out=stop)
+        torch.minimum(stop[:, :, :-1], start[:, :, 1:], out=stop[:, :, :-1])
+        return start, stop.sub_(start).clamp_min_(0)
 
     def cross(self, blocks: torch.Tensor) -> torch.Tensor:
         """bool [H, T, X]: whether any diagonal crosses key tile blocks[h, t, x] (blocks: [H or 1, T or 1, X])."""
         heads, tiles = len(self.distances), len(self.keys_of_first_row)
-        blocks = blocks.expand(heads, tiles, -1)
+        blocks = blocks.int().expand(heads, tiles, -1)
         # Of those that start at or before the tile's end, the nearest reaches farthest.
-        bound = self.keys_of_first_row[:, None] - 1 - (blocks + 1) * self.block_k
+        bound = self.keys_of_first_row.int()[:, None] - 1 - (blocks + 1) * self.block_k
         number = torch.searchsorted(self.distances, bound.flatten(1), right=True)
-        distances = torch.nn.functional.pad(self.distances, (0, 1), value=1 << 40)
+        distances = torch.nn.functional.pad(self.distances, (0, 1), value=1 << 30)
         nearest = distances.gather(1, number).view(bound.shape)
-        return self.keys_of_last_row[:, None] - 1 - nearest >= blocks * self.block_k
+        return self.keys_of_last_row.int()[:, None] - 1 - nearest >= blocks * self.block_k

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sglang_mminfer.kernels.block_plan import PAD_POSITION, KeyTable
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.modality.runs import Ints
-from sglang_mminfer.patterns.estimated import Estimated, Evidence, Masses, column_lanes
+from sglang_mminfer.patterns.estimated import Estimated, Evidence, Picks, column_lanes
 from sglang_mminfer.patterns.index import Scope
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.device_tiles import Tiles
@@ -32,18 +32,18 @@ class Estimates:
     ) -> None:
         self.request, self.heads, self.k_cache, self.sm_scale = request, heads, k_cache, sm_scale
         self.q = q[request.row_start : request.row_start + request.num_rows]
-        self._masses: dict[tuple, Masses] = {}
+        self._picks: dict[tuple, Picks] = {}
 
-    def of(self, pattern: Estimated, scope: Scope) -> Masses:
+    def of(self, pattern: Estimated, scope: Scope) -> Picks:
         """See `Estimated.estimate`."""
         name = (pattern, scope.rows, scope.keys)
-        if name not in self._masses:
+        if name not in self._picks:
             keys = None
             if scope.keys is not None:
                 keys = CompactOrder.positions_of([CompactOrder(scope.key_members, 1)], self.q.device)[0].long()
             evidence = Evidence(self.request, scope, self.heads, self.q, self.k_cache, keys, self.sm_scale)
-            self._masses[name] = pattern.estimate(evidence)
-        return self._masses[name]
+            self._picks[name] = pattern.estimate(evidence)
+        return self._picks[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +87,8 @@ def with_estimate(tiles: Tiles, estimates: Estimates, keys: KeyTable, block_k: i
             """[heads or 1, T', most, ...] -> [heads or 1, T, most, ...]"""
             return torch.nn.functional.pad(x.transpose(1, -1), beside).transpose(1, -1)
 
-        masses = estimates.of(pattern, visits.scope)
-        columns, crossings = pattern.select(masses, keys_of_first_row, keys_of_last_row, block_k)
+        picks = estimates.of(pattern, visits.scope)
+        columns, crossings = pattern.select(picks, keys_of_first_row, keys_of_last_row, block_k)
         start, count = crossings.ranges(full_tiles)
         ranges[FULL].append((placed(start + first_tile), placed(count)))
         bounds[own, FULL] += _most_full(visits, start.shape[2])
