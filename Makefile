@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup ready demo test test-interpreted test-fast test-server test-wheel test-gpu test-gpu-sanitize check \
-	bench bench-plan bench-gpu bench-gpu-tune bench-gpu-model soak fuzz test-families test-wide support-matrix clean
+	bench bench-plan bench-makespan bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz test-families \
+	test-wide support-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -23,7 +24,8 @@ test: check test-interpreted test-fast test-server
 # The GPU kernel in Triton's interpreter, on the tests that hold every executor.
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/unit/kernels/test_kernels.py tests/unit/kernels/test_estimate.py \
-		tests/properties/test_wrapper.py tests/unit/serving/test_self_check.py \
+		tests/unit/kernels/test_fa4_arguments.py tests/properties/test_wrapper.py \
+		tests/unit/serving/test_self_check.py tests/unit/serving/test_stock_rows.py \
 		-k "triton or every_pattern_is_visited or with_real_tile_sizes or found_right"
 
 # Everything that needs no server, a process for each core.
@@ -56,8 +58,12 @@ bench: setup
 bench-plan: setup
 	$(BIN)/python -m sglang_mminfer.benchmarks.plan_time --out sglang_mminfer/benchmarks/results/plan_time.json
 
-# What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch and triton: for a
-# machine without SGLang. The tests then need pytest and hypothesis in it.
+# What a layer should take on a card, modelled from real plans; into sglang_mminfer/benchmarks/results/.
+bench-makespan: setup
+	$(BIN)/python -m sglang_mminfer.benchmarks.makespan
+
+# What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch, triton, numpy and
+# msgspec: for a machine without SGLang. The tests then need pytest and hypothesis in it.
 ifdef BARE
 RUN := PYTHONPATH=$(CURDIR)/build/bare$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -P
 ready:
@@ -72,20 +78,28 @@ endif
 # The kernel in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; then
 # a small case under compute-sanitizer.
 test-gpu: ready
-	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py
+	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py tests/gpu/test_gpu_benchmarks.py
 
 test-gpu-sanitize: ready
 	$(RUN) -m pytest tests/gpu/test_gpu_sanitizer.py
 
-# Speed against dense and others, resumable, under 8 minutes each; into sglang_mminfer/benchmarks/results/.
+# The self-check several times, then speed against dense and others: of the Triton kernel, and of FlashAttention-4, which
+# must be installed. Resumable, under 8 minutes each; into sglang_mminfer/benchmarks/results/. BLOCK_K=128 takes key
+# tiles of 128 keys.
+TILES = $(if $(BLOCK_K),--block-k $(BLOCK_K))
+
 bench-gpu: ready
-	$(RUN) -m sglang_mminfer.benchmarks.tile_attention
+	$(RUN) -m sglang_mminfer.benchmarks.tile_attention $(TILES)
+
+bench-gpu-fa4: ready
+	$(RUN) -m sglang_mminfer.benchmarks.tile_attention --executor fa4 $(TILES)
 
 bench-gpu-tune: ready
 	$(RUN) -m sglang_mminfer.benchmarks.tile_attention --tune
 
+# EXECUTOR=fa4 takes another executor than Triton.
 bench-gpu-model: ready
-	$(RUN) -m sglang_mminfer.benchmarks.model_prefill
+	$(RUN) -m sglang_mminfer.benchmarks.model_prefill $(if $(EXECUTOR),--executor $(EXECUTOR))
 
 # 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
 soak: setup

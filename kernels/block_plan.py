@@ -37,10 +37,12 @@ class KeyTable:
     kv_pos:   [tiles * block_k] absolute position in its request; PAD_POSITION for padding.
     kv_slots: [tiles * block_k] row of the cache viewed as [slots, kv_heads, head_dim]. Padding and keys that are
               not written yet point at a real slot of the same tile: their weight is 0, but 0 x NaN is NaN.
+    derived:  what executors have made of the table for all plans that share it, by keys of their own.
     """
 
     kv_pos: torch.Tensor
     kv_slots: torch.Tensor
+    derived: dict[tuple[object, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def pack_lanes(excluded: torch.Tensor) -> torch.Tensor:
@@ -70,12 +72,14 @@ class TileSizes:
     rows:   int64, rows of the tile.
     visits: int64, a bound on the key tiles that it visits; exact where the pattern is static.
     group:  int64, index into `head_groups`, as `q_heads` says it on the device.
+    request: int64, the request of the batch that its rows are of.
     alone:  bool, no other tile has any (row, head) of this one.
     """
 
     rows: NDArray[np.int64]
     visits: NDArray[np.int64]
     group: NDArray[np.int64]
+    request: NDArray[np.int64]
     alone: NDArray[np.bool_]
 
 
@@ -141,7 +145,14 @@ class BlockPlan:
         rows, visits, group = (
             x.cpu().numpy().astype(np.int64) for x in (self.q_indptr.diff(), self.block_indptr.diff(), self.q_heads)
         )
-        return TileSizes(rows, visits, group, np.full(len(rows), len(self.pass_indptr) == 2))
+        return TileSizes(rows, visits, group, np.zeros_like(rows), np.full(len(rows), len(self.pass_indptr) == 2))
+
+    def visited_area(self, num_requests: int) -> NDArray[np.int64]:
+        """int64 [num_requests]: (row, key, query head) triples in visited tiles, a bound as `TileSizes.visits` is. More
+        than what the rows see by the keys of partial tiles that they do not see."""
+        heads = np.array([len(group) for group in self.head_groups], dtype=np.int64)
+        area = self.sizes.rows * self.sizes.visits * heads[self.sizes.group] * self.block_k
+        return np.bincount(self.sizes.request, area, minlength=num_requests).astype(np.int64)
 
     @cached_property
     def passes(self) -> tuple[BlockPlan, ...]:
@@ -221,6 +232,7 @@ class BlockPlan:
 def nothing(num_rows: int, num_heads: int, block_q: int, block_k: int, device: torch.device) -> BlockPlan:
     """A plan without a query tile: every row sees no key."""
     none, indptr = (torch.zeros(size, dtype=torch.int32, device=device) for size in (0, 1))
+    no_tile = np.zeros(0, dtype=np.int64)
     return BlockPlan(
         keys=KeyTable(none, none),
         q_rows=none,
@@ -237,4 +249,5 @@ def nothing(num_rows: int, num_heads: int, block_q: int, block_k: int, device: t
         num_heads=num_heads,
         block_q=block_q,
         block_k=block_k,
+        known_sizes=TileSizes(no_tile, no_tile, no_tile, no_tile, no_tile.astype(np.bool_)),
     )

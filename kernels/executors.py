@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels import fa4, reference, torch_gather
+
+logger = logging.getLogger(__name__)
 
 # run(q, k_cache, v_cache, plan, sm_scale, out, lse), with the shapes that `torch_gather.run` documents
 Executor = Callable[..., None]
+
+
+def _fa4(*arguments: Any) -> None:
+    from sglang_mminfer.kernels.fa4.launch import run  # flash-attn-4 is optional, and very slow to import
+
+    run(*arguments)
 
 
 def _triton(*arguments: Any) -> None:
@@ -27,15 +36,39 @@ def _flashinfer(*arguments: Any) -> None:
 
 EXECUTORS: dict[str, Executor] = {
     "torch": torch_gather.run,
+    "fa4": _fa4,
     "triton": _triton,
     "flashinfer": _flashinfer,
     "reference": reference.run,
 }
 CHOICES = ("auto", *EXECUTORS)
 
+ruled_out: set[str] = set()
+"""Executors that "auto" no longer means in this process, because a check found that they do not run or are wrong."""
 
-def name_for(choice: str, device: torch.device) -> str:
-    """The name of the executor: `choice` itself; "auto" means triton on a GPU and torch elsewhere."""
+_said: set[str] = set()
+
+
+def names_for(choice: str, device: torch.device, head_dim: int, block_k: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """The names of the executors to try, the fastest first: `choice` itself; "auto" means, on a GPU, fa4 if it has
+    kernels for the case, then triton, and torch elsewhere. The log says once why fa4 is not among them.
+
+    Args:
+        head_dim, block_k, dtype: of the attention; block_k keys make a key tile.
+    """
     if choice != "auto":
-        return choice
-    return "triton" if device.type == "cuda" else "torch"
+        return (choice,)
+    if device.type != "cuda":
+        return ("torch",)
+    why = "it was ruled out" if "fa4" in ruled_out else fa4.why_unavailable(device, head_dim, block_k, dtype)
+    if why is None:
+        return ("fa4", "triton")
+    if why not in _said:
+        _said.add(why)
+        logger.info("mminfer: sparse attention runs on the triton executor; not on fa4, because %s", why)
+    return ("triton",)
+
+
+def name_for(choice: str, device: torch.device, head_dim: int, block_k: int, dtype: torch.dtype) -> str:
+    """The first of `names_for`."""
+    return names_for(choice, device, head_dim, block_k, dtype)[0]

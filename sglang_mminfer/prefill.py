@@ -30,8 +30,9 @@ class SparsePrefillWithPagedKVCacheWrapper:
     Args:
         float_workspace_buffer: as in FlashInfer; no executor uses it.
         kv_layout: "NHD": pages of [page_size, Hkv, D]; or "HND": pages of [Hkv, page_size, D].
-        backend: "torch" (any device), "triton" (NVIDIA GPUs), "flashinfer" (the same plan on FlashInfer's own
-            wrappers: a cross-check), "reference" (float64, the oracle), or "auto": triton on a GPU, else torch.
+        backend: "torch" (any device), "fa4" (flash-attn-4's kernels, on Hopper and Blackwell), "triton" (NVIDIA
+            GPUs), "flashinfer" (the same plan on FlashInfer's own wrappers: a cross-check), "reference" (float64, the
+            oracle), or "auto": on a GPU fa4 if it has kernels for the case, else triton; torch elsewhere.
         block_q, block_k: rows of a query tile and keys of a key tile.
 
     Raises:
@@ -231,8 +232,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
         self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale, self._basis)
         # Executors write contiguous outputs; the caller's tensors may be views of larger ones.
         outputs = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (out, lse)]
-        execute = EXECUTORS[executors.name_for(self.backend, q.device)]
-        execute(q, k_cache, v_cache, self._last_plan, self._sm_scale, *outputs)
+        name = executors.name_for(self.backend, q.device, q.shape[2], self._block_k, q.dtype)
+        EXECUTORS[name](q, k_cache, v_cache, self._last_plan, self._sm_scale, *outputs)
         for target, contiguous in zip((out, lse), outputs):
             if contiguous is not target:
                 target.copy_(contiguous)

@@ -68,8 +68,15 @@ AUDIT = Setting(
 EXECUTOR = Setting(
     "SGLANG_MMINFER_EXECUTOR",
     "auto",
-    "Which kernel runs the plans: `auto` (`triton` on a GPU, `torch` elsewhere), `torch`, `triton`, or `flashinfer` "
-    "(the same plans on FlashInfer's kernels, if Triton must not be used).",
+    "Which kernel runs the plans: `auto` (on a GPU `fa4` if it can, else `triton`; `torch` elsewhere), `torch`, `fa4` "
+    "(flash-attn-4's kernels, on Hopper and Blackwell), `triton`, or `flashinfer` (the same plans on FlashInfer's "
+    "kernels, if neither must be used).",
+)
+SPARSE = Setting(
+    "SGLANG_MMINFER_SPARSE",
+    "faster",
+    "When a chunk that can run sparse does: `faster` (if that is estimated to take less time than dense attention; "
+    "others are counted as `not_faster`), or `always`.",
 )
 DENSE_HEADS = Setting(
     "SGLANG_MMINFER_DENSE_HEADS",
@@ -122,6 +129,7 @@ SETTINGS: tuple[Setting, ...] = (
     CONFIG,
     AUDIT,
     EXECUTOR,
+    SPARSE,
     DENSE_HEADS,
     PLAN_BUDGET_MS,
     PLAN_BUDGET_MB,
@@ -132,7 +140,8 @@ SETTINGS: tuple[Setting, ...] = (
     SPLIT_VIDEOS,
 )
 
-EXECUTOR_CHOICES = ("auto", "torch", "triton", "flashinfer")
+EXECUTOR_CHOICES = ("auto", "torch", "fa4", "triton", "flashinfer")
+SPARSE_CHOICES = ("faster", "always")
 DENSE_HEADS_CHOICES = ("auto", "stock", "own")
 MOST_MEGAPIXELS = 178
 """PIL refuses to open larger pictures."""
@@ -144,6 +153,11 @@ MODEL_KEY = "mminfer_config"
 def executor() -> str:
     """The executor for sparse layers: what the variable names, else "auto". Not checked against EXECUTOR_CHOICES."""
     return EXECUTOR.read() or EXECUTOR.default
+
+
+def sparse() -> str:
+    """When a chunk that can run sparse does: what the variable names, else "faster". Not checked."""
+    return SPARSE.read() or SPARSE.default
 
 
 def dense_heads() -> str:

@@ -13,6 +13,9 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("SGLANG_PLATFORM", "mminfer_cpu")  # SGLang takes a CPU only if asked to
 
+# Small prompts run sparse, too. Servers are told by tests/server/conftest.py.
+os.environ.setdefault("SGLANG_MMINFER_SPARSE", "always")
+
 settings.register_profile(
     "ci",
     derandomize=True,

@@ -1,4 +1,4 @@
-"""The cases of `tile_attention`, most important first: shapes, patterns at usual densities, conversations."""
+"""The cases of the GPU benchmarks: shapes, patterns at usual densities, conversations; the most important first."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from sglang_mminfer.benchmarks.searched import searched_config
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.a_shape import AShape
-from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary
+from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary, row_classes
 from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.patterns.tri_shape import TriShape
@@ -25,6 +26,7 @@ SHORT = (2 * K, 4 * K, 8 * K, 16 * K)  # where sparse attention may not pay
 TEXT, VIDEO, VISION = Modality.TEXT, Modality.VIDEO, Modality.VISION
 ROW = "grid row"  # one key in sixteen at any length, so its speed-up is plotted against length
 DEFAULT = "grid frame, default config"
+SEARCHED = "searched config"  # a pattern for each head and layer
 PATTERNS: dict[str, HeadPattern] = {
     ROW: Grid("row", False, False, True, 0, 128, 1024),
     "a_shape": AShape(1024, 8192),
@@ -42,19 +44,20 @@ PATTERNS: dict[str, HeadPattern] = {
     DEFAULT: Grid("frame", True, True, True, 0, 128, 1024),
     "dense": Dense(),  # our kernel with every key visited; not one of the cases
 }
-MEASURED = tuple(name for name in PATTERNS if name != "dense")
+FIRST = (DEFAULT, ROW, "a_shape", SEARCHED)  # many lines, few lines, none, and everything at once
+MEASURED = (*FIRST, *(name for name in PATTERNS if name not in (*FIRST, "dense")))
 FEW = (ROW, "a_shape", "grid frame")
 WITH_TURNS = ("q-boundary", "2d-boundary")  # these patterns need text between the videos
 SHAPES = {"28/4": (28, 4), "32/8": (32, 8), "2/1": (2, 1)}  # query and KV heads
-LAYERS = {"28/4": 28, "32/8": 32, "2/1": 1}  # how many layers share one plan of a static pattern
+LAYERS = {"28/4": 28, "32/8": 32, "2/1": 2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """The last `rows` queries of a prompt of `tokens` tokens, all heads with one pattern.
+    """The last `rows` queries of a prompt of `tokens` tokens.
 
     shape:   a key of `SHAPES`.
-    pattern: a key of `PATTERNS`.
+    pattern: a key of `PATTERNS`, for all heads, or SEARCHED.
     against: what runs beside our kernel: "dense" or a key of `rivals.AGAINST`.
     slots:   "shuffled": every token lies anywhere in the pool, the worst case of a page table; or "ordered".
     """
@@ -93,12 +96,18 @@ def cases(optional: tuple[str, ...] = ()) -> Iterator[Case]:
 
 def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
     qwen, longest = "28/4", LENGTHS[-1]
+    for pattern in FIRST:
+        yield Case(qwen, TARGET, CHUNK, pattern)
+    for pattern in FIRST:
+        yield Case(qwen, longest, CHUNK, pattern)
     for pattern in MEASURED:
         yield Case(qwen, TARGET, CHUNK, pattern)
-    for pattern in FEW:
-        yield Case(qwen, longest, CHUNK, pattern)
     for tokens, pattern in product(SHORT, (ROW, DEFAULT)):
         yield Case(qwen, tokens, tokens, pattern)
+    for tokens in LENGTHS:
+        yield Case(qwen, tokens, CHUNK, DEFAULT)
+    for rows in (2048, 2 * CHUNK):
+        yield Case(qwen, TARGET, rows, DEFAULT)
     for tokens in LENGTHS[:-1]:
         for pattern in FEW:
             yield Case(qwen, tokens, CHUNK, pattern)
@@ -114,8 +123,9 @@ def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
         yield Case(qwen, tokens, 2 * CHUNK, ROW)
     for tokens, pattern in product(LENGTHS, FEW):
         yield Case("32/8", tokens, CHUNK, pattern)
-    for tokens, pattern in product(LENGTHS[:4], MEASURED):
-        yield Case(qwen, tokens, tokens, pattern)
+    for tokens, pattern in product(LENGTHS[:4], PATTERNS):
+        if pattern != "dense":
+            yield Case(qwen, tokens, tokens, pattern)
     for tokens, pattern in product(reversed(LENGTHS), MEASURED):
         yield Case(qwen, tokens, CHUNK, pattern)
     for shape, tokens, pattern in product((qwen, "32/8"), LENGTHS, FEW):
@@ -126,9 +136,32 @@ def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
 
 def tiny_cases() -> Iterator[Case]:
     """Small cases for a CPU and Triton's interpreter: they show that the program works."""
-    yield Case("2/1", 512, 64, "grid frame")
-    yield Case("2/1", 512, 512, ROW)
-    yield Case("2/1", 512, 64, "vertical_slash")
+    yield Case("2/1", 512, 32, "grid frame")
+    yield Case("2/1", 384, 384, ROW)
+    yield Case("2/1", 512, 32, "vertical_slash")
+    yield Case("2/1", 512, 32, SEARCHED)
+
+
+def layers(case: Case) -> list[tuple[HeadPattern, ...]]:
+    """[layers][heads]: the patterns that the layers of a model run."""
+    heads = SHAPES[case.shape][0]
+    if case.pattern != SEARCHED:
+        return [(PATTERNS[case.pattern],) * heads] * LAYERS[case.shape]
+    return searched_layers(conversation(case), heads)[: LAYERS[case.shape]]
+
+
+def searched_layers(modality_map: ModalityMap, heads: int) -> list[tuple[HeadPattern, ...]]:
+    """[layers][heads]: what `searched_config` draws, without heads whose video rows see all of the video.
+
+    These are dense, whoever runs them. So there are fewer layers than were drawn.
+    """
+    sparse = [head for row in searched_config(modality_map) for head in row if not _sees_all_video(head)]
+    return [tuple(sparse[start : start + heads]) for start in range(0, len(sparse) - heads + 1, heads)]
+
+
+def _sees_all_video(head: HeadPattern) -> bool:
+    pairs = [pair for rows in row_classes(head) if rows.rows in (None, VIDEO) for pair in rows.pairs]
+    return any(isinstance(pattern, Dense) and (keys is None or keys.covers(VIDEO)) for keys, pattern in pairs)
 
 
 def conversation(case: Case) -> ModalityMap:
@@ -142,8 +175,11 @@ def video_map(tokens: int) -> ModalityMap:
     return ModalityMap([Segment(TEXT, 0, start), _video(start, frames), Segment(TEXT, tokens - 64, tokens)])
 
 
-def turns_map(tokens: int, turn: int = 8192, frames: int = 28) -> ModalityMap:
-    """Turns of `turn` tokens: a video of `frames` frames, the rest text (an eighth). Text fills up the last turn."""
+def turns_map(tokens: int) -> ModalityMap:
+    """Turns of 8,192 tokens, or two turns in a shorter prompt: a video, and about an eighth of text around it. Text
+    fills up the last turn."""
+    turn = min(8192, tokens // 2)
+    frames = 7 * turn // (8 * CELLS)
     segments: list[Segment] = []
     for start in range(0, tokens - turn + 1, turn):
         video = _video(start + 64, frames)

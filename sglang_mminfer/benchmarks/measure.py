@@ -3,98 +3,92 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
 from sglang_mminfer.kernels.block_plan import BlockPlan
+from sglang_mminfer.kernels.work_items import NUM_PAIRS, PROCESSORS, WorkItems
 
 METHOD = (
     "CUDA events around one call, median of the repeats; one call before is not counted; caches are left warm "
-    "(nothing is flushed between repeats). A call of more than 5 s is timed once, cold."
+    "(nothing is flushed between repeats). The device is kept busy until the host has issued the call, so that no "
+    "launch is waited for. A call of more than 5 s is timed once, cold."
 )
 LONG_MS = 5000.0
+CYCLES_OF_A_MS = 2_000_000  # of a device's clock, at least
+LEAST_BUSY_MS, MOST_BUSY_MS = 1.0, 200.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median, minimum and maximum of `repeats` calls."""
+    """Milliseconds of one call: median, minimum and maximum of `repeats` calls; and what issuing one takes the host."""
 
     ms: float
     least: float
     most: float
     repeats: int
+    issue_ms: float
 
 
 def timed(work: Callable[[], object], device: str, budget_ms: float = 300.0) -> Timing:
     """Time one call of `work`, repeated for about `budget_ms` milliseconds, at most 30 times. See METHOD."""
-    times = [_once(work, device)]
-    if times[0] < LONG_MS:
-        times = [_once(work, device)]
-        fewest = 3 if times[0] < LONG_MS / 5 else 1
-        repeats = int(min(30, max(fewest, budget_ms // max(times[0], 1e-3))))
-        times += [_once(work, device) for _ in range(repeats - 1)]
-    return Timing(median(times), min(times), max(times), len(times))
+    calls = [_once(work, device, 0.0)]
+    if calls[0][0] < LONG_MS:
+        busy_ms = 0.0
+        if device == "cuda":
+            _, issue_ms = _once(work, device, MOST_BUSY_MS)  # the first call compiled
+            busy_ms = min(MOST_BUSY_MS, max(LEAST_BUSY_MS, 2 * issue_ms))
+        calls = [_once(work, device, busy_ms)]
+        fewest = 3 if calls[0][0] < LONG_MS / 5 else 1
+        repeats = int(min(30, max(fewest, budget_ms // max(calls[0][0], 1e-3))))
+        calls += [_once(work, device, busy_ms) for _ in range(repeats - 1)]
+    times, issued = zip(*calls)
+    return Timing(median(times), min(times), max(times), len(times), median(issued))
 
 
-def _once(work: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
+def _once(work: Callable[[], object], device: str, busy_ms: float) -> tuple[float, float]:
+    """Milliseconds of one call, and of the host until it has issued it. The device does nothing useful for `busy_ms`
+    milliseconds before."""
     if device == "cpu":
         start = time.perf_counter()
         work()
-        return (time.perf_counter() - start) * 1e3
+        ms = (time.perf_counter() - start) * 1e3
+        return ms, ms
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(int(busy_ms * CYCLES_OF_A_MS))
+    start = time.perf_counter()
     begin.record()
     work()
     end.record()
+    issue_ms = (time.perf_counter() - start) * 1e3
     end.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end), issue_ms
 
 
 @dataclass(frozen=True)
-class PlanCost:
-    """What making a plan costs, in milliseconds.
-
-    host_ms:   until the host is free again.
-    wall_ms:   until the device is done.
-    device_ms: the time that the device spends in kernels and copies; None if it cannot be traced.
-    """
+class Cost:
+    """What some work costs, in milliseconds: until the host is free again, and until the device is done."""
 
     host_ms: float
     wall_ms: float
-    device_ms: float | None
 
 
-def plan_cost(make: Callable[[], object], device: str, repeats: int = 3) -> PlanCost:
-    """The cost of `make`, the median of `repeats` calls; one call before them is not counted."""
-    make()
+def cost(work: Callable[[], object], device: str, repeats: int = 3) -> Cost:
+    """The median of `repeats` calls of work that has run before. The device is idle when a call begins."""
     host, wall = [], []
     for _ in range(repeats):
         wait(device)
         start = time.perf_counter()
-        make()
+        work()
         host.append((time.perf_counter() - start) * 1e3)
         wait(device)
         wall.append((time.perf_counter() - start) * 1e3)
-    return PlanCost(median(host), median(wall), None if device == "cpu" else _busy_ms(make))
-
-
-def _busy_ms(work: Callable[[], object]) -> float | None:
-    """Milliseconds that the device spends in kernels and copies of one call, without the gaps between them."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            work()
-            torch.cuda.synchronize()
-        return sum(event.self_device_time_total for event in trace.key_averages()) / 1e3
-    except (RuntimeError, AssertionError):  # a container may not permit tracing
-        return None
+    return Cost(median(host), median(wall))
 
 
 def wait(device: str) -> None:
@@ -116,10 +110,21 @@ def causal_pairs(rows: int, tokens: int) -> int:
 
 def index_bytes(plan: BlockPlan) -> int:
     """Bytes of all that the kernel reads beside q, k and v. Call it after a run: some arrays are made on first use."""
-    values = [x for holder in (plan, plan.keys, *plan.derived.values()) for x in vars(holder).values()]
-    values += [x for value in values if isinstance(value, tuple) for x in value]
-    stores = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in values if isinstance(x, torch.Tensor)}
+    stores = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in _tensors(plan, set())}
     return sum(store.nbytes() for store in stores.values())
+
+
+def _tensors(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
+    """All tensors that a value holds, in dataclasses, dictionaries, tuples and lists."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, tuple, list)) or is_dataclass(value):
+        fields = vars(value) if is_dataclass(value) else value
+        for part in fields.values() if isinstance(fields, dict) else fields:
+            yield from _tensors(part, seen)
 
 
 def visits(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,8 +135,38 @@ def visits(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tile, plan.visited_blocks(tile, number), kind
 
 
+@dataclass(frozen=True)
+class Use:
+    """How well the work items of a plan use a card.
+
+    items:          how many there are.
+    rows_used:      rows of matrix products that hold a (row, head), of all that are multiplied.
+    longest_visits: key tiles of the longest item.
+    longest_share:  the same, of what a multiprocessor has to do if all have equally much.
+    scratch_mb:     what items write for others to join, in fp32.
+    """
+
+    items: int
+    rows_used: float
+    longest_visits: int
+    longest_share: float
+    scratch_mb: float
+
+
+def use(items: WorkItems, head_dim: int) -> Use:
+    pairs, visits = items.table[:, NUM_PAIRS], items.visits
+    total, longest = int(visits.sum()), int(visits.max(initial=0))
+    return Use(
+        items=items.num_items,
+        rows_used=float(pairs @ visits) / max(1, items.pairs * total),
+        longest_visits=longest,
+        longest_share=longest * PROCESSORS / max(1, total),
+        scratch_mb=items.num_slots * items.pairs * (head_dim + 1) * 4 / 1e6,
+    )
+
+
 def describe_card() -> dict[str, Any]:
-    """The GPU, CUDA and cuDNN, for a result file; empty without a GPU."""
+    """The GPU, CUDA, cuDNN and the assembler, for a result file; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     card = torch.cuda.get_device_properties(0)
@@ -142,4 +177,12 @@ def describe_card() -> dict[str, Any]:
         "memory_gib": round(card.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "ptxas": _ptxas(card.major),
     }
+
+
+def _ptxas(major: int) -> str:
+    """The version of the assembler that Triton calls."""
+    from triton import knobs
+
+    return (knobs.nvidia.ptxas_blackwell if major >= 10 else knobs.nvidia.ptxas).version

@@ -1,18 +1,20 @@
 """Prefill of long videos in a language model of Qwen2.5-VL-7B's shape: mminfer against dense, in one run.
 
-    python -m sglang_mminfer.benchmarks.model_prefill [--tokens 131072 1048576] [--chunk 16384] [--out FILE]
+    python -m sglang_mminfer.benchmarks.model_prefill [--executor fa4] [--tokens 131072 1048576] [--out FILE]
 
 The model is written in plain torch and is not served by SGLang: RMSNorm, QKV with bias, rotary embedding at the
 m-RoPE positions of a video, grouped-query attention over a pool of K and V, SwiGLU MLP; bf16, random weights of its own
 for every layer. A prompt is one video between two short texts. It is prefilled in chunks, each through all layers.
 
 * Dense is cuDNN's attention (`benchmarks/rivals.py`) over a pool in the order of the prompt, so it needs no page
-  table. mminfer is `SparsePrefillWithPagedKVCacheWrapper` with the Triton kernel over a shuffled pool of page size 1.
-  Each chunk has one plan, made while the chunk is prefilled; its time is counted.
+  table. mminfer is an executor over a shuffled pool of page size 1. The plans of all 28 layers are made before each
+  chunk, and the host's time for them is counted in full, although a server makes them while the device works.
 * Long prompts run fewer layers than 28, because 28 dense layers take minutes. All layers have the same shape, so
-  times are scaled by 28 over the number of layers that ran. Planning is not scaled: all layers of a chunk share a plan.
-* Two costs are left out of dense's time: cuDNN builds a graph for every new length, which a server's kernel would
-  not do; and the two dense calls of a chunk must be joined, which a kernel with a bottom-right mask does inside.
+  times are scaled by 28 over the number of layers that ran. Planning is not scaled.
+* When time is up, the run stops after the chunk; the length's other configs are measured by the next run.
+* These costs are left out of dense's time: cuDNN builds a graph for every new length, and may need KV heads repeated,
+  which a server's kernel would not do; and the two dense calls of a chunk must be joined, which a kernel with a
+  bottom-right mask does inside.
 * Norms, rotation and activation are separate kernels here, so the linear part is slower than a server's, on both
   sides alike. This makes the total speed-up smaller, not larger.
 * Random weights say nothing about which keys matter. So all patterns are static and set by hand; none is estimated.
@@ -24,11 +26,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,16 +39,14 @@ from torch.nn import functional as F
 
 from sglang_mminfer.benchmarks import measure
 from sglang_mminfer.benchmarks import rivals as baselines
-from sglang_mminfer.benchmarks.cases import CELLS, video_map
+from sglang_mminfer.benchmarks.cases import CELLS, DEFAULT, PATTERNS, SEARCHED, searched_layers, video_map
 from sglang_mminfer.benchmarks.inputs import Inputs
+from sglang_mminfer.kernels import executors
+from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.a_shape import AShape
 from sglang_mminfer.patterns.boundary import HeadPattern
-from sglang_mminfer.patterns.dense import Dense
-from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
-from sglang_mminfer.prefill import SparsePrefillWithPagedKVCacheWrapper
 from sglang_mminfer.tools import machine
 
 LAYERS = 28
@@ -71,35 +71,34 @@ class Shape:
     mrope: tuple[int, int, int] = (16, 24, 24)  # how many frequencies belong to time, row and column
 
 
-def configs(heads: int) -> dict[str, list[HeadPattern]]:
-    """The head patterns that mminfer runs, by config name.
+CONFIGS = {"default": DEFAULT, "searched": SEARCHED}
+"""What mminfer runs: the pattern of head_configs/default.json in every head; or a pattern for each head and layer."""
 
-    default: the pattern of head_configs/default.json in every head.
-    mixed:   four patterns, each in a quarter of the heads, at about the paper's density (5 % at a million tokens).
-    """
-    default = Grid("frame", True, True, True, 0, 128, 1024)
-    mixed: list[HeadPattern] = [
-        Grid("row", False, False, True, 0, 128, 1024),
-        Grid("row", True, False, False, 3, 128, 4096),
-        Grid("frame", True, False, True, 0, 128, 8192),
-        AShape(1024, 8192),
-    ]
-    return {"default": [default] * heads, "mixed": [mixed[i * 4 // heads] for i in range(heads)]}
+
+def heads_of(config: str, modality_map: ModalityMap, heads: int) -> list[tuple[HeadPattern, ...]]:
+    """[layers][heads]: the patterns of a config in CONFIGS; the layers of a longer model begin again with the first."""
+    if CONFIGS[config] == SEARCHED:
+        return searched_layers(modality_map, heads)
+    return [(PATTERNS[CONFIGS[config]],) * heads]
+
+
+class OutOfTime(Exception):
+    """The deadline of a run has passed."""
 
 
 # ---- the language model --------------------------------------------------------------------------------------
 
 
 class Attention(Protocol):
-    """How a layer attends, over a pool whose order the implementation chooses."""
+    """How layers attend, over a pool whose order the implementation chooses."""
 
     slots: torch.Tensor  # int64 [tokens]: the pool's row of every position
 
     def begin_chunk(self, start: int, stop: int) -> None:
-        """Announce that every layer will run the rows [start, stop) next."""
+        """Get ready for every layer to run the rows [start, stop) next, in order."""
 
     def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, timed: Timed) -> torch.Tensor:
-        """q [rows, Hq, D], pools [tokens, Hkv, D] with the chunk's keys in them -> [rows, Hq, D].
+        """The next layer: q [rows, Hq, D], pools [tokens, Hkv, D] with the chunk's keys in them -> [rows, Hq, D].
 
         Inside `timed("attention")` time counts; inside `timed("left out")` runs what a server would not need.
         """
@@ -116,7 +115,8 @@ class DenseAttention:
     def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, timed: Timed) -> torch.Tensor:
         keys, values = k_pool[: self._stop], v_pool[: self._stop]
         unused = torch.empty(0, device=q.device)
-        dense = baselines.dense(Inputs(q, keys, values, keys, values, self.slots, unused, unused))
+        with timed("left out"):
+            dense = baselines.dense(Inputs(q, keys, values, keys, values, self.slots, unused, unused))
         with timed("attention"):
             parts = dense.run()
         with timed("left out"):
@@ -124,46 +124,38 @@ class DenseAttention:
 
 
 class SparseAttention:
-    """The plugin's wrapper over a shuffled pool. The first layer of a chunk makes the plan."""
+    """An executor over a shuffled pool. The plans of `planned_layers` layers are made when a chunk begins.
+
+    heads: [layers][heads]; the layers after the last begin again with the first.
+    """
 
     def __init__(
-        self, modality_map: ModalityMap, heads: Sequence[HeadPattern], shape: Shape, device: str, dense_below: int
+        self,
+        modality_map: ModalityMap,
+        heads: Sequence[Sequence[HeadPattern]],
+        executor: str,
+        device: str,
+        dense_below: int,
+        planned_layers: int = LAYERS,
     ) -> None:
         tokens = modality_map.length
         self.slots = torch.randperm(tokens, generator=torch.Generator().manual_seed(1)).to(device)
-        self._pages = self.slots.to(torch.int32)
-        self._map, self._heads, self._shape, self._dense_below = modality_map, list(heads), shape, dense_below
-        backend = "triton" if device == "cuda" else "torch"
-        self._wrapper = SparsePrefillWithPagedKVCacheWrapper(backend=backend)
+        self._map, self._dense_below = modality_map, dense_below
+        self._heads = [heads[layer % len(heads)] for layer in range(planned_layers)]
+        self._run = executors.EXECUTORS[executor]
+        self._plans: Iterator[BlockPlan] = iter(())
 
     def begin_chunk(self, start: int, stop: int) -> None:
-        self._start, self._stop, self._planned = start, stop, False
+        chunk = RequestChunk(self._map, start, stop, 0, self.slots[:stop])
+        planner = BatchPlanner([chunk], stop - start, dense_below=self._dense_below)
+        self._plans = iter([planner.plan(heads) for heads in self._heads])
 
     def run(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, timed: Timed) -> torch.Tensor:
+        plan = next(self._plans)
         with timed("attention"):
-            if not self._planned:
-                self._plan(q.dtype)
-            out = self._wrapper.run(q, (k_pool[:, None], v_pool[:, None]))
-        assert isinstance(out, torch.Tensor)
+            out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            self._run(q, k_pool, v_pool, plan, q.shape[2] ** -0.5, out, lse)
         return out
-
-    def _plan(self, dtype: torch.dtype) -> None:
-        shape = self._shape
-        self._wrapper.plan(
-            torch.tensor([0, self._stop - self._start]),
-            torch.tensor([0, self._stop]),
-            self._pages[: self._stop],
-            torch.tensor([1]),
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            1,
-            modality_maps=[self._map],
-            head_patterns=self._heads,
-            q_data_type=dtype,
-            dense_below=self._dense_below,
-        )
-        self._planned = True
 
 
 class Layer:
@@ -235,10 +227,10 @@ class Stopwatch:
         self._stretches: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def __call__(self, suffix: str, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Iterator[None]:
         begin = self._now()
         yield
-        self._stretches.append((name + suffix, begin, self._now()))
+        self._stretches.append((name, begin, self._now()))
 
     def _now(self) -> Any:
         if self._device == "cpu":
@@ -246,6 +238,11 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def wait_for_all_but(self, last: int) -> None:
+        """Wait until the device has ended all stretches but the last ones."""
+        if self._device == "cuda" and len(self._stretches) > last:
+            self._stretches[-last - 1][2].synchronize()
 
     def seconds(self) -> dict[str, float]:
         """The total time of each name. Waits for the device."""
@@ -264,21 +261,21 @@ class Prefill:
     layers:    how many layers ran.
     attention: attention of these layers, without planning.
     linear:    everything else in these layers.
-    first:     planning: how much longer attention took in the first layer of each chunk than in the mean other layer.
+    planning:  what the host takes for the plans of all chunks.
     hidden:    [rows, hidden], the output of the last chunk.
     """
 
     layers: int
     attention: float
     linear: float
-    first: float
+    planning: float
     hidden: torch.Tensor
 
     def scaled(self, layers: int, planning: bool) -> dict[str, float]:
-        """Seconds of `layers` layers, rounded. With `planning`, `first` counts, too, once for all layers."""
+        """Seconds of `layers` layers, rounded. With `planning`, that counts, too, once for all layers."""
         parts = {name: getattr(self, name) * layers / self.layers for name in ("attention", "linear")}
         if planning:
-            parts["planning"] = self.first
+            parts["planning"] = self.planning
         return {name: round(value, 4) for name, value in {**parts, "total": sum(parts.values())}.items()}
 
 
@@ -289,34 +286,39 @@ def prefill(
     attention: Attention,
     chunk: int,
     device: str,
+    deadline: float = math.inf,
 ) -> Prefill:
     """Run a prompt through the layers, `chunk` rows at a time.
 
     Args:
         embeddings: (start, stop) -> [stop - start, hidden]. angles: cos and sin of all tokens.
+        deadline: on the clock of `time.monotonic`.
+
+    Raises:
+        OutOfTime: the deadline has passed.
     """
-    watch, tokens, hidden = Stopwatch(device), len(angles[0]), torch.empty(0)
+    watch, tokens, hidden, planning = Stopwatch(device), len(angles[0]), torch.empty(0), 0.0
     for start in range(0, tokens, chunk):
+        watch.wait_for_all_but(2 * len(layers))  # else the host would be chunks ahead when time is up
+        if time.monotonic() > deadline:
+            raise OutOfTime
         stop = min(start + chunk, tokens)
         x = embeddings(start, stop)
         cos, sin = (table[start:stop] for table in angles)
+        began = time.perf_counter()
         attention.begin_chunk(start, stop)
-        for number, layer in enumerate(layers):
-            timed = partial(watch, " of the first layer" if number == 0 else " of others")
+        planning += time.perf_counter() - began
+        for layer in layers:
 
-            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, timed: Timed = timed) -> torch.Tensor:
-                return attention.run(q, k, v, timed)
+            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                return attention.run(q, k, v, watch)
 
-            with watch("", "all"):
+            with watch("all"):
                 x = layer.run(x, cos, sin, attention.slots[start:stop], attend)
         hidden = x
     spent = watch.seconds()
-    parts = {name: spent.get(name, 0.0) for name in ("attention of the first layer", "attention of others")}
-    first, others = parts.values()
-    linear = spent["all"] - first - others - sum(s for name, s in spent.items() if name.startswith("left out"))
-    mean_of_others = others / (len(layers) - 1) if len(layers) > 1 else first
-    planning = max(first - mean_of_others, 0.0)
-    return Prefill(len(layers), first + others - planning, linear, planning, hidden)
+    linear = spent["all"] - spent["attention"] - spent.get("left out", 0.0)
+    return Prefill(len(layers), spent["attention"], linear, planning, hidden)
 
 
 def measure_length(
@@ -325,10 +327,18 @@ def measure_length(
     num_layers: int,
     shape: Shape,
     names: Sequence[str],
+    executor: str,
     device: str,
     dense_below: int = DENSE_BELOW,
+    deadline: float = math.inf,
+    report: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Figures of dense attention and of every config in `names`, for one prompt of `tokens` tokens."""
+    """Figures of dense attention and of every config in `names`, for one prompt of `tokens` tokens.
+
+    Args:
+        deadline: on the clock of `time.monotonic`; what does not end before it is not in the report.
+        report: figures of an earlier run, which are not measured again.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     modality_map = video_map(tokens)
     random = torch.Generator(device).manual_seed(0)
@@ -340,19 +350,24 @@ def measure_length(
         shift = start // chunk % 997  # each chunk is another piece of the same noise, which saves 7.5 GB
         return noise[shift : shift + stop - start]
 
-    heads = {"dense": [Dense()] * shape.heads} | {name: configs(shape.heads)[name] for name in names}
-    report: dict[str, Any] = {"tokens": tokens, "chunk": chunk, "layers_measured": num_layers, "layers": LAYERS}
-    for name, patterns in heads.items():
+    report = {**(report or {}), "tokens": tokens, "chunk": chunk, "layers_measured": num_layers, "layers": LAYERS}
+    for name in ("dense", *names):
+        if name in report:
+            continue
+        heads = [] if name == "dense" else heads_of(name, modality_map, shape.heads)
         attention: Attention = DenseAttention(tokens, device)
         if name != "dense":
-            attention = SparseAttention(modality_map, patterns, shape, device, dense_below)
+            attention = SparseAttention(modality_map, heads, executor, device, dense_below)
         warm = tuple(table[: 2 * chunk] for table in angles)
-        prefill(layers[:2], embeddings, warm, attention, chunk, device)  # compiles
-        measured = prefill(layers, embeddings, angles, attention, chunk, device)
+        try:
+            prefill(layers[:2], embeddings, warm, attention, chunk, device, deadline)  # compiles
+            measured = prefill(layers, embeddings, angles, attention, chunk, device, deadline)
+        except OutOfTime:
+            break
         figures: dict[str, Any] = {"seconds": measured.scaled(LAYERS, planning=name != "dense")}
         if name != "dense":
             sparse, dense = figures["seconds"], report["dense"]["seconds"]
-            figures["density"] = round(density(modality_map, patterns, chunk, device, dense_below), 4)
+            figures["density"] = round(density(modality_map, heads, chunk, device, dense_below), 4)
             figures |= {f"speedup_{part}": round(dense[part] / sparse[part], 2) for part in ("total", "attention")}
             figures["planning_share_of_attention"] = round(sparse["planning"] / sparse["attention"], 4)
         report[name] = figures
@@ -360,18 +375,19 @@ def measure_length(
 
 
 def density(
-    modality_map: ModalityMap, heads: Sequence[HeadPattern], chunk: int, device: str, dense_below: int
+    modality_map: ModalityMap, layers: Sequence[Sequence[HeadPattern]], chunk: int, device: str, dense_below: int
 ) -> float:
-    """Visited over causal pairs of the whole prefill, the mean over heads. If there are more than 32 chunks, only
-    every eighth is planned."""
+    """Visited over causal pairs of the whole prefill, the mean over the heads of at most 4 layers. If there are more
+    than 32 chunks, only every eighth is planned."""
     visited = causal = 0.0
+    layers = layers[:4]
     tokens = modality_map.length
     starts = range(0, tokens, chunk)
     for start in starts if len(starts) <= 32 else starts[4::8]:
         stop = min(start + chunk, tokens)
         request = RequestChunk(modality_map, start, stop, 0, torch.arange(stop, device=device))
-        plan = BatchPlanner([request], stop - start, dense_below=dense_below).plan(heads)
-        visited += measure.visited_pairs(plan)
+        planner = BatchPlanner([request], stop - start, dense_below=dense_below)
+        visited += sum(measure.visited_pairs(planner.plan(heads)) for heads in layers) / len(layers)
         causal += measure.causal_pairs(stop - start, stop)
     return visited / causal
 
@@ -444,14 +460,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(MEASURED_LAYERS))
     parser.add_argument("--chunk", type=int, default=CHUNK)
     parser.add_argument("--layers", type=int, help="layers to measure; default: fewer, the longer the prompt")
-    parser.add_argument("--configs", nargs="+", choices=list(configs(4)), default=list(configs(4)))
-    parser.add_argument("--minutes", type=float, default=6.0, help="start no length after this long")
+    parser.add_argument("--configs", nargs="+", choices=tuple(CONFIGS), default=list(CONFIGS))
+    parser.add_argument(
+        "--executor", choices=tuple(executors.EXECUTORS), help="what runs plans; default: triton, on a CPU torch"
+    )
+    parser.add_argument("--minutes", type=float, default=7.0, help="stop after this long")
     parser.add_argument("--tiny", action="store_true", help="a very small model, on a CPU too")
-    parser.add_argument("--out", type=Path, default=Path("sglang_mminfer/benchmarks/results/gpu_model_prefill.json"))
+    parser.add_argument("--out", type=Path, help="default: in sglang_mminfer/benchmarks/results")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         parser.error("expected a GPU; --tiny runs a very small model without")
+    executor = options.executor or ("triton" if device == "cuda" else "torch")
+    out = options.out or Path(f"sglang_mminfer/benchmarks/results/gpu_model_prefill_{executor}.json")
     shape, tower, frames, chunk, lengths = Shape(), VisionShape(), 64, options.chunk, options.tokens
     dense_below = DENSE_BELOW
     if options.tiny:
@@ -459,34 +480,38 @@ def main(arguments: list[str] | None = None) -> int:
         tower = VisionShape(depth=2, whole=(1,), hidden=32, heads=2, intermediate=48, out=64)
         frames, chunk, lengths, dense_below = 1, 512, [2048], 0
     report: dict[str, Any] = {**machine.describe(), "card": measure.describe_card(), "about": __doc__, "lengths": {}}
-    if options.out.exists():
-        report["lengths"] = json.loads(options.out.read_text())["lengths"]
-    report |= {"shape": asdict(shape), "vision_shape": asdict(tower)}
-    began = time.monotonic()
+    if out.exists():
+        report["lengths"] = json.loads(out.read_text())["lengths"]
+    report |= {"executor": executor, "shape": asdict(shape), "vision_shape": asdict(tower)}
+    deadline = time.monotonic() + 60 * options.minutes
     with torch.inference_mode():
         for tokens in lengths:
             name = f"{tokens} tokens, chunks of {chunk}"
-            if name in report["lengths"]:
+            known = report["lengths"].get(name, {})
+            if {"dense", *options.configs, "vision_tower"} <= set(known):
                 continue
-            if time.monotonic() - began > 60 * options.minutes:
-                print("Time is up; run again to go on.")
-                break
             layers = options.layers or (2 if options.tiny else MEASURED_LAYERS.get(tokens, 2))
-            figures = measure_length(tokens, chunk, layers, shape, options.configs, device, dense_below)
-            figures["vision_tower"] = vision(tokens, frames, tower, device)
+            figures = measure_length(
+                tokens, chunk, layers, shape, options.configs, executor, device, dense_below, deadline, known
+            )
+            if "vision_tower" not in figures and time.monotonic() < deadline:
+                figures["vision_tower"] = vision(tokens, frames, tower, device)
             report["lengths"][name] = figures
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1) + "\n")
             print(_summary(name, figures), flush=True)
             if device == "cuda":
                 torch.cuda.empty_cache()
-    print(f"Results: {options.out}")
+            if time.monotonic() > deadline:
+                print("Time is up; run again to go on.")
+                break
+    print(f"Results: {out}")
     return 0
 
 
 def _summary(name: str, figures: dict[str, Any]) -> str:
     lines = [f"{name} ({figures['layers_measured']} of {LAYERS} layers measured)"]
-    for config in ("dense", *configs(4)):
+    for config in ("dense", *CONFIGS):
         if config not in figures:
             continue
         measured = figures[config]
@@ -497,7 +522,9 @@ def _summary(name: str, figures: dict[str, Any]) -> str:
             else ""
         )
         lines.append(f"  {config}: {parts}{speedup}")
-    return "\n".join([*lines, f"  vision tower, once: {figures['vision_tower']['seconds']:.2f} s"])
+    if "vision_tower" in figures:
+        lines.append(f"  vision tower, once: {figures['vision_tower']['seconds']:.2f} s")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

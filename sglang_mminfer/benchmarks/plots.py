@@ -1,6 +1,6 @@
 """Two plots from a result file: speed-up against length, and throughput against density.
 
-python -m sglang_mminfer.benchmarks.plots sglang_mminfer/benchmarks/results/gpu_tile_attention.json
+python -m sglang_mminfer.benchmarks.plots sglang_mminfer/benchmarks/results/gpu_tile_attention_triton.json
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer.benchmarks.cases import CHUNK, MEASURED
+from sglang_mminfer.benchmarks.report import AIM_TFLOPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKS = "osD^vPX*"  # one for each pattern
+MARKS = "osD^vPX*<"  # one for each pattern
 STYLES = {"28/4": "-", "32/8": "--"}
 
 
@@ -87,7 +88,8 @@ def _against_density(cases: list[dict[str, Any]]) -> Figure:
     dense = sorted(c["tflops_dense"] for c in cases if c["tokens"] >= 131072)
     if dense:
         ax.axhline(dense[len(dense) // 2], color="black", lw=1, ls="--", label="dense, median from 128K keys")
-    ax.axhline(450, color="#c0392b", lw=1, ls=":", label="aim: 450")
+    for executor, tflops in AIM_TFLOPS.items():
+        ax.axhline(tflops, color="#c0392b", lw=1, ls=":", label=f"aim of {executor}: {tflops}")
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     ax.set_xlabel("density: visited over causal pairs")

@@ -48,7 +48,8 @@ class Dense:
 
     A whole prompt is one causal call. A chunk is two calls: its rows over the prefix without a mask, and its rows over
     their own keys with a causal mask. Together they compute each (row, key) pair at or below the diagonal once. Only
-    `run` is timed, not the join of the two parts, which a kernel with a bottom-right mask does not need.
+    `run` is timed: neither the join of the two parts, which a kernel with a bottom-right mask does not need, nor the
+    repetition of KV heads for a kernel without GQA.
 
     how:         the kernel, in words.
     calls:       for each group of KV heads: the call over the prefix, if there is one, then the call over own keys.
@@ -78,12 +79,14 @@ class Dense:
 
 def dense(inputs: Inputs) -> Dense:
     """Dense attention over keys and values in the order of the prompt, without a page table: in dense's favour."""
-    how, attend = _dense_kernel(inputs.q.device.type, inputs.q.dtype, inputs.q.shape[2])
+    how, attend, repeats = _dense_kernel(inputs.q.device.type, inputs.q.dtype, inputs.q.shape[2])
     rows, tokens = len(inputs.q), len(inputs.keys)
     q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.keys, inputs.values))
+    if repeats:
+        k, v = (_repeated(x, q.shape[1] // x.shape[1]) for x in (k, v))
     groups = [(q, k, v)]
     if inputs.q.numel() >= MOST_ELEMENTS:
-        how += ", one KV head at a time because cuDNN takes no larger tensors"
+        how += ", one head of K and V at a time because cuDNN takes no larger tensors"
         group = q.shape[1] // k.shape[1]
         groups = [
             (q[:, i * group : (i + 1) * group].contiguous(), k[:, i : i + 1].contiguous(), v[:, i : i + 1].contiguous())
@@ -101,33 +104,38 @@ def dense(inputs: Inputs) -> Dense:
 
 
 @cache
-def _dense_kernel(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, Attend]:
-    """The first of these that works here: cuDNN with GQA, cuDNN with repeated KV heads, FlashAttention-2."""
+def _dense_kernel(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, Attend, bool]:
+    """The first of these that works here: cuDNN with GQA, cuDNN with repeated KV heads, FlashAttention-2.
+
+    Returns:
+        Its name, the call, and whether KV heads must be repeated for it.
+    """
     if device == "cpu":
-        return "torch's CPU flash attention", partial(_repeated, _cpu)
+        return "torch's CPU flash attention", _cpu, True
     tried = []
-    candidates: list[tuple[str, Attend]] = [
-        ("cuDNN SDPA", _cudnn),
-        ("cuDNN SDPA on repeated KV heads", partial(_repeated, _cudnn)),
-        ("FlashAttention-2 (not FA3-class) on repeated KV heads", partial(_repeated, _flash_2)),
+    candidates: list[tuple[str, Attend, bool]] = [
+        ("cuDNN SDPA", _cudnn, False),
+        ("cuDNN SDPA on repeated KV heads", _cudnn, True),
+        ("FlashAttention-2 (not FA3-class) on repeated KV heads", _flash_2, True),
     ]
-    for name, attend in candidates:
+    for name, attend, repeats in candidates:
         try:
-            if (difference := _probe(attend, dtype, head_dim)) < 0.05:
-                return name, attend
+            if (difference := _probe(attend, repeats, dtype, head_dim)) < 0.05:
+                return name, attend, repeats
             tried.append(f"{name}: differs by {difference:.3f}")
         except RuntimeError as error:
             tried.append(f"{name}: {str(error).splitlines()[0]}")
     raise NotApplicable("; ".join(tried))
 
 
-def _probe(attend: Attend, dtype: torch.dtype, head_dim: int) -> float:
+def _probe(attend: Attend, repeats: bool, dtype: torch.dtype, head_dim: int) -> float:
     """The largest difference of output and LSE from plain softmax attention, for a small causal case with GQA."""
     random = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, h, 256, head_dim, generator=random, device="cuda").to(dtype) for h in (4, 2, 2))
     scale = head_dim**-0.5
-    out, lse = attend(q, k, v, True, scale)
-    wide_q, wide_k, wide_v = q.float(), *(x.float().repeat_interleave(2, dim=1) for x in (k, v))
+    repeated_k, repeated_v = (_repeated(x, 2) for x in (k, v))
+    out, lse = attend(q, repeated_k, repeated_v, True, scale) if repeats else attend(q, k, v, True, scale)
+    wide_q, wide_k, wide_v = (x.float() for x in (q, repeated_k, repeated_v))
     future = torch.ones(256, 256, dtype=torch.bool, device="cuda").triu(1)
     scores = (wide_q @ wide_k.transpose(2, 3) * scale).masked_fill(future, -torch.inf)
     difference = (out.float() - scores.softmax(dim=-1) @ wide_v).abs().max()
@@ -152,17 +160,29 @@ def _cpu(q, k, v, causal: bool, scale: float) -> Part:
     return result[0], result[1]
 
 
-def _repeated(attend: Attend, q, k, v, causal: bool, scale: float) -> Part:
-    group = q.shape[1] // k.shape[1]
-    return attend(q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), causal, scale)
+def _repeated(x: torch.Tensor, times: int) -> torch.Tensor:
+    """K or V [1, Hkv, n, D] with every head `times` times: [1, Hkv * times, n, D]."""
+    return x.repeat_interleave(times, dim=1)
 
 
-def flash_attention_3(inputs: Inputs, plan: BlockPlan) -> Callable[[], Any]:
+@dataclass(frozen=True)
+class Rival:
+    """Another kernel on the same inputs.
+
+    run:    the call that is timed.
+    output: run it: [rows, Hq, D], in the order of the rows of q. None if its answer is another by design.
+    """
+
+    run: Callable[[], Any]
+    output: Callable[[], torch.Tensor] | None = None
+
+
+def flash_attention_3(inputs: Inputs, plan: BlockPlan) -> Rival:
     """Dense attention in one call with a bottom-right causal mask."""
     from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
 
     q, k, v = inputs.q[None], inputs.keys[None], inputs.values[None]
-    return lambda: flash_attn_func(q, k, v, softmax_scale=inputs.scale, causal=True)
+    return Rival(lambda: flash_attn_func(q, k, v, softmax_scale=inputs.scale, causal=True))
 
 
 # ---- sparse, on our tiles ------------------------------------------------------------------------------------
@@ -225,7 +245,7 @@ class Flex:
     run: Callable[[], torch.Tensor]
 
     def output(self, like: torch.Tensor) -> torch.Tensor:
-        """Run it: [rows, Hq, D], in the order of the rows of `like`."""
+        """Run it: [rows, Hq, D], in the order of the rows of `like`, and shaped like it."""
         out = torch.zeros_like(like)
         is_row = self.gathered.rows >= 0
         out[self.gathered.rows[is_row]] = self.run()[0].transpose(0, 1)[is_row]
@@ -266,7 +286,7 @@ def _lists(tile: torch.Tensor, block: torch.Tensor, plan: BlockPlan, keys: int) 
     return counts.to(torch.int32)[None, None], indices[None, None]
 
 
-def flashinfer(inputs: Inputs, plan: BlockPlan) -> Callable[[], Any]:
+def flashinfer(inputs: Inputs, plan: BlockPlan) -> Rival:
     """FlashInfer's VariableBlockSparseAttentionWrapper on gathered q, k and v.
 
     The wrapper has no mask inside a tile, so partial tiles count as full: the same work, but a different answer along
@@ -295,12 +315,17 @@ def flashinfer(inputs: Inputs, plan: BlockPlan) -> Callable[[], Any]:
         sm_scale=inputs.scale,
     )
     q = tensors.q[:, is_row].contiguous()
-    return lambda: wrapper.run(q, tensors.k, tensors.v)
+    return Rival(lambda: wrapper.run(q, tensors.k, tensors.v))
 
 
-# Names for `Case.against`; each function returns the call that is timed.
-AGAINST: dict[str, Callable[[Inputs, BlockPlan], Callable[[], Any]]] = {
-    "flex_attention": lambda inputs, plan: flex_attention(inputs, plan).run,
+def _flex(inputs: Inputs, plan: BlockPlan) -> Rival:
+    flex = flex_attention(inputs, plan)
+    return Rival(flex.run, lambda: flex.output(inputs.q))
+
+
+AGAINST: dict[str, Callable[[Inputs, BlockPlan], Rival]] = {
+    "flex_attention": _flex,
     "flashinfer": flashinfer,
     "flash_attention_3": flash_attention_3,
 }
+"""By the names of `Case.against`."""

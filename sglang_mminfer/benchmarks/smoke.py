@@ -21,9 +21,12 @@ from sglang_mminfer.serving import self_check
 SMALL = cases.Case("28/4", 32768, 8192, "a_shape")
 
 
-def check(device: str, dtype: torch.dtype) -> self_check.Answer:
-    """Run the self-check of the Triton kernel at the benchmarks' head dim."""
-    return self_check.check(launch.run, device, dtype, cases.HEAD_DIM)
+def check(device: str, dtype: torch.dtype, thorough: bool) -> self_check.Answer:
+    """Run the self-check of the Triton kernels at the benchmarks' head dim."""
+    far = self_check.FAR if thorough else 0
+    return self_check.check(
+        launch.run, device, dtype, cases.HEAD_DIM, pool_elements=far, estimates=True, thorough=thorough
+    )
 
 
 def throughput() -> float:
@@ -44,7 +47,7 @@ def main() -> int:
         return 2
     wrong = 0
     for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float16,):
-        answer = check(device, dtype)
+        answer = check(device, dtype, thorough=device == "cuda" and "--check-only" not in sys.argv)
         wrong += not answer.good
         print(f"{dtype}: {answer}{'' if answer.good else ': WRONG'}")
     if device == "cuda" and "--check-only" not in sys.argv:

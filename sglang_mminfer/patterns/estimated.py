@@ -151,6 +151,11 @@ class Estimated(Pattern):
         """How many keys a row of a prompt of so many tokens gets by the estimate, at most."""
 
     @abstractmethod
+    def expected(self, keys: Ints) -> NDArray[np.float64]:
+        """About how many keys rows that may see so many visit by the estimate, with what picking them costs if it is
+        much; before q and k are known."""
+
+    @abstractmethod
     def looks_at(self, rows: int, keys: int) -> float:
         """What the estimate costs for so many rows that end at so many keys, in (row, key) pairs of attention."""
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.triton import interpreted
+from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.patterns.base import Count, Pattern, Size
 from sglang_mminfer.patterns.estimated import Estimated, Evidence, Findings, Picked, QueryTiles, crossed
 from sglang_mminfer.patterns.index import PairIndex, Scope
@@ -95,6 +97,9 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
 
     def picks(self, tokens: int) -> int:
         return min(self.vertical, tokens) + min(self.slash, tokens)
+
+    def expected(self, keys: Ints) -> NDArray[np.float64]:
+        return (np.minimum(self.vertical, keys) + np.minimum(self.slash, keys)).astype(np.float64)
 
     def looks_at(self, rows: int, keys: int) -> float:
         return 2.0 * self.last_q * keys  # two kernels compute each pair

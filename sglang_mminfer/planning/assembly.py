@@ -22,11 +22,12 @@ class Part(NamedTuple):
     """Tiles of one pass, and who runs them.
 
     head_groups: the query heads of each copy of the tiles; the copies follow each other.
-    alone: whether no other pass has any (row, head) of these tiles.
+    request: the number of their request. alone: whether no other pass has any (row, head) of these tiles.
     """
 
     head_groups: tuple[tuple[int, ...], ...]
     tiles: Tiles | EstimatedTiles
+    request: int
     alone: bool
 
 
@@ -55,7 +56,13 @@ def assemble(
         np.array(numbers),
         np.array(copies),
     )
-    sizes = TileSizes(on_host[0], on_host[1], on_host[2], np.repeat([part.alone for part in parts], num_tiles))
+    sizes = TileSizes(
+        rows=on_host[0],
+        visits=on_host[1],
+        group=on_host[2],
+        request=np.repeat([part.request for part in parts], num_tiles),
+        alone=np.repeat([part.alone for part in parts], num_tiles),
+    )
     rows, ranges = torch.cat([own.rows for own in tiles], dim=1), torch.cat([own.ranges for own in tiles], dim=1)
     excluded = torch.cat([own.excluded for own in tiles])
     device, room, (start, count) = rows.device, int(table[2, -1]), ranges.unbind()

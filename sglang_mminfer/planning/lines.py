@@ -42,9 +42,8 @@ class LineOrder:
         chosen, shape = chosen[with_rows[shape]], shape[with_rows[shape]]
 
         cells, frames = table.rows[chosen] * table.cols[chosen], table.frames[chosen]
-        most = PACK_QUERY_TILES * block_q
-        small = frames * cells <= most
-        room = np.where(small, _power_of_two(most // cells), frames)  # in frames
+        small = frames * cells <= PACK_QUERY_TILES * block_q
+        room = room_for_frames(frames, cells, block_q)
         group = (shape * len(CODES) + table.code[chosen]) * 2 + small
         by_group = np.argsort(group, kind="stable")
         chosen, shape, small, group = chosen[by_group], shape[by_group], small[by_group], group[by_group]
@@ -149,6 +148,12 @@ class LineOrder:
         at = at.where(there, 0)
         position = starts[first_frame[pack] + at // rows[pack]] + at % rows[pack] * cols[pack] + line
         return position.where(there, PAD_POSITION).to(torch.int32).flatten()
+
+
+def room_for_frames(frames: Ints, cells: Ints, block_q: int) -> Ints:
+    """int64 [segments]: how many frames of `cells` tokens a pack has room for that holds a segment of `frames`."""
+    most = PACK_QUERY_TILES * block_q
+    return np.where(frames * cells <= most, _power_of_two(most // cells), frames)
 
 
 def _power_of_two(values: Ints) -> Ints:

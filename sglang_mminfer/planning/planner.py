@@ -181,7 +181,7 @@ class BatchPlanner:
                 for part in parts:
                     on_device = next(tiles)
                     if not part.estimated:
-                        level.append(Part((own,), on_device, alone))
+                        level.append(Part((own,), on_device, request, alone))
                         continue
                     if q is None or k_cache is None:
                         raise ValueError(
@@ -190,7 +190,7 @@ class BatchPlanner:
                     estimates = Estimates(self.requests[request], own, q, k_cache, sm_scale, basis)
                     estimated, keys = with_estimate(on_device, estimates, keys, self.block_k)
                     self.overflow += estimates.overflow
-                    level.append(Part(tuple((head,) for head in own), estimated, alone))
+                    level.append(Part(tuple((head,) for head in own), estimated, request, alone))
         return assemble(
             levels,
             keys,

@@ -15,6 +15,7 @@ import torch
 
 from sglang_mminfer.serving import dense_backend, head_config_choice
 from sglang_mminfer.serving.sparse_prefill import SparsePrefill
+from sglang_mminfer.serving.stock_rows import second_instance
 
 
 def create_backend(runner: Any) -> Any:
@@ -32,7 +33,7 @@ def create_backend(runner: Any) -> Any:
     head_config_choice.announce_once(runner)
     dense: Any = type(backend)
     backend.__class__ = sparse_class(dense)
-    backend.mminfer = SparsePrefill(runner, name)
+    backend.mminfer = SparsePrefill(runner, name, lambda: second_instance(ATTENTION_BACKENDS[name], name, runner))
     return backend
 
 
@@ -67,7 +68,7 @@ def sparse_class(dense: Any) -> Any:
                 def stock(some_heads: torch.Tensor, view: Any) -> torch.Tensor:
                     return dense_forward(some_heads, k, v, view, forward_batch, False)
 
-                o = sparse.run_layer(q, layer, stock)
+                o = sparse.run_layer(q, k, v, layer, stock)
             if o is None:
                 o = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
             sparse.layer_done(q, layer, kwargs, o, start)

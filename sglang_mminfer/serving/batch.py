@@ -15,6 +15,7 @@ from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.serving import observe
 from sglang_mminfer.serving.encoder_watch import EncodedAgain
+from sglang_mminfer.serving.stock_rows import StockRows
 from sglang_mminfer.serving.trace import PrefillRecord, map_entries
 
 
@@ -30,7 +31,7 @@ class PrefillRequest:
         map: the modality map of the conversation; None without media.
         dense_reason: why it runs dense; None: it runs sparse.
         slots: int64 [seq_len], the KV slot of each position; None unless there are observers.
-        densities: scalars on the device, one for each layer that ran sparse.
+        densities: one for each layer that ran sparse and whose density is known; a scalar on the device, or a number.
     """
 
     rid: str
@@ -41,7 +42,7 @@ class PrefillRequest:
     map: ModalityMap | None = None
     dense_reason: str | None = None
     slots: torch.Tensor | None = None
-    densities: list[torch.Tensor] = field(default_factory=list)
+    densities: list[torch.Tensor | float] = field(default_factory=list)
 
     @property
     def seq_len(self) -> int:
@@ -74,6 +75,8 @@ class PrefillBatch:
     Attributes:
         num_rows: rows of q.
         planner: None if the whole batch runs dense.
+        planned: the request of each of the planner's chunks.
+        stock_rows: rows that the stock backend computes while the plan computes the others; None if there are none.
         sparse_layers: layers that ran sparse so far.
         layer_reasons: how many layers ran dense, by reason.
         masked: whether the dense backend's metadata hold a mask of the model's own.
@@ -93,6 +96,8 @@ class PrefillBatch:
         ]
         self.num_rows = starts[-1]
         self.planner: BatchPlanner | None = None
+        self.planned: list[PrefillRequest] = []
+        self.stock_rows: StockRows | None = None
         self.sparse_layers = 0
         self.layer_reasons: Counter[str] = Counter()
         self.masked = False
@@ -118,6 +123,7 @@ class PrefillBatch:
         records = []
         for request in self.requests:
             sparse = request.dense_reason is None and self.sparse_layers > 0
+            known = len(request.densities) == self.sparse_layers  # not where an estimate is on the device only
             reason = None if sparse else request.dense_reason or ",".join(sorted(self.layer_reasons)) or "no_layer"
             records.append(
                 PrefillRecord(
@@ -128,7 +134,7 @@ class PrefillBatch:
                     segments=len(request.map.segments) if request.map else 0,
                     map=map_entries(request.map) if request.ends_prompt and request.map else None,
                     sparse_layers=self.sparse_layers if sparse else 0,
-                    density=fmean(map(float, request.densities)) if sparse and request.densities else None,
+                    density=fmean(map(float, request.densities)) if sparse and known else None,
                     dense_reason=reason,
                     plan_ms=self.plan_s * 1e3,
                     attn_ms=self.attn_s * 1e3 if waited else 0.0,

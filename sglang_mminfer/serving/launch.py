@@ -102,6 +102,11 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{settings.EXECUTOR.variable} names no executor; expected one of {', '.join(settings.EXECUTOR_CHOICES)}.",
     ),
     Refusal(
+        "sparse",
+        lambda cfg: settings.sparse() not in settings.SPARSE_CHOICES,
+        f"{settings.SPARSE.variable}: expected one of {', '.join(settings.SPARSE_CHOICES)}.",
+    ),
+    Refusal(
         "dense_heads",
         lambda cfg: settings.dense_heads() not in settings.DENSE_HEADS_CHOICES,
         f"{settings.DENSE_HEADS.variable}: expected one of {', '.join(settings.DENSE_HEADS_CHOICES)}.",

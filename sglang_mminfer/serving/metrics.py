@@ -26,8 +26,8 @@ class PrefillMetrics:
         )
         self._density_tokens = Counter(
             "sglang:mminfer_density_tokens",
-            "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density. On a GPU only "
-            "with a trace, which waits for it.",
+            "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density. On a GPU "
+            "without a trace: by the area of tiles, and only for configs that estimate nothing.",
         )
         self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
         self._attn_ms = Counter(

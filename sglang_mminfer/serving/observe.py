@@ -71,7 +71,8 @@ class LayerView:
         stock_heads: heads that the stock backend ran beside sparse ones. No pass of the plan has them, and their LSE
             is -inf.
         plan: None if the stock backend ran the whole layer.
-        lse: float32 [tokens, Hq], base 2; None like `plan`.
+        lse: float32 [tokens, Hq], base 2; None like `plan`. -inf for rows that the stock backend ran: those of dense
+            requests, and generated tokens.
     """
 
     layer_id: int

@@ -19,15 +19,16 @@ from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern
-from sglang_mminfer.planning.budget import PlanBudget, line_strides
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
-from sglang_mminfer.planning.planner import BatchPlanner, worker
+from sglang_mminfer.planning.planner import BatchPlanner, is_static, worker
+from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
+from sglang_mminfer.serving.choice import Choice
 from sglang_mminfer.serving.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
 from sglang_mminfer.serving.encoder_watch import EncoderWatch
+from sglang_mminfer.serving.stock_rows import RowRange, StockRows
 from sglang_mminfer.serving.trace import TraceFile
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,13 @@ class _LayerHeads:
     Attributes:
         planned: the pattern of each head; None for a head that the stock backend runs.
         dense: the heads that the stock backend runs; None if there are none.
+        static: whether the host knows what the planned heads visit.
         basis: low-rank forms of q . k, for patterns that choose keys by them; None if there are none.
     """
 
     planned: tuple[HeadPattern | None, ...]
     dense: DenseHeads | None
+    static: bool
     basis: Basis | None
 
 
@@ -60,12 +63,15 @@ class SparsePrefill:
     Args:
         runner: SGLang's ModelRunner.
         dense_backend: the name of the dense backend beneath ours.
+        second_instance: makes another instance of that backend, or gives None; see `StockRows`.
 
     Raises:
         HeadConfigError: if the head config does not fit the model.
     """
 
-    def __init__(self, runner: Any, dense_backend: str) -> None:
+    def __init__(
+        self, runner: Any, dense_backend: str, second_instance: Callable[[], Any | None] = lambda: None
+    ) -> None:
         from sglang.srt.runtime_context import get_parallel
 
         hf_config = runner.model_config.hf_config
@@ -95,15 +101,20 @@ class SparsePrefill:
         self.num_layers = runner.model_config.num_hidden_layers
         self._last_layer = getattr(runner, "end_layer", None) or self.num_layers
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self.num_layers))
-        self._patterns = {head for layer in range(self.num_layers) for head in self.head_config.patterns(layer)}
-        self._budget, self._line_strides = PlanBudget(*settings.plan_budget()), line_strides(self._patterns)
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
-        self.executor = executors.name_for(settings.executor(), self.device)
-        self.unfit: str | None = None
+        case = self.device, runner.model_config.head_dim, BLOCK_K, runner.dtype
+        names = executors.names_for(settings.executor(), *case)
+        self.executor, self.unfit = names[0], None
         if not self._all_dense:
             self_check.compile_ahead()
-            self.unfit = self_check.why_unfit(runner, self.executor, self.device, self.ranks, dense_backend)
+            heads = (head for layer in range(self.num_layers) for head in self.head_config.patterns(layer))
+            estimates = not all(is_static(head) for head in set(heads))
+            self.executor, self.unfit = self_check.first_fit(
+                runner, names, self.device, self.ranks, dense_backend, estimates
+            )
+        self.choice = Choice(self.head_config, self.num_layers, self.executor, dense_backend)
+        self.second_instance = None if self._all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
@@ -172,28 +183,38 @@ class SparsePrefill:
                 request.slots = self._slots(forward_batch, i, request)
         if all(request.dense_reason for request in batch.requests):
             return None
-        chunks = []
+        chunks, on_stock = [], []
         for i, request in enumerate(batch.requests):
             # Rows without a map see everything before them. These are the rows of a dense request that shares a batch
             # with a sparse one, and the rows of generated tokens.
             map_stop = request.prefix_len
             if request.dense_reason is None:
                 map_stop = min(request.prompt_stop, request.seq_len)
-            slots = request.slots if request.slots is not None else self._slots(forward_batch, i, request)
             for modality_map, start, stop in (
                 (request.map, request.prefix_len, map_stop),
                 (None, map_stop, request.seq_len),
             ):
-                if start < stop:
-                    row_start = request.row_start + start - request.prefix_len
+                if start == stop:
+                    continue
+                row_start = request.row_start + start - request.prefix_len
+                if modality_map is None and self._stock_takes(start, stop):
+                    on_stock.append(RowRange(i, start, stop, row_start))
+                else:
+                    slots = request.slots if request.slots is not None else self._slots(forward_batch, i, request)
                     chunks.append(RequestChunk(modality_map, start, stop, row_start, slots[:stop]))
-        dense_below = self.head_config.defaults.dense_below
-        batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=dense_below)
+                    batch.planned.append(request)
+        if on_stock:
+            batch.stock_rows = StockRows(self.second_instance, forward_batch, on_stock)
+        batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=self.choice.dense_below)
         # Only layers that ran in an earlier batch have said how many heads they have.
         known = [(layer, heads.planned) for (layer, _), heads in sorted(self._heads.items(), key=itemgetter(0))]
         layers = [planned for layer, planned in known if not self.head_config.is_dense(layer)]
         batch.planner.prepare(layers, worker() if self.device.type != "cpu" else None)
         return None
+
+    def _stock_takes(self, start: int, stop: int) -> bool:
+        """Whether the stock backend computes rows [start, stop) of a request, which see everything."""
+        return self.second_instance is not None and not self.choice.comparison.own_dense_is_faster(start, stop)
 
     def _slots(self, forward_batch: Any, i: int, request: PrefillRequest) -> torch.Tensor:
         """int64 [seq_len]: the KV slot of each position of request number `i`."""
@@ -232,21 +253,7 @@ class SparsePrefill:
             if not error.repeated:
                 logger.warning("mminfer: request %s runs dense: %s", request.rid, error)
             return None, error.reason
-        if not modality_map.has_vision:
-            return modality_map, "no_media"
-        if request.prefix_len >= prompt:
-            return modality_map, "decode"
-        dense_below = self.head_config.defaults.dense_below
-        if request.seq_len <= dense_below:
-            return modality_map, "short"
-        if lacks_raster(modality_map):
-            rows = max(request.prefix_len, dense_below), min(prompt, request.seq_len)
-            if not any(leaves_out(head, modality_map, *rows) for head in self._patterns):
-                return modality_map, "no_raster"
-        # The budget counts operations and reads no clock, so all ranks decide alike.
-        if not self._budget.allows(modality_map, request.prefix_len, min(prompt, request.seq_len), self._line_strides):
-            return modality_map, "plan_budget"
-        return modality_map, None
+        return modality_map, self.choice.why_dense(modality_map, request.prefix_len, request.seq_len, prompt)
 
     # ---- a layer -------------------------------------------------------------------------------------------
 
@@ -297,11 +304,19 @@ class SparsePrefill:
 
         self.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
 
-    def run_layer(self, q: torch.Tensor, layer: Any, stock: Callable[..., torch.Tensor]) -> torch.Tensor | None:
+    def run_layer(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        stock: Callable[..., torch.Tensor],
+    ) -> torch.Tensor | None:
         """Attention of one layer over the KV pool, which already holds the batch's K and V.
 
         Args:
             q: [tokens, Hq * D].
+            k, v: the batch's keys and values, [tokens, ...]; None if the layer uses another layer's.
             layer: SGLang's RadixAttention.
             stock: stock(q of some heads, a view of the layer with only these heads) runs dense heads on the stock
                 backend.
@@ -322,6 +337,8 @@ class SparsePrefill:
             executors.EXECUTORS[self.executor](q, k_cache, v_cache, plan, layer.scaling, out, lse)
             if heads.dense is not None:
                 heads.dense.run(stock, q, layer, out)
+            if batch.stock_rows is not None:
+                batch.stock_rows.run(q, k, v, layer, out)
         except Exception:
             batch.layer_reasons["internal_error"] += 1
             self._failed(f"layer {layer.layer_id}")
@@ -330,7 +347,7 @@ class SparsePrefill:
             return None
         batch.sparse_layers += 1
         batch.ran = plan, lse
-        if self.waits and (self.trace.enabled or self.metrics is not None):
+        if self.trace.enabled or self.metrics is not None:
             self._note_density(batch, plan, heads)
         return out.flatten(1)
 
@@ -396,19 +413,29 @@ class SparsePrefill:
                 dense = dense_heads(patterns, layer.tp_k_head_num, self.device, limit)
             on_stock = dense.heads if dense is not None else ()
             planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))
+            static = all(is_static(head) for head in planned if head is not None)
             basis = None
             if (whole := self.head_config.basis) is not None:
                 basis = whole.layer(layer.layer_id, self.rank * count, count, self.device)
-            self._heads[key] = _LayerHeads(planned, dense, basis)
+            self._heads[key] = _LayerHeads(planned, dense, static, basis)
         return self._heads[key]
 
     def _note_density(self, batch: PrefillBatch, plan: BlockPlan, heads: _LayerHeads) -> None:
-        visited, stock_heads = plan.visited_by_row, heads.planned.count(None)
-        for request in batch.requests:
-            if request.dense_reason is None and request.chunk_len:
-                rows = visited[request.row_start : request.row_start + request.chunk_len]
-                causal = (request.prefix_len + 1 + request.seq_len) * request.chunk_len // 2
-                request.densities.append((rows.sum() / causal + stock_heads) / plan.num_heads)
+        """Notes the density of a layer in each sparse request. If the host does not wait for the device, it is that of
+        the tiles by their area, where the host knows them."""
+        if batch.planner is None or not (self.waits or heads.static):
+            return
+        stock_heads = heads.planned.count(None)
+        area = None if self.waits else plan.visited_area(len(batch.planned))
+        for number, (request, chunk) in enumerate(zip(batch.planned, batch.planner.requests)):
+            if chunk.map is None:
+                continue
+            if area is None:
+                rows = slice(chunk.row_start, chunk.row_start + chunk.num_rows)
+                visited = plan.visited_by_row[rows].sum() / chunk.causal_pairs
+            else:
+                visited = min(area[number] / chunk.causal_pairs, plan.num_heads - stock_heads)
+            request.densities.append((visited + stock_heads) / plan.num_heads)
 
     def clock(self) -> float:
         """The host's clock, in seconds.

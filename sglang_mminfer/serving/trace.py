@@ -109,8 +109,9 @@ def map_of_entries(entries: Sequence[MapEntry]) -> ModalityMap:
 class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One request in one prefill batch. Lengths are in tokens; times are in milliseconds, for the whole batch.
 
-    On a GPU without a trace, where nobody waits for the device, `density` is None, and `attn_ms`, `forward_ms` and
-    `overflowing_tiles` are 0.
+    On a GPU without a trace nobody waits for the device. Then `attn_ms`, `forward_ms` and `overflowing_tiles` are 0,
+    and `density` is that of the visited tiles by their area, which is a little more; it is None if an estimate picks
+    tiles.
 
     Attributes:
         segments: segments of the request's modality map; 0 without a map.

@@ -188,7 +188,8 @@ class Comparison:
                         self.options.model_path,
                         *(*flags, *server_flags(self.options, self.kit)),
                         log=self.out / "logs" / f"{entry.name}.log",
-                        env={settings.TRACE.variable: str(trace.resolve())},
+                        # Configs are compared by what their heads do, not by where they would run dense.
+                        env={settings.TRACE.variable: str(trace.resolve()), settings.SPARSE.variable: "always"},
                         progress=wait,
                     )
                     stack.enter_context(server)

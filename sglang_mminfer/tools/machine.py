@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("sglang-mminfer", "sglang", "torch", "transformers", "triton")
+PACKAGES = ("sglang-mminfer", "sglang", "torch", "transformers", "triton", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
 def describe() -> dict[str, object]:

@@ -1,6 +1,8 @@
-"""The Triton kernel on a real GPU (`make test-gpu`): the dtypes and sizes that the interpreter cannot check."""
+"""The GPU executors on a real GPU (`make test-gpu`): the dtypes and sizes that nothing else can check."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from sglang_mminfer import (
     TriShape,
     VerticalSlash,
 )
-from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels import fa4, reference, torch_gather
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable
 from sglang_mminfer.kernels.triton import launch
 from sglang_mminfer.planning.chunk import RequestChunk
@@ -56,6 +58,23 @@ WITHIN = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = [torch.bfloat16, torch.float16]
 
 
+NO_FA4 = fa4.why_unavailable(torch.device(DEVICE), 128, 64, torch.bfloat16)
+
+
+def run_fa4(*arguments: Any, **forms: Any) -> None:
+    from sglang_mminfer.kernels.fa4.launch import run
+
+    run(*arguments, **forms)
+
+
+if_fa4 = pytest.mark.skipif(NO_FA4 is not None, reason=str(NO_FA4))
+FA4 = [
+    pytest.param(run_fa4, id="fa4", marks=if_fa4),
+    pytest.param(partial(run_fa4, gathered=True), id="fa4-gathered", marks=if_fa4),
+]
+every_executor = pytest.mark.parametrize("execute", [pytest.param(launch.run, id="triton"), *FA4])
+
+
 def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -83,11 +102,13 @@ def planned(heads: list, q: torch.Tensor, k: torch.Tensor) -> BlockPlan:
     return BatchPlanner(batch, rows).plan(heads, q, k, q.shape[2] ** -0.5)
 
 
-def ran(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE of the kernel, in tensors that held NaN before."""
+def ran(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, execute: Any = launch.run
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE of an executor, in tensors that held NaN before."""
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], torch.nan, device=q.device)
-    launch.run(q, k, v, plan, q.shape[2] ** -0.5, out, lse)
+    execute(q, k, v, plan, q.shape[2] ** -0.5, out, lse)
     return out, lse
 
 
@@ -115,33 +136,53 @@ def assert_close(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.T
 # ---- right answers -------------------------------------------------------------------------------------------
 
 
+@every_executor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
-def test_a_pattern_over_prefixes_in_one_batch(name, dtype):
+def test_a_pattern_over_prefixes_in_one_batch(name, dtype, execute):
     given = inputs(4, 2, 128, dtype)
     plan = planned([PATTERNS[name]] * 4, *given[:2])
-    assert_close(ran(*given, plan), exact(*given, plan))
+    assert_close(ran(*given, plan, execute), exact(*given, plan))
 
 
+@pytest.mark.parametrize("execute", FA4)
+def test_key_tiles_of_128_keys(execute):
+    given = inputs(len(HEADS), 2, 128, torch.bfloat16)
+    batch, rows = chunks(DEVICE)
+    plan = BatchPlanner(batch, rows, block_k=128).plan(HEADS, *given[:2], 128**-0.5)
+    assert_close(ran(*given, plan, execute), exact(*given, plan))
+
+
+@every_executor
+def test_fifty_runs_are_the_same_bit_by_bit(execute):
+    given = inputs(len(HEADS), 2, 128, torch.bfloat16)
+    plan = planned(HEADS, *given[:2])
+    first = ran(*given, plan, execute)
+    for _ in range(49):
+        assert all(map(torch.equal, first, ran(*given, plan, execute))), "two runs differ"
+
+
+@every_executor
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_patterns_in_one_layer(dtype, head_dim, kv_heads):
+def test_all_patterns_in_one_layer(dtype, head_dim, kv_heads, execute):
     given = inputs(len(HEADS), kv_heads, head_dim, dtype)
     plan = planned(HEADS, *given[:2])
-    first, second = ran(*given, plan), ran(*given, plan)
+    first, second = ran(*given, plan, execute), ran(*given, plan, execute)
     assert all(map(torch.equal, first, second)), "two runs differ"
     assert_close(first, exact(*given, plan))
 
 
+@every_executor
 @pytest.mark.parametrize("most_visits", [1, 3])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_lists_in_parts(kv_heads, most_visits):
+def test_lists_in_parts(kv_heads, most_visits, execute):
     given = inputs(len(HEADS), kv_heads, 128, torch.bfloat16)
     plan = planned(HEADS, *given[:2])
     out, lse = torch.full_like(given[0], torch.nan), torch.full(given[0].shape[:2], torch.nan, device=DEVICE)
     for _ in range(20):
-        launch.run(*given, plan, 128**-0.5, out, lse, most_visits=most_visits)
+        execute(*given, plan, 128**-0.5, out, lse, most_visits=most_visits)
         assert_close((out, lse), exact(*given, plan))
 
 
@@ -170,7 +211,8 @@ def test_estimates_see_what_those_of_the_host_see(name):
         assert float((here & there).sum()) >= 0.9 * float((here | there).sum())
 
 
-def test_strided_queries_and_caches():
+@every_executor
+def test_strided_queries_and_caches(execute):
     """Views into a fused projection and a fused cache give the same bits as contiguous copies."""
     heads, kv_heads, head_dim = len(HEADS), 2, 128
     rows, tokens = chunks("cpu")[1], sum(chat.length for chat in CHATS)
@@ -181,7 +223,7 @@ def test_strided_queries_and_caches():
     assert not (q.is_contiguous() or k.is_contiguous())
     plan = planned(HEADS, q, k)
     copies = [x.contiguous() for x in (q, k, v)]
-    assert all(map(torch.equal, ran(q, k, v, plan), ran(*copies, plan)))
+    assert all(map(torch.equal, ran(q, k, v, plan, execute), ran(*copies, plan, execute)))
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -221,8 +263,9 @@ def test_pages_through_the_wrapper(page_size, layout):
 # ---- no waiting, no chance, no overflow ----------------------------------------------------------------------
 
 
+@every_executor
 @pytest.mark.parametrize("name", PATTERNS)
-def test_planning_and_running_wait_for_nothing(name):
+def test_planning_and_running_wait_for_nothing(name, execute):
     """The host runs ahead of the GPU: no copy back, and no size that only the GPU knows."""
     given = inputs(4, 2, 128, torch.bfloat16)
     heads, batch = [PATTERNS[name]] * 4, chunks(DEVICE)
@@ -230,7 +273,7 @@ def test_planning_and_running_wait_for_nothing(name):
 
     def forward() -> None:
         plan = BatchPlanner(*batch).plan(heads, *given[:2], 128**-0.5)
-        launch.run(*given, plan, 128**-0.5, out, lse)
+        execute(*given, plan, 128**-0.5, out, lse)
 
     forward()  # the first run compiles, and may wait
     torch.cuda.synchronize()
@@ -241,7 +284,8 @@ def test_planning_and_running_wait_for_nothing(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_runs_over_a_long_prefix_are_the_same_bit_by_bit():
+@every_executor
+def test_runs_over_a_long_prefix_are_the_same_bit_by_bit(execute):
     tokens, rows, dim = 1 << 17, 2048, 128
     chat = conversation(64, (511, 16, 16), 192)
     k, v = (torch.randn(tokens, 4, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -251,11 +295,12 @@ def test_runs_over_a_long_prefix_are_the_same_bit_by_bit():
     found = []
     for _ in range(4):
         plan = BatchPlanner([RequestChunk(chat, tokens - rows, tokens, 0, slots)], rows).plan(heads, q, k, dim**-0.5)
-        found.append(ran(q, k, v, plan))
+        found.append(ran(q, k, v, plan, execute))
     for again in found[1:]:
         assert all(map(torch.equal, found[0], again)), "plan and run differ from one time to the next"
 
 
+@every_executor
 @pytest.mark.parametrize(
     "heads",
     [
@@ -269,7 +314,7 @@ def test_runs_over_a_long_prefix_are_the_same_bit_by_bit():
     ],
     ids=["frame", "row", "q-boundary", "2d-boundary"],
 )
-def test_a_million_keys_in_a_pool_whose_offsets_pass_32_bits(heads):
+def test_a_million_keys_in_a_pool_whose_offsets_pass_32_bits(heads, execute):
     tokens, rows, kv_heads, dim, pool = 1 << 20, 256, 8, 128, 2_200_000
     chat = conversation(64, (4095, 16, 16), 192)
     assert chat.length == tokens and pool * kv_heads * dim > 1 << 31
@@ -279,7 +324,7 @@ def test_a_million_keys_in_a_pool_whose_offsets_pass_32_bits(heads):
     plan = BatchPlanner([RequestChunk(chat, tokens - rows, tokens, 0, slots)], rows).plan(heads * kv_heads)
     expected = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
     torch_gather.run(q, k, v, plan, dim**-0.5, *expected)
-    torch.testing.assert_close(ran(q, k, v, plan), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(ran(q, k, v, plan, execute), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_an_estimate_over_a_million_keys():

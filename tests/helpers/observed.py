@@ -43,6 +43,8 @@ class Keeps:
 class Pool:
     """K and V of every layer, all of them there: what a batch saves is what stands there."""
 
+    start_layer = 0
+
     def __init__(self, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
         shape = (LAYERS, 2, SLOTS, KV_HEADS, D)
@@ -55,6 +57,9 @@ class Pool:
 
     def get_key_buffer(self, layer: int) -> torch.Tensor:
         return self.layers[layer, 0]
+
+    def get_value_buffer(self, layer: int) -> torch.Tensor:
+        return self.layers[layer, 1]
 
 
 class Stock:
@@ -76,16 +81,15 @@ class Stock:
         return torch.stack(heads, dim=1).flatten(1).to(q.dtype)
 
 
-def prefill(
+def runner(
     config: str,
     monkeypatch: pytest.MonkeyPatch,
-    *observers: observe.Observer,
     metrics: bool = False,
     rank: int = 0,
     ranks: int = 1,
     **server_args: Any,
 ) -> Any:
-    """A SparsePrefill that runs the head config `config`, on one of `ranks` tensor-parallel ranks."""
+    """A model runner that runs the head config `config`, on one of `ranks` tensor-parallel ranks."""
     placed = {"attn_tp_rank": rank, "attn_tp_size": ranks, "tp_rank": rank, "tp_size": ranks} if ranks > 1 else {}
     parallel = SimpleNamespace(**(RANKS | placed))
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
@@ -100,16 +104,21 @@ def prefill(
         }
     )
     pool = Pool()
-    runner = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=hf_config, num_hidden_layers=LAYERS),
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config, num_hidden_layers=LAYERS, head_dim=D),
         server_args=SimpleNamespace(enable_metrics=metrics, **server_args),
         req_to_token_pool=SimpleNamespace(req_to_token=pool.slots[None].int()),
         token_to_kv_pool=pool,
         device="cpu",
         dtype=torch.float32,
         kv_cache_dtype=KV_DTYPE,
+        is_draft_worker=False,
     )
-    found = SparsePrefill(runner, "torch_native")
+
+
+def prefill(config: str, monkeypatch: pytest.MonkeyPatch, *observers: observe.Observer, **of_runner: Any) -> Any:
+    """A SparsePrefill over a `runner`."""
+    found = SparsePrefill(runner(config, monkeypatch, **of_runner), "torch_native")
     for observer in observers:
         found.observers.add(observer)
     return found

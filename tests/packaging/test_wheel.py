@@ -101,7 +101,7 @@ def test_a_server_answers_a_question_about_a_picture(python: Path, model: Path, 
     body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
     trace = tmp_path / "trace.jsonl"
     environment: dict[str, str | None] = {name: None for name in os.environ}
-    environment |= wheels.environment(**{settings.TRACE.variable: str(trace)})
+    environment |= wheels.environment(**{settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always"})
     server = Server(
         model,
         *("--attention-backend", "mminfer", "--mminfer-config", config_file("test_grid_frame")),

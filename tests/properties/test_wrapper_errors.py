@@ -59,7 +59,7 @@ def test_the_good_arguments_are_good():
     ("arguments", "name", "expected", "got"),
     [
         ({"kv_layout": "HDN"}, "kv_layout", '"NHD" or "HND"', "'HDN'"),
-        ({"backend": "cuda"}, "backend", "one of auto, torch, triton, flashinfer, reference", "'cuda'"),
+        ({"backend": "cuda"}, "backend", "one of auto, torch, fa4, triton, flashinfer, reference", "'cuda'"),
         ({"block_q": 0}, "block_q", "an integer >= 1", "0"),
         ({"block_k": -4}, "block_k", "an integer >= 1", "-4"),
         ({"block_k": 4.0}, "block_k", "an integer >= 1", "4.0"),

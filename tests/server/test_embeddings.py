@@ -23,7 +23,7 @@ def test_an_embedding_is_transformers_last_hidden_state(model: Path, media: Medi
     prompt = "<|vision_start|><|image_pad|><|vision_end|>" + "What do you see?" * 40
     covering = ("--attention-backend", "mminfer", "--mminfer-config", config_file("test_covering"))
     flags = (*covering, "--chunked-prefill-size", "64")
-    env = {settings.TRACE.variable: str(trace), "SGLANG_PLATFORM": None}
+    env = {settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None}
     with Server(model, *flags, "--is-embedding", env=env, log=tmp_path / "server.log", timeout=400) as server:
         body = {"text": prompt, "image_data": picture, "rid": "embedded"}
         request = urllib.request.Request(

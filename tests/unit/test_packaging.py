@@ -23,7 +23,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 DISTRIBUTIONS = {"PIL": "pillow"}
 """Of modules that are not called as their distribution; the others are, but for _ in place of -."""
 
-FROM_SGLANG = {"flashinfer", "flash_attn_interface", "torchcodec"}
+FROM_SGLANG = {"flashinfer", "flash_attn", "flash_attn_interface", "cutlass", "quack", "torchcodec"}
 """Imported only where SGLang brought them."""
 
 SERVE = {

@@ -30,7 +30,7 @@ DISTRIBUTION = "sglang-mminfer"
 GROUPS = {"sglang.srt.plugins": "mminfer", "sglang.srt.platforms": "mminfer_cpu"}
 
 _SHOWN = ("sglang", "torch", "transformers")  # requirements with a line; the others have one only if they do not fit
-_OPTIONAL = ("triton", "flashinfer-python", "sglang-kernel")  # not required, but shown if installed
+_OPTIONAL = ("triton", "flash-attn-4", "flashinfer-python", "sglang-kernel")  # not required, but shown if installed
 
 Status = Literal["ok", "note", "warning", "error"]
 
@@ -368,7 +368,7 @@ def check_kernel(device: str, dtype: torch.dtype) -> Finding:
 
     name = f"kernel, {str(dtype).removeprefix('torch.')}"
     try:
-        answer = self_check.check(launch.run, device, dtype, HEAD_DIM)
+        answer = self_check.check(launch.run, device, dtype, HEAD_DIM, estimates=True)
     except Exception as error:  # for example a compiler that does not fit
         return Finding("gpu", name, "error", f"does not run: {brief(error)}", _OTHER_EXECUTOR)
     if answer.good:

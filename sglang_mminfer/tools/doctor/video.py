@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_mminfer import settings
 from sglang_mminfer.families import llava_original
-from sglang_mminfer.serving import head_config_choice
+from sglang_mminfer.serving import dense_backend, head_config_choice
 from sglang_mminfer.serving.encoder_watch import ENVIRONMENT, MB, entries_of, suggested_mb, tokens_of
 from sglang_mminfer.tools.doctor.report import Finding, brief, server_args_of
 
@@ -102,7 +103,7 @@ def _findings(
     yield from _tokens(prompt, model)
     yield _embeddings(prompt, model, view)
     yield _kv_cache(len(prompt.input_ids), model, view)
-    yield _density(prompt, model, server_args)
+    yield _density(prompt, model, server_args, view.device)
 
 
 def _file(path: str) -> tuple[int, float]:
@@ -289,19 +290,26 @@ def expected_density(modality_map: ModalityMap, head_config: HeadConfig, layers:
     return sum(densities[pattern] * count for pattern, count in heads.items()) / heads.total()
 
 
-def _density(prompt: Prompt, model: Any, server_args: Any) -> Finding:
-    from sglang_mminfer.families.maps import GeometryError
+def _density(prompt: Prompt, model: Any, server_args: Any, device: str) -> Finding:
+    import torch
 
-    head_config, choice = head_config_choice.load_for_model(server_args, model.hf_config)
-    layers, name = model.num_hidden_layers, f"{choice.name}  [{choice.source}]"
+    from sglang_mminfer.families.maps import GeometryError
+    from sglang_mminfer.kernels import executors
+    from sglang_mminfer.serving.choice import Choice
+
+    head_config, named = head_config_choice.load_for_model(server_args, model.hf_config)
+    layers, name = model.num_hidden_layers, f"{named.name}  [{named.source}]"
     try:
         modality_map = map_of(prompt, model)
     except GeometryError as error:
         return Finding(SECTION, "density", "note", f"1 ({error.reason}: runs dense), {name}")
     if all(head_config.is_dense(layer) for layer in range(layers)):
         return Finding(SECTION, "density", "note", f"1 (dense_config), {name}")
-    if modality_map.length <= head_config.defaults.dense_below:
-        below = head_config.defaults.dense_below
-        return Finding(SECTION, "density", "note", f"1 (short: dense up to {below:,} tokens), {name}")
+    executor = executors.name_for(settings.executor(), torch.device(device))
+    choice = Choice(head_config, layers, executor, dense_backend.dense_backend_name(server_args, device))
+    reason = choice.why_dense(modality_map, 0, modality_map.length, modality_map.length)
+    if reason is not None:
+        why = f"short: dense up to {choice.dense_below:,} tokens" if reason == "short" else reason
+        return Finding(SECTION, "density", "note", f"1 ({why}), {name}")
     density = expected_density(modality_map, head_config, layers)
     return Finding(SECTION, "density", "ok", f"{density:.3f} of what dense attention computes, {name}")

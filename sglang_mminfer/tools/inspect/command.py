@@ -153,6 +153,7 @@ def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Pa
     env: dict[str, str | None] = {
         settings.OBSERVERS.variable: f"{capture.__name__}:create={folder}",
         settings.TRACE.variable: str(folder / "trace.jsonl"),
+        settings.SPARSE.variable: "always",  # it shows what heads do, in short prompts, too
     }
     if not Path(options.model_path).is_dir():
         env |= {"HF_HUB_OFFLINE": None, "TRANSFORMERS_OFFLINE": None}

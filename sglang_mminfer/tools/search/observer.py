@@ -16,6 +16,7 @@ from sglang_mminfer.kernels import executors
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving.observe import LayerView, RankInfo, RequestView
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import memory, tile_times
@@ -30,6 +31,11 @@ MOST_PHASES = 3
 def observer(value: str, rank: RankInfo) -> SearchObserver:
     """The observer's factory for `settings.OBSERVERS`; `value` is the folder of the search."""
     return SearchObserver(Path(value), rank.rank, rank.ranks)
+
+
+def executor_for(q: torch.Tensor) -> str:
+    """The name of the executor that the server runs for queries [tokens, heads, D]."""
+    return executors.name_for(settings.executor(), q.device, q.shape[2], BLOCK_K, q.dtype)
 
 
 class SearchObserver:
@@ -77,14 +83,14 @@ class SearchObserver:
             masses = {s: cell_masses(modality_map, q[:, piece.heads], k, view.sm_scale, s) for s in ("frame", "row")}
             heads = range(piece.heads.stop - piece.heads.start)
             phases += [{s: _heaviest(mass[head]) for s, mass in masses.items()} for head in heads]
-        name = executors.name_for(settings.executor(), q.device)
+        name = executor_for(q)
         times = tile_times.measured(executors.EXECUTORS[name], q.shape[2], q.dtype, q.device)
         return {"map": jobs.map_to_json(modality_map), "phases": phases, "tile_us": times, "executor": name}
 
     def _measured(
         self, job: jobs.Job, view: LayerView, request: RequestView, modality_map: ModalityMap
     ) -> dict[str, Any]:
-        execute = executors.EXECUTORS[executors.name_for(settings.executor(), view.q.device)]
+        execute = executors.EXECUTORS[executor_for(view.q)]
         own_heads = slice(view.first_head, view.first_head + view.num_heads)
         candidates = [(c.patterns(view.layer_id)[own_heads], c.defaults.dense_below) for c in self._parsed(job)]
         chunk = RequestChunk(modality_map, 0, request.seq_len, 0, request.slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, HeadConfig, Modality, ModalityMap, VerticalSlash
-from sglang_mminfer.benchmarks import cases, inputs, measure, model_prefill, report, tile_attention, tuning
+from sglang_mminfer.benchmarks import answers, cases, inputs, measure, model_prefill, report, tile_attention, tuning
 from sglang_mminfer.benchmarks import rivals as baselines
 from sglang_mminfer.kernels import reference, torch_gather
+from sglang_mminfer.kernels.block_plan import nothing
 from sglang_mminfer.kernels.triton.configurations import Configuration
+from sglang_mminfer.kernels.work_items import NUM_PAIRS, work_items
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
 from support import conversation
@@ -102,6 +105,43 @@ def test_the_estimate_finds_what_the_inputs_have():
     assert 0.06 < density < 0.15, density
 
 
+@pytest.mark.parametrize("pattern", [Grid("frame", True, True, True, 3, 8, 40), VerticalSlash(9, 20), Dense()], ids=str)
+def test_the_difference_is_that_of_sampled_rows(pattern):
+    given = made(60, 400)
+    plan = planned(given, pattern, conversation(30, (5, 8, 8), 50))
+    torch_gather.run(given.q, given.k_cache, given.v_cache, plan, given.scale, given.out, given.lse)
+    rows = list(range(60))
+    assert answers.difference(given, plan, rows).is_within(torch.float32)
+    given.out[17, 2] *= 1.5
+    given.lse[40, 1] += 0.25
+    found = answers.difference(given, plan, rows)
+    assert found.out == pytest.approx(0.5, rel=1e-3) and found.lse == pytest.approx(0.25, rel=1e-3)
+    assert answers.difference(given, plan, [3, 40]).out < 1e-4
+    given.out[59] = torch.nan
+    assert answers.difference(given, plan).out == float("inf"), "the last row is always looked at"
+
+
+def test_rows_without_keys_are_zeros():
+    given = made(4, 100)
+    plan = nothing(4, 4, 128, 64, torch.device("cpu"))
+    given.out.zero_()
+    given.lse.fill_(-torch.inf)
+    assert answers.difference(given, plan) == answers.Difference(0.0, 0.0)
+    given.lse[3, 3] = 0
+    assert answers.difference(given, plan).lse == float("inf")
+
+
+def test_how_items_use_a_card():
+    given = made(300, 900)
+    items = work_items(planned(given, Dense()), 2, 128)
+    used = measure.use(items, 32)
+    assert used.items == items.num_items and used.longest_visits == items.visits.max()
+    multiplied = sum(128 * visits for visits in items.visits.tolist())
+    held = sum(row[NUM_PAIRS] * visits for row, visits in zip(items.table.tolist(), items.visits.tolist()))
+    assert used.rows_used == pytest.approx(held / multiplied) and held < multiplied
+    assert used.longest_share == pytest.approx(132 * used.longest_visits / items.visits.sum())
+
+
 def test_counts():
     given = made(300, 900)
     plan = planned(given, AShape(40, 150))
@@ -125,22 +165,33 @@ def test_counts():
 def test_the_most_important_cases_come_first():
     listed = list(cases.cases(("flashinfer",)))
     assert len({case.name for case in listed}) == len(listed)
-    first = listed[: len(cases.MEASURED)]
-    assert {case.pattern for case in first} == set(cases.MEASURED)
-    assert {(case.tokens, case.rows) for case in first} == {(131072, 8192)}
+    for first, tokens in ((listed[:4], 131072), (listed[4:8], 1048576)):
+        assert {case.pattern for case in first} == {cases.DEFAULT, cases.ROW, "a_shape", cases.SEARCHED}
+        assert {(case.tokens, case.rows) for case in first} == {(tokens, 8192)}
+    later = listed[8 : len(cases.MEASURED) + 4]
+    assert {case.pattern for case in (*listed[:4], *later)} == set(cases.MEASURED)
     assert {case.tokens for case in listed} == {*cases.LENGTHS, *cases.SHORT}
     assert {case.shape for case in listed} == {"28/4", "32/8"}
-    assert {case.rows for case in listed if not case.is_whole} == {8192, 16384}
+    assert {case.rows for case in listed if not case.is_whole} == {2048, 8192, 16384}
 
 
 @pytest.mark.parametrize("pattern", [name for name in cases.MEASURED if name != "vertical_slash"])
 def test_densities_are_usual_ones(pattern):
-    case = cases.Case("2/1", cases.TARGET, cases.CHUNK, pattern)
+    case = cases.Case("28/4" if pattern == cases.SEARCHED else "2/1", cases.TARGET, cases.CHUNK, pattern)
     chunk = RequestChunk(cases.conversation(case), case.tokens - case.rows, case.tokens, 0, torch.arange(case.tokens))
-    plan = BatchPlanner([chunk], case.rows).plan([cases.PATTERNS[pattern]] * 2)
+    plan = BatchPlanner([chunk], case.rows).plan(cases.layers(case)[0])
     density = measure.visited_pairs(plan) / measure.causal_pairs(case.rows, case.tokens)
     assert (0.02 if pattern == cases.DEFAULT else 0.05) <= density <= 0.1
     assert measure.index_bytes(plan) < 0.02 * 2 * case.tokens * 4 * 128 * 2 * 28
+
+
+def test_a_searched_config_has_a_pattern_for_each_head():
+    case = cases.Case("28/4", 32768, 8192, cases.SEARCHED)
+    layers = cases.layers(case)
+    assert len(layers) > 20 and {len(heads) for heads in layers} == {28}
+    assert len({head for heads in layers for head in heads}) > 100
+    assert sum(len(set(heads)) for heads in layers) / len(layers) > 18
+    assert cases.searched_layers(cases.video_map(32768), 28)[: len(layers)] == layers, "drawn alike every time"
 
 
 @pytest.mark.parametrize("tokens", [2048, 8192, 32768])
@@ -150,33 +201,58 @@ def test_maps_are_as_long_as_asked_for(tokens):
 
 def test_the_default_pattern_is_that_of_the_default_config():
     (head,) = set(HeadConfig.load("default").patterns(0, 28))
-    assert head == cases.PATTERNS[cases.DEFAULT] == model_prefill.configs(4)["default"][0]
+    assert head == cases.PATTERNS[cases.DEFAULT]
+    assert model_prefill.heads_of("default", cases.video_map(2048), 4) == [(head,) * 4]
     assert HeadConfig.load("default").defaults.dense_below == model_prefill.DENSE_BELOW
 
 
 # ---- the programs --------------------------------------------------------------------------------------------
 
 
-def test_the_benchmark_in_the_interpreter(tmp_path: Path):
+def benchmark(out: Path, *options: str) -> str:
+    """What the benchmark prints about very small cases."""
+    command = [sys.executable, "-m", "sglang_mminfer.benchmarks.tile_attention", "--tiny", "--out", str(out), *options]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_benchmark(tmp_path: Path):
     """A run, and a second one that has nothing left to do."""
     out = tmp_path / "tiny.json"
-    command = [sys.executable, "-m", "sglang_mminfer.benchmarks.tile_attention", "--tiny", "--out", str(out)]
-    for _ in range(2):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
-        )
-        assert done.returncode == 0, done.stderr
+    for checks in ("1", "0"):
+        shown = benchmark(out, "--executor", "torch", "--checks", checks)
     found = json.loads(out.read_text())
-    assert len(found["runs"]) == 1, "the second run measured nothing"
-    assert "3 of 3 cases done, 0 failed" in done.stdout
+    (run,) = found["runs"]  # the second measured nothing
+    assert run["executor"] == "torch" and run["self_check"]["good"] and run["self_check"]["times"] == 1
+    assert "4 of 4 cases done, 0 failed" in shown
     assert set(found["cases"]) == {case.name for case in cases.tiny_cases()}
     for figures in found["cases"].values():
         assert figures["run"] == 0 and figures["sparse_ms"] > 0 and figures["plan_wall_ms"] > 0, figures
         assert figures["speedup"] == pytest.approx(figures["dense_ms"] / figures["sparse_ms"], rel=1e-3)
-    assert found["runs"][0]["versions"]["torch"] and "tile_attention" in found["runs"][0]["command"]
-    assert set(found["runs"][0]["baselines"]) == {"flashinfer", "flash_attention_3", "cudnn_block_sparse"}
+        assert 0 < figures["rows_used"] <= 1 and figures["longest_share"] > 0 and figures["items"] > 0
+        assert figures["difference"] < 1e-4 and figures["lse_difference"] < 1e-4
+    assert run["versions"]["torch"] and run["versions"]["flash-attn-4"] and "tile_attention" in run["command"]
+    assert set(run["baselines"]) == {"flashinfer", "flash_attention_3", "cudnn_block_sparse"}
     assert "vertical_slash" in out.with_suffix(".md").read_text()
     assert {path.name for path in tmp_path.glob("*.png")} == {"tiny_length.png", "tiny_density.png"}
+
+
+def test_the_benchmark_in_the_interpreter(tmp_path: Path):
+    """The Triton kernel's self-check; no case begins, because the check takes longer than the run may."""
+    out = tmp_path / "tiny.json"
+    assert "Time is up" in benchmark(out, "--checks", "1", "--minutes", "0.001")
+    found = json.loads(out.read_text())
+    assert found["runs"][0]["executor"] == "triton" and found["runs"][0]["self_check"]["good"]
+    assert not found["cases"]
+
+
+def test_a_case_against_another_kernel():
+    """All is visited here: in eager mode FlexAttention looks at positions alone."""
+    figures = tile_attention.Bench("cpu", "torch", 64).run(cases.Case("2/1", 512, 64, "a_shape", "flex_attention"))
+    assert figures["speedup_over_other"] == pytest.approx(figures["other_ms"] / figures["sparse_ms"], rel=1e-3)
+    assert figures["other_difference"] < 1e-5 and "dense_ms" not in figures
 
 
 def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch):
@@ -189,16 +265,17 @@ def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch):
         raise baselines.NotApplicable("the plan has 2 passes")
 
     monkeypatch.setattr(tile_attention.Bench, "run", broken)
-    found = tile_attention.run_cases(chosen, "cpu", out, 1.0, retry=False)["cases"]
+    run_cases = functools.partial(tile_attention.run_cases, chosen, "cpu", "torch", out, 1.0, checks=0)
+    found = run_cases(retry=False)["cases"]
     assert found[chosen[0].name]["error"].startswith("RuntimeError: no such thing")
     assert found[chosen[1].name]["not_applicable"] == "the plan has 2 passes"
-    assert "no such thing" in report.markdown({"cases": found})
+    assert "no such thing" in report.markdown({"cases": found, "runs": [{"executor": "torch"}]})
     calls: list[str] = []
     monkeypatch.setattr(tile_attention.Bench, "run", lambda self, case: calls.append(case.name) or {"sparse_ms": 1.0})
     monkeypatch.setattr(report, "line", lambda name, figures: name)
-    tile_attention.run_cases(chosen, "cpu", out, 1.0, retry=False)
+    run_cases(retry=False)
     assert calls == [], "a failure is not tried again"
-    tile_attention.run_cases(chosen, "cpu", out, 1.0, retry=True)
+    run_cases(retry=True)
     assert calls == [chosen[0].name]
     assert real is not tile_attention.Bench.run
 
@@ -223,27 +300,50 @@ def test_tuning_names_the_fastest_and_keeps_what_did_not_fit(tmp_path: Path, mon
     assert "best:" in capsys.readouterr().out
 
 
+def test_a_wrong_answer_is_no_result(tmp_path: Path, monkeypatch):
+    """An executor that leaves one key tile out of its longest lists is found out, by the self-check and by the case."""
+
+    def lossy(q, k_cache, v_cache, plan, scale, out, lse):
+        visits = plan.block_indptr.diff()
+        fewer = visits - (visits == visits.max()).int()  # the last one, which is partial or gathered
+        indptr = torch.cat([torch.zeros(1), fewer.cumsum(0)]).int()
+        tile, number = plan.visits()
+        kept = plan.block_indices[: len(tile)][number < fewer[tile]]
+        short = replace(plan, block_indptr=indptr, block_indices=kept, num_full=torch.minimum(plan.num_full, fewer))
+        torch_gather.run(q, k_cache, v_cache, short, scale, out, lse)
+
+    monkeypatch.setitem(tile_attention.executors.EXECUTORS, "torch", lossy)
+    case = cases.Case("2/1", 4096, 256, "a_shape")
+    results = tile_attention.run_cases([case], "cpu", "torch", tmp_path / "x.json", 1.0, retry=False, checks=1)
+    assert "the answer is wrong" in results["cases"][case.name]["error"], results["cases"]
+    check = results["runs"][0]["self_check"]
+    assert not check["good"] and "largest error" in check["answer"]
+    assert "WRONG" in report.markdown(results)
+
+
 def test_aims():
     def case(tokens: int, rows: int, **figures: float) -> dict:
         usual = {
             "density": 0.08,
-            "tflops_on_visited_tiles": 500.0,
-            "speedup": 10.0,
-            "share_of_ideal": 0.8,
+            "tflops_on_visited_tiles": 560.0,
+            "share_of_ideal": 0.9,
             "speedup_with_plan": 1.2,
+            "plan_share_of_attention": 0.01,
+            "longest_share": 0.2,
+            "index_share_of_kv": 0.0005,
         }
-        usual |= {"plan_share_of_attention": 0.01, "index_share_of_kv": 0.001}
         return {"tokens": tokens, "rows": rows, "pattern": cases.ROW, **usual, **figures}
 
     good = [case(131072, 8192), case(1 << 20, 8192), case(8192, 8192), case(2048, 2048, speedup_with_plan=0.6)]
-    assert [met for _, _, met in report.aims(good)] == ["yes"] * 5
+    assert [met for _, _, met in report.aims(good, "fa4")] == ["yes"] * 6
     bad = [
-        case(131072, 8192, tflops_on_visited_tiles=440.0, plan_share_of_attention=0.05),
-        case(1 << 20, 8192, share_of_ideal=0.6, index_share_of_kv=0.03),
+        case(131072, 8192, tflops_on_visited_tiles=540.0, plan_share_of_attention=0.05),
+        case(1 << 20, 8192, share_of_ideal=0.8, index_share_of_kv=0.03, longest_share=0.3),
         case(8192, 8192, speedup_with_plan=0.9),
     ]
-    assert [met for _, _, met in report.aims(bad)] == ["no"] * 5
-    assert report.aims([]) == []
+    assert [met for _, _, met in report.aims(bad, "fa4")] == ["no"] * 6
+    assert [met for _, _, met in report.aims(bad, "triton")] == ["yes", *["no"] * 5], "Triton's own aim is lower"
+    assert report.aims([], "fa4") == []
 
 
 # ---- the model -----------------------------------------------------------------------------------------------
@@ -257,8 +357,12 @@ def prefilled(attention: model_prefill.Attention, chat: ModalityMap, chunk: int)
     x = torch.randn(chat.length, SHAPE.hidden, generator=random)
     angles = model_prefill.mrope(chat, SHAPE, "cpu", torch.float32)
     ran = model_prefill.prefill(layers, lambda start, stop: x[start:stop], angles, attention, chunk, "cpu")
-    assert ran.layers == 3 and ran.attention > 0 and ran.linear > 0
+    assert ran.layers == 3 and ran.attention > 0 and ran.linear > 0 and ran.planning >= 0
     return ran.hidden
+
+
+def sparse_attention(chat: ModalityMap, *layers) -> model_prefill.SparseAttention:
+    return model_prefill.SparseAttention(chat, layers, "torch", "cpu", 0, planned_layers=3)
 
 
 def test_the_model_is_the_same_with_patterns_that_cover_everything():
@@ -274,10 +378,10 @@ def test_the_model_is_the_same_with_patterns_that_cover_everything():
     for chunk in (n, 60):
         last = (n - 1) % chunk + 1
         dense = prefilled(model_prefill.DenseAttention(n, "cpu"), chat, chunk)
-        sparse = prefilled(model_prefill.SparseAttention(chat, covering, SHAPE, "cpu", 0), chat, chunk)
+        sparse = prefilled(sparse_attention(chat, covering, covering[::-1]), chat, chunk)
         torch.testing.assert_close(dense, expected[-last:], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(sparse, expected[-last:], rtol=1e-3, atol=1e-4)
-    other = prefilled(model_prefill.SparseAttention(chat, [AShape(1, 4)] * 4, SHAPE, "cpu", 0), chat, n)
+    other = prefilled(sparse_attention(chat, [AShape(1, 4)] * 4), chat, n)
     assert not torch.allclose(other, expected, rtol=1e-2, atol=1e-2)
 
 
@@ -293,12 +397,20 @@ def test_positions_of_a_video():
         torch.testing.assert_close(sin[token, 0], angles.sin())
 
 
-def test_the_model_benchmark_runs(tmp_path: Path):
+def test_the_model_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, capsys):
     out = tmp_path / "model.json"
-    assert model_prefill.main(["--tiny", "--out", str(out)]) == 0
+    command = ["--tiny", "--out", str(out)]
+    assert model_prefill.main([*command, "--minutes", "0"]) == 0
+    assert "Time is up" in capsys.readouterr().out
     ((_, figures),) = json.loads(out.read_text())["lengths"].items()
-    for name in ("dense", "default", "mixed"):
+    assert "dense" not in figures
+    assert model_prefill.main([*command, "--configs", "default"]) == 0
+    ((_, first),) = json.loads(out.read_text())["lengths"].items()
+    assert model_prefill.main(command) == 0
+    ((_, figures),) = json.loads(out.read_text())["lengths"].items()
+    assert first.items() <= figures.items(), "nothing is measured twice"
+    for name in ("dense", *model_prefill.CONFIGS):
         seconds = figures[name]["seconds"]
         assert seconds["total"] == pytest.approx(sum(s for part, s in seconds.items() if part != "total"), abs=1e-3)
-    assert ("planning" in figures["mixed"]["seconds"]) and ("planning" not in figures["dense"]["seconds"])
+    assert ("planning" in figures["searched"]["seconds"]) and ("planning" not in figures["dense"]["seconds"])
     assert figures["vision_tower"]["seconds"] > 0

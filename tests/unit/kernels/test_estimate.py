@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_mminfer.kernels.triton import estimate
 from sglang_mminfer.patterns import vertical_slash
-from support import INTERPRETED, examples
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
+from support import INTERPRETED, conversation, examples
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
@@ -50,8 +53,6 @@ def test_masses_are_the_sums_over_the_last_queries(case):
 @settings(max_examples=examples(120))
 @given(case=inputs(), programs=st.sampled_from([1, 4, 1024]), seed=st.integers(0, 9))
 def test_the_triton_kernels_sum_the_same_over_a_scattered_cache(dtype, case, programs, seed):
-    from sglang_mminfer.kernels.triton import estimate
-
     q, k, heads, frontier = case
     q, k = q.to(dtype), k.to(dtype)
     slots = torch.randperm(len(k) + 40, generator=torch.Generator().manual_seed(seed))[: len(k)]
@@ -67,11 +68,9 @@ def test_the_triton_kernels_sum_the_same_over_a_scattered_cache(dtype, case, pro
 
 @pytest.mark.skipif(not INTERPRETED, reason="the GPU kernel: in Triton's interpreter (make test-interpreted)")
 def test_the_triton_estimate_refuses_more_rows_than_a_tile_has():
-    from sglang_mminfer.kernels.triton.estimate import estimate
-
     q, k = randn(65, 1, 8, seed=0), randn(65, 1, 8, seed=1)
     with pytest.raises(ValueError, match="q: expected at most 64 rows, got 65"):
-        estimate(q, k, torch.arange(65).int(), torch.zeros(1, dtype=torch.int32), 1, 1.0)
+        estimate.estimate(q, k, torch.arange(65).int(), torch.zeros(1, dtype=torch.int32), 1, 1.0)
 
 
 @settings(max_examples=examples(100))
@@ -96,3 +95,24 @@ def test_diagonals_cross_what_they_cross(data, block_k):
     assert listed == sorted(block for block in crossed if block < below), "ranges ascend and do not overlap"
     answers = diagonals.cross(torch.arange(tiles)[None, None])[0, 0].tolist()
     assert [block for block, yes in enumerate(answers) if yes] == sorted(crossed)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the GPU kernel: in Triton's interpreter (make test-interpreted)")
+def test_the_triton_estimate_of_a_few_heads_at_a_time_picks_the_same(monkeypatch):
+    """A million keys have masses of half a gigabyte if all heads are estimated at once."""
+    rows, tokens, heads = 40, 300, 6
+    q, k = randn(rows, heads, 16, seed=0), randn(tokens, 2, 16, seed=1)
+    chunk = RequestChunk(conversation(tokens), tokens - rows, tokens, 0, torch.arange(tokens))
+
+    def planned():
+        return BatchPlanner([chunk], rows, block_k=16).plan([vertical_slash.VerticalSlash(20, 30)] * heads, q, k, 0.4)
+
+    calls, masses = [], estimate.estimate
+    monkeypatch.setattr(estimate, "estimate", lambda *arguments: calls.append(len(arguments[3])) or masses(*arguments))
+    at_once = planned()
+    monkeypatch.setattr(vertical_slash, "MASS_BYTES", 2 * 8 * tokens)
+    a_few = planned()
+    assert calls == [6, 2, 2, 2]
+    for name in ("block_indptr", "num_full", "num_gathered", "excluded_lanes"):
+        assert torch.equal(getattr(at_once, name), getattr(a_few, name)), name
+    assert torch.equal(at_once.visited_by_row, a_few.visited_by_row)

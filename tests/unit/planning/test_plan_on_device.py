@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import support
 from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VisionGrid
+from sglang_mminfer.kernels.fa4.arguments import call_arguments, keys_of, queries_of
 from sglang_mminfer.kernels.triton import estimate
 from sglang_mminfer.kernels.work_items import work_items
 from sglang_mminfer.planning.chunk import RequestChunk
@@ -64,6 +65,10 @@ def plan_on_a_card_that_is_not_there(batch):
         items = work_items(plan, batch.group, 16)
         tensors = [x for x in vars(plan).values() if isinstance(x, torch.Tensor)]
         tensors += [*items.on_device, items.first_slot, items.parts, plan.keys.kv_pos, plan.keys.kv_slots]
+        for gathered in (False, True) if items.num_items else ():
+            arguments = call_arguments(plan, batch.group, batch.num_kv_heads, 16, gathered)
+            tensors += [*arguments.padded_lists, *(x for x in vars(arguments).values() if isinstance(x, torch.Tensor))]
+            tensors += [queries_of(q, arguments), keys_of(k_cache, arguments, gathered)]
         assert {x.device.type for x in tensors} == {"cuda"}
 
 
@@ -119,3 +124,18 @@ def test_planning_costs_what_frames_cost_not_what_tokens_do():
         chat = support.ModalityMap([support.Segment(VIDEO, 0, 600 * side * side, grid)])
         sizes.append([len(chat.on_phase("frame", 3).starts), len(chat.runs(VIDEO).starts)])
     assert sizes == [[600, 1], [600, 1]]
+
+
+def test_the_area_of_visited_tiles_is_a_little_more_than_what_rows_see():
+    """It is the density that a server tells where it must not wait for the device."""
+    chats = [conversation(64, (200, 14, 14), 192), conversation(500), conversation(64, (90, 10, 10, 3), 64)]
+    starts, heads = [chats[0].length - 8192, 0, 4096], [Grid("frame", True, True, True, 0, 128, 1024), Dense()]
+    chunks, row = [], 0
+    for chat, start in zip(chats, starts):
+        chunks.append(RequestChunk(chat, start, chat.length, row, torch.arange(chat.length)))
+        row += chunks[-1].num_rows
+    plan = BatchPlanner(chunks, row).plan(heads)
+    for chunk, area in zip(chunks, plan.visited_area(len(chunks)).tolist()):
+        exact = int(plan.visited_by_row[chunk.row_start : chunk.row_start + chunk.num_rows].sum())
+        assert exact <= area <= 1.06 * exact or chunk.kv_len == 500
+    assert plan.visited_area(5).tolist()[3:] == [0, 0]

@@ -64,7 +64,7 @@ def without_raster(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def short(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
-    object.__setattr__(prefill, "head_config", SimpleNamespace(defaults=SimpleNamespace(dense_below=LENGTH)))
+    patch.setattr(prefill.choice, "dense_below", LENGTH)
 
 
 def failing(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
@@ -93,6 +93,7 @@ REQUESTS: dict[str, tuple[str, Change]] = {
     "dense_config": ("dense", nothing),
     "no_raster": ("test_grid_frame", behind_a_gridless_video),
     "plan_budget": ("test_a_shape", lambda p, b, m: m.setattr(PlanBudget, "allows", lambda *arguments: False)),
+    "not_faster": ("test_covering", lambda p, b, m: m.setattr(p.choice, "only_if_faster", True)),
     "no_prompt_length": ("test_a_shape", no_length),
     "no_offsets": ("test_a_shape", offsets(None)),
     "bad_offsets": ("test_a_shape", offsets([3])),

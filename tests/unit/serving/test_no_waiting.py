@@ -1,6 +1,7 @@
 """The backend never waits for the GPU. The tests run in torch's fake mode and need no GPU.
 
-A fake tensor has a device and no data, so every read of the GPU by the host raises.
+A fake tensor has a device and no data, so every read of the GPU by the host raises. Kernels are not launched, and all
+that happens around them does.
 """
 
 from __future__ import annotations
@@ -10,36 +11,95 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import observed
-from sglang_mminfer.kernels import executors
+from observed import LENGTH
+from sglang_mminfer.planning.planner import is_static
+from sglang_mminfer.serving import prompts
+from sglang_mminfer.serving.choice import Choice
+
+ALL = ("a_shape", "grid_frame", "grid_row", "tri_shape", "q_boundary", "2d_boundary", "vertical_slash", "mixed_heads")
 
 
 def test_the_check_below_notices_a_host_that_waits() -> None:
-    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+    with FakeTensorMode():
         rows = torch.ones(3, 5, device="cuda")
-        rows[torch.zeros(1, dtype=torch.long, device="cuda")[0], :2]  # how a request's slots were read in the past
+        with pytest.raises(DataDependentOutputException):
+            rows[torch.zeros(1, dtype=torch.long, device="cuda")[0], :2]  # how a request's slots were read in the past
+        with pytest.raises(DynamicOutputShapeException):
+            rows[rows > 0]
 
 
-@pytest.mark.parametrize("config", ["test_a_shape", "test_mixed_heads"])
-def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
-    prefill: Any = observed.prefill(config, monkeypatch)
+def one_request() -> Any:
+    """A later chunk of a video's prompt."""
+    return observed.batch(100)
+
+
+def several_requests() -> Any:
+    """A prompt whose chunk goes on with generated tokens, a later chunk of another prompt, and a text-only request."""
+    batch = observed.batch()
+    vars(batch).update(
+        extend_seq_lens_cpu=[LENGTH, LENGTH - 300, 64],
+        extend_prefix_lens_cpu=[0, 300, 0],
+        rids=["with generated tokens", "later chunk", "text"],
+        input_ids=None,
+        positions=None,
+        out_cache_loc=None,
+        mm_inputs=[*batch.mm_inputs, observed.batch().mm_inputs[0], None],
+    )
+    prompts.keep({"with generated tokens": LENGTH - 20, "later chunk": LENGTH, "text": 64})
+    return batch
+
+
+class Stock:
+    """The stock backend's second instance; what it does is SGLang's."""
+
+    def init_forward_metadata(self, batch: Any) -> None:
+        assert batch.seq_lens.is_cuda and not batch.seq_lens_cpu.is_cuda and batch.batch_size == len(batch.seq_lens)
+
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool) -> Any:
+        assert q.is_cuda and len(q) == batch.extend_num_tokens and not save_kv_cache
+        return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("make", [one_request, several_requests])
+@pytest.mark.parametrize("config", ALL)
+def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str, make: Any) -> None:
+    monkeypatch.setattr(observed, "D", 64)  # the kernels are built for this head dim
+    prefill: Any = observed.prefill(f"test_{config}", monkeypatch)
     told: list[Any] = []
-    monkeypatch.setitem(executors.EXECUTORS, prefill.executor, lambda *arguments: None)
     monkeypatch.setattr(prefill, "metrics", SimpleNamespace(add=told.append))
     monkeypatch.setattr(prefill, "device", torch.device("cuda"))
     monkeypatch.setattr(prefill, "waits", False)  # as on a GPU without a trace
+    monkeypatch.setattr(prefill, "executor", "triton")
+    monkeypatch.setattr(prefill, "choice", Choice(prefill.head_config, observed.LAYERS, "triton", "fa3"))
+    monkeypatch.setattr(prefill, "second_instance", Stock())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("triton.runtime.jit.KernelInterface.__getitem__", lambda kernel, grid: lambda *a, **k: None)
+    batch = make()
+    for media in filter(None, batch.mm_inputs):
+        media.mm_items[0].model_specific_data["video_grid_thw"] = [[24, 8, 8]]  # on the host
     with FakeTensorMode():
         pool = prefill.kv_pool
-        for name in ("layers", "slots", "q"):
+        for name in ("layers", "slots"):
             setattr(pool, name, torch.empty(getattr(pool, name).shape, dtype=getattr(pool, name).dtype, device="cuda"))
-        prefill.req_to_token = torch.empty(4, 2 * observed.LENGTH, dtype=torch.int32, device="cuda")
-        batch = observed.batch(100)
-        batch.mm_inputs[0].mm_items[0].model_specific_data["video_grid_thw"] = [[24, 8, 8]]  # on the host
-        batch.req_pool_indices = torch.zeros(1, dtype=torch.int64, device="cuda")
-        observed.run(prefill, batch)
-        assert prefill.failures == 0
-    ((record,),) = told
+        prefill.req_to_token = torch.empty(4, 2 * LENGTH, dtype=torch.int32, device="cuda")
+        batch.req_pool_indices = torch.zeros(len(batch.rids), dtype=torch.int64, device="cuda")
+        rows = sum(batch.extend_seq_lens_cpu)
+        prefill.begin(batch)
+        assert (prefill.batch.stock_rows is not None) == (make is several_requests)
+        for number in range(observed.LAYERS):
+            q, layer = torch.empty(rows, pool.q.shape[-1], device="cuda"), observed.layer(number)
+            start = prefill.clock()
+            assert prefill.takes(q, layer, {})
+            out = prefill.run_layer(q, None, None, layer, lambda some, view: some)
+            assert out is not None and out.shape == q.shape
+            prefill.layer_done(q, layer, {}, out, start)
+        assert prefill.failures == 0 and prefill.batch is None
+    ((record, *others),) = told
     assert (record.dense_reason, record.sparse_layers) == (None, observed.LAYERS)
-    assert (record.density, record.attn_ms, record.forward_ms) == (None, 0.0, 0.0)
+    assert (record.attn_ms, record.forward_ms) == (0.0, 0.0)
+    heads = [head for layer in range(observed.LAYERS) for head in prefill.head_config.patterns(layer)]
+    assert (record.density is not None) == all(map(is_static, heads))  # what an estimate picks is on the GPU only
+    assert [other.dense_reason for other in others] == [None, "no_media"][: len(others)]

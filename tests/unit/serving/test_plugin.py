@@ -415,6 +415,7 @@ def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str])
 
 REFUSED: dict[str, dict[str, Any]] = {
     "executor": {"environ": {"SGLANG_MMINFER_EXECUTOR": "cutlass"}},
+    "sparse": {"environ": {"SGLANG_MMINFER_SPARSE": "never"}},
     "dense_heads": {"environ": {"SGLANG_MMINFER_DENSE_HEADS": "1"}},
     "audit": {"environ": {"SGLANG_MMINFER_AUDIT": "1.5"}},
     "mends": {"environ": {"SGLANG_MMINFER_MENDS": "no_such_mend"}},

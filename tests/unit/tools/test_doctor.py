@@ -148,11 +148,11 @@ def test_a_kernel_that_does_not_run_is_an_error_with_a_fix() -> None:
 
 def test_wrong_answers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for answer in (
-        self_check.Answer(error=0.5, lse_error=0.0, repeatable=True, within=0.02),
-        self_check.Answer(error=float("inf"), lse_error=0.0, repeatable=True, within=0.02),
-        self_check.Answer(error=0.0, lse_error=0.0, repeatable=False, within=0.02),
+        self_check.Answer(error=0.5, lse_error=0.0, repeatable=True, within=0.02, runs=2),
+        self_check.Answer(error=float("inf"), lse_error=0.0, repeatable=True, within=0.02, runs=2),
+        self_check.Answer(error=0.0, lse_error=0.0, repeatable=False, within=0.02, runs=2),
     ):
-        monkeypatch.setattr(self_check, "check", lambda *_, answer=answer: answer)
+        monkeypatch.setattr(self_check, "check", lambda *_, answer=answer, **__: answer)
         found = doctor.check_kernel("cuda", torch.bfloat16)
         assert found.status == "error" and found.fix
         assert found.text.startswith("wrong answers")

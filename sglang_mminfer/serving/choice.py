@@ -1,0 +1,57 @@
+"""Whether a chunk of a request runs sparse: the one place that decides it, by the request's own length and media.
+
+What is decided follows from counts alone, never from a clock or from what else is in the batch, so all ranks and all
+repetitions decide alike. A chunk that runs dense sees all that its patterns ask for and more. Where a prompt is cut may
+decide which of its rows do, which is the one exception to chunk invariance.
+"""
+
+from __future__ import annotations
+
+from sglang_mminfer import settings
+from sglang_mminfer.head_config.config import HeadConfig
+from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.planning.budget import PlanBudget, line_strides
+from sglang_mminfer.planning.cost import Comparison
+from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
+
+
+class Choice:
+    """Decides for the requests of one model.
+
+    Args:
+        head_config: of the whole model, so that ranks with different heads decide alike.
+        num_layers: layers of the model.
+        executor, dense_backend: the names of what runs sparse and dense attention.
+    """
+
+    def __init__(self, head_config: HeadConfig, num_layers: int, executor: str, dense_backend: str) -> None:
+        layers = [head_config.patterns(layer) for layer in range(num_layers)]
+        self.dense_below = head_config.defaults.dense_below
+        self.budget = PlanBudget(*settings.plan_budget())
+        self.comparison = Comparison(layers, executor, dense_backend, self.dense_below)
+        self._patterns = {head for layer in layers for head in layer}
+        self._line_strides = line_strides(self._patterns)
+        self.only_if_faster = settings.sparse() == "faster"
+
+    def why_dense(self, modality_map: ModalityMap, start: int, stop: int, prompt: int) -> str | None:
+        """The dense_reason of rows [start, stop) of a request; None: they run sparse.
+
+        Args:
+            prompt: tokens of the prompt; what is behind them was generated.
+        """
+        if not modality_map.has_vision:
+            return "no_media"
+        if start >= prompt:
+            return "decode"
+        if stop <= self.dense_below:
+            return "short"
+        stop = min(prompt, stop)
+        if lacks_raster(modality_map):
+            rows = max(start, self.dense_below), stop
+            if not any(leaves_out(head, modality_map, *rows) for head in self._patterns):
+                return "no_raster"
+        if not self.budget.allows(modality_map, start, stop, self._line_strides):
+            return "plan_budget"
+        if self.only_if_faster and not self.comparison.sparse_is_faster(modality_map, start, stop):
+            return "not_faster"
+        return None
