@@ -11,9 +11,14 @@ import torch
 
 def to_device(device: torch.device, *arrays: Any) -> Sequence[torch.Tensor]:
     """numpy integer arrays -> int32 tensors of the same shapes on `device`."""
-    flat = np.concatenate([np.asarray(array).ravel() for array in arrays]).astype(np.int32, copy=False)
-    host = torch.from_numpy(flat)
+    arrays = tuple(np.asarray(array) for array in arrays)
+    sizes = [array.size for array in arrays]
     if device.type == "cuda" and torch.cuda.is_available():  # tests plan for cards that are not there
-        host = host.pin_memory()
-    parts = host.to(device, non_blocking=True).split([np.size(array) for array in arrays])
-    return [part.view(np.shape(array)) for part, array in zip(parts, arrays)]
+        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
+        flat = host.numpy()
+    else:
+        flat = np.empty(sum(sizes), dtype=np.int32)
+        host = torch.from_numpy(flat)
+    np.concatenate([array.ravel() for array in arrays], out=flat, casting="same_kind")
+    parts = host.to(device, non_blocking=True).split(sizes)
+    return [part if array.ndim == 1 else part.view(array.shape) for part, array in zip(parts, arrays)]

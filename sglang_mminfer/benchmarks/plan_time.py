@@ -6,12 +6,14 @@ Each case is planned in a process of its own, by the files of this checkout and,
 git revision. The figures of a case are:
 
     first_ms                  processor time of the first planning, which also reads the map
-    plan_ms, clock_ms         processor time and wall-clock time of a later planning of the same chunk, medians
+    plan_ms, clock_ms         processor time and wall-clock time of a later planning of the same chunk, the least
     peak_mb                   how much the first planning added to the process's peak memory
     visits, query_tiles       (query tile, key tile) pairs and query tiles of the plan
     estimate_ms, estimate_mb  the cost that the planning budget estimates
     decide_ms                 processor time of that estimate
     sparse                    whether a server with the default budget would plan the chunk
+
+Cases of `layer_plans.py` follow: the plans of all layers, with one pattern and with a config as a search finds it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sglang_mminfer.benchmarks import layer_plans
 from sglang_mminfer.benchmarks.import_time import unpacked
 from sglang_mminfer.tools import machine
 
@@ -46,9 +49,12 @@ CASES: dict[str, tuple[str, int, int, int, int, int, int]] = {
     "one video of 1M tokens": ("video", 1, 20, 4095, 0, 16, 16),
 }
 
+LAYER_CASES = {
+    f"{config}, {length}": (config, length) for config in layer_plans.CONFIGS for length in layer_plans.FRAMES
+}
+
 PROGRAM = """
 import json, resource, sys, time
-from statistics import median
 import torch
 from sglang_mminfer import Grid, Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.planning.chunk import RequestChunk
@@ -79,12 +85,13 @@ def plan(chat, slots, start):
     return BatchPlanner([RequestChunk(chat, start, chat.length, 0, slots)], rows, dense_below=4608).plan(heads)
 
 def timed(work):
-    processor, clock = time.process_time(), time.perf_counter()
+    processor, clock = time.thread_time(), time.perf_counter()
     result = work()
-    return 1e3 * (time.process_time() - processor), 1e3 * (time.perf_counter() - clock), result
+    return 1e3 * (time.thread_time() - processor), 1e3 * (time.perf_counter() - clock), result
 
 small = conversation(2)
-plan(small, torch.arange(small.length), 0)
+for start in (0, small.length - 1):  # compiles what is compiled
+    plan(small, torch.arange(small.length), start)
 chat = conversation(count)
 start, slots = max(0, chat.length - chunk), torch.arange(chat.length)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -99,7 +106,7 @@ figures = {
 }
 del made
 later = [timed(lambda: plan(chat, slots, start))[:2] for _ in range(repeats if first < 5e3 else 0)] or [(first, first)]
-figures["plan_ms"], figures["clock_ms"] = (median(times) for times in zip(*later))
+figures["plan_ms"], figures["clock_ms"] = (min(times) for times in zip(*later))
 if PlanBudget is not None:
     figures["decide_ms"], _, count = timed(lambda: count_work(chat, start, chat.length, "frame"))
     figures["estimate_ms"], figures["estimate_mb"] = estimate(count)
@@ -116,7 +123,11 @@ def measure(root: Path | None, case: str, timeout_s: float, repeats: int = 5) ->
     """
     path_settings = {} if root is None else {"PYTHONPATH": str(root)}
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **path_settings}
-    arguments = [sys.executable, "-c", PROGRAM, json.dumps([CASES[case], CHUNK, repeats])]
+    arguments = (
+        [sys.executable, "-c", PROGRAM, json.dumps([CASES[case], CHUNK, repeats])]
+        if case in CASES
+        else [sys.executable, "-m", layer_plans.__name__, *LAYER_CASES[case]]
+    )
     try:
         finished = subprocess.run(
             arguments, env=environment, capture_output=True, text=True, check=True, timeout=timeout_s
@@ -131,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m sglang_mminfer.benchmarks.plan_time", description="What planning one chunk costs."
     )
     parser.add_argument("--before", metavar="REVISION", help="a git revision to compare with")
-    parser.add_argument("--case", action="append", choices=tuple(CASES), help="default: all")
+    parser.add_argument("--case", action="append", choices=(*CASES, *LAYER_CASES), help="default: all")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a case; default: %(default)s")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(arguments)
@@ -141,8 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.before:
             roots[f"before ({options.before})"] = unpacked(options.before, Path(scratch))
         roots["now"] = None
-        for case in options.case or CASES:
+        for case in options.case or (*CASES, *LAYER_CASES):
             for label, root in roots.items():
+                if case in LAYER_CASES and root is not None:
+                    continue  # the benchmark is not among the files of that revision
                 figures.setdefault(case, {})[label] = measure(root, case, options.timeout)
                 print(f"{case}, {label}: {figures[case][label]}", flush=True)
     if options.out:

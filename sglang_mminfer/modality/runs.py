@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from sglang_mminfer.kernels.compiled import compiled
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -70,24 +71,47 @@ class Runs:
         return Runs(starts[nonempty], stops[nonempty])
 
     def __and__(self, other: Runs) -> Runs:
-        return self._combined(other, np.logical_and)
+        return Runs(*_combined(self.starts, self.stops, other.starts, other.stops, False, False, True))
 
     def __or__(self, other: Runs) -> Runs:
-        return self._combined(other, np.logical_or)
+        return Runs(*_combined(self.starts, self.stops, other.starts, other.stops, True, True, True))
 
     def __sub__(self, other: Runs) -> Runs:
-        return self._combined(other, np.greater)
+        return Runs(*_combined(self.starts, self.stops, other.starts, other.stops, True, False, False))
 
-    def _combined(self, other: Runs, keep: Callable[[Bools, Bools], Bools]) -> Runs:
-        """The positions for which `keep`(is in self, is in other) holds.
 
-        Membership changes only at the ends of runs, so `keep` decides at each end for all positions up to the next end.
-        """
-        ends = np.sort(np.concatenate([self.starts, self.stops, other.starts, other.stops]), kind="stable")
-        is_member = keep(self.has(ends), other.has(ends))
-        starts = is_member & ~np.concatenate([[False], is_member[:-1]])
-        stops = ~is_member & np.concatenate([[False], is_member[:-1]])
-        return Runs(ends[starts], ends[stops])
+@compiled
+def _combined(
+    starts: Ints, stops: Ints, other_starts: Ints, other_stops: Ints, in_first: bool, in_second: bool, in_both: bool
+) -> tuple[Ints, Ints]:
+    """Starts and stops of the positions that are in the first set only, in the second only, or in both, as asked for.
+
+    Membership changes only at the ends of runs: it is decided at each end for all positions up to the next end.
+    """
+    out_starts = np.empty(len(starts) + len(other_starts), dtype=np.int64)
+    out_stops = np.empty(len(starts) + len(other_starts), dtype=np.int64)
+    n = i = j = 0  # i and j count ends, two for each run
+    inside = False
+    while i < 2 * len(starts) or j < 2 * len(other_starts):
+        end = other_end = np.int64(np.iinfo(np.int64).max)
+        if i < 2 * len(starts):
+            end = stops[i // 2] if i % 2 else starts[i // 2]
+        if j < 2 * len(other_starts):
+            other_end = other_stops[j // 2] if j % 2 else other_starts[j // 2]
+        position = min(end, other_end)
+        i, j = i + (end == position), j + (other_end == position)
+        if i < 2 * len(starts) and i % 2 == 0 and i > 0 and starts[i // 2] == position:
+            i += 1  # the next run begins where this one stops
+        if j < 2 * len(other_starts) and j % 2 == 0 and j > 0 and other_starts[j // 2] == position:
+            j += 1
+        wanted = (in_both if j % 2 else in_first) if i % 2 else (in_second if j % 2 else False)
+        if wanted and not inside:
+            out_starts[n] = position
+        elif inside and not wanted:
+            out_stops[n] = position
+            n += 1
+        inside = wanted
+    return out_starts[:n].copy(), out_stops[:n].copy()
 
 
 def expand(starts: Ints, counts: Ints) -> Ints:

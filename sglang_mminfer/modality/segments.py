@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,6 +154,11 @@ class ModalityMap:
 
     def __len__(self) -> int:
         return self.length
+
+    @cached_property
+    def derived(self) -> dict[tuple[object, ...], Any]:
+        """What others have made of the map and keep with it, by keys of their own."""
+        return {}
 
     @cached_property
     def has_vision(self) -> bool:

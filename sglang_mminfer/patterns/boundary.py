@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import ClassVar
 
 from sglang_mminfer.modality.segments import Modality
@@ -41,8 +42,12 @@ class QBoundary:
         if Modality.VISION in patterns and {Modality.IMAGE, Modality.VIDEO} & set(patterns):
             raise ValueError("QBoundary.patterns: vision and image or video name the same rows twice")
 
-    def __hash__(self) -> int:
+    @cached_property
+    def _hash(self) -> int:
         return hash(frozenset(self.patterns.items()))
+
+    def __hash__(self) -> int:
+        return self._hash  # planning asks for it in every layer
 
     @property
     def label(self) -> str:
@@ -73,8 +78,12 @@ class Boundary2D:
                 if (q1.covers(q2) or q2.covers(q1)) and (k1.covers(k2) or k2.covers(k1)):
                     raise ValueError(f"Boundary2D.patterns: {(q1, k1)} and {(q2, k2)} name the same pair twice")
 
-    def __hash__(self) -> int:
+    @cached_property
+    def _hash(self) -> int:
         return hash(frozenset(self.patterns.items()))
+
+    def __hash__(self) -> int:
+        return self._hash  # planning asks for it in every layer
 
     @property
     def label(self) -> str:
@@ -129,7 +138,15 @@ class RowClass:
     pairs: tuple[tuple[Modality | None, Pattern], ...]
     text_rule: bool
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rows, self.pairs, self.text_rule))
 
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@cache
 def row_classes(head: HeadPattern) -> tuple[RowClass, ...]:
     """The row classes of one head's pattern; they part the rows."""
     if isinstance(head, QBoundary):

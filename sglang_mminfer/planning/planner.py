@@ -1,36 +1,88 @@
 """From the tiles of single requests to the plan of a whole ragged batch, for one layer's head patterns.
 
-`tiles.py` says on the host what every tile visits, as ranges. `device_tiles.py` uploads them, `estimated.py` adds what
-an estimate picks, `assembly.py` spells all of it out on the device. The host never waits for the device: it knows the
-size of everything it allocates, exactly for static patterns and as a bound for estimated ones.
+`tiles.py` says on the host what every tile visits, as ranges, and `placed.py` numbers key tiles as the batch does. So
+far nothing needs the device, and a thread may do it ahead (`BatchPlanner.prepare`). `device_tiles.py` uploads the
+ranges, `estimated.py` adds what an estimate picks, `assembly.py` spells all of it out on the device. The host never
+waits for the device: it knows the size of everything it allocates, exactly for static patterns and as a bound for
+estimated ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.threads import one_thread
-from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
+from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
+from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.assembly import Part, assemble
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.device_tiles import Tiles, upload
+from sglang_mminfer.planning.device_tiles import Uploads
 from sglang_mminfer.planning.estimated import Estimates, with_estimate
 from sglang_mminfer.planning.orders import KeyOrders
-from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, ChunkTiler
+from sglang_mminfer.planning.placed import PlacedTiles, placed
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, ChunkTiler, TilePass
+
+Heads = tuple[HeadPattern | None, ...]
 
 
 def _any_map(length: int) -> ModalityMap:
     return ModalityMap([Segment(Modality.TEXT, 0, length)])
 
 
+@cache
 def is_static(head: HeadPattern) -> bool:
     """True if the pattern's tiles do not depend on q and k."""
     return not any(isinstance(pattern, Estimated) for pattern in patterns_of(head))
+
+
+@cache
+def worker() -> Executor:
+    """The thread on which `BatchPlanner.prepare` works while the device does."""
+    return ThreadPoolExecutor(1, thread_name_prefix="mminfer-plan")
+
+
+def compile_ahead() -> None:
+    """Compile the loops of planning, or load them: the first process of a machine takes seconds for it, which no
+    request should wait for."""
+    grid = VisionGrid(2, 2, 2, (1, 5))
+    chat = ModalityMap(
+        [Segment(Modality.TEXT, 0, 1), Segment(Modality.VIDEO, 1, 9, grid), Segment(Modality.TEXT, 9, 10)]
+    )
+    head = Grid("frame", v=True, h=True, s=True, phase=0, sink=0, local=1)
+    BatchPlanner([RequestChunk(chat, 0, 10, 0, torch.arange(10))], 10, block_q=4, block_k=2).plan([head])
+
+
+class HeadTiles(NamedTuple):
+    """The passes of one request and of the heads that share a pattern, each in parts."""
+
+    request: int
+    heads: tuple[int, ...]
+    passes: list[list[PlacedTiles]]
+
+
+@dataclass
+class _Layer:
+    """Layers whose heads have the same patterns.
+
+    plans_to_come: how often they will be asked for; None: nobody said. tiles: what `prepare` made of them. plan: kept
+    while it may be wanted again.
+    """
+
+    heads: Heads
+    is_static: bool
+    plans_to_come: int | None = None
+    tiles: Future[list[HeadTiles]] | None = None
+    plan: BlockPlan | None = None
 
 
 class BatchPlanner:
@@ -54,12 +106,29 @@ class BatchPlanner:
         self.block_q, self.block_k = block_q, block_k
         self.device = self.requests[0].slots.device if self.requests else torch.device("cpu")
         self._tilers = [
-            ChunkTiler(r.map or _any_map(r.kv_len), r.q_start, r.kv_len, dense_below, block_q, block_k)
+            ChunkTiler(r.map or _any_map(r.kv_len), r.q_start, r.kv_len, dense_below, block_q, block_k, r.row_start)
             for r in self.requests
         ]
         self._keys = KeyOrders(self.requests, block_k)
-        self._tiles: dict[tuple[int, HeadPattern], list[Tiles]] = {}
-        self._static_plans: dict[tuple[HeadPattern | None, ...], BlockPlan] = {}
+        self._tiles: dict[tuple[int, HeadPattern], list[list[PlacedTiles]]] = {}
+        self._placed: dict[TilePass, PlacedTiles] = {}
+        self._uploads = Uploads(self.device)
+        self._layers: dict[Heads, _Layer] = {}
+        self._lock = threading.Lock()  # of all that `_tile` changes
+
+    def prepare(self, layers: Iterable[Sequence[HeadPattern | None]], worker: Executor | None = None) -> None:
+        """Do what the host can do for the plans of these layers, which will be asked for in this order, each once.
+
+        Args:
+            worker: where to do it, while the caller goes on and the device works; None: here.
+        """
+        for heads in layers:
+            layer = self._layer(heads)
+            layer.plans_to_come = (layer.plans_to_come or 0) + 1
+            if layer.tiles is None:
+                layer.tiles = Future() if worker is None else worker.submit(self._tile, layer.heads)
+                if worker is None:
+                    layer.tiles.set_result(self._tile(layer.heads))
 
     def plan(
         self,
@@ -77,22 +146,64 @@ class BatchPlanner:
         Raises:
             ValueError: a pattern that is estimated, without q and k_cache.
         """
-        name = tuple(heads)
-        if name not in self._static_plans:
+        layer = self._layer(heads)
+        plan = layer.plan
+        if plan is None:
             with one_thread():
-                plan = self._make(name, q, k_cache, sm_scale)
-            if not self.keep or not all(is_static(head) for head in set(name) if head is not None):
-                return plan
-            self._static_plans[name] = plan
-        return self._static_plans[name]
+                plan = self._make(layer, q, k_cache, sm_scale)
+        if layer.plans_to_come is not None:
+            layer.plans_to_come -= 1
+        wanted_again = layer.plans_to_come is None or layer.plans_to_come > 0
+        layer.plan = plan if wanted_again and layer.is_static and self.keep else None
+        return plan
 
-    def _make(
-        self,
-        heads: tuple[HeadPattern | None, ...],
-        q: torch.Tensor | None,
-        k_cache: torch.Tensor | None,
-        sm_scale: float,
-    ) -> BlockPlan:
+    @property
+    def uploaded_bytes(self) -> int:
+        """What the plans so far hold on the device, beside their own tensors and the key table."""
+        return self._uploads.num_bytes
+
+    def _layer(self, heads: Sequence[HeadPattern | None]) -> _Layer:
+        name = tuple(heads)
+        layer = self._layers.get(name)
+        if layer is None:
+            layer = self._layers[name] = _Layer(name, all(is_static(head) for head in set(name) if head is not None))
+        return layer
+
+    def _make(self, layer: _Layer, q: torch.Tensor | None, k_cache: torch.Tensor | None, sm_scale: float) -> BlockPlan:
+        """Everything for which the device is needed."""
+        items = self._tile(layer.heads) if layer.tiles is None else layer.tiles.result()
+        keys = self._keys.table(self.device)
+        tiles = iter(self._uploads.tiles([part for item in items for parts in item.passes for part in parts]))
+        levels: list[list[Part]] = [[] for _ in range(max((len(item.passes) for item in items), default=0))]
+        for request, own, passes in items:
+            alone = len(passes) == 1
+            for level, parts in zip(levels, passes):
+                for part in parts:
+                    on_device = next(tiles)
+                    if not part.estimated:
+                        level.append(Part((own,), on_device, request, alone))
+                        continue
+                    if q is None or k_cache is None:
+                        raise ValueError(
+                            f"{layer.heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys"
+                        )
+                    estimates = Estimates(self.requests[request], own, q, k_cache, sm_scale)
+                    estimated, keys = with_estimate(on_device, estimates, keys, self.block_k)
+                    level.append(Part(tuple((head,) for head in own), estimated, request, alone))
+        return assemble(
+            levels,
+            keys,
+            num_rows=self.num_rows,
+            num_heads=len(layer.heads),
+            block_q=self.block_q,
+            block_k=self.block_k,
+            once=not self.keep,
+        )
+
+    # ---- on the host ---------------------------------------------------------------------------------------
+
+    def _tile(self, heads: Heads) -> list[HeadTiles]:
+        """The tiles of all heads of a layer."""
         sharing: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(heads):
             if pattern is not None:
@@ -100,38 +211,23 @@ class BatchPlanner:
         planned = tuple(head for head, pattern in enumerate(heads) if pattern is not None)
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
         without = [r for r in range(len(self.requests)) if r not in with_map]
-        items = [(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
-        items += [(r, tuple(own), self._tiles_of(r, pattern)) for pattern, own in sharing.items() for r in with_map]
-        keys = self._keys.table()
-        levels: list[list[Part]] = []
-        for r, own, passes in items:
-            alone = sum(tiles.num_tiles > 0 for tiles in passes) == 1
-            for number, tiles in enumerate(passes):
-                if not tiles.num_tiles:
-                    continue
-                while len(levels) <= number:
-                    levels.append([])
-                if not tiles.estimated:
-                    levels[number].append(Part((own,), tiles, r, alone))
-                    continue
-                if q is None or k_cache is None:
-                    raise ValueError(f"{heads[own[0]]}: this pattern is estimated, so its plan needs q and the keys")
-                estimates = Estimates(self.requests[r], own, q, k_cache, sm_scale)
-                tiles, keys = with_estimate(tiles, estimates, keys, self.block_k)
-                levels[number].append(Part(tuple((head,) for head in own), tiles, r, alone))
-        return assemble(
-            [level for level in levels if level],
-            keys,
-            num_rows=self.num_rows,
-            num_heads=len(heads),
-            block_q=self.block_q,
-            block_k=self.block_k,
-            once=not self.keep,
-        )
+        with self._lock:
+            items = [HeadTiles(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
+            for pattern, own in sharing.items():
+                items += [HeadTiles(r, tuple(own), self._tiles_of(r, pattern)) for r in with_map]
+        return items
 
-    def _tiles_of(self, request: int, pattern: HeadPattern) -> list[Tiles]:
+    def _tiles_of(self, request: int, pattern: HeadPattern) -> list[list[PlacedTiles]]:
+        """The passes of one pattern, none of them without tiles."""
         name = (request, pattern)
         if name not in self._tiles:
-            chunk, passes = self.requests[request], self._tilers[request].tile(pattern)
-            self._tiles[name] = [upload(tile_pass, request, chunk, self._keys, self.device) for tile_pass in passes]
+            passes = self._tilers[request].tile(pattern)
+            if not is_static(pattern):
+                passes = [[TilePass.joined(parts)] for parts in passes]
+            self._tiles[name] = [[self._placed_of(request, part) for part in parts] for parts in passes]
         return self._tiles[name]
+
+    def _placed_of(self, request: int, part: TilePass) -> PlacedTiles:
+        if part not in self._placed:
+            self._placed[part] = placed(part, request, self._keys)
+        return self._placed[part]

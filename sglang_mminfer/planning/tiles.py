@@ -1,60 +1,48 @@
 """From what a pattern wants (`PairIndex`) to visits of tiles, for one chunk of one request.
 
-Rows of a class are grouped by which of their pairs they see whole, each group is cut into query tiles by the rows'
-index in the group's order, anew where rows are far apart, and each tile names the ranges of key tiles that any of its
-rows wants. A row's group, its tile and that tile's rows so far depend only on what comes before the row, which is why
-neither chunks nor cached prefixes nor later turns change what it sees.
+Rows of a class are grouped by which of their pairs they see whole (`groups.py`), each group is cut into query tiles by
+the rows' index in the group's order, anew where rows are far apart, and each tile names the ranges of key tiles that
+any of its rows wants. A row's group, its tile and that tile's rows so far depend only on what comes before the row,
+which is why neither chunks nor cached prefixes nor later turns change what it sees.
 
 All of this is arithmetic on runs and ranges, done on the host while the device is busy with what came before: it
-costs what segments, frames, and tiles of the chunk cost, not what the prompt's tokens do. `device_tiles.py` uploads
-the ranges, and `assembly.py` spells them out on the device.
+costs what segments, frames, and tiles of the chunk cost, not what the prompt's tokens do. Heads whose boundaries do
+the same with rows of one class share that class's tiles. `device_tiles.py` uploads the ranges, and `assembly.py` spells
+them out on the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_mminfer.kernels.block_plan import PAD_POSITION, pack_lanes_on_host
-from sglang_mminfer.modality.runs import Ints, Runs, expand
-from sglang_mminfer.modality.segment_table import codes_of
+from sglang_mminfer.modality.runs import Bools, Ints
+from sglang_mminfer.modality.segment_table import CODES, codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern, RowClass, row_classes
 from sglang_mminfer.patterns.estimated import Estimated
-from sglang_mminfer.patterns.index import Lines, PairIndex, Scope
+from sglang_mminfer.patterns.index import Lines, Scope
+from sglang_mminfer.planning.groups import RowGroups
+from sglang_mminfer.planning.line_loops import tile_lines
 from sglang_mminfer.planning.lines import LineOrder
-from sglang_mminfer.planning.orders import CompactOrder, KeyOrder
+from sglang_mminfer.planning.orders import ColumnOrder, CompactOrder, KeyOrder
+from sglang_mminfer.planning.row_loops import RowCut, RowTiles, cut_rows, tile_rows
 
 BLOCK_Q, BLOCK_K = 128, 64
 """The rows of a query tile, at most, and the keys of a key tile."""
-
-# How a key tile is visited, and so which mask it needs: none, a comparison of positions, that and a mask of lanes.
-FULL, PARTIAL, GATHERED = range(3)
-
-
-@dataclass(frozen=True)
-class Visits:
-    """Query tile tile[i] visits the key tiles start[i] .. start[i] + count[i] - 1 of `order`.
-
-    excluded: int32 [visits, words], excluded lanes, packed; only for GATHERED, whose visits are of one key tile each.
-    """
-
-    order: KeyOrder
-    kind: int
-    tile: Ints
-    start: Ints
-    count: Ints
-    excluded: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
 class EstimatedVisits:
     """Tiles that also visit what an estimate picks: all tiles of one group.
 
-    keys_of_first_row, keys_of_last_row: keys of the class up to that row of a tile; full_tiles: the first so many are
-    visible to all of its rows.
+    tile: int64, their numbers. keys_of_first_row, keys_of_last_row: int64, keys of the class up to that row of a tile;
+    full_tiles: int64, the first so many are visible to all of its rows.
     """
 
     pattern: Estimated
@@ -66,45 +54,59 @@ class EstimatedVisits:
     full_tiles: Ints
 
 
-@dataclass
+@dataclass(eq=False)
 class TilePass:
-    """Tiles of one pass: the chunk's rows by position and their bounds, and what each tile visits. int64."""
+    """Tiles of one pass: T query tiles of R rows, and the E ranges of key tiles that they visit, tile by tile.
 
-    q_pos: list[Ints] = field(default_factory=list)
-    q_stop: list[Ints] = field(default_factory=list)
-    rows_per_tile: list[Ints] = field(default_factory=list)
-    visits: list[Visits] = field(default_factory=list)
-    estimated: list[EstimatedVisits] = field(default_factory=list)
-    num_tiles: int = 0
+    rows: int32 [2, R], rows of q, and bounds on the positions that they see. rows_per_tile: int32 [T].
+    orders: the key orders that are visited, by numbers, in the sequence in which they come up. order: int32 [E], such a
+    number; ranges: int32 [2, E], the first key tile of that order, and how many. ends: int32 [T, 4]: a tile's full
+    ranges begin at ends[t, 0], its partial ones at ends[t, 1], its gathered ones, which are of one key tile each, at
+    ends[t, 2], and end at ends[t, 3]. A tile has those of one kind and order in ascending order.
+    excluded: int32 [gathered ranges, words], excluded lanes, packed.
+    """
 
-    def add_tiles(self, q_pos: Ints, q_stop: Ints, rows_per_tile: Ints) -> Ints:
-        """Append tiles and return their numbers."""
-        first = self.num_tiles
-        self.q_pos.append(q_pos)
-        self.q_stop.append(q_stop)
-        self.rows_per_tile.append(rows_per_tile)
-        self.num_tiles += len(rows_per_tile)
-        return np.arange(first, self.num_tiles)
+    rows: NDArray[np.int32]
+    rows_per_tile: NDArray[np.int32]
+    orders: Mapping[int, KeyOrder]
+    order: NDArray[np.int32]
+    ranges: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    excluded: NDArray[np.int32]
+    estimated: tuple[EstimatedVisits, ...] = ()
 
-    def visit(self, order: KeyOrder, kind: int, tiles: Ints, start: Ints, stop: Ints) -> None:
-        """Tile tiles[i] visits the key tiles start[i] .. stop[i] - 1 of `order`."""
-        some = start < stop
-        if some.any():
-            self.visits.append(Visits(order, kind, tiles[some], start[some], (stop - start)[some]))
+    @property
+    def num_tiles(self) -> int:
+        return len(self.rows_per_tile)
 
-    def visit_ascending(self, order: KeyOrder, tiles: Ints, start: Ints, stop: Ints, full_tiles: Ints) -> None:
-        """The same, where the first `full_tiles` key tiles are visible to all rows of the query tile."""
-        self.visit(order, FULL, tiles, start, np.minimum(stop, full_tiles))
-        self.visit(order, PARTIAL, tiles, np.maximum(start, full_tiles), stop)
-
-    def gather(self, order: KeyOrder, tiles: Ints, blocks: Ints, excluded: NDArray[np.int32]) -> None:
-        """Tile tiles[i] visits key tile blocks[i], of which excluded[i] (packed) does not count."""
-        if len(tiles):
-            self.visits.append(Visits(order, GATHERED, tiles, blocks, np.ones_like(blocks), excluded))
+    @classmethod
+    def joined(cls, parts: Sequence[TilePass]) -> TilePass:
+        """The tiles of all parts, one after the other."""
+        first_tile = list(accumulate((part.num_tiles for part in parts), initial=0))
+        first_range = accumulate((len(part.order) for part in parts), initial=0)
+        first_order = list(accumulate((1 + max(part.orders, default=-1) for part in parts), initial=0))
+        return cls(
+            rows=np.concatenate([part.rows for part in parts], axis=1),
+            rows_per_tile=np.concatenate([part.rows_per_tile for part in parts]),
+            orders={first + n: order for first, part in zip(first_order, parts) for n, order in part.orders.items()},
+            order=np.concatenate([part.order + np.int32(first) for first, part in zip(first_order, parts)]),
+            ranges=np.concatenate([part.ranges for part in parts], axis=1),
+            ends=np.concatenate([part.ends + np.int32(first) for first, part in zip(first_range, parts)]),
+            excluded=np.concatenate([part.excluded for part in parts]),
+            estimated=tuple(
+                replace(visits, tile=visits.tile + first)
+                for first, part in zip(first_tile, parts)
+                for visits in part.estimated
+            ),
+        )
 
 
 class ChunkTiler:
-    """Tiles of one request's chunk: rows [q_start, kv_len), keys [0, kv_len). Orders are built once and shared."""
+    """Tiles of one request's chunk: rows [q_start, kv_len), keys [0, kv_len). Orders are built once and shared.
+
+    Args:
+        row_start: the row of q at q_start.
+    """
 
     def __init__(
         self,
@@ -114,220 +116,138 @@ class ChunkTiler:
         dense_below: int,
         block_q: int,
         block_k: int,
+        row_start: int = 0,
     ) -> None:
-        self.map, self.q_start, self.kv_len = modality_map, q_start, kv_len
+        self.map, self.q_start, self.kv_len, self.row_start = modality_map, q_start, kv_len, row_start
         self.dense_below, self.block_q, self.block_k = dense_below, block_q, block_k
         self._base: dict[Modality | None, CompactOrder] = {}
-        self._columns: dict[tuple, CompactOrder] = {}
+        self._columns: dict[tuple[Modality | None, int, int, int], ColumnOrder] = {}
         self._lines: dict[str, LineOrder] = {}
+        self._cuts: dict[int, RowCut] = {}
+        self._row_classes: dict[RowClass, list[TilePass]] = {}
 
-    def tile(self, head: HeadPattern) -> list[TilePass]:
-        """The passes of one head pattern: first all tiles by row class, then one for each set of raster lines."""
-        first, passes = TilePass(), []
-        for row_class in row_classes(head):
-            for key_class, index, bound in self._row_class(row_class, first):
-                assert index.lines is not None
-                lines = self._line_pass(row_class, key_class, index, index.lines, bound)
+    def tile(self, head: HeadPattern) -> list[list[TilePass]]:
+        """The passes of one head pattern, in parts: first the tiles of each row class, then those of each set of raster
+        lines."""
+        of_classes = [tiles for row_class in row_classes(head) if (tiles := self._row_class(row_class))]
+        if not of_classes:
+            return []
+        return [[first for first, *_ in of_classes], *([lines] for _, *passes in of_classes for lines in passes)]
+
+    def _row_class(self, row_class: RowClass) -> list[TilePass]:
+        """Tiles in ascending order, and those along the lines of each pair that has some; nothing without rows."""
+        if row_class not in self._row_classes:
+            self._row_classes[row_class] = self._tile(row_class)
+        return self._row_classes[row_class]
+
+    def _tile(self, row_class: RowClass) -> list[TilePass]:
+        groups = RowGroups.of(self.map, row_class, self.dense_below, self.block_q)
+        cut = self._cut(groups)
+        if not len(cut.first_row):
+            return []
+        tiles = tile_rows(
+            cut,
+            groups.sees_whole,
+            groups.keys,
+            groups.wanted,
+            groups.columns,
+            groups.column_first,
+            self.row_start,
+            self.kv_len - self.q_start,
+            self.kv_len,
+            self.block_k,
+        )
+        group_of = tiles.group_of_order.tolist()
+        orders: dict[int, KeyOrder] = {}
+        # In the sequence in which groups, and in a group pairs, come upon them.
+        for _, order in sorted((group, order) for order, group in enumerate(group_of) if group >= 0):
+            keys, index = row_class.pairs[order // 2][0], groups.pairs[order // 2]
+            if order % 2 and index.columns is not None:
+                orders[order] = self._column_order(keys, index.columns, *tiles.column_ends[order // 2].tolist())
+            else:
+                orders[order] = self._base_order(keys)
+        first = TilePass(
+            rows=cut.rows,
+            rows_per_tile=cut.rows_per_tile,
+            orders=orders,
+            order=tiles.order,
+            ranges=tiles.ranges,
+            ends=tiles.ends,
+            excluded=tiles.excluded,
+            estimated=tuple(self._estimated(row_class, groups, cut, tiles)) if groups.estimates else (),
+        )
+        passes = [first]
+        for pair, index in enumerate(groups.pairs):
+            if index.lines is not None:
+                lines = self._line_pass(row_class, pair, index.lines, tiles)
                 if lines.num_tiles:
                     passes.append(lines)
-        return [first, *passes]
+        return passes
 
-    # ---- rows of one class, tiled in ascending order -------------------------------------------------------
+    def _cut(self, groups: RowGroups) -> RowCut:
+        name = id(groups.rows)  # the map keeps the rows
+        if name not in self._cuts:
+            self._cuts[name] = cut_rows(*groups.rows, self.q_start, self.kv_len, self.row_start, self.block_q)
+        return self._cuts[name]
 
-    def _row_class(self, row_class: RowClass, out: TilePass) -> list[tuple[Modality | None, PairIndex, Ints]]:
-        """Tile one row class. Returns, for pairs with lines, the bound below which a row's lines may count:
-        int64 [kv_len - q_start], the position where the row's own window starts, 0 for rows without lines."""
-        scope = Scope(self.map, self.kv_len, row_class.rows, text_rule=row_class.text_rule)
-        if not len(scope.row_members.clip(self.q_start, self.kv_len)):
-            return []
-        scopes = [replace(scope, keys=keys) for keys, _ in row_class.pairs]
-        pairs = [(s, p.index(s)) for s, (_, p) in zip(scopes, row_class.pairs)]
-        bounds = [np.zeros(self.kv_len - self.q_start, dtype=np.int64) for _ in pairs]
-        for sees_whole, order in self._groups(scope.row_members, [index for _, index in pairs]):
-            if len(order.clip(self.q_start, self.kv_len)):
-                self._group(order, sees_whole, pairs, out, bounds)
-        return [(s.keys, index, bounds[j]) for j, (s, index) in enumerate(pairs) if index.lines is not None]
+    def _estimated(
+        self, row_class: RowClass, groups: RowGroups, cut: RowCut, tiles: RowTiles
+    ) -> Iterator[EstimatedVisits]:
+        for group, (begin, end) in enumerate(pairwise(cut.tile_first.tolist())):
+            for pair, ((keys, _), index) in enumerate(zip(row_class.pairs, groups.pairs)):
+                base = self._base_order(keys)
+                if begin < end and index.estimated and not groups.sees_whole[group, pair] and base.num_tiles:
+                    yield EstimatedVisits(
+                        index.estimated,
+                        Scope(self.map, self.kv_len, row_class.rows, keys, row_class.text_rule),
+                        base,
+                        np.arange(begin, end),
+                        *tiles.counts[:, pair, begin:end],
+                    )
 
-    def _groups(self, members: Runs, pairs: list[PairIndex]) -> list[tuple[tuple[bool, ...], Runs]]:
-        """Rows by which of the pairs they see whole."""
-        early = members.clip(0, self.dense_below)
-        groups = [((), members.clip(self.dense_below, self.kv_len))]
-        for index in pairs:
-            cut: list[tuple[tuple[bool, ...], Runs]] = []
-            for sees_whole, rows in groups:
-                if index.whole_rows is None:
-                    cut.append(((*sees_whole, False), rows))
-                else:
-                    cut.append(((*sees_whole, False), rows - index.whole_rows))
-                    cut.append(((*sees_whole, True), rows & index.whole_rows))
-            groups = cut  # type: ignore[assignment]
-        every = (True,) * len(pairs)
-        whole = next((rows for sees_whole, rows in groups if sees_whole == every), Runs([], []))
-        return [g for g in groups if g[0] != every] + [(every, early | whole)]
-
-    def _group(
-        self,
-        order: Runs,
-        sees_whole: tuple[bool, ...],
-        pairs: list[tuple[Scope, PairIndex]],
-        out: TilePass,
-        bounds: list[Ints],
-    ) -> None:
-        low = int(order.rank(self.q_start))
-        begin, end = self._query_tiles(order, low, sees_whole, pairs)
-        live_begin = np.maximum(begin, low)
-        first_row, last_row, first_live = order.select(begin), order.select(end - 1), order.select(live_begin)
-        rows_of_chunk = order.clip(self.q_start, self.kv_len).members()
-        rows_per_tile = end - live_begin
-        tiles = out.add_tiles(rows_of_chunk, rows_of_chunk + 1, rows_per_tile)
-        zero = np.zeros_like(tiles)
-        for j, (scope, index) in enumerate(pairs):
-            base = self._base_order(scope)
-            if base.num_tiles == 0:
-                continue
-            # Keys of the class up to the first and the last row.
-            keys_of_first_row, keys_of_last_row = base.keys.rank(first_row + 1), base.keys.rank(last_row + 1)
-            stop, full_tiles = -(-keys_of_last_row // self.block_k), base.keys.rank(first_live + 1) // self.block_k
-            if sees_whole[j]:
-                out.visit_ascending(base, tiles, zero, stop, full_tiles)
-                continue
-            if index.estimated is not None:
-                visits = EstimatedVisits(
-                    index.estimated, scope, base, tiles, keys_of_first_row, keys_of_last_row, full_tiles
-                )
-                out.estimated.append(visits)
-                continue
-            sink_tiles = -(-index.sink // self.block_k)
-            window = np.maximum(keys_of_first_row - index.local, 0) // self.block_k
-            out.visit_ascending(base, tiles, zero, np.minimum(np.minimum(window, stop), sink_tiles), full_tiles)
-            out.visit_ascending(base, tiles, window, stop, full_tiles)
-            if index.columns is not None:
-                self._visit_columns(index.columns, scope, base, sink_tiles, window, tiles, out)
-            if index.lines is not None:
-                # local >= 1, so the window starts inside the order
-                starts = np.where(window == 0, 0, base.keys.select(window * self.block_k))
-                bounds[j][rows_of_chunk - self.q_start] = np.repeat(starts, rows_per_tile)
-
-    def _query_tiles(
-        self, order: Runs, low: int, sees_whole: tuple[bool, ...], pairs: list[tuple[Scope, PairIndex]]
-    ) -> tuple[Ints, Ints]:
-        """First and last + 1 of the rows of each tile, by their index in the order, from the one that has `low` on.
-
-        A window reaches from a tile's first row to its last, so that a tile with text from both sides of a video would
-        visit the video. Where rows are further apart than what one more tile would visit, a tile begins.
-        """
-        gap, row = order.starts[1:] - order.stops[:-1], order.starts[1:]
-        more = self.block_q + sum(
-            self._base_order(scope).keys.rank(row) if whole else index.keys_of_one_more_tile(self.map.length)
-            for whole, (scope, index) in zip(sees_whole, pairs)
-        )
-        starts_tiles = np.concatenate([[True], gap > more])
-        start = order.before[:-1][starts_tiles]
-        stop = np.concatenate([start[1:], [len(order)]])
-        start, stop = start[stop > low], stop[stop > low]
-        start = start + np.maximum(low - start, 0) // self.block_q * self.block_q
-        count = -(-(stop - start) // self.block_q)
-        begin = np.repeat(start, count) + expand(np.zeros_like(count), count) * self.block_q
-        return begin, np.minimum(begin + self.block_q, np.repeat(stop, count))
-
-    def _visit_columns(
-        self,
-        columns: Ints,
-        scope: Scope,
-        base: CompactOrder,
-        sink_tiles: int,
-        window: Ints,
-        tiles: Ints,
-        out: TilePass,
-    ) -> None:
-        """Gathered columns between the sink and the window, which all rows of a tile see."""
-        ranks = base.keys.rank(columns)
-        gathered = ranks >= sink_tiles * self.block_k
-        columns, ranks = columns[gathered], ranks[gathered]
-        order = self._column_order(scope, columns)
-        in_reach = np.searchsorted(ranks, window * self.block_k)
-        whole = in_reach // self.block_k
-        out.visit(order, FULL, tiles, np.zeros_like(whole), whole)
-        cut = in_reach % self.block_k > 0
-        excluded = np.arange(self.block_k) >= (in_reach % self.block_k)[cut, None]
-        out.gather(order, tiles[cut], whole[cut], pack_lanes_on_host(excluded))
-
-    # ---- rows along the lines of a raster ------------------------------------------------------------------
-
-    def _line_pass(
-        self, row_class: RowClass, key_class: Modality | None, index: PairIndex, lines: Lines, bound: Ints
-    ) -> TilePass:
+    def _line_pass(self, row_class: RowClass, pair: int, lines: Lines, tiles_of_rows: RowTiles) -> TilePass:
         """Rows in phase-major order over the keys of their own line, in all packs of the same raster so far.
 
-        Only keys between the sink and the row's window count (`bound`); the rest is visited by the first pass.
+        Only keys between the sink and the row's window count; the rest is visited by the first pass.
         """
-        out = TilePass()
-        keys = self._base_order(Scope(self.map, self.kv_len, keys=key_class)).keys
-        sink_stop = -(-index.sink // self.block_k) * self.block_k
-        first_key = int(keys.select(sink_stop)) if sink_stop < len(keys) else self.kv_len
         order = self._line_order(lines.stride)
-        pack, row, q_pos = order.rows
-        wanted = (bound[q_pos - self.q_start] > first_key) & np.isin(order.code[pack], codes_of(row_class.rows))
-        if lines.skip is not None:
-            wanted &= row // order.length[pack] != lines.skip
-        pack, row, q_pos = pack[wanted], row[wanted], q_pos[wanted]
-        if not len(pack):
-            return out
-        begin = np.flatnonzero(np.append(True, (np.diff(pack) > 0) | (np.diff(row // self.block_q) != 0)))
-        stops = bound[q_pos - self.q_start]
-        tiles = out.add_tiles(q_pos, stops, np.diff(np.append(begin, len(pack))))
-        least, most = np.minimum.reduceat(stops, begin), np.maximum.reduceat(stops, begin)
-        # A tile's lines are those of all its places, whether their rows are in this chunk or not.
-        pack, first = pack[begin], row[begin] // self.block_q * self.block_q
-        last = np.minimum(first + self.block_q, order.size[pack]) - 1
-        first_line, last_line = first // order.length[pack], last // order.length[pack]
-        for code in codes_of(key_class):
-            first_pack, count = order.packs_before(pack, code, most)
-            number, earlier = np.repeat(tiles, count), expand(first_pack, count)
-            start, count = order.tiles_of_lines(earlier, first_line[number], last_line[number])
-            blocks, number = expand(start, count), np.repeat(number, count)
-            reached = order.nearest[blocks] < most[number]
-            blocks, number = blocks[reached], number[reached]
-            self._visit_lines(order, lines, first_key, blocks, number, least[number], out)
-        return out
-
-    def _visit_lines(
-        self,
-        order: LineOrder,
-        lines: Lines,
-        first_key: int,
-        blocks: Ints,
-        tiles: Ints,
-        least: Ints,
-        out: TilePass,
-    ) -> None:
-        """Tile tiles[i], whose rows all see the positions below least[i], visits blocks[i]. Keys in the sink and
-        those that are columns are visited by the first pass already: they are excluded here."""
-        suspect = order.nearest < first_key
-        if lines.skip is not None and lines.skip_keys:
-            suspect |= order.touches(lines.skip)
-        gathered, full = suspect[blocks], order.farthest[blocks] < least
-        for kind, chosen in ((FULL, full & ~gathered), (PARTIAL, ~full & ~gathered)):
-            out.visit(order, kind, tiles[chosen], blocks[chosen], blocks[chosen] + 1)
-        tiles, blocks = tiles[gathered], blocks[gathered]
-        distinct = np.flatnonzero(np.bincount(blocks, minlength=order.num_tiles))
-        position, line = order.lanes(distinct)
-        excluded = (position < first_key) | (lines.skip_keys & (line == lines.skip)) | (position == PAD_POSITION)
-        which = np.searchsorted(distinct, blocks)
-        counts = ~excluded.all(axis=1)[which]
-        out.gather(order, tiles[counts], blocks[counts], pack_lanes_on_host(excluded)[which[counts]])
+        tiles = tile_lines(
+            order.packs,
+            order.rows,
+            order.tile_ends,
+            tiles_of_rows.bound[pair],
+            _covered(row_class.rows),
+            _covered(row_class.pairs[pair][0]),
+            self.q_start,
+            self.row_start,
+            tiles_of_rows.first_key[pair],
+            -1 if lines.skip is None else lines.skip,
+            lines.skip_keys,
+            self.block_q,
+            self.block_k,
+        )
+        num_ranges = tiles.ranges.shape[1]
+        return TilePass(
+            rows=tiles.rows,
+            rows_per_tile=tiles.rows_per_tile,
+            orders={0: order} if num_ranges else {},
+            order=np.zeros(num_ranges, dtype=np.int32),
+            ranges=tiles.ranges,
+            ends=tiles.ends,
+            excluded=tiles.excluded,
+        )
 
     # ---- shared orders -------------------------------------------------------------------------------------
 
-    def _base_order(self, scope: Scope) -> CompactOrder:
-        if scope.keys not in self._base:
-            self._base[scope.keys] = CompactOrder(scope.key_members, self.block_k)
-        return self._base[scope.keys]
+    def _base_order(self, keys: Modality | None) -> CompactOrder:
+        if keys not in self._base:
+            self._base[keys] = CompactOrder(Scope(self.map, self.kv_len, keys=keys).key_members, self.block_k)
+        return self._base[keys]
 
-    def _column_order(self, scope: Scope, columns: Ints) -> CompactOrder:
-        name = (scope.keys, columns.tobytes())
+    def _column_order(self, keys: Modality | None, columns: Ints, first: int, stop: int) -> ColumnOrder:
+        name = (keys, id(columns), first, stop)  # the map keeps the columns
         if name not in self._columns:
-            self._columns[name] = CompactOrder(Runs.points(columns), self.block_k)
+            self._columns[name] = ColumnOrder(columns[first:stop], self.block_k)
         return self._columns[name]
 
     def _line_order(self, stride: str) -> LineOrder:
@@ -336,3 +256,9 @@ class ChunkTiler:
                 self.map.table, stride, self.q_start, self.kv_len, self.block_q, self.block_k
             )
         return self._lines[stride]
+
+
+@cache
+def _covered(modality: Modality | None) -> Bools:
+    """bool [codes]: which modalities a class covers."""
+    return np.isin(list(CODES.values()), codes_of(modality))

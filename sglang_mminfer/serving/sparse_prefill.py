@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.planner import BatchPlanner, is_static
+from sglang_mminfer.planning.planner import BatchPlanner, compile_ahead, is_static, worker
 from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
@@ -103,6 +104,7 @@ class SparsePrefill:
         names = executors.names_for(settings.executor(), *case)
         self.executor, self.unfit = names[0], None
         if not self._all_dense:
+            compile_ahead()
             heads = (head for layer in range(self.num_layers) for head in self.head_config.patterns(layer))
             estimates = not all(is_static(head) for head in set(heads))
             self.executor, self.unfit = self_check.first_fit(
@@ -201,6 +203,10 @@ class SparsePrefill:
         if on_stock:
             batch.stock_rows = StockRows(self.second_instance, forward_batch, on_stock)
         batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=self.choice.dense_below)
+        # Only layers that ran in an earlier batch have said how many heads they have.
+        known = [(layer, heads.planned) for (layer, _), heads in sorted(self._heads.items(), key=itemgetter(0))]
+        layers = [planned for layer, planned in known if not self.head_config.is_dense(layer)]
+        batch.planner.prepare(layers, worker() if self.device.type != "cpu" else None)
         return None
 
     def _stock_takes(self, start: int, stop: int) -> bool:

@@ -28,6 +28,8 @@ from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.patterns.base import Field, Pattern, fields_of, kinds
 from sglang_mminfer.patterns.boundary import patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
+from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning.planner import BatchPlanner
 
 TEXT, IMAGE, VIDEO, VISION = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.VISION
 REAL = (TEXT, IMAGE, VIDEO)
@@ -396,3 +398,17 @@ def joined(passes: Sequence[BlockPlan]) -> BlockPlan:
         gathered_start=None,
         known_sizes=None,
     )
+
+
+def chunks_of(batch: Batch) -> list[RequestChunk]:
+    return [
+        RequestChunk(batch.maps[i], batch.q_start(i), batch.kv_lens[i], batch.rows(i).start, batch.slots(i))
+        for i in range(len(batch.maps))
+        if batch.q_lens[i]
+    ]
+
+
+def planner_of(batch: Batch, chunks: list[RequestChunk] | None = None) -> BatchPlanner:
+    block_q, block_k = batch.tiles
+    chunks = chunks_of(batch) if chunks is None else chunks
+    return BatchPlanner(chunks, sum(batch.q_lens), dense_below=batch.dense_below, block_q=block_q, block_k=block_k)

@@ -22,7 +22,8 @@ from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
-from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, FULL
+from sglang_mminfer.planning.row_loops import FULL
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
 
 MODALITIES = (Modality.TEXT, Modality.IMAGE, Modality.VIDEO)
 STRETCHES = 3  # the early, middle and late rows of a modality count equally

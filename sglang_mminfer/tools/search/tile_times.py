@@ -18,7 +18,8 @@ import torch
 
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable, pack_lanes
 from sglang_mminfer.kernels.executors import Executor
-from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, FULL, GATHERED, PARTIAL
+from sglang_mminfer.planning.row_loops import FULL, GATHERED, PARTIAL
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
 
 FILE = "tile_times.json"
 KINDS = ("full", "partial", "picked")  # in the order FULL, PARTIAL, GATHERED; the names in tile_times.json

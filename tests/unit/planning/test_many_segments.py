@@ -121,19 +121,22 @@ def test_an_order_holds_every_key_of_its_shapes_once_and_knows_its_tiles(chat, s
     assert sorted(positions[positions < PAD_POSITION].tolist()) == sorted(expected)
     if not order.num_tiles:
         return
-    lanes, lines = order.lanes(np.arange(order.num_tiles))
-    assert torch.equal(torch.from_numpy(lanes).int(), positions)
-    real = lanes < PAD_POSITION
-    assert (lines[real] == cells[torch.from_numpy(lanes[real])].numpy()).all()
-    assert (lines[~real] == -1).all()
-    assert (order.nearest == lanes.min(axis=1)).all()
-    assert (order.farthest == lanes.max(axis=1)).all()
-    for line in range(6):
-        assert order.touches(line)[(lines == line).any(axis=1)].all()
-    pack, index, position = order.rows
+    nearest, farthest, ascend_to = order.tile_ends
+    assert (positions.amin(1).numpy() == nearest).all()
+    assert (positions.amax(1).numpy() == farthest).all()
+    for tile, stop in enumerate(ascend_to):
+        assert tile < stop and (np.diff(nearest[tile:stop]) >= 0).all() and (np.diff(farthest[tile:stop]) >= 0).all()
+    packs, rows = order.packs, order.rows
     placed = [p for p in range(q_start, kv_len) if cells[p] >= 0]
-    assert sorted(position.tolist()) == placed
-    assert (index // order.length[pack] == cells[torch.from_numpy(position)].numpy()).all()
+    assert sorted(rows.position.tolist()) == placed
+    assert (rows.line == cells[torch.from_numpy(rows.position)].numpy()).all()
+    in_order = packs.first_tile[rows.pack] * block_k + rows.place
+    assert (np.diff(in_order) > 0).all()
+    assert torch.equal(positions.flatten()[torch.from_numpy(in_order)], torch.from_numpy(rows.position).int())
+    real = positions.flatten() < PAD_POSITION
+    pack = np.repeat(np.arange(len(packs.code)), np.diff(packs.first_tile) * block_k)[real]
+    index = np.flatnonzero(real) - packs.first_tile[pack] * block_k
+    assert (index // packs.length[pack] == cells[positions.flatten()[real].long()].numpy()).all()
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------

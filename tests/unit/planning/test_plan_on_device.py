@@ -15,23 +15,9 @@ from sglang_mminfer.kernels.triton import estimate
 from sglang_mminfer.kernels.work_items import work_items
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
-from support import D, any_pattern, batches, conversation
+from support import D, any_pattern, batches, chunks_of, conversation, planner_of
 
 VIDEO, TEXT = Modality.VIDEO, Modality.TEXT
-
-
-def chunks_of(batch: support.Batch) -> list[RequestChunk]:
-    return [
-        RequestChunk(batch.maps[i], batch.q_start(i), batch.kv_lens[i], batch.rows(i).start, batch.slots(i))
-        for i in range(len(batch.maps))
-        if batch.q_lens[i]
-    ]
-
-
-def planner_of(batch: support.Batch, chunks: list[RequestChunk] | None = None) -> BatchPlanner:
-    block_q, block_k = batch.tiles
-    chunks = chunks_of(batch) if chunks is None else chunks
-    return BatchPlanner(chunks, sum(batch.q_lens), dense_below=batch.dense_below, block_q=block_q, block_k=block_k)
 
 
 # ---- no waiting --------------------------------------------------------------------------------------------

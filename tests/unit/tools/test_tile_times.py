@@ -12,7 +12,8 @@ from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
-from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, FULL, GATHERED, PARTIAL
+from sglang_mminfer.planning.row_loops import FULL, GATHERED, PARTIAL
+from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
 from sglang_mminfer.tools.search import tile_times
 from sglang_mminfer.tools.search.allocate import Table, within_density
 from sglang_mminfer.tools.search.measure import MODALITIES, LayerProbe, visits_by_modality
