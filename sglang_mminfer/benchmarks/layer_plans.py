@@ -35,7 +35,8 @@ from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, Vis
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.planner import BatchPlanner, compile_ahead
+from sglang_mminfer.planning.planner import BatchPlanner
+from sglang_mminfer.serving.self_check import compile_ahead
 
 FRAMES = {"128K": 512, "1M": 4095}
 """Of 16 x 16 tokens."""

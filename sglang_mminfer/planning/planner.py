@@ -20,10 +20,9 @@ import torch
 
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.threads import one_thread
-from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
+from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment
 from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of
 from sglang_mminfer.patterns.estimated import Estimated
-from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.planning.assembly import Part, assemble
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.device_tiles import Uploads
@@ -49,17 +48,6 @@ def is_static(head: HeadPattern) -> bool:
 def worker() -> Executor:
     """The thread on which `BatchPlanner.prepare` works while the device does."""
     return ThreadPoolExecutor(1, thread_name_prefix="mminfer-plan")
-
-
-def compile_ahead() -> None:
-    """Compile the loops of planning, or load them: the first process of a machine takes seconds for it, which no
-    request should wait for."""
-    grid = VisionGrid(2, 2, 2, (1, 5))
-    chat = ModalityMap(
-        [Segment(Modality.TEXT, 0, 1), Segment(Modality.VIDEO, 1, 9, grid), Segment(Modality.TEXT, 9, 10)]
-    )
-    head = Grid("frame", v=True, h=True, s=True, phase=0, sink=0, local=1)
-    BatchPlanner([RequestChunk(chat, 0, 10, 0, torch.arange(10))], 10, block_q=4, block_k=2).plan([head])
 
 
 class HeadTiles(NamedTuple):

@@ -195,6 +195,17 @@ def _check_chunk(run: Executor, shapes: _Shapes) -> Answer:
     )
 
 
+def compile_ahead() -> None:
+    """Compile the loops of planning, or load them: the first process of a machine takes seconds for it, which no
+    request should wait for."""
+    grid = VisionGrid(2, 2, 2, (1, 5))
+    chat = ModalityMap(
+        [Segment(Modality.TEXT, 0, 1), Segment(Modality.VIDEO, 1, 9, grid), Segment(Modality.TEXT, 9, 10)]
+    )
+    head = Grid("frame", v=True, h=True, s=True, phase=0, sink=0, local=1)
+    BatchPlanner([RequestChunk(chat, 0, 10, 0, torch.arange(10))], 10, block_q=4, block_k=2).plan([head])
+
+
 def _check_long_lists(run: Executor, shapes: _Shapes, tokens: int, pool_elements: int) -> Answer:
     """The last rows of a prompt that see all of it, at the far end of a pool."""
     random, rows, device = torch.Generator().manual_seed(1), min(LONG_ROWS, tokens), shapes.device

@@ -19,7 +19,7 @@ from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.planner import BatchPlanner, compile_ahead, is_static, worker
+from sglang_mminfer.planning.planner import BatchPlanner, is_static, worker
 from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
@@ -104,7 +104,7 @@ class SparsePrefill:
         names = executors.names_for(settings.executor(), *case)
         self.executor, self.unfit = names[0], None
         if not self._all_dense:
-            compile_ahead()
+            self_check.compile_ahead()
             heads = (head for layer in range(self.num_layers) for head in self.head_config.patterns(layer))
             estimates = not all(is_static(head) for head in set(heads))
             self.executor, self.unfit = self_check.first_fit(

@@ -18,7 +18,8 @@ from sglang_mminfer import Grid, ModalityMap
 from sglang_mminfer.benchmarks.searched import DISTINCT, LAYERS, searched_config
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.planner import BatchPlanner, compile_ahead, worker
+from sglang_mminfer.planning.planner import BatchPlanner, worker
+from sglang_mminfer.serving.self_check import compile_ahead
 from support import any_pattern, batches, conversation, planner_of
 
 DEFAULT = Grid("frame", v=True, h=True, s=True, phase=0, sink=128, local=1024)
