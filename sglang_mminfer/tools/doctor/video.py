@@ -295,6 +295,7 @@ def _density(prompt: Prompt, model: Any, server_args: Any, device: str) -> Findi
 
     from sglang_mminfer.families.maps import GeometryError
     from sglang_mminfer.kernels import executors
+    from sglang_mminfer.planning.tiles import BLOCK_K
     from sglang_mminfer.serving.choice import Choice
 
     head_config, named = head_config_choice.load_for_model(server_args, model.hf_config)
@@ -305,7 +306,7 @@ def _density(prompt: Prompt, model: Any, server_args: Any, device: str) -> Findi
         return Finding(SECTION, "density", "note", f"1 ({error.reason}: runs dense), {name}")
     if all(head_config.is_dense(layer) for layer in range(layers)):
         return Finding(SECTION, "density", "note", f"1 (dense_config), {name}")
-    executor = executors.name_for(settings.executor(), torch.device(device))
+    executor = executors.name_for(settings.executor(), torch.device(device), model.head_dim, BLOCK_K, model.dtype)
     choice = Choice(head_config, layers, executor, dense_backend.dense_backend_name(server_args, device))
     reason = choice.why_dense(modality_map, 0, modality_map.length, modality_map.length)
     if reason is not None:
