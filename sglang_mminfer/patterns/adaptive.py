@@ -77,7 +77,7 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
         return math.ceil(self.budget * tokens)
 
     def expected(self, keys: Ints) -> NDArray[np.float64]:
-        return keys * (EXPECTED + COST)
+        return keys.astype(np.float64) * (EXPECTED + COST)
 
     def looks_at(self, rows: int, keys: int) -> float:
         return rows * (2 * keys - rows) / 2 * COST

@@ -148,7 +148,7 @@ def pick(
         counts.append(count)
         overflows.append(overflow)
         key_tiles += len(picked) // tiles.block_k
-    return torch.cat(lanes), *(torch.cat(of_parts, dim=1) for of_parts in (firsts, counts, overflows))
+    return torch.cat(lanes), torch.cat(firsts, dim=1), torch.cat(counts, dim=1), torch.cat(overflows, dim=1)
 
 
 def _choose(
@@ -208,8 +208,9 @@ def scan_on_device(low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor
 def scan_on_host(low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int) -> torch.Tensor:
     """bool [heads, stop - key]: what `choice_loops.any_row_above` gives."""
     asked = torch.empty(len(bound), stop - key, dtype=torch.bool)
-    arrays = (x.contiguous().numpy() for x in (low, queries, bound))  # of one layout, so that one build serves all
-    any_row_above(*arrays, key, stop, asked.numpy())
+    # Arrays of one layout, so that one build serves all.
+    low, queries, bound = low.contiguous(), queries.contiguous(), bound.contiguous()
+    any_row_above(low.numpy(), queries.numpy(), bound.numpy(), key, stop, asked.numpy())
     return asked
 
 
