@@ -258,11 +258,12 @@ def prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
         lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1, tp_rank=0, tp_size=1),
     )
     runner = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(model), num_hidden_layers=2),
+        model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(model), num_hidden_layers=2, head_dim=16),
         server_args=SimpleNamespace(enable_metrics=False),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(4 * LENGTH).view(4, LENGTH)),
         token_to_kv_pool=None,
         device="cpu",
+        dtype=torch.float32,
     )
     return SparsePrefill(runner, "torch_native")
 
