@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from sglang_mminfer.modality.runs import Ints, Runs, expand
 from sglang_mminfer.modality.segment_table import SegmentTable, codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
-from sglang_mminfer.patterns.dense import Dense
+from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, row_classes
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.planning.lines import room_for_frames
 from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
@@ -60,7 +59,7 @@ class Comparison:
     def __init__(
         self, layers: Iterable[Iterable[HeadPattern]], executor: str, dense_backend: str, dense_below: int
     ) -> None:
-        counts = Counter(head for layer in layers for head in layer if not isinstance(head, Dense)).most_common()
+        counts = Counter(head for layer in layers for head in layer if head != UNNAMED).most_common()
         self._sample = counts[:: -(-len(counts) // SAMPLE) or 1]
         self._pair_cost = PAIR_COST.get(executor, 1.0)
         self._dense_backend, self._dense_below = dense_backend, dense_below
