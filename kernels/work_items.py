@@ -70,10 +70,6 @@ class WorkItems:
         """Whether something is left to write after all items have run: joined parts, or rows without keys."""
         return self.num_slots > 0 or int(self.table[:, NUM_PAIRS].sum()) < self.plan.num_rows * self.plan.num_heads
 
-    def upload(self) -> None:
-        """Make now what programs read of the items on the device."""
-        _ = self.on_device, self.first_slot, self.parts
-
     @cached_property
     def on_device(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`table` and `heads`, int32."""
@@ -138,6 +134,11 @@ def work_items(plan: BlockPlan, group: int, pairs: int, most_visits: int | None 
     return plan.derived[key]
 
 
+def length_class(visits: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Equal for items of about one length, within a factor of two; it grows with the length."""
+    return np.frexp(visits.astype(np.float64))[1]
+
+
 def most_visits_of(visits: NDArray[np.int64], items: NDArray[np.int64]) -> int:
     """How long a list may be, in key tiles.
 
@@ -179,10 +180,9 @@ def _made(plan: BlockPlan, group: int, pairs: int, most_visits: int | None) -> W
     slot = np.where(scattered, np.cumsum(scattered) - 1, -1)
 
     visits = -(-sizes.visits[tile] // parts)
-    # Programs of about one length (within a factor of two) go together, the longest first. Among these, those that
-    # share keys go together: one KV head, tiles in the plan's own order (by phase, then by position).
-    length_class = np.frexp(visits.astype(np.float64))[1]
-    order = np.lexsort((part, tile, kv_head[share], -length_class))
+    # Programs of about one length go together, the longest first. Among these, those that share keys go together: one
+    # KV head, tiles in the plan's own order (by phase, then by position).
+    order = np.lexsort((part, tile, kv_head[share], -length_class(visits)))
     columns = {
         TILE: tile,
         FIRST_PAIR: strip * pairs,

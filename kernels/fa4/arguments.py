@@ -27,6 +27,7 @@ from ..work_items import (
     SLOT,
     TILE,
     WorkItems,
+    length_class,
     work_items,
 )
 
@@ -120,9 +121,8 @@ def _by_kv_head(items: WorkItems, group: int, num_kv_heads: int) -> WorkItems:
     Within a head the longest come first, as before, and the parts of one list follow each other.
     """
     kv_head = items.heads[items.table[:, FIRST_HEAD]] // group
-    length_class = np.frexp(items.visits.astype(np.float64))[1]
-    sort_keys = (items.table[:, PART], items.table[:, FIRST_PAIR], items.table[:, TILE], -length_class, kv_head)
-    order = np.lexsort(sort_keys)
+    part, first_pair, tile = (items.table[:, column] for column in (PART, FIRST_PAIR, TILE))
+    order = np.lexsort((part, first_pair, tile, -length_class(items.visits), kv_head))
     counts = np.bincount(kv_head, minlength=num_kv_heads)
     slots = np.concatenate([head * counts.max() + np.arange(count) for head, count in enumerate(counts)])
     num_slots = num_kv_heads * int(counts.max())

@@ -133,11 +133,13 @@ def _compiled(
 
     names = kernel.arg_names
     signature = {name: argument_type(name) for name in names}
-    # The launcher's tensors begin at multiples of 16 bytes, and their strides are multiples of 16 elements.
+    # The launcher's tensors begin at multiples of 16 bytes, if it does not say otherwise, and their strides are
+    # multiples of 16 elements.
+    anywhere = kernel.do_not_specialize_on_alignment or ()
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name][0] == "*" or name.startswith("stride")
+        if (signature[name][0] == "*" and name not in anywhere) or name.startswith("stride")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen.options)

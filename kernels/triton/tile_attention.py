@@ -89,7 +89,22 @@ def visit(
     return online_softmax(scores, running_max, running_sum, acc, v, scale, MASKED)
 
 
-@triton.jit
+# The plan's arrays are parts of larger ones and begin anywhere; a kernel for each of their alignments would be many.
+_ANYWHERE = [
+    "item_heads",
+    "q_rows",
+    "q_stops",
+    "q_indptr",
+    "block_indptr",
+    "block_indices",
+    "num_full",
+    "num_gathered",
+    "gathered_start",
+    "excluded_lanes",
+]
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
 def tile_attention(
     q,
     k_cache,
