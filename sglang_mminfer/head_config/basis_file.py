@@ -21,7 +21,7 @@ import torch
 
 from sglang_mminfer.head_config.fingerprint import HeadConfigError, ModelFingerprint
 from sglang_mminfer.head_config.provenance import Provenance
-from sglang_mminfer.patterns.basis import Basis
+from sglang_mminfer.patterns.basis import Basis, basis_of
 
 SCHEMA = 1
 ENDING = ".basis.npz"
@@ -45,6 +45,30 @@ class ModelBasis:
     provenance: Provenance
     queries: torch.Tensor
     keys: torch.Tensor
+
+    @classmethod
+    def of_moments(
+        cls,
+        model: ModelFingerprint,
+        provenance: Provenance,
+        q_moments: torch.Tensor,
+        k_moments: torch.Tensor,
+        rank: int,
+        *,
+        shared: bool = True,
+    ) -> ModelBasis:
+        """From the second moments of a calibration run.
+
+        Args:
+            q_moments: float64 [layers, Hq, D, D]; k_moments: float64 [layers, Hkv, D, D], see `basis.second_moments`.
+            shared: the query heads of a KV head share a form.
+
+        Raises:
+            ValueError: no such rank.
+        """
+        layers = [basis_of(q, k, rank, shared=shared) for q, k in zip(q_moments, k_moments)]
+        queries, keys = (torch.stack(part) for part in zip(*((layer.queries, layer.keys) for layer in layers)))
+        return cls(model, provenance, queries, keys)
 
     @property
     def rank(self) -> int:

@@ -15,6 +15,7 @@ import torch
 import observed
 from sglang_mminfer import Adaptive, HeadConfig
 from sglang_mminfer.head_config import HeadConfigError, ModelBasis, ModelFingerprint, Provenance
+from sglang_mminfer.patterns.basis import second_moments
 from sglang_mminfer.serving import head_config_choice
 
 LAYERS, HEADS, KV_HEADS, DIM, RANK = 2, 8, 2, 16, 5
@@ -50,6 +51,19 @@ def test_it_is_read_back_as_it_was_written(forms: int, tmp_path: Path) -> None:
     assert (read.model, read.provenance, read.rank, read.digest) == (MODEL, HOW, RANK, written.digest)
     assert torch.equal(read.queries, written.queries) and torch.equal(read.keys, written.keys)
     assert drawn(forms, seed=1).digest != written.digest
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_it_is_made_of_the_moments_of_every_layer(shared: bool) -> None:
+    x = torch.randn(LAYERS, 64, HEADS + KV_HEADS, DIM, generator=torch.Generator().manual_seed(2))
+    x[..., RANK:] = 0  # the heads' queries and keys lie in RANK dimensions, so the forms are exact
+    moments = torch.stack([second_moments(layer) for layer in x])
+    made = ModelBasis.of_moments(MODEL, HOW, moments[:, :HEADS], moments[:, HEADS:], RANK, shared=shared)
+    for layer in range(LAYERS):
+        own = made.layer(layer, 0, HEADS, torch.device("cpu"))
+        for head in range(HEADS):
+            (a, b), q, k = own.of_head(head, HEADS), x[layer, :, head], x[layer, :, HEADS + head * KV_HEADS // HEADS]
+            torch.testing.assert_close((q @ a.T) @ (k @ b.T).T, q @ k.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("forms", [KV_HEADS, HEADS])
