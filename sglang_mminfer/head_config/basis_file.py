@@ -86,10 +86,9 @@ class ModelBasis:
 
     def layer(self, number: int, first_head: int, count: int, device: torch.device) -> Basis:
         """Of the query heads [first_head, first_head + count) of a layer, which are those of one rank."""
-        whole = Basis(self.queries[number], self.keys[number])
-        forms = [whole.number(head, self.model.heads) for head in range(first_head, first_head + count)]
-        own = slice(forms[0], forms[-1] + 1)
-        return Basis(whole.queries[own].to(device), whole.keys[own].to(device))
+        own = slice(first_head, first_head + count)
+        part = Basis(self.queries[number], self.keys[number]).part(own, self.model.heads)
+        return Basis(part.queries.to(device), part.keys.to(device))
 
     def save(self, path: str | Path) -> None:
         """Write it; `load` reads it back."""

@@ -193,12 +193,18 @@ class HeadConfig:
                         'merged and have neither rows nor columns; use stride "frame"',
                     )
 
+    @property
+    def basis_rank(self) -> int:
+        """How many rows of a basis its patterns read; 0: they need none."""
+        return max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
+
     def _check_basis(self) -> None:
         if self.basis is None:
             return
-        asked = max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
-        if asked > self.basis.rank:
-            self._fail("heads", f"expected a rank of at most {self.basis.rank}, which the basis has, got {asked}")
+        if self.basis_rank > self.basis.rank:
+            self._fail(
+                "heads", f"expected a rank of at most {self.basis.rank}, which the basis has, got {self.basis_rank}"
+            )
 
     def _fit(self, layers: int, heads: int, whose: str) -> None:
         if len(self.rows) != layers:
@@ -221,11 +227,21 @@ class HeadConfig:
         model = "any model" if self.model is None else self.model.architecture
         dense = f"; rows below {self.defaults.dense_below} dense" if self.defaults.dense_below else ""
         basis = ""
-        if any(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head)):
+        if self.basis_rank:
             basis = f"; keys are chosen by a basis of rank {self.basis.rank}" if self.basis else "; no basis: by q . k"
         return f"{self.name} ({model}, {self.provenance.how}): {heads}{dense}{basis}"
 
     # Writing
+
+    def save(self, path: str | Path) -> None:
+        """Write the config as JSON, with its basis beside it: `load` reads both back."""
+        path = Path(path)
+        beside = path.with_name(path.stem + ENDING)
+        if self.basis is not None:
+            self.basis.save(beside)
+        else:
+            beside.unlink(missing_ok=True)  # that of an earlier config of this name
+        path.write_text(self.to_json())
 
     def to_json(self) -> str:
         """The text of a file that reads back as this config."""

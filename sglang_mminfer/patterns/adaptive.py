@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,13 +16,18 @@ from sglang_mminfer.patterns.base import Count, Share, Size
 from sglang_mminfer.patterns.choice import Between, HeadsOfKeys, Rule, pick
 from sglang_mminfer.patterns.estimated import Added, Estimated, Evidence, Findings, Picked, QueryTiles
 from sglang_mminfer.patterns.index import TEXT_AFTER_VISION, PairIndex, Scope
+from sglang_mminfer.patterns.ladder import SINK, Prompt
 from sglang_mminfer.patterns.pair import Pair
 
 EXPECTED = 0.05
 """The share of all keys that tiles of 128 rows pick, about: 0.01 to 0.05 on the needle models, with alpha 0.01."""
 
-COST = 1 / 8
-"""What choosing costs beside attention, about: 0.09 to 0.14 of dense at 32K keys on a CPU, with 128 dimensions."""
+ALPHAS = (0.3, 0.1, 0.03, 0.01, 0.003)
+"""What a search tries. 0.01 keeps every answer on the needle models."""
+
+OF_A_SCORE = 4
+"""What comparing a score with its bound costs, in dimensions of a product. A score of rank 8 then costs 0.09 of a pair
+of attention at 128 dimensions, which is what a CPU takes for it at 32K keys."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,12 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
         return math.ceil(self.budget * tokens)
 
     def expected(self, keys: Ints) -> NDArray[np.float64]:
-        return keys.astype(np.float64) * (EXPECTED + COST)
+        return keys.astype(np.float64) * EXPECTED
 
-    def looks_at(self, rows: int, keys: int) -> float:
-        return rows * (2 * keys - rows) / 2 * COST
+    def looks_at(self, rows: int, keys: int, head_dim: int) -> float:
+        scores = rows * (2 * keys - rows) / 2 * (min(self.rank, head_dim) + OF_A_SCORE) / head_dim
+        mass = rows * min(keys, self.sink + self.local) / 2  # of sink and window takes q . k once more
+        return scores + mass
 
     def estimate(self, evidence: Evidence) -> Findings:
         """The low-rank form of the keys of the class, for each of `HeadsOfKeys.of`."""
@@ -102,7 +110,14 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
         )
         return Picked(added, lanes, overflow.sum())
 
-    # ---- for reports ---------------------------------------------------------------------------------------
+    # ---- for search and reports ----------------------------------------------------------------------------
+
+    @classmethod
+    def ladder(cls, prompt: Prompt) -> Iterator[tuple[str, Adaptive]]:
+        local = prompt.windows[min(1, len(prompt.windows) - 1)]
+        for rank in prompt.ranks:
+            for alpha in ALPHAS:
+                yield f"adaptive {rank},{alpha:g}", cls(SINK, local, rank, alpha)
 
     @property
     def label(self) -> str:

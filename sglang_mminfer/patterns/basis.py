@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
+ROWS = 8192
+"""Tokens that are looked at together, so that no second copy of them all is made."""
+
 HeadBasis = tuple[torch.Tensor, torch.Tensor]
 """A and B of one head, [rank, D] each."""
 
@@ -51,6 +54,11 @@ class Basis:
         """Which of the n forms serves a query head, of so many."""
         return head * len(self.queries) // num_heads
 
+    def part(self, heads: slice, num_heads: int) -> Basis:
+        """The forms of some successive query heads, of so many: of whole KV heads, or of a part of one."""
+        own = slice(self.number(heads.start, num_heads), self.number(heads.stop - 1, num_heads) + 1)
+        return Basis(self.queries[own], self.keys[own])
+
     def of_head(self, head: int, num_heads: int) -> HeadBasis:
         """A and B of a query head, of so many."""
         number = self.number(head, num_heads)
@@ -59,8 +67,11 @@ class Basis:
 
 def second_moments(x: torch.Tensor) -> torch.Tensor:
     """float64 [heads, D, D]: the mean of x x' over tokens. x: [tokens, heads, D]."""
-    by_head = x.transpose(0, 1).double()
-    return by_head.transpose(1, 2) @ by_head / max(len(x), 1)
+    sums = x.new_zeros(x.shape[1], x.shape[2], x.shape[2], dtype=torch.float64)
+    for rows in x.split(ROWS):
+        by_head = rows.transpose(0, 1).double()
+        sums += by_head.transpose(1, 2) @ by_head
+    return sums / max(len(x), 1)
 
 
 def basis_of(q_moments: torch.Tensor, k_moments: torch.Tensor, rank: int, *, shared: bool = True) -> Basis:

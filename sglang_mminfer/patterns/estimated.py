@@ -152,11 +152,10 @@ class Estimated(Pattern):
 
     @abstractmethod
     def expected(self, keys: Ints) -> NDArray[np.float64]:
-        """About how many keys rows that may see so many visit by the estimate, with what picking them costs if it is
-        much; before q and k are known."""
+        """About how many keys rows that may see so many visit by the estimate, before q and k are known."""
 
     @abstractmethod
-    def looks_at(self, rows: int, keys: int) -> float:
+    def looks_at(self, rows: int, keys: int, head_dim: int) -> float:
         """What the estimate costs for so many rows that end at so many keys, in (row, key) pairs of attention."""
 
     @abstractmethod

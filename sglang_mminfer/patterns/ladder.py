@@ -11,16 +11,18 @@ Stride = Literal["frame", "row"]
 STRIDES: tuple[Stride, ...] = ("frame", "row")
 WINDOWS = (64, 256, 1024, 4096)
 SINK = 64
+RANKS = (8, 16)
 
 
 @dataclass(frozen=True)
 class Prompt:
     """tokens: its length. strides: those that give some of its vision tokens a cell. phases: the cells that one head's
-    attention suggests, by stride, best first."""
+    attention suggests, by stride, best first. ranks: of low-rank forms of q . k; none if the model has no basis."""
 
     tokens: int
     strides: tuple[Stride, ...]
     phases: Mapping[str, Sequence[int]]
+    ranks: tuple[int, ...] = ()
 
     @property
     def windows(self) -> tuple[int, ...]:

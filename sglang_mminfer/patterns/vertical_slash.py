@@ -101,7 +101,7 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
     def expected(self, keys: Ints) -> NDArray[np.float64]:
         return (np.minimum(self.vertical, keys) + np.minimum(self.slash, keys)).astype(np.float64)
 
-    def looks_at(self, rows: int, keys: int) -> float:
+    def looks_at(self, rows: int, keys: int, head_dim: int) -> float:
         return 2.0 * self.last_q * keys  # two kernels compute each pair
 
     def estimate(self, evidence: Evidence) -> Findings:

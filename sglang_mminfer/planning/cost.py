@@ -17,6 +17,7 @@ from sglang_mminfer.modality.runs import Ints, Runs, expand
 from sglang_mminfer.modality.segment_table import SegmentTable, codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, row_classes
+from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.planning.lines import room_for_frames
 from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
@@ -54,15 +55,21 @@ class Comparison:
             count.
         executor, dense_backend: the names of what runs sparse and dense attention.
         dense_below: rows before this position see everything.
+        head_dim: what choosing keys costs depends on it.
     """
 
     def __init__(
-        self, layers: Iterable[Iterable[HeadPattern]], executor: str, dense_backend: str, dense_below: int
+        self,
+        layers: Iterable[Iterable[HeadPattern]],
+        executor: str,
+        dense_backend: str,
+        dense_below: int,
+        head_dim: int = 128,
     ) -> None:
         counts = Counter(head for layer in layers for head in layer if head != UNNAMED).most_common()
         self._sample = counts[:: -(-len(counts) // SAMPLE) or 1]
         self._pair_cost = PAIR_COST.get(executor, 1.0)
-        self._dense_backend, self._dense_below = dense_backend, dense_below
+        self._dense_backend, self._dense_below, self._head_dim = dense_backend, dense_below, head_dim
 
     def sparse_is_faster(self, modality_map: ModalityMap, start: int, stop: int) -> bool:
         """Whether rows [start, stop) of a prompt are worth a plan."""
@@ -71,7 +78,7 @@ class Comparison:
         # Pairs that may be visited before dense attention is as fast.
         allowance = remaining * dense_pairs(start, stop, self._dense_backend) / (self._pair_cost * MARGIN)
         for head, count in self._sample:
-            allowance -= count * rows.visited_pairs(head)
+            allowance -= count * (rows.visited_pairs(head) + rows.estimate_pairs(head, self._head_dim))
             remaining -= count
             if allowance <= 0:
                 return False
@@ -102,6 +109,17 @@ class ChunkRows:
             for keys, pattern in row_class.pairs:
                 scope = Scope(self.map, self.stop, row_class.rows, keys, row_class.text_rule)
                 pairs += self._pairs(scope, pattern.index(scope))
+        return pairs
+
+    def estimate_pairs(self, head: HeadPattern, head_dim: int) -> float:
+        """What the head's estimates cost, in (row, key) pairs of attention."""
+        pairs = 0.0
+        for row_class in row_classes(head):
+            for keys, pattern in row_class.pairs:
+                if isinstance(pattern, Estimated):
+                    scope = Scope(self.map, self.stop, row_class.rows, keys, row_class.text_rule)
+                    rows = scope.row_members.clip(max(self.start, self.dense_below), self.stop)
+                    pairs += pattern.looks_at(len(rows), len(scope.key_members), head_dim)
         return pairs
 
     def _pairs(self, scope: Scope, index: PairIndex) -> float:

@@ -22,13 +22,16 @@ class Choice:
         head_config: of the whole model, so that ranks with different heads decide alike.
         num_layers: layers of the model.
         executor, dense_backend: the names of what runs sparse and dense attention.
+        head_dim: dimensions of a head.
     """
 
-    def __init__(self, head_config: HeadConfig, num_layers: int, executor: str, dense_backend: str) -> None:
+    def __init__(
+        self, head_config: HeadConfig, num_layers: int, executor: str, dense_backend: str, head_dim: int
+    ) -> None:
         layers = [head_config.patterns(layer) for layer in range(num_layers)]
         self.dense_below = head_config.defaults.dense_below
         self.budget = PlanBudget(*settings.plan_budget())
-        self.comparison = Comparison(layers, executor, dense_backend, self.dense_below)
+        self.comparison = Comparison(layers, executor, dense_backend, self.dense_below, head_dim)
         self._patterns = {head for layer in layers for head in layer}
         self._line_strides = line_strides(self._patterns)
         self.only_if_faster = settings.sparse() == "faster"

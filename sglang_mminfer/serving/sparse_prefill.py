@@ -103,7 +103,8 @@ class SparsePrefill:
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self.num_layers))
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
-        case = self.device, runner.model_config.head_dim, BLOCK_K, runner.dtype
+        head_dim = runner.model_config.head_dim
+        case = self.device, head_dim, BLOCK_K, runner.dtype
         names = executors.names_for(settings.executor(), *case)
         self.executor, self.unfit = names[0], None
         if not self._all_dense:
@@ -113,7 +114,7 @@ class SparsePrefill:
             self.executor, self.unfit = self_check.first_fit(
                 runner, names, self.device, self.ranks, dense_backend, estimates
             )
-        self.choice = Choice(self.head_config, self.num_layers, self.executor, dense_backend)
+        self.choice = Choice(self.head_config, self.num_layers, self.executor, dense_backend, head_dim)
         self.second_instance = None if self._all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(

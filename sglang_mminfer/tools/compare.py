@@ -225,7 +225,7 @@ class Comparison:
     def _write(self, config: HeadConfig) -> str:
         path = self.out / "configs" / f"{config.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(config.to_json())
+        config.save(path)
         return str(path.resolve())
 
     def _figures(

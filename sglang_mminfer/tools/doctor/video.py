@@ -26,6 +26,7 @@ from sglang_mminfer.tools.doctor.report import Finding, brief, server_args_of
 if TYPE_CHECKING:
     from sglang_mminfer.head_config import HeadConfig
     from sglang_mminfer.modality.segments import ModalityMap
+    from sglang_mminfer.patterns.boundary import HeadPattern
 
 QUESTION = "What happens in this video?"
 SECTION = "this video"
@@ -281,12 +282,22 @@ def _kv_cache(tokens: int, model: Any, view: Any) -> Finding:
 
 
 def expected_density(modality_map: ModalityMap, head_config: HeadConfig, layers: int) -> float:
-    """Visited over causal pairs, mean over all heads of all layers. With estimated patterns it is about the maximum."""
+    """Visited over causal pairs, mean over all heads of all layers. What estimated patterns visit is known only when
+    they run; here they count with what they visit on other models."""
+    from sglang_mminfer.planning.cost import ChunkRows, dense_pairs
+    from sglang_mminfer.planning.planner import is_static
     from sglang_mminfer.tools.baselines import density_of
 
-    below = head_config.defaults.dense_below
+    below, length = head_config.defaults.dense_below, modality_map.length
     heads = Counter(pattern for layer in range(layers) for pattern in head_config.patterns(layer))
-    densities = {pattern: density_of(pattern, modality_map, below) for pattern in heads}
+    rows = ChunkRows(modality_map, 0, length, below)
+
+    def density(head: HeadPattern) -> float:
+        if is_static(head):
+            return density_of(head, modality_map, below)
+        return rows.visited_pairs(head) / dense_pairs(0, length, "")
+
+    densities = {pattern: density(pattern) for pattern in heads}
     return sum(densities[pattern] * count for pattern, count in heads.items()) / heads.total()
 
 
@@ -307,7 +318,8 @@ def _density(prompt: Prompt, model: Any, server_args: Any, device: str) -> Findi
     if all(head_config.is_dense(layer) for layer in range(layers)):
         return Finding(SECTION, "density", "note", f"1 (dense_config), {name}")
     executor = executors.name_for(settings.executor(), torch.device(device), model.head_dim, BLOCK_K, model.dtype)
-    choice = Choice(head_config, layers, executor, dense_backend.dense_backend_name(server_args, device))
+    backend = dense_backend.dense_backend_name(server_args, device)
+    choice = Choice(head_config, layers, executor, backend, model.head_dim)
     reason = choice.why_dense(modality_map, 0, modality_map.length, modality_map.length)
     if reason is not None:
         why = f"short: dense up to {choice.dense_below:,} tokens" if reason == "short" else reason

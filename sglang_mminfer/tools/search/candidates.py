@@ -15,15 +15,17 @@ DENSE = "dense"  # the first candidate's name
 Phases = dict[str, list[int]]
 
 
-def candidates(modality_map: ModalityMap, phases: Sequence[Sequence[Phases]]) -> Iterator[tuple[str, list[list]]]:
+def candidates(
+    modality_map: ModalityMap, phases: Sequence[Sequence[Phases]], ranks: tuple[int, ...] = ()
+) -> Iterator[tuple[str, list[list]]]:
     """(name, [layers][heads] patterns); the first is dense.
 
     Args:
-        phases: [layers][heads].
+        phases: [layers][heads]. ranks: see `Prompt`.
     """
     grids = [segment.grid for segment in modality_map.segments if segment.grid is not None]
     strides = tuple(stride for stride in STRIDES if any(grid.has_cells(stride) for grid in grids))
-    prompts = [[Prompt(modality_map.length, strides, own) for own in row] for row in phases]
+    prompts = [[Prompt(modality_map.length, strides, own, ranks) for own in row] for row in phases]
     everything: tuple[type[Pattern] | type[Boundary2D], ...] = (*kinds().values(), Boundary2D)
     for tried in everything:
         ladders = [[list(tried.ladder(prompt)) for prompt in row] for row in prompts]

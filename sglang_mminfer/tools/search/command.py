@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     except SearchError as error:
         console.print(f"[red]mminfer search:[/red] {error}")
         return 1
-    options.out.write_text(result.config.to_json())
+    result.config.save(options.out)
     report = options.out.with_suffix(".html")
     from sglang_mminfer.tools.search.report import page
 

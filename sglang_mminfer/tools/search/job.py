@@ -1,7 +1,8 @@
 """The search's questions to a server and the server's results: files in one folder, so that nothing is lost.
 
 FOLDER/job.json says what to do with prompts. FOLDER/RESULT/layer-LLL-rank-RR.json is the result of one layer of one
-rank. A result that exists is not made again, so a search that was cut short continues where it stopped.
+rank, with layer-LLL-rank-RR.npz beside it if it has arrays. A result that exists is not made again, so a search that
+was cut short continues where it stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
@@ -21,7 +24,7 @@ from sglang_mminfer.patterns.boundary import HeadPattern
 
 OBSERVER = "sglang_mminfer.tools.search.observer:observer"
 JOB = "job.json"
-FORMAT = "2"  # the version of the results' format; part of their folders' names
+FORMAT = "3"  # the version of the results' format; part of their folders' names
 REFUSED = "refused"  # a result with this key holds only the reason why nothing was measured
 
 
@@ -33,12 +36,14 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     result:     the name of the folder for the results.
     candidates: (name, head config as JSON text).
     max_memory: how many bytes measuring may take in each rank, beside the server's own; None: `memory.default_limit`.
+    basis:      the file in the folder with the basis of candidates that choose keys; None: there is none.
     """
 
     stage: Literal["phases", "measure"]
     result: str
     candidates: list[tuple[str, str]] = []
     max_memory: int | None = None
+    basis: str | None = None
 
 
 def write(folder: Path, job: Job) -> None:
@@ -62,10 +67,14 @@ def result_path(folder: Path, result: str, layer: int, rank: int) -> Path:
     return folder / result / f"layer-{layer:03d}-rank-{rank:02d}.json"
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
+def save(path: Path, result: dict[str, Any], arrays: dict[str, Any] | None = None) -> None:
     """Write a result, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
+    if arrays:
+        with fresh.open("wb") as file:
+            np.savez(file, **arrays)
+        fresh.replace(path.with_suffix(".npz"))
     fresh.write_text(json.dumps(result))
     fresh.replace(path)
 
@@ -77,6 +86,16 @@ def load(folder: Path, result: str, layers: int) -> list[list[dict[str, Any]]]:
         paths = sorted((folder / result).glob(f"layer-{layer:03d}-rank-*.json"))
         rows.append([json.loads(path.read_text()) for path in paths])
     return rows
+
+
+def load_array(folder: Path, result: str, layer: int, name: str) -> NDArray[Any]:
+    """An array of one layer, that of all ranks along its first dimension."""
+    paths = sorted((folder / result).glob(f"layer-{layer:03d}-rank-*.npz"))
+    parts = []
+    for path in paths:
+        with np.load(path, allow_pickle=False) as arrays:
+            parts.append(arrays[name])
+    return np.concatenate(parts)
 
 
 def refused(folder: Path, result: str, results: list[list[dict[str, Any]]]) -> str | None:

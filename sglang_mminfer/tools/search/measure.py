@@ -17,6 +17,7 @@ from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.kernels.executors import Executor
 from sglang_mminfer.kernels.rows import causal_weights
 from sglang_mminfer.modality.segments import Modality, ModalityMap
+from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern, row_classes
 from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.estimated import Estimated
@@ -55,7 +56,7 @@ class LayerProbe:
 
     Args:
         chunk: the whole prompt as one chunk. q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D].
-        sm_scale: factor on q . k. execute: the executor.
+        sm_scale: factor on q . k. execute: the executor. basis: low-rank forms for candidates that choose keys by them.
 
     Raises:
         ValueError: the chunk has no modality map.
@@ -69,10 +70,11 @@ class LayerProbe:
         v_cache: torch.Tensor,
         sm_scale: float,
         execute: Executor,
+        basis: Basis | None = None,
     ) -> None:
         if chunk.map is None:
             raise ValueError("chunk: expected a request with a modality map, got none")
-        self.chunk, self.sm_scale, self._execute = chunk, sm_scale, execute
+        self.chunk, self.sm_scale, self._execute, self._basis = chunk, sm_scale, execute, basis
         self._tensors = (q, k_cache, v_cache)
         self.strata = row_strata(chunk.map, chunk.q_start, chunk.kv_len).to(q.device)
         self.dense, self.dense_ms = self._run(self.plan([Dense()] * q.shape[1]))
@@ -106,14 +108,14 @@ class LayerProbe:
         """A plan of its own planner, because a planner that lives on would hold the orders of all candidates."""
         q, k_cache, _ = self._tensors
         planner = BatchPlanner([self.chunk], len(q), dense_below=dense_below, keep=False)
-        return planner.plan(heads, q, k_cache, self.sm_scale)
+        return planner.plan(heads, q, k_cache, self.sm_scale, self._basis)
 
     def _estimate_pairs(self, head: HeadPattern) -> torch.Tensor:
         """float64 [modalities]: what the estimate costs for rows of a modality, in (row, key) pairs."""
         pairs = torch.zeros(len(MODALITIES), dtype=torch.float64)
         for row_class in row_classes(head):
-            rows_and_keys = self.chunk.num_rows, self.chunk.kv_len
-            cost = sum(p.looks_at(*rows_and_keys) for _, p in row_class.pairs if isinstance(p, Estimated))
+            sizes = self.chunk.num_rows, self.chunk.kv_len, self._tensors[0].shape[2]
+            cost = sum(p.looks_at(*sizes) for _, p in row_class.pairs if isinstance(p, Estimated))
             rows = [m for m, modality in enumerate(MODALITIES) if row_class.rows in (None, modality)]
             present = [m for m in rows if bool((self.strata // STRETCHES == m).any())]
             for m in present:  # all rows of the class share one estimate

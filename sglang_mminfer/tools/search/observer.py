@@ -8,12 +8,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sglang_mminfer import settings
-from sglang_mminfer.head_config import HeadConfig
+from sglang_mminfer.head_config import HeadConfig, ModelBasis
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.basis import second_moments
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.tiles import BLOCK_K
@@ -44,6 +46,7 @@ class SearchObserver:
     def __init__(self, folder: Path, rank: int, ranks: int = 1) -> None:
         self.folder, self.rank, self.ranks = folder, rank, ranks
         self._configs: tuple[str, list[HeadConfig]] = ("", [])
+        self._bases: tuple[str, ModelBasis] | None = None
 
     def layer(self, view: LayerView) -> None:
         job = jobs.read(self.folder)
@@ -54,11 +57,14 @@ class SearchObserver:
         if request.map is None or request.prefix_len or request.chunk_len < 2 or path.exists():
             return
         measure_layer = self._phases if job.stage == "phases" else self._measured
+        arrays: dict[str, np.ndarray] = {}
         try:
             result = measure_layer(job, view, request, request.map)
+            if job.stage == "phases":
+                arrays = _moments(view, request)
         except MemoryError as too_little:
             result = {jobs.REFUSED: str(too_little)}
-        jobs.save(path, result)
+        jobs.save(path, result, arrays)
 
     def batch_done(self, records: Sequence[Any]) -> None:
         pass
@@ -95,10 +101,14 @@ class SearchObserver:
         candidates = [(c.patterns(view.layer_id)[own_heads], c.defaults.dense_below) for c in self._parsed(job)]
         chunk = RequestChunk(modality_map, 0, request.seq_len, 0, request.slots)
         q = view.q[request.rows]
+        basis = None
+        if job.basis is not None:
+            basis = self._basis(job.basis).layer(view.layer_id, view.first_head, view.num_heads, q.device)
         by_piece: list[list[Measured]] = []
         for piece in self._pieces(job, view, len(q), chain.from_iterable(heads for heads, _ in candidates)):
             caches = view.k_cache[:, piece.kv_heads], view.v_cache[:, piece.kv_heads]
-            probe = LayerProbe(chunk, q[:, piece.heads], *caches, view.sm_scale, execute)
+            own_basis = None if basis is None else basis.part(piece.heads, view.num_heads)
+            probe = LayerProbe(chunk, q[:, piece.heads], *caches, view.sm_scale, execute, own_basis)
             by_piece.append([probe.measure(heads[piece.heads], dense_below) for heads, dense_below in candidates])
         by_candidate = list(zip(*by_piece))
         return {
@@ -109,11 +119,24 @@ class SearchObserver:
             "causal": probe.causal.tolist(),
         }
 
+    def _basis(self, file: str) -> ModelBasis:
+        """The basis of the job, read once for all layers."""
+        if self._bases is None or self._bases[0] != file:
+            self._bases = file, ModelBasis.load(self.folder / file)
+        return self._bases[1]
+
     def _parsed(self, job: jobs.Job) -> list[HeadConfig]:
         """The candidates of the job, parsed once for all layers."""
         if self._configs[0] != job.result:
             self._configs = (job.result, [HeadConfig.from_json(text, name) for name, text in job.candidates])
         return self._configs[1]
+
+
+def _moments(view: LayerView, request: RequestView) -> dict[str, np.ndarray]:
+    """float32 [heads, D, D], "q" and "k": the second moments of the request's queries and keys, heads of this rank."""
+    q = second_moments(view.q[request.rows])
+    k = torch.cat([second_moments(view.k_cache[request.slots, h : h + 1]) for h in range(view.k_cache.shape[1])])
+    return {name: moments.float().cpu().numpy() for name, moments in (("q", q), ("k", k))}
 
 
 def _heaviest(mass: torch.Tensor) -> list[int]:

@@ -13,13 +13,16 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
-from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
+from sglang_mminfer.head_config import Defaults, HeadConfig, ModelBasis, ModelFingerprint, Provenance
+from sglang_mminfer.head_config.basis_file import ENDING
 from sglang_mminfer.modality.segments import Modality, ModalityMap
 from sglang_mminfer.patterns.a_shape import AShape
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.grid import Grid
+from sglang_mminfer.patterns.ladder import RANKS
 from sglang_mminfer.patterns.tri_shape import TriShape
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import tile_times
@@ -176,8 +179,11 @@ class Prober:
             raise SearchError(f"{calibration.name}: the server refused it: {error}") from None
 
     def _first_look(self, calibration: Calibration) -> list[list[dict[str, Any]]]:
-        result = f"{calibration.name}-phases-{jobs.FORMAT}"
-        return self.ask(jobs.Job("phases", result, max_memory=self.max_memory), calibration)
+        return self.ask(jobs.Job("phases", self._first_result(calibration), max_memory=self.max_memory), calibration)
+
+    @staticmethod
+    def _first_result(calibration: Calibration) -> str:
+        return f"{calibration.name}-phases-{jobs.FORMAT}"
 
     def phases(self, calibration: Calibration) -> tuple[ModalityMap, list[list[Phases]]]:
         """The map of the prompt, and the phases of each head, [layers][heads]. Errors: as `ask`."""
@@ -194,10 +200,38 @@ class Prober:
             path.write_bytes(msgspec.json.encode(times))
         return read_times(path)
 
-    def scores(self, calibration: Calibration, configs: list[tuple[str, str]]) -> Scores:
-        """The measurements of configs, given as (name, head config as JSON text), on one prompt. Errors: as `ask`."""
-        digest = hashlib.sha256(json.dumps([jobs.FORMAT, configs]).encode()).hexdigest()[:10]
-        job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory)
+    def basis(self, calibrations: Sequence[Calibration], model: ModelFingerprint, note: Provenance) -> ModelBasis:
+        """The basis of the model's heads by the calibration prompts, which count alike. Errors: as `ask`."""
+        q_moments, k_moments = (self._moments(calibrations, name) for name in ("q", "k"))
+        # Where there are more ranks than KV heads, several ranks hold the same one.
+        k_moments = k_moments[:, :: k_moments.shape[1] // model.kv_heads]
+        return ModelBasis.of_moments(model, note, q_moments, k_moments, max(_ranks(model)))
+
+    def _moments(self, calibrations: Sequence[Calibration], name: str) -> torch.Tensor:
+        """float64 [layers, heads, D, D]."""
+        for calibration in calibrations:
+            self._first_look(calibration)
+        layers = []
+        for layer in range(self.layers):
+            of_prompts = [jobs.load_array(self.folder, self._first_result(c), layer, name) for c in calibrations]
+            layers.append(np.mean(of_prompts, axis=0, dtype=np.float64))
+        return torch.from_numpy(np.stack(layers))
+
+    def scores(
+        self, calibration: Calibration, configs: list[tuple[str, str]], basis: ModelBasis | None = None
+    ) -> Scores:
+        """The measurements of configs, given as (name, head config as JSON text), on one prompt. Errors: as `ask`.
+
+        Args:
+            basis: for configs that choose keys by it.
+        """
+        file = None
+        if basis is not None:
+            file = f"{basis.digest}{ENDING}"
+            if not (self.folder / file).exists():
+                basis.save(self.folder / file)
+        digest = hashlib.sha256(json.dumps([jobs.FORMAT, configs, file]).encode()).hexdigest()[:10]
+        job = jobs.Job("measure", f"{calibration.name}-{digest}", configs, self.max_memory, file)
         results = self.ask(job, calibration)
 
         def table(name: str) -> np.ndarray:
@@ -322,7 +356,7 @@ class SearchResult:
 
 def search(
     prober: Prober,
-    model: Any,
+    model: ModelFingerprint,
     calibrations: Sequence[Calibration],
     held_out: Calibration | None,
     *,
@@ -351,11 +385,20 @@ def search(
     first_looks = [prober.phases(calibration) for calibration in calibrations]
     maps = [modality_map for modality_map, _ in first_looks]
     longest, unseen = max(maps, key=lambda modality_map: modality_map.length), doubts(maps)
-    named_candidates = list(candidates(longest, merged_phases([phases for _, phases in first_looks])))
+    basis_note = Provenance(
+        "search",
+        "Low-rank forms of q . k by the second moments of the calibration input.",
+        calibration=", ".join(c.name for c in calibrations),
+        budget=f"rank {max(_ranks(model))}",
+        date=today.isoformat(),
+    )
+    basis = prober.basis(calibrations, model, basis_note)
+    phases = merged_phases([phases for _, phases in first_looks])
+    named_candidates = list(candidates(longest, phases, _ranks(model)))
     texts = [(label, jobs.as_config(label, heads)) for label, heads in named_candidates]
     patterns = [heads for _, heads in named_candidates]
     default = ("default", _default(len(patterns[0]), len(patterns[0][0])))
-    with_default = joined([prober.scores(calibration, [*texts, default]) for calibration in calibrations])
+    with_default = joined([prober.scores(calibration, [*texts, default], basis) for calibration in calibrations])
     scores = with_default.first(len(named_candidates))
     tile_us = times or prober.tile_times(calibrations)
     time = scores.time(tile_us) if by_time else None
@@ -390,6 +433,8 @@ def search(
     )
     rows = tuple(map(tuple, chosen.heads))
     config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))
+    if config.basis_rank:
+        config = replace(config, basis=basis)
     finalists: list[tuple[str, list[list[HeadPattern]]]] = [
         ("searched", chosen.heads),
         ("equal budget for each head", equal.heads),
@@ -398,9 +443,14 @@ def search(
         (DENSE, [[Dense()] * len(rows[0])] * len(rows)),
     ]
     texts = [*((label, jobs.as_config(label, heads)) for label, heads in finalists), default]
-    on_calibration = joined([prober.scores(calibration, texts) for calibration in calibrations])
-    on_held_out = prober.scores(held_out, texts) if held_out is not None else None
+    on_calibration = joined([prober.scores(calibration, texts, basis) for calibration in calibrations])
+    on_held_out = prober.scores(held_out, texts, basis) if held_out is not None else None
     return SearchResult(config, chosen, equal, frontier(table), unseen, tile_us, by_time, on_calibration, on_held_out)
+
+
+def _ranks(model: ModelFingerprint) -> tuple[int, ...]:
+    """The ranks of low-rank forms that are tried."""
+    return tuple(rank for rank in RANKS if rank <= model.head_dim) or (model.head_dim,)
 
 
 def _as_dense_as(table: Table, densities: dict[str, float]) -> list[tuple[str, list[list[HeadPattern]]]]:

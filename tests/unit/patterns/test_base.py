@@ -20,12 +20,16 @@ from sglang_mminfer.patterns.__main__ import table
 from sglang_mminfer.patterns.base import Pattern, fields_of, kinds
 from sglang_mminfer.patterns.boundary import Boundary2D, QBoundary
 from sglang_mminfer.patterns.index import PairIndex, Scope
-from sglang_mminfer.patterns.ladder import STRIDES, Prompt
+from sglang_mminfer.patterns.ladder import RANKS, STRIDES, Prompt
 from sglang_mminfer.patterns.pair import Pair
 from support import TEXT, VISION, conversation, maps, patterns_of_kind
 
 every_kind = pytest.mark.parametrize("kind", kinds())
-PROMPTS = [Prompt(tokens, strides, {"frame": [3, 1]}) for tokens in (1, 700, 20_000) for strides in ((), STRIDES)]
+PROMPTS = [
+    Prompt(tokens, strides, {"frame": [3, 1]}, RANKS if strides else ())
+    for tokens in (1, 700, 20_000)
+    for strides in ((), STRIDES)
+]
 
 
 # ---- the registry ------------------------------------------------------------------------------------------

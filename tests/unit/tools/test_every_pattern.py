@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sglang_mminfer import Boundary2D, Dense, HeadConfig, Modality, QBoundary
 from sglang_mminfer.head_config import Provenance, words_of
 from sglang_mminfer.patterns.base import kinds
-from sglang_mminfer.patterns.ladder import STRIDES, Prompt
+from sglang_mminfer.patterns.ladder import RANKS, STRIDES, Prompt
 from sglang_mminfer.planning.visited import order_of
 from sglang_mminfer.tools.inspect.figures import REASON_COLOURS
 from sglang_mminfer.tools.inspect.reasons import REASONS, SPARSE, reasons_by_row
@@ -35,10 +35,10 @@ def test_a_head_config_holds_it_under_every_boundary(kind: str, data: st.DataObj
 
 def test_the_search_tries_what_every_ladder_says() -> None:
     chat, phases = conversation(900, (8, 6, 7), 900), [[{"frame": [7]}, {"frame": [3, 1], "row": [2]}]] * 2
-    tried = dict(candidates(chat, phases))
+    tried = dict(candidates(chat, phases, RANKS))
     assert next(iter(tried)) == "dense" and all(len(of) == 2 and len(of[0]) == 2 for of in tried.values())
     for kind, cls in kinds().items():
-        for name, pattern in cls.ladder(Prompt(chat.length, STRIDES, phases[0][1])):
+        for name, pattern in cls.ladder(Prompt(chat.length, STRIDES, phases[0][1], RANKS)):
             assert tried[name][1][1] == pattern, kind
     assert tried["grid frame v 64 phase #1"][0][0].phase == 7 and tried["grid frame v 64 phase #2"][0][1].phase == 1
 
@@ -46,7 +46,7 @@ def test_the_search_tries_what_every_ladder_says() -> None:
 def test_the_report_draws_and_names_every_kind() -> None:
     from matplotlib import pyplot
 
-    prompt = Prompt(2000, STRIDES, {})
+    prompt = Prompt(2000, STRIDES, {}, RANKS)
     row = [next(iter(cls.ladder(prompt)))[1] for cls in kinds().values() if list(cls.ladder(prompt))]
     figure = mosaic([[*row, QBoundary({VIDEO: row[1]}), Boundary2D({(TEXT, VIDEO): row[1]})]])
     (axes,) = figure.axes

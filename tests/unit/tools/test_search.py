@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VerticalSlash
+from sglang_mminfer import Adaptive, AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VerticalSlash
 from sglang_mminfer.kernels.executors import EXECUTORS
+from sglang_mminfer.patterns.basis import basis_of, second_moments
+from sglang_mminfer.patterns.ladder import RANKS
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.tools.search import BOUNDARIES
 from sglang_mminfer.tools.search.allocate import (
@@ -108,6 +110,36 @@ def test_every_planted_head_is_named(seed):
     (found,) = at_price(table, 1.0).heads
     wrong = {kind: head for kind, head, phase in zip(KINDS, found, phases) if not named(kind, head, phase)}
     assert not wrong
+
+
+def test_a_head_whose_rows_look_for_single_keys_chooses_them() -> None:
+    """Neighbouring rows look for one key before them, by its code: no line, column or diagonal holds these keys."""
+    chat, random = conversation(20, (170, 5, 5), 20), torch.Generator().manual_seed(3)
+    n = chat.length
+    codes = torch.nn.functional.normalize(torch.randn(n, 12, generator=random), dim=1)
+    first = torch.arange(n) // 64 * 64
+    target = (torch.rand(n, generator=random)[first] * first).long()
+    q, k = torch.zeros(2, n, 1, D)
+    q[:, 0, :12], k[:, 0, :12] = LOUD * codes[target], 0.1 * codes
+    k[target, 0, :12] = codes[target]
+    v, basis = torch.randn(n, 1, D, generator=random), basis_of(second_moments(q), second_moments(k), max(RANKS))
+    probe = LayerProbe(RequestChunk(chat, 0, n, 0, torch.arange(n)), q, k, v, 1.0, EXECUTORS["torch"], basis)
+    tried = {
+        name: heads
+        for name, heads in candidates(chat, [[{"frame": [3, 1, 0]}]], RANKS)
+        if name == "dense" or name.split()[0] in ("adaptive", "a_shape", "vertical_slash") or "grid frame" in name
+    }
+    measured = [probe.measure(heads[0]) for heads in tried.values()]
+    error, pairs = (
+        torch.stack(rows)[:, None].double().numpy()
+        for rows in ([m.error for m in measured], [m.visited for m in measured])
+    )
+    table = Table(list(tried.values()), error, pairs, probe.causal.numpy(), (TEXT, IMAGE, VIDEO))
+    ((found,),) = at_price(table, 1.0).heads
+    assert isinstance(rows_see(found, VIDEO), Adaptive)
+    others = [number for number, name in enumerate(tried) if not name.startswith("adaptive")]
+    without = replace(table, patterns=[table.patterns[i] for i in others], error=error[others], pairs=pairs[others])
+    assert within_density(table, 0.5).error < 0.1 * within_density(without, 0.5).error
 
 
 # ---- the allocation ----------------------------------------------------------------------------------------
