@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2Config, Qwen2VLConfig
 import config_files
 from config_files import config_file
 from sglang_mminfer import (
+    Adaptive,
     AShape,
     Boundary2D,
     Dense,
@@ -112,22 +113,27 @@ def test_our_configs_load_and_are_written_as_to_json_would(path):
 
 def test_every_pattern_and_boundary_has_a_test_config():
     kinds = {type(p) for path in OF_TESTS for row in HeadConfig.load(path).rows for p in row}
-    assert kinds == {Dense, AShape, TriShape, VerticalSlash, Grid, QBoundary, Boundary2D}
+    assert kinds == {Adaptive, Dense, AShape, TriShape, VerticalSlash, Grid, QBoundary, Boundary2D}
 
 
-def test_the_default_is_static_and_for_any_model():
+def test_the_default_chooses_keys_in_any_model():
     config = HeadConfig.load("default")
-    assert config.patterns(0) == [Grid("frame", True, True, True, 0, 128, 1024)]
-    assert config.defaults == Defaults(4608)
+    assert config.patterns(0) == [Adaptive(64, 256, 8, 0.01)] and config.model is None
     assert config.describe() == (
-        "default (any model, handwritten): all heads grid(stride frame, v, h, s, phase 0, sink 128, local "
-        "1024); rows below 4608 dense"
+        "default (any model, handwritten): all heads adaptive(sink 64, local 256, rank 8, alpha 0.01, budget 0.5); "
+        "no basis: by q . k"
     )
 
 
-def test_a_user_chooses_among_two_and_the_baselines():
+def test_the_default_of_before_is_still_there():
+    config = HeadConfig.load("grid_static")
+    assert config.patterns(0) == [Grid("frame", True, True, True, 0, 128, 1024)]
+    assert config.defaults == Defaults(4608) and config.describe().endswith("rows below 4608 dense")
+
+
+def test_a_user_chooses_among_three_and_the_baselines():
     available = [name for name in HeadConfig.available() if not name.startswith("baseline_")]
-    assert available == ["default", "dense"]
+    assert available == ["default", "dense", "grid_static"]
 
 
 # Names and paths

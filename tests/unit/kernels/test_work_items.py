@@ -120,7 +120,7 @@ def rows_used(items: WorkItems) -> float:
 @pytest.mark.parametrize("rows", [8192, 16384])
 @pytest.mark.parametrize("tokens", [1 << 15, 1 << 17, 1 << 20])
 def test_rows_are_used_and_no_item_is_long(tokens, rows):
-    items = work_items(last_chunk("default", tokens, rows), 7, 128)
+    items = work_items(last_chunk("grid_static", tokens, rows), 7, 128)
     makespan = items.visits.sum() / module.PROCESSORS
     assert rows_used(items) >= 0.85
     assert int(items.visits.max()) <= max(module.LEAST_VISITS, np.ceil(makespan / 4))

@@ -14,17 +14,17 @@ from sglang_mminfer.planning.planner import BatchPlanner
 from support import conversation
 
 TEXT, VIDEO, VISION = Modality.TEXT, Modality.VIDEO, Modality.VISION
-DEFAULT = Grid("frame", True, True, True, 0, 128, 1024)
-DEFAULT_DENSE_BELOW = 4608
+GRID = Grid("frame", True, True, True, 0, 128, 1024)
+GRID_DENSE_BELOW = 4608
 
 HEADS: dict[str, HeadPattern] = {
-    "default": DEFAULT,
+    "grid_static": GRID,
     "lines only": Grid("frame", False, False, True, 3, 128, 256),
     "columns of rows": Grid("row", True, True, True, 3, 128, 1024),
     "a_shape": AShape(128, 4096),
     "tri_shape": TriShape(128, 1024, 0),
     "dilated": Dilated(64, 512, 16),
-    "q": QBoundary({VIDEO: DEFAULT}),
+    "q": QBoundary({VIDEO: GRID}),
     "2d": Boundary2D({(VIDEO, VIDEO): Grid("frame", True, False, True, 7, 64, 512), (VIDEO, TEXT): AShape(8, 64)}),
 }
 
@@ -45,7 +45,7 @@ def video(tokens: int) -> ModalityMap:
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 @pytest.mark.parametrize("name", HEADS)
 def test_the_estimate_is_close_to_what_a_plan_visits(name: str, chat: ModalityMap) -> None:
-    below = DEFAULT_DENSE_BELOW if name == "default" else 0
+    below = GRID_DENSE_BELOW if name == "grid_static" else 0
     for start in (0, chat.length - 3000):
         chunk = RequestChunk(chat, start, chat.length, 0, torch.arange(chat.length))
         plan = BatchPlanner([chunk], chunk.num_rows, dense_below=below).plan([HEADS[name]])
@@ -66,19 +66,19 @@ def test_the_estimate_of_an_estimated_pattern_counts_its_picks() -> None:
     # What was measured on a CPU (0.93x at 5,120 tokens, 1.08x at 6,144), and what is modelled for an H100.
     [("torch", "torch_native", 5120, 6144), ("triton", "fa3", 6144, 7168), ("fa4", "fa3", 4640, 6144)],
 )
-def test_default_is_sparse_from_the_length_on_where_it_wins(
+def test_grid_static_is_sparse_from_the_length_on_where_it_wins(
     executor: str, dense_backend: str, dense_at: int, sparse_at: int
 ) -> None:
-    comparison = Comparison([[DEFAULT] * 4] * 2, executor, dense_backend, DEFAULT_DENSE_BELOW)
+    comparison = Comparison([[GRID] * 4] * 2, executor, dense_backend, GRID_DENSE_BELOW)
     faster = [comparison.sparse_is_faster(video(n), 0, video(n).length) for n in range(dense_at, 32768, 1024)]
     assert not faster[0] and comparison.sparse_is_faster(video(sparse_at), 0, video(sparse_at).length)
     assert faster == sorted(faster), "longer prompts stay sparse"
 
 
 def test_rows_that_see_everything_are_dense_at_any_length() -> None:
-    """A question after a video: no head of `default` leaves anything out of its rows."""
+    """A question after a video: no head of `grid_static` leaves anything out of its rows."""
     chat = conversation(20, (160, 14, 14), 3000)
-    comparison = Comparison([[DEFAULT] * 4], "triton", "fa3", DEFAULT_DENSE_BELOW)
+    comparison = Comparison([[GRID] * 4], "triton", "fa3", GRID_DENSE_BELOW)
     assert not comparison.sparse_is_faster(chat, chat.length - 2048, chat.length)
     assert comparison.sparse_is_faster(chat, chat.length - 5000, chat.length)
     wide = Comparison([[AShape(0, 1 << 30)]], "triton", "fa3", 0)
