@@ -2,8 +2,8 @@
 
     python -m sglang_mminfer.benchmarks.selectors [--tokens N] [--head-dim D] [--out FILE]
 
-Every selector runs over its own knob on every kind of `planted_heads.py`. The planner makes its plan, the torch executor
-computes it, and low-rank forms of q . k come from another draw of the same head. The figures of a point are:
+Every selector runs over its own knob on every kind of `planted_heads.py`. The planner makes its plan, the torch
+executor computes it, and low-rank forms of q . k come from another draw of the same head. The figures of a point are:
 
     density    visited over causal (row, key) pairs; with mean correction, mean keys count as keys
     recall     the share of dense attention's mass that is visited, mean over rows
@@ -11,8 +11,8 @@ computes it, and low-rank forms of q . k come from another draw of the same head
     choosing   processor time of the plan, over that of dense attention by the same executor
 
 Mean correction is computed in plain torch from what the plan leaves out, because plans have no keys that stand for
-others. Densities are those of query tiles of 128 rows. "at_density" has each selector's error at the same densities,
-read off its curve; null where it cannot be that sparse.
+others. Densities are those of query tiles of 128 rows; a curve ends where it gets dense. "at_density" has each
+selector's error at the same densities, read off its curve; null where it cannot be that sparse.
 """
 
 from __future__ import annotations
@@ -52,19 +52,27 @@ SINK, LOCAL = 64, 256
 """Of the selectors that choose."""
 
 WINDOWS = (64, 256, 512, 1024, 2048, 4096)
-ALPHAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
+ALPHAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0005, 0.00025, 0.0001)
+OF_MAXIMUM = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.03, 0.01, 0.003, 0.001)
+PICKS = ((16, 1), (16, 4), (32, 16), (64, 32), (64, 64), (256, 64), (256, 256), (1000, 256), (1000, 1000))
+"""What the knobs go through, the sparsest first: windows; bounds relative to a mass, and to a maximum; and columns and
+diagonals."""
+
+MOST = 0.5
+"""A curve ends behind this density."""
+
 RANK = 16
 """Of the basis; smaller ranks take its first rows."""
 
-DENSITIES = (0.12, 0.15, 0.2, 0.3)
+DENSITIES = (0.13, 0.15, 0.2, 0.3)
 HEADS = 2
 """Draws of each kind; figures are their means."""
 
 ADAPTIVE = ("adaptive, rank 4", "adaptive, rank 8", "adaptive, rank 16")
 EXACT = "adaptive, exact scores"
-STATIC = ("a_shape", "tri_shape", "grid")
+STATIC = ("a_shape", "tri_shape", "grid", "vertical_slash")
 CORRECTED = "pooled_blocks, mean correction"
-OTHERS = ("vertical_slash", "pooled_blocks", CORRECTED, "pooled_queries", "pooled_queries, one maximum")
+POOLED = ("pooled_blocks", CORRECTED, "pooled_queries", "pooled_queries, one maximum")
 
 Point = dict[str, float]
 
@@ -80,26 +88,24 @@ class Selector:
 
 
 def selectors(tokens: int) -> dict[str, Selector]:
-    """All of them, for a prompt of so many tokens."""
+    """All of them, for a prompt of so many tokens. A curve's patterns stand in the order of their densities."""
     windows = [size for size in WINDOWS if size < tokens]
-    picks = [(v, s) for v, s in ((32, 64), (64, 256), (256, 256), (500, 500), (1000, 1000)) if v + s < tokens / 2]
-    blocks = {f"{a:g}": PooledBlocks(SINK, LOCAL, a) for a in (1.0, 0.7, 0.4, 0.18, 0.08, 0.03, 0.01, 0.001)}
-    adaptive = {f"{a:g}": a for a in ALPHAS}
-    lines: dict[str, Selector] = {
+    blocks: dict[str, Pattern] = {f"{a:g}": PooledBlocks(SINK, LOCAL, a) for a in OF_MAXIMUM}
+    lines = {
         "a_shape": Selector({f"{size}": AShape(SINK, size) for size in windows}),
         "tri_shape": Selector({f"{size}": TriShape(SINK, size, 0) for size in windows}),
-        "grid": Selector({f"{size}": Grid("frame", True, True, True, 0, SINK, size) for size in windows}),
-        "vertical_slash": Selector({f"{v},{s}": VerticalSlash(v, s) for v, s in picks}),
-        "pooled_blocks": Selector(dict(blocks)),
-        CORRECTED: Selector(dict(blocks), corrected=True),
-        "pooled_queries": Selector(
-            {f"{a:g}": PooledQueries(SINK, LOCAL, a) for a in (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.03)}
+        "grid": Selector({f"{size}": Grid("frame", False, False, True, 0, SINK, size) for size in windows}),
+        "vertical_slash": Selector({f"{v},{s}": VerticalSlash(v, s) for v, s in PICKS}),
+        "pooled_blocks": Selector(blocks),
+        CORRECTED: Selector(blocks, corrected=True),
+        "pooled_queries": Selector({f"{a:g}": PooledQueries(SINK, LOCAL, a) for a in OF_MAXIMUM}),
+        "pooled_queries, one maximum": Selector(
+            {f"{a:g}": PooledQueries(SINK, LOCAL, a, span=tokens) for a in OF_MAXIMUM}
         ),
-        "pooled_queries, one maximum": Selector({f"{a:g}": PooledQueries(SINK, LOCAL, a, span=tokens) for a in ALPHAS}),
     }
     for name, rank in zip(ADAPTIVE, (4, 8, 16)):
-        lines[name] = Selector({n: Adaptive(SINK, LOCAL, rank, a, 1.0) for n, a in adaptive.items()}, rank)
-    lines[EXACT] = Selector({n: Adaptive(SINK, LOCAL, 1, a, 1.0) for n, a in adaptive.items()})
+        lines[name] = Selector({f"{a:g}": Adaptive(SINK, LOCAL, rank, a, 1.0) for a in ALPHAS}, rank)
+    lines[EXACT] = Selector({f"{a:g}": Adaptive(SINK, LOCAL, 1, a, 1.0) for a in ALPHAS})
     return lines
 
 
@@ -115,7 +121,7 @@ class Head:
     def of(cls, kind: str, tokens: int, head_dim: int, number: int) -> Head:
         """The basis is that of another draw."""
         chat = conversation(tokens)
-        other, own = (draw(kind, chat.length, head_dim, number, conversation) for conversation in (0, 1))
+        other, own = (draw(kind, chat.length, head_dim, number, i) for i in range(2))
         basis = basis_of(second_moments(other.q), second_moments(other.k), min(RANK, head_dim))
         return cls(chat, own, basis)
 
@@ -140,10 +146,9 @@ class Head:
         out, lse, density, _ = self.attend(plan)
         recall = float((lse - self.lse).exp2().mean())
         if corrected and isinstance(pattern, PooledBlocks):
-            out, means = with_means(
-                self.draw, out, lse, visited_rows(plan, 0, torch.arange(self.tokens), self.tokens), pattern.block
-            )
-            density += means / self.chunk.causal_pairs
+            visited = visited_rows(plan, 0, torch.arange(self.tokens), self.tokens)
+            out, mean_keys = with_means(self.draw, out, lse, visited, pattern.block)
+            density += mean_keys / self.chunk.causal_pairs
         error = float((out - self.out).square().sum().sqrt() / self.out.square().sum().sqrt())
         return {"density": density, "recall": recall, "error": error, "choosing": seconds / self.dense_s}
 
@@ -194,9 +199,10 @@ def run(kinds: Sequence[str], tokens: int, head_dim: int, lines: dict[str, Selec
             curves[kind][name] = {}
             for knob, pattern in line.patterns.items():
                 points = [head.measure(pattern, line.rank, line.corrected) for head in heads]
-                curves[kind][name][knob] = {
-                    figure: float(f"{mean(point[figure] for point in points):.4g}") for figure in points[0]
-                }
+                point = {figure: float(f"{mean(point[figure] for point in points):.4g}") for figure in points[0]}
+                curves[kind][name][knob] = point
+                if point["density"] > MOST:
+                    break
             print(f"{kind}, {name}: {_line(curves[kind][name])}", flush=True)
     return curves
 
@@ -216,9 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     kinds, lines = options.kind or list(KINDS), selectors(options.tokens)
-    Head.of(kinds[0], 1024, options.head_dim, 0).measure(
-        next(iter(lines[ADAPTIVE[0]].patterns.values())), 4
-    )  # compiles
+    Head.of(kinds[0], 1024, options.head_dim, 0).measure(Adaptive(SINK, LOCAL, 1, 0.1), 1)  # compiles
     curves = run(kinds, options.tokens, options.head_dim, lines)
     report = {
         **machine.describe(),

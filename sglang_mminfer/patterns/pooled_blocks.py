@@ -24,7 +24,7 @@ EXPECTED = 0.8
 
 
 @dataclass(frozen=True)
-class PooledBlocks(Estimated, kind="pooled_blocks", colour="#f58518"):
+class PooledBlocks(Estimated, kind="pooled_blocks", colour="#8c564b"):
     """Blocks of `block` keys, chosen by `group` rows together: rows whose positions lie between the same multiples of
     `group`. A block weighs the sum over these rows of exp(q . k * sm_scale), with k the mean of its keys. Blocks that
     end before the group's first position are kept if they weigh at least `alpha` times as much as the heaviest of them.

@@ -24,7 +24,7 @@ EXPECTED = 0.25
 
 
 @dataclass(frozen=True)
-class PooledQueries(Estimated, kind="pooled_queries", colour="#b279a2"):
+class PooledQueries(Estimated, kind="pooled_queries", colour="#e377c2"):
     """Single keys, chosen by `group` rows together: rows whose positions lie between the same multiples of `group`. A
     key scores q . k * sm_scale with q the mean of these rows' queries. Keys before the group's first position are cut
     into spans of `span` keys, and a key is kept if exp(score) is at least `alpha` times the largest one in its span.
