@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_mminfer import AShape, PooledBlocks
-from sglang_mminfer.benchmarks import selectors, selectors_plot
+from sglang_mminfer.benchmarks import selectors, selectors_report
 from sglang_mminfer.benchmarks.planted_heads import COLS, KINDS, ROWS, TEXT, Draw, conversation, draw
 from sglang_mminfer.benchmarks.selectors import Head, at_density, with_means
 from sglang_mminfer.planning.visited import visited_rows
@@ -111,9 +111,11 @@ def test_a_result_file_and_its_pictures(tmp_path: Path) -> None:
     selectors.main(["--tokens", "900", "--head-dim", "32", "--kind", "columns", "--out", str(out)])
     report = json.loads(out.read_text())
     curves = report["curves"]["columns"]
-    assert list(curves) == list(selectors_plot.STYLES) == list(report["at_density"]["columns"])
+    assert list(curves) == list(selectors_report.STYLES) == list(report["at_density"]["columns"])
     for points in curves.values():
         assert all(0 < p["density"] <= 1 and 0 < p["recall"] <= 1.001 and p["error"] >= 0 for p in points.values())
-    pictures = selectors_plot.draw(out)
+    head, _, *rows = selectors_report.table(out).splitlines()
+    assert head == "| | columns | choosing |" and [row.split(" | ")[0][2:] for row in rows] == list(curves)
+    pictures = selectors_report.draw(out)
     assert [picture.name for picture in pictures] == ["some_error.png", "some_lost_mass.png"]
     assert all(picture.stat().st_size > 20_000 for picture in pictures)

@@ -1,6 +1,6 @@
-"""Two pictures from a result file of `selectors.py`: output error and lost mass against density, a panel for each kind.
+"""A result file of `selectors.py` as a table, and as two pictures: output error and lost mass against density.
 
-python -m sglang_mminfer.benchmarks.selectors_plot sglang_mminfer/benchmarks/results/selectors.json
+python -m sglang_mminfer.benchmarks.selectors_report sglang_mminfer/benchmarks/results/selectors.json
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer.benchmarks.selectors import ADAPTIVE, CORRECTED, EXACT, MOST
@@ -31,6 +32,9 @@ STYLES: dict[str, dict[str, Any]] = {
     EXACT: {"color": "black", "ls": "--", "marker": "."},
 }
 
+SHOWN = (0.15, 0.3)
+"""Densities of the table."""
+
 FLOOR = {"error": 0.01, "lost mass": 0.001}
 """What is smaller is drawn there."""
 
@@ -45,6 +49,22 @@ def draw(results: Path) -> list[Path]:
         figure.savefig(path, dpi=110, facecolor="white")
         written.append(path)
     return written
+
+
+def table(results: Path) -> str:
+    """Markdown: each selector's error at the densities SHOWN, on every kind of head, and what choosing costs it."""
+    report = json.loads(results.read_text())
+    kinds = report["at_density"]
+    rows = [f"| | {' | '.join(kinds)} | choosing |", "|---" * (len(kinds) + 2) + "|"]
+    for selector in STYLES:
+        cells = [" / ".join(_short(kinds[kind][selector][f"{d:g}"]) for d in SHOWN) for kind in kinds]
+        shares = [p["choosing"] for curves in report["curves"].values() for p in curves[selector].values()]
+        rows.append(f"| {selector} | {' | '.join(cells)} | {median(shares):.2f} |")
+    return "\n".join(rows)
+
+
+def _short(error: float | None) -> str:
+    return "–" if error is None else f"{error:.2f}" if error >= 0.1 else f"{error:.3f}"
 
 
 def _figure(report: dict[str, Any], name: str, value: Any) -> Figure:
@@ -83,5 +103,6 @@ def _figure(report: dict[str, Any], name: str, value: Any) -> Figure:
 
 if __name__ == "__main__":
     for results_file in sys.argv[1:]:
+        print(table(Path(results_file)))
         for drawn in draw(Path(results_file)):
             print(drawn)
