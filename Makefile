@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup ready demo test test-interpreted test-fast test-server test-wheel test-gpu test-gpu-sanitize check \
-	bench bench-plan bench-makespan bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz test-families \
-	test-wide support-matrix clean
+	bench bench-plan bench-makespan bench-selectors bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz \
+	test-families test-wide support-matrix clean
 
 setup: $(VENV)/.ready
 
@@ -61,6 +61,11 @@ bench-plan: setup
 # What a layer should take on a card, modelled from real plans; into sglang_mminfer/benchmarks/results/.
 bench-makespan: setup
 	$(BIN)/python -m sglang_mminfer.benchmarks.makespan
+
+# What selectors keep of synthetic heads, by density; a result file and two pictures. Ten minutes.
+bench-selectors: setup
+	$(BIN)/python -m sglang_mminfer.benchmarks.selectors
+	$(BIN)/python -m sglang_mminfer.benchmarks.selectors_report sglang_mminfer/benchmarks/results/selectors.json
 
 # What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch, triton, numpy and
 # msgspec: for a machine without SGLang. The tests then need pytest and hypothesis in it.

@@ -20,6 +20,8 @@ _HOMES = {
     "sglang_mminfer.patterns.dense": ("Dense",),
     "sglang_mminfer.patterns.dilated": ("Dilated",),
     "sglang_mminfer.patterns.grid": ("Grid",),
+    "sglang_mminfer.patterns.pooled_blocks": ("PooledBlocks",),
+    "sglang_mminfer.patterns.pooled_queries": ("PooledQueries",),
     "sglang_mminfer.patterns.tri_shape": ("TriShape",),
     "sglang_mminfer.patterns.vertical_slash": ("VerticalSlash",),
     "sglang_mminfer.patterns.mask": ("pattern_mask",),
@@ -40,6 +42,8 @@ __all__ = [  # noqa: RUF022 - grouped by room
     "Dense",
     "Dilated",
     "Grid",
+    "PooledBlocks",
+    "PooledQueries",
     "QBoundary",
     "TriShape",
     "VerticalSlash",
@@ -59,6 +63,8 @@ if TYPE_CHECKING:
     from sglang_mminfer.patterns.dilated import Dilated
     from sglang_mminfer.patterns.grid import Grid
     from sglang_mminfer.patterns.mask import pattern_mask
+    from sglang_mminfer.patterns.pooled_blocks import PooledBlocks
+    from sglang_mminfer.patterns.pooled_queries import PooledQueries
     from sglang_mminfer.patterns.tri_shape import TriShape
     from sglang_mminfer.patterns.vertical_slash import VerticalSlash
     from sglang_mminfer.prefill import SparsePrefillWithPagedKVCacheWrapper

@@ -55,14 +55,7 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     # ---- the exact rule ------------------------------------------------------------------------------------
 
     def visible(self, pair: Pair) -> torch.Tensor:
-        if pair.q is None or pair.k is None:
-            raise ValueError("pattern_mask: adaptive chooses by q and k, so it needs q [rows, D] and k [kv_stop, D]")
-        q, k = pair.q.flatten(1).double(), pair.k.flatten(1).double()
-        if q.shape[0] != len(pair.q_pos) or k.shape[0] != pair.kv_stop or q.shape[1] != k.shape[1]:
-            raise ValueError(
-                f"pattern_mask: expected q [{len(pair.q_pos)}, D] and k [{pair.kv_stop}, D] of one head, "
-                f"got {list(q.shape)} and {list(k.shape)}"
-            )
+        q, k = pair.queries_and_keys(self.kind)
         scale = q.shape[1] ** -0.5 if pair.sm_scale is None else pair.sm_scale
         window = pair.window(self.sink, self.local)
         scores = q @ k.T * scale

@@ -142,7 +142,7 @@ def pick(
         within = np.floor(rule.budget * own.num_keys).astype(np.int64)
         overflow = count > own.upload(evidence.q.device, within)[0]
         count = count.masked_fill(overflow, 0)
-        picked, first = _packed(evidence, chosen, count, own, within)
+        picked, first = packed(evidence, chosen, count, own, within)
         lanes.append(picked)
         firsts.append(first + key_tiles)
         counts.append(count)
@@ -234,13 +234,14 @@ def _log_mass(
     return weights.sum(dim=2).log_().add_(largest[..., 0])
 
 
-def _packed(
+def packed(
     evidence: Evidence, chosen: torch.Tensor, count: torch.Tensor, between: Between, most: Ints
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key tiles of the chosen keys, those of each (head, query tile) by themselves.
 
     Args:
-        chosen: bool [H, N], see `_choose`. count: int64 [H, T], how many of them are taken: all of a query tile's or 0.
+        chosen: bool [H, N], the keys of all query tiles one after the other (`Between.before`). count: int64 [H, T],
+            how many of them are taken: all of a query tile's or 0.
         most: int64 [T], a bound on `count`.
 
     Returns:

@@ -66,6 +66,22 @@ class Pair:
         """bool [Lq]: text rows that have an image or a video before them."""
         return self.map.members(Modality.TEXT)[self.q_pos] & (self.q_pos > self.map.first_vision)
 
+    def queries_and_keys(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 [Lq, D] and [Lk, D], for a pattern of this kind.
+
+        Raises:
+            ValueError: they are missing, or their shapes do not fit.
+        """
+        if self.q is None or self.k is None:
+            raise ValueError(f"pattern_mask: {kind} chooses by q and k, so it needs q [rows, D] and k [kv_stop, D]")
+        q, k = self.q.flatten(1).double(), self.k.flatten(1).double()
+        if q.shape[0] != len(self.q_pos) or k.shape[0] != self.kv_stop or q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"pattern_mask: expected q [{len(self.q_pos)}, D] and k [{self.kv_stop}, D] of one head, "
+                f"got {list(q.shape)} and {list(k.shape)}"
+            )
+        return q, k
+
     def window(self, sink: int, local: int) -> torch.Tensor:
         """bool [Lq, Lk]: the first `sink` keys of the class, and the last `local` ones up to a row."""
         return (self.key_rank[None, :] < sink) | (self.distance < local)

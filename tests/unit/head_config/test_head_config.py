@@ -21,6 +21,8 @@ from sglang_mminfer import (
     Grid,
     HeadConfig,
     Modality,
+    PooledBlocks,
+    PooledQueries,
     QBoundary,
     TriShape,
     VerticalSlash,
@@ -113,7 +115,8 @@ def test_our_configs_load_and_are_written_as_to_json_would(path):
 
 def test_every_pattern_and_boundary_has_a_test_config():
     kinds = {type(p) for path in OF_TESTS for row in HeadConfig.load(path).rows for p in row}
-    assert kinds == {Adaptive, Dense, AShape, TriShape, VerticalSlash, Grid, QBoundary, Boundary2D}
+    estimated = {Adaptive, VerticalSlash, PooledBlocks, PooledQueries}
+    assert kinds == {Dense, AShape, TriShape, Grid, *estimated, QBoundary, Boundary2D}
 
 
 def test_the_default_chooses_keys_in_any_model():

@@ -6,11 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_mminfer import (
+    Adaptive,
     AShape,
     Boundary2D,
     Dense,
     Grid,
     ModalityMap,
+    PooledBlocks,
+    PooledQueries,
     QBoundary,
     TriShape,
     VerticalSlash,
@@ -307,6 +310,58 @@ def test_2d_boundary_softmax_of_the_estimate_runs_over_all_keys():
     assert mask_of(chat, head, q=q, k=k, sm_scale=1.0) == "# ## ### #### ##### ##.### ##.####"
 
 
+# Rows 8 to 11 share a group. One of them decides for all.
+FIRST_ROWS = "# ## ### ####"
+EQUAL_ROWS = "##### ###### ####### ########"  # rows 4 to 7 look at nothing more than at anything else
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sink", "local", "drawing"),
+    [
+        pytest.param(0.5, 0, 1, "..##..### ..##..#### ..##..##### ..##..######", id="the-heaviest-and-the-window"),
+        pytest.param(0.5, 1, 1, "####..### ####..#### ####..##### ####..######", id="whole-blocks-of-the-sink"),
+        pytest.param(0.5, 0, 3, "..####### ..######## ..######### ..##########", id="whole-blocks-of-the-window"),
+        pytest.param(1e-7, 0, 1, "######### ########## ########### ############", id="light-blocks-weigh-enough"),
+    ],
+)
+def test_pooled_blocks_keep_what_weighs_enough_beside_the_heaviest(alpha, sink, local, drawing):
+    """Key 3 shares its weight of 30 with key 2: exp(15) for the block, where others have 4 for four rows."""
+    pattern = PooledBlocks(sink, local, alpha, group=4, block=2)
+    assert mask_of(conversation(12), pattern, **attending(12, {9: [3]})) == f"{FIRST_ROWS} {EQUAL_ROWS} {drawing}"
+
+
+def test_a_block_that_is_not_complete_before_the_group_is_seen():
+    pattern = PooledBlocks(0, 1, 0.5, group=4, block=3)
+    assert mask_of(conversation(12), pattern, **attending(12, {9: [1]})).split()[8:] == [
+        "###...###",
+        "###...####",
+        "###...#####",
+        "###...######",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("span", "alpha", "drawing"),
+    [
+        pytest.param(8, 0.5, "...#...## ...#...### ...#...#### ...#...#####", id="one-maximum"),
+        pytest.param(4, 0.5, "...#.#.## ...#.#.### ...#.#.#### ...#.#.#####", id="a-maximum-of-each-span"),
+        pytest.param(8, 1e-4, "...#.#.## ...#.#.### ...#.#.#### ...#.#.#####", id="exp(-7.5)-is-enough"),
+    ],
+)
+def test_pooled_queries_keep_single_keys_that_the_mean_query_scores_highest(span, alpha, drawing):
+    """The mean of four queries scores key 3 with 15, key 5 with 7.5."""
+    pattern, estimate = PooledQueries(0, 1, alpha, group=4, span=span), attending(12, {8: [3], 9: [3], 10: [5]})
+    assert mask_of(conversation(12), pattern, **estimate) == f"{FIRST_ROWS} {EQUAL_ROWS} {drawing}"
+
+
+def test_2d_boundary_pools_the_keys_of_its_key_modality():
+    chat, estimate = conversation(2, (1, 1, 6), 4), attending(12, {8: [4]})
+    queries = Boundary2D({(TEXT, IMAGE): PooledQueries(0, 1, 0.5, group=4, span=99)})
+    blocks = Boundary2D({(TEXT, IMAGE): PooledBlocks(0, 1, 0.5, group=4, block=2)})
+    assert mask_of(chat, queries, **estimate).split()[8:10] == ["##..#..##", "##..#..###"]
+    assert mask_of(chat, blocks, **estimate).split()[8:10] == ["##..#####", "##..######"]
+
+
 @settings(max_examples=60)
 @given(maps(), heads(growing), st.data())
 def test_the_mask_of_a_chunk_is_a_part_of_the_whole_mask(conversation_, head, data):
@@ -345,6 +400,9 @@ def test_positions_out_of_range_are_refused(arguments, words):
         ({"q": torch.zeros(7, 4), "k": torch.zeros(7, 8)}, r"got \[7, 4\] and \[7, 8\]"),
     ],
 )
-def test_an_estimated_pattern_needs_the_queries_and_keys_of_its_head(estimate, words):
+@pytest.mark.parametrize(
+    "pattern", [VerticalSlash(2, 2), Adaptive(1, 1, 1, 0.5), PooledBlocks(1, 1, 0.5), PooledQueries(1, 1, 0.5)]
+)
+def test_an_estimated_pattern_needs_the_queries_and_keys_of_its_head(pattern, estimate, words):
     with pytest.raises(ValueError, match=f"pattern_mask: .*{words}"):
-        pattern_mask(FRAMES, VerticalSlash(2, 2), 0, 7, 7, **estimate)
+        pattern_mask(FRAMES, pattern, 0, 7, 7, **estimate)

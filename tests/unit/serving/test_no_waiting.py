@@ -19,7 +19,8 @@ from sglang_mminfer.planning.planner import is_static
 from sglang_mminfer.serving import prompts
 from sglang_mminfer.serving.choice import Choice
 
-ALL = ("a_shape", "grid_frame", "grid_row", "tri_shape", "q_boundary", "2d_boundary", "vertical_slash", "mixed_heads")
+ALL = ("a_shape", "grid_frame", "grid_row", "tri_shape", "q_boundary", "2d_boundary", "vertical_slash", "pooled")
+ALL += ("mixed_heads",)
 
 
 def test_the_check_below_notices_a_host_that_waits() -> None:
