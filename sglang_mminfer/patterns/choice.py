@@ -1,20 +1,21 @@
 """Choosing keys row by row: which keys between the sink and the window any row of a query tile asks for.
 
 For each query tile its rows are scored against these keys, in slabs that stay in the cache: a key is asked for if the
-largest score minus bound of the tile's rows is above 0.
+largest score minus bound of the tile's rows is above 0. A GPU has kernels for it, see `choice_on_card.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.threads import for_each
+from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.patterns.choice_loops import DIMENSIONS, any_row_above
 from sglang_mminfer.patterns.estimated import Evidence, Findings, QueryTiles
@@ -31,6 +32,9 @@ AT_A_TIME = 1 << 28
 
 PROJECTED = 1 << 13
 """Keys that are projected at a time, so that no second copy of them all is made."""
+
+KERNEL_RANK = 42
+"""The largest rank that the kernels of a GPU are built for: more columns would not fit beside each other."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,32 @@ class Rule(NamedTuple):
     budget: float
 
 
+Choose = Callable[[Evidence, Findings, QueryTiles, Between, Rule], tuple[Any, torch.Tensor]]
+Pack = Callable[[Evidence, Any, torch.Tensor, Between, Ints], tuple[torch.Tensor, torch.Tensor]]
+
+
+def project(evidence: Evidence, rank: int) -> Findings:
+    """The low-rank form of the keys of the class, for each of `HeadsOfKeys.of`, as `pick` takes it."""
+    if _has_kernels(evidence, rank):
+        from sglang_mminfer.patterns import choice_on_card  # Triton, which a CPU may lack
+
+        return choice_on_card.project(evidence, rank)
+    return tuple(heads.project(evidence, rank) for heads in HeadsOfKeys.of(evidence))
+
+
+def _has_kernels(evidence: Evidence, rank: int) -> bool:
+    return evidence.basis is not None and rank <= KERNEL_RANK and (evidence.q.device.type == "cuda" or interpreted())
+
+
+def _way(evidence: Evidence, rank: int) -> tuple[Choose, Pack]:
+    """How keys are chosen here, and how the chosen ones are packed: see `_choose` and `_packed`."""
+    if _has_kernels(evidence, rank):
+        from sglang_mminfer.patterns import choice_on_card
+
+        return choice_on_card.choose, choice_on_card.packed
+    return _choose, _packed
+
+
 def pick(
     evidence: Evidence, findings: Findings, tiles: QueryTiles, between: Between, rule: Rule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -135,14 +165,15 @@ def pick(
         `Picked.lanes`; int64 [H, T] twice, the first key tile of each query tile and how many keys it picks; and bool
         [H, T], whether it asks for too much, so that it picks none.
     """
+    choose, packed = _way(evidence, rule.rank)
     lanes, firsts, counts, overflows, key_tiles = [], [], [], [], 0
     for part in tiles.parts(between.num_keys * len(evidence.heads), AT_A_TIME):
         own = Between.of(rule.sink, rule.local, part)
-        chosen, count = _choose(evidence, findings, part, own, rule)
+        chosen, count = choose(evidence, findings, part, own, rule)
         within = np.floor(rule.budget * own.num_keys).astype(np.int64)
         overflow = count > own.upload(evidence.q.device, within)[0]
         count = count.masked_fill(overflow, 0)
-        picked, first = _packed(evidence, chosen, count, own, within)
+        picked, first = packed(evidence, chosen, count, own, within)
         lanes.append(picked)
         firsts.append(first + key_tiles)
         counts.append(count)
@@ -163,11 +194,7 @@ def _choose(
     first_row = np.concatenate([[0], tiles.rows_per_tile.cumsum()])
     chosen = torch.zeros(len(evidence.heads), int(before[-1]), dtype=torch.bool, device=device)
     count = torch.zeros(len(evidence.heads), len(between.first), dtype=torch.int64, device=device)
-    position = tiles.rows + evidence.request.q_start
-    # int32 [R]: keys of the class up to each row
-    keys_of_row = (position + 1).int()
-    if evidence.keys is not None:
-        keys_of_row = torch.searchsorted(evidence.keys, position, right=True, out_int32=True)
+    keys_of_row = keys_of_rows(evidence, tiles)
     (heads,) = to_device(device, np.array(evidence.heads))
     scan = scan_on_host if evidence.on_host else scan_on_device
     by_form = [(own, low, own.keys(evidence, slice(rule.sink))) for own, low in zip(HeadsOfKeys.of(evidence), findings)]
@@ -193,6 +220,14 @@ def _choose(
         for item in items:
             choose_for(item)
     return chosen, count
+
+
+def keys_of_rows(evidence: Evidence, tiles: QueryTiles) -> torch.Tensor:
+    """int32 [R]: keys of the class up to each row of the tiles."""
+    position = tiles.rows + evidence.request.q_start
+    if evidence.keys is None:
+        return (position + 1).int()
+    return torch.searchsorted(evidence.keys, position, right=True, out_int32=True)
 
 
 def scan_on_device(low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int) -> torch.Tensor:
@@ -247,9 +282,7 @@ def _packed(
         `Picked.lanes`; and int64 [H, T], the first key tile of each.
     """
     device, (heads, num_tiles), block_k = chosen.device, count.shape, between.block_k
-    key_tiles = (-(-count // block_k)).flatten()
-    first = (key_tiles.cumsum(0) - key_tiles).view(heads, num_tiles)
-    room = int(key_tiles.sum()) if evidence.on_host else heads * int((-(-most // block_k)).sum())
+    first, room = first_key_tiles(evidence, count, between, most)
     lanes = torch.full((room * block_k + 1,), -1, dtype=torch.int64, device=device)  # the last lane takes what is left
     # From a key's place among those of all query tiles to its index in the class.
     sizes, shift = between.upload(device, between.num_keys, between.first * block_k - between.before[:-1])
@@ -266,3 +299,12 @@ def _packed(
         lane = (first[head][tile] * block_k + rank).masked_fill(is_left, room * block_k)
         lanes[lane] = (place + shift[tile]).masked_fill(is_left, -1)
     return lanes[:-1], first
+
+
+def first_key_tiles(evidence: Evidence, count: torch.Tensor, between: Between, most: Ints) -> tuple[torch.Tensor, int]:
+    """int64 [H, T], the first key tile of each (head, query tile), see `_packed`; and for how many there is room."""
+    key_tiles = -(-count // between.block_k)
+    first = (key_tiles.flatten().cumsum(0) - key_tiles.flatten()).view(count.shape)
+    if evidence.on_host:
+        return first, int(key_tiles.sum())
+    return first, len(count) * int((-(-most // between.block_k)).sum())
