@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import estimate, low_rank_scan, merge
+from . import estimate, low_rank_scan, merge, picked_keys
 from .configurations import HEAD_DIMS, Configuration, configuration
 from .tile_attention import tile_attention
 
@@ -124,15 +124,20 @@ def compile_choice(capability: int, dtype: str, head_dim: int, rank: int) -> lis
         (low_rank_scan.low_rank_keys, {**sizes, "PARTS": parts, "KEYS": keys}, beside),
         (low_rank_scan.low_rank_queries, {**sizes, "PARTS": parts, "KEYS": keys, "ROWS": scan.rows}, beside),
         (low_rank_scan.asked_side_by_side, {"SPAN": scan.span, "BLOCK": 1024}, Configuration(1, 4, 3)),
+        (
+            picked_keys.picked_keys,
+            {"PAD_POSITION": 1 << 30, "BLOCK_K": BLOCK_K, "BLOCK": picked_keys.BLOCK},
+            Configuration(1, 4, 3),
+        ),
     ]
     return [_compiled(kernel, capability, dtype, head_dim, constants, chosen) for kernel, constants, chosen in kernels]
 
 
 _FLOATS = {"lse", "slots_out", "slots_lse", "columns", "diagonals", "carried", "basis_queries", "basis_keys"}
 _HALVES = {"low_keys", "low_queries"}
-_LONGS = {"rows", "first_lanes", "lanes"}
+_LONGS = {"rows", "first_lanes"}
 _SCALARS = {"num_pairs", "num_rows", "num_keys", "first_frontier", "tiles_each"}
-_SCALARS |= {"num_tiles", "num_asked", "sink", "local"}
+_SCALARS |= {"num_tiles", "num_asked", "sink", "local", "num_lanes", "first_lane", "first_picked"}
 
 
 def _compiled(

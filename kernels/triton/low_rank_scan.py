@@ -30,7 +30,6 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from ..indexing import to_device
-from ..torch_gather import LOG2_E
 from . import interpreted
 
 # ---- how it is compiled --------------------------------------------------------------------------------------
@@ -109,8 +108,8 @@ def _form(basis, number, stride_form, ranks, dims, RANK: tl.constexpr, HEAD_DIM:
 
 @triton.jit
 def _lengths(form):
-    """float32 [BLOCK_R]: the lengths of the rows of B, 1 for those of 0. Keys are divided by them and queries multiplied,
-    so that both are numbers that halves can hold, however the basis is scaled."""
+    """float32 [BLOCK_R]: the lengths of the rows of B, 1 for those of 0. Keys are divided by them and queries are
+    multiplied, so that both are numbers that halves can hold, however the basis is scaled."""
     squares = tl.sum(form * form, 1)
     return tl.where(squares > 0, tl.sqrt(squares), 1.0)
 
@@ -244,7 +243,7 @@ def low_rank_queries(
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         running_sum = running_sum * tl.exp2(running_max - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
         running_max = new_max
-    bound = (running_max + tl.log2(running_sum)) * 0.6931471805599453 + extra
+    bound = (running_max + tl.log2(tl.where(in_tile, running_sum, 1.0))) * 0.6931471805599453 + extra
     bound_high, bound_low = _halves(tl.where(in_tile, bound, 60000.0))
 
     ranks, columns = tl.arange(0, BLOCK_R), tl.arange(0, WIDTH)
@@ -331,7 +330,7 @@ def asked_side_by_side(asked, tiles, first_lanes, lanes, num_tiles, num_asked, S
         lane = start + tl.arange(0, BLOCK)
         is_asked = tl.load(row + lane, mask=lane < stop, other=0).to(tl.int32)
         upto = tl.cumsum(is_asked, 0)
-        tl.store(lanes + at + upto - 1, (first_key + begin + lane).to(tl.int64), mask=is_asked > 0)
+        tl.store(lanes + at + upto - 1, (first_key + begin + lane).to(lanes.dtype.element_ty), mask=is_asked > 0)
         at += tl.sum(is_asked, 0)
 
 
@@ -505,7 +504,7 @@ def side_by_side(asked: Asked, first_lanes: torch.Tensor, taken: torch.Tensor, l
 
     Args:
         first_lanes: int64 [H, T], where those of each begin. taken: bool [H, T], False: none of them.
-        lanes: int64, with room for all that are taken.
+        lanes: int32, with room for all that are taken.
     """
     (num_heads, num_tiles, spans), num_asked = asked.counts.shape, asked.keys.shape[1]
     before = asked.counts.cumsum(2) - asked.counts

@@ -30,6 +30,11 @@ SLAB = 1 << 18
 AT_A_TIME = 1 << 28
 """(query tile, key, head) that are decided before any are packed: 256 MiB."""
 
+ROOM = 1 << 27
+"""Keys that all query tiles and heads of a request pick together, at most. The host knows of no better bound of what a
+device will pick than the budgets of all tiles, which are gigabytes where a prompt is long. A GPU takes 12 bytes for
+each: 1.5 GiB; a tile of 28 heads and 8,192 rows may pick 75,000 on average."""
+
 PROJECTED = 1 << 13
 """Keys that are projected at a time, so that no second copy of them all is made."""
 
@@ -131,7 +136,7 @@ class Rule(NamedTuple):
 
 
 Choose = Callable[[Evidence, Findings, QueryTiles, Between, Rule], tuple[Any, torch.Tensor]]
-Pack = Callable[[Evidence, Any, torch.Tensor, Between, Ints], tuple[torch.Tensor, torch.Tensor]]
+Pack = Callable[[Evidence, Any, torch.Tensor, Between, Ints, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 def project(evidence: Evidence, rank: int) -> Findings:
@@ -148,12 +153,12 @@ def _has_kernels(evidence: Evidence, rank: int) -> bool:
 
 
 def _way(evidence: Evidence, rank: int) -> tuple[Choose, Pack]:
-    """How keys are chosen here, and how the chosen ones are packed: see `_choose` and `_packed`."""
+    """How keys are chosen here, and how the chosen ones are packed: see `_choose` and `packed`."""
     if _has_kernels(evidence, rank):
         from sglang_mminfer.patterns import choice_on_card
 
         return choice_on_card.choose, choice_on_card.packed
-    return _choose, _packed
+    return _choose, packed
 
 
 def pick(
@@ -163,23 +168,30 @@ def pick(
 
     Returns:
         `Picked.lanes`; int64 [H, T] twice, the first key tile of each query tile and how many keys it picks; and bool
-        [H, T], whether it asks for too much, so that it picks none.
+        [H, T], whether it asks for too much, or those before it left it no room, so that it picks none.
     """
-    choose, packed = _way(evidence, rule.rank)
+    choose, pack = _way(evidence, rule.rank)
+    all_keys, block_k = max(1, int(between.num_keys.sum())), tiles.block_k
     lanes, firsts, counts, overflows, key_tiles = [], [], [], [], 0
     for part in tiles.parts(between.num_keys * len(evidence.heads), AT_A_TIME):
         own = Between.of(rule.sink, rule.local, part)
         chosen, count = choose(evidence, findings, part, own, rule)
         within = np.floor(rule.budget * own.num_keys).astype(np.int64)
         overflow = count > own.upload(evidence.q.device, within)[0]
+        most_tiles = ROOM * int(own.num_keys.sum()) // all_keys // block_k
+        if most_tiles < len(evidence.heads) * int((-(-within // block_k)).sum()):
+            needed = (-(-count.masked_fill(overflow, 0) // block_k)).flatten().cumsum(0)
+            overflow |= (needed > most_tiles).view(count.shape)
         count = count.masked_fill(overflow, 0)
-        picked, first = packed(evidence, chosen, count, own, within)
+        picked, first = pack(evidence, chosen, count, own, within, most_tiles)
         lanes.append(picked)
         firsts.append(first + key_tiles)
         counts.append(count)
         overflows.append(overflow)
         key_tiles += len(picked) // tiles.block_k
-    return torch.cat(lanes), torch.cat(firsts, dim=1), torch.cat(counts, dim=1), torch.cat(overflows, dim=1)
+    # What is alone is not copied.
+    all_lanes = lanes[0] if len(lanes) == 1 else torch.cat(lanes)
+    return all_lanes, torch.cat(firsts, dim=1), torch.cat(counts, dim=1), torch.cat(overflows, dim=1)
 
 
 def _choose(
@@ -269,20 +281,26 @@ def _log_mass(
     return weights.sum(dim=2).log_().add_(largest[..., 0])
 
 
-def _packed(
-    evidence: Evidence, chosen: torch.Tensor, count: torch.Tensor, between: Between, most: Ints
+def packed(
+    evidence: Evidence,
+    chosen: torch.Tensor,
+    count: torch.Tensor,
+    between: Between,
+    most: Ints,
+    most_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key tiles of the chosen keys, those of each (head, query tile) by themselves.
 
     Args:
-        chosen: bool [H, N], see `_choose`. count: int64 [H, T], how many of them are taken: all of a query tile's or 0.
-        most: int64 [T], a bound on `count`.
+        chosen: bool [H, N], the keys of all query tiles one after the other (`Between.before`). count: int64 [H, T],
+            how many of them are taken: all of a query tile's or 0.
+        most: int64 [T], a bound on `count`. most_tiles: one on the key tiles of all of them; None: there is no other.
 
     Returns:
         `Picked.lanes`; and int64 [H, T], the first key tile of each.
     """
     device, (heads, num_tiles), block_k = chosen.device, count.shape, between.block_k
-    first, room = first_key_tiles(evidence, count, between, most)
+    first, room = first_key_tiles(evidence, count, between, most, most_tiles)
     lanes = torch.full((room * block_k + 1,), -1, dtype=torch.int64, device=device)  # the last lane takes what is left
     # From a key's place among those of all query tiles to its index in the class.
     sizes, shift = between.upload(device, between.num_keys, between.first * block_k - between.before[:-1])
@@ -301,10 +319,14 @@ def _packed(
     return lanes[:-1], first
 
 
-def first_key_tiles(evidence: Evidence, count: torch.Tensor, between: Between, most: Ints) -> tuple[torch.Tensor, int]:
-    """int64 [H, T], the first key tile of each (head, query tile), see `_packed`; and for how many there is room."""
+def first_key_tiles(
+    evidence: Evidence, count: torch.Tensor, between: Between, most: Ints, most_tiles: int | None
+) -> tuple[torch.Tensor, int]:
+    """int64 [H, T], the first key tile of each (head, query tile), see `packed`; and for how many there is room."""
     key_tiles = -(-count // between.block_k)
     first = (key_tiles.flatten().cumsum(0) - key_tiles.flatten()).view(count.shape)
     if evidence.on_host:
         return first, int(key_tiles.sum())
-    return first, len(count) * int((-(-most // between.block_k)).sum())
+    room = len(count) * int((-(-most // between.block_k)).sum())
+    # What picks nothing may begin behind the last.
+    return first, room if most_tiles is None else min(room, most_tiles)

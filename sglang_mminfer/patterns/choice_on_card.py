@@ -59,11 +59,11 @@ def choose(
 
 
 def packed(
-    evidence: Evidence, asked: Asked, count: torch.Tensor, between: Between, most: Ints
+    evidence: Evidence, asked: Asked, count: torch.Tensor, between: Between, most: Ints, most_tiles: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key tiles of the keys that are asked for, as `choice.pick` packs them."""
-    first, room = first_key_tiles(evidence, count, between, most)
-    lanes = torch.full((room * between.block_k,), -1, dtype=torch.int64, device=count.device)
+    first, room = first_key_tiles(evidence, count, between, most, most_tiles)
+    lanes = torch.full((room * between.block_k,), -1, dtype=torch.int32, device=count.device)
     side_by_side(asked, first * between.block_k, count > 0, lanes)
     return lanes, first
 

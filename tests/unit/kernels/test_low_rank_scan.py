@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,14 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_mminfer import Adaptive, Basis, ModalityMap
+from sglang_mminfer import Adaptive, Basis
 from sglang_mminfer.kernels.triton import low_rank_scan
 from sglang_mminfer.kernels.triton.low_rank_scan import ScannedTiles
 from sglang_mminfer.patterns import choice
 from sglang_mminfer.patterns.choice import MARGIN
+from sglang_mminfer.patterns.estimated import Evidence
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
-from support import INTERPRETED, conversation, examples
+from support import INTERPRETED, batches, conversation, examples, patterns_of_kind
 
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="the GPU kernel: in Triton's interpreter (make test-interpreted)"
@@ -180,3 +181,61 @@ def test_triton_tiles_of_more_rows_than_a_program_has():
 )
 def test_triton_any_request(case):
     case.assert_right()
+
+
+# ---- whole plans ---------------------------------------------------------------------------------------------
+
+
+@interpreted
+@settings(max_examples=examples(80))
+@given(
+    batch=batches(patterns_of_kind(Adaptive)),
+    on_host=st.booleans(),
+    at_a_time=st.sampled_from([1, 1000, 1 << 28]),
+    room=st.sampled_from([40, 1 << 27]),
+)
+def test_triton_plans_visit_what_those_of_torch_visit(batch, on_host, at_a_time, room):
+    """Several requests over pages among others' that hold NaN, any boundary, with bounds in place of sizes as well."""
+    if batch.basis is None:
+        number = batch.num_kv_heads
+        batch.basis = Basis(*torch.randn(2, number, 3, 8, generator=torch.Generator().manual_seed(batch.seed)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "AT_A_TIME", at_a_time)
+        patch.setattr(choice, "ROOM", room)
+        if not on_host:
+            patch.setattr(Evidence, "on_host", False)
+        ours = batch.planned()
+        got = batch.run(ours)
+        patch.setattr(choice, "KERNEL_RANK", 0)
+        theirs = batch.planned()
+        expected = batch.run(theirs)
+    for i in range(len(batch.maps)):
+        for h in range(len(batch.heads)):
+            visited = ours.visited_mask(i, h)
+            assert torch.equal(visited, theirs.visited_mask(i, h))
+            assert not (batch.exact_mask(i, h) & ~visited).any()
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=5e-6)
+
+
+def test_what_finds_no_room_sees_everything_and_is_counted(monkeypatch):
+    """As many keys as there is room for are picked, in the order of heads and tiles."""
+    chat = conversation((64, 2, 4))
+    n, slots = chat.length, torch.arange(chat.length)
+    q, k = torch.randn(2, n, 1, 16, generator=torch.Generator().manual_seed(3))
+    planner = BatchPlanner([RequestChunk(chat, 0, n, 0, slots)], n, block_q=64, block_k=16)
+    heads, everything = [Adaptive(16, 32, 4, 0.5, 1.0)], torch.arange(n) + 1
+
+    def planned(room: int) -> tuple[torch.Tensor, int]:
+        monkeypatch.setattr(choice, "ROOM", room)
+        before = len(planner.overflow)
+        plan = planner.plan(heads, q, k, 0.25)
+        return plan.visited_by_row[:, 0], int(sum(planner.overflow[before:]))
+
+    free, none = planned(1 << 27)
+    assert none == 0
+    for room in (0, 200, 400):
+        visited, number = planned(room)
+        tiles = (visited == everything).view(-1, 64).all(dim=1)
+        beyond = tiles & ~(free == everything).view(-1, 64).all(dim=1)
+        assert number == int(beyond.sum()) > 0
+        assert torch.equal(visited.view(-1, 64)[~beyond], free.view(-1, 64)[~beyond])
