@@ -24,7 +24,8 @@ test: check test-interpreted test-fast test-server
 # The GPU kernel in Triton's interpreter, on the tests that hold every executor.
 test-interpreted: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/unit/kernels/test_kernels.py tests/unit/kernels/test_estimate.py \
-		tests/unit/kernels/test_fa4_arguments.py tests/properties/test_wrapper.py \
+		tests/unit/kernels/test_fa4_arguments.py tests/unit/kernels/test_low_rank_scan.py \
+		tests/properties/test_wrapper.py \
 		tests/unit/serving/test_self_check.py tests/unit/serving/test_stock_rows.py \
 		-k "triton or every_pattern_is_visited or with_real_tile_sizes or found_right"
 

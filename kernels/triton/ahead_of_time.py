@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import estimate, merge
+from . import estimate, low_rank_scan, merge, picked_keys
 from .configurations import HEAD_DIMS, Configuration, configuration
 from .tile_attention import tile_attention
 
@@ -108,8 +108,36 @@ def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
     return [_compiled(kernel, capability, dtype, head_dim, constants, chosen) for kernel in kernels]
 
 
-_FLOATS = {"lse", "slots_out", "slots_lse", "columns", "diagonals", "carried"}
+def compile_choice(capability: int, dtype: str, head_dim: int, rank: int) -> list[Build]:
+    """Compile the kernels that choose keys by scores of this rank, the scan itself first, as their launchers would on a
+    GPU of this capability."""
+    scan = low_rank_scan.configuration(rank, capability)
+    beside = Configuration(scan.rows, **low_rank_scan.OPTIONS)
+    sizes = low_rank_scan.sizes_of(head_dim, rank)
+    parts, keys = {"fp16": 2, "bf16": 3}[dtype], low_rank_scan.KEYS
+    kernels: list[tuple[Any, dict[str, Any], Configuration]] = [
+        (
+            low_rank_scan.any_row_above,
+            {"ROWS": scan.rows, "KEYS": scan.keys, "HEADS": scan.heads, "SPAN": scan.span, "WIDTH": sizes["WIDTH"]},
+            Configuration(scan.rows, scan.num_warps, scan.num_stages),
+        ),
+        (low_rank_scan.low_rank_keys, {**sizes, "PARTS": parts, "KEYS": keys}, beside),
+        (low_rank_scan.low_rank_queries, {**sizes, "PARTS": parts, "KEYS": keys, "ROWS": scan.rows}, beside),
+        (low_rank_scan.asked_side_by_side, {"SPAN": scan.span, "BLOCK": 1024}, Configuration(1, 4, 3)),
+        (
+            picked_keys.picked_keys,
+            {"PAD_POSITION": 1 << 30, "BLOCK_K": BLOCK_K, "BLOCK": picked_keys.BLOCK},
+            Configuration(1, 4, 3),
+        ),
+    ]
+    return [_compiled(kernel, capability, dtype, head_dim, constants, chosen) for kernel, constants, chosen in kernels]
+
+
+_FLOATS = {"lse", "slots_out", "slots_lse", "columns", "diagonals", "carried", "basis_queries", "basis_keys"}
+_HALVES = {"low_keys", "low_queries"}
+_LONGS = {"rows", "first_lanes"}
 _SCALARS = {"num_pairs", "num_rows", "num_keys", "first_frontier", "tiles_each"}
+_SCALARS |= {"num_tiles", "num_asked", "sink", "local", "num_lanes", "first_lane", "first_picked"}
 
 
 def _compiled(
@@ -125,10 +153,16 @@ def _compiled(
             return "constexpr"
         if name in ("q", "k_cache", "v_cache", "out"):
             return f"*{dtype}"
-        if name == "scale":
+        if name in ("scale", "extra"):
             return "fp32"
         if name in _FLOATS:
             return "*fp32"
+        if name in _HALVES:
+            return "*fp16"
+        if name in _LONGS:
+            return "*i64"
+        if name == "asked":
+            return "*i8"
         return "i32" if name in _SCALARS or name.startswith("stride") else "*i32"
 
     names = kernel.arg_names

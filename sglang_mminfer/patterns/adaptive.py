@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.patterns.base import Count, Share, Size
-from sglang_mminfer.patterns.choice import Between, HeadsOfKeys, Rule, pick
+from sglang_mminfer.patterns.choice import Between, Rule, pick, project
 from sglang_mminfer.patterns.estimated import Added, Estimated, Evidence, Findings, Picked, QueryTiles
 from sglang_mminfer.patterns.index import TEXT_AFTER_VISION, PairIndex, Scope
 from sglang_mminfer.patterns.ladder import SINK, Prompt
@@ -84,8 +84,8 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
         return scores + mass
 
     def estimate(self, evidence: Evidence) -> Findings:
-        """The low-rank form of the keys of the class, for each of `HeadsOfKeys.of`."""
-        return tuple(heads.project(evidence, self.rank) for heads in HeadsOfKeys.of(evidence))
+        """The low-rank form of the keys of the class."""
+        return project(evidence, self.rank)
 
     def select(self, evidence: Evidence, findings: Findings, tiles: QueryTiles) -> Picked:
         between = Between.of(self.sink, self.local, tiles)

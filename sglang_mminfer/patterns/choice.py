@@ -1,20 +1,21 @@
 """Choosing keys row by row: which keys between the sink and the window any row of a query tile asks for.
 
 For each query tile its rows are scored against these keys, in slabs that stay in the cache: a key is asked for if the
-largest score minus bound of the tile's rows is above 0.
+largest score minus bound of the tile's rows is above 0. A GPU has kernels for it, see `choice_on_card.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.threads import for_each
+from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.modality.runs import Ints
 from sglang_mminfer.patterns.choice_loops import DIMENSIONS, any_row_above
 from sglang_mminfer.patterns.estimated import Evidence, Findings, QueryTiles
@@ -29,8 +30,16 @@ SLAB = 1 << 18
 AT_A_TIME = 1 << 28
 """(query tile, key, head) that are decided before any are packed: 256 MiB."""
 
+ROOM = 1 << 27
+"""Keys that all query tiles and heads of a request pick together, at most. The host knows of no better bound of what a
+device will pick than the budgets of all tiles, which are gigabytes where a prompt is long. A GPU takes 12 bytes for
+each: 1.5 GiB; a tile of 28 heads and 8,192 rows may pick 75,000 on average."""
+
 PROJECTED = 1 << 13
 """Keys that are projected at a time, so that no second copy of them all is made."""
+
+KERNEL_RANK = 42
+"""The largest rank that the kernels of a GPU are built for: more columns would not fit beside each other."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,32 @@ class Rule(NamedTuple):
     budget: float
 
 
+Choose = Callable[[Evidence, Findings, QueryTiles, Between, Rule], tuple[Any, torch.Tensor]]
+Pack = Callable[[Evidence, Any, torch.Tensor, Between, Ints, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def project(evidence: Evidence, rank: int) -> Findings:
+    """The low-rank form of the keys of the class, for each of `HeadsOfKeys.of`, as `pick` takes it."""
+    if _has_kernels(evidence, rank):
+        from sglang_mminfer.patterns import choice_on_card  # Triton, which a CPU may lack
+
+        return choice_on_card.project(evidence, rank)
+    return tuple(heads.project(evidence, rank) for heads in HeadsOfKeys.of(evidence))
+
+
+def _has_kernels(evidence: Evidence, rank: int) -> bool:
+    return evidence.basis is not None and rank <= KERNEL_RANK and (evidence.q.device.type == "cuda" or interpreted())
+
+
+def _way(evidence: Evidence, rank: int) -> tuple[Choose, Pack]:
+    """How keys are chosen here, and how the chosen ones are packed: see `_choose` and `packed`."""
+    if _has_kernels(evidence, rank):
+        from sglang_mminfer.patterns import choice_on_card
+
+        return choice_on_card.choose, choice_on_card.packed
+    return _choose, packed
+
+
 def pick(
     evidence: Evidence, findings: Findings, tiles: QueryTiles, between: Between, rule: Rule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -133,22 +168,30 @@ def pick(
 
     Returns:
         `Picked.lanes`; int64 [H, T] twice, the first key tile of each query tile and how many keys it picks; and bool
-        [H, T], whether it asks for too much, so that it picks none.
+        [H, T], whether it asks for too much, or those before it left it no room, so that it picks none.
     """
+    choose, pack = _way(evidence, rule.rank)
+    all_keys, block_k = max(1, int(between.num_keys.sum())), tiles.block_k
     lanes, firsts, counts, overflows, key_tiles = [], [], [], [], 0
     for part in tiles.parts(between.num_keys * len(evidence.heads), AT_A_TIME):
         own = Between.of(rule.sink, rule.local, part)
-        chosen, count = _choose(evidence, findings, part, own, rule)
+        chosen, count = choose(evidence, findings, part, own, rule)
         within = np.floor(rule.budget * own.num_keys).astype(np.int64)
         overflow = count > own.upload(evidence.q.device, within)[0]
+        most_tiles = ROOM * int(own.num_keys.sum()) // all_keys // block_k
+        if most_tiles < len(evidence.heads) * int((-(-within // block_k)).sum()):
+            needed = (-(-count.masked_fill(overflow, 0) // block_k)).flatten().cumsum(0)
+            overflow |= (needed > most_tiles).view(count.shape)
         count = count.masked_fill(overflow, 0)
-        picked, first = packed(evidence, chosen, count, own, within)
+        picked, first = pack(evidence, chosen, count, own, within, most_tiles)
         lanes.append(picked)
         firsts.append(first + key_tiles)
         counts.append(count)
         overflows.append(overflow)
         key_tiles += len(picked) // tiles.block_k
-    return torch.cat(lanes), torch.cat(firsts, dim=1), torch.cat(counts, dim=1), torch.cat(overflows, dim=1)
+    # What is alone is not copied.
+    all_lanes = lanes[0] if len(lanes) == 1 else torch.cat(lanes)
+    return all_lanes, torch.cat(firsts, dim=1), torch.cat(counts, dim=1), torch.cat(overflows, dim=1)
 
 
 def _choose(
@@ -163,11 +206,7 @@ def _choose(
     first_row = np.concatenate([[0], tiles.rows_per_tile.cumsum()])
     chosen = torch.zeros(len(evidence.heads), int(before[-1]), dtype=torch.bool, device=device)
     count = torch.zeros(len(evidence.heads), len(between.first), dtype=torch.int64, device=device)
-    position = tiles.rows + evidence.request.q_start
-    # int32 [R]: keys of the class up to each row
-    keys_of_row = (position + 1).int()
-    if evidence.keys is not None:
-        keys_of_row = torch.searchsorted(evidence.keys, position, right=True, out_int32=True)
+    keys_of_row = keys_of_rows(evidence, tiles)
     (heads,) = to_device(device, np.array(evidence.heads))
     scan = scan_on_host if evidence.on_host else scan_on_device
     by_form = [(own, low, own.keys(evidence, slice(rule.sink))) for own, low in zip(HeadsOfKeys.of(evidence), findings)]
@@ -193,6 +232,14 @@ def _choose(
         for item in items:
             choose_for(item)
     return chosen, count
+
+
+def keys_of_rows(evidence: Evidence, tiles: QueryTiles) -> torch.Tensor:
+    """int32 [R]: keys of the class up to each row of the tiles."""
+    position = tiles.rows + evidence.request.q_start
+    if evidence.keys is None:
+        return (position + 1).int()
+    return torch.searchsorted(evidence.keys, position, right=True, out_int32=True)
 
 
 def scan_on_device(low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, key: int, stop: int) -> torch.Tensor:
@@ -235,22 +282,25 @@ def _log_mass(
 
 
 def packed(
-    evidence: Evidence, chosen: torch.Tensor, count: torch.Tensor, between: Between, most: Ints
+    evidence: Evidence,
+    chosen: torch.Tensor,
+    count: torch.Tensor,
+    between: Between,
+    most: Ints,
+    most_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key tiles of the chosen keys, those of each (head, query tile) by themselves.
 
     Args:
         chosen: bool [H, N], the keys of all query tiles one after the other (`Between.before`). count: int64 [H, T],
             how many of them are taken: all of a query tile's or 0.
-        most: int64 [T], a bound on `count`.
+        most: int64 [T], a bound on `count`. most_tiles: one on the key tiles of all of them; None: there is no other.
 
     Returns:
         `Picked.lanes`; and int64 [H, T], the first key tile of each.
     """
     device, (heads, num_tiles), block_k = chosen.device, count.shape, between.block_k
-    key_tiles = (-(-count // block_k)).flatten()
-    first = (key_tiles.cumsum(0) - key_tiles).view(heads, num_tiles)
-    room = int(key_tiles.sum()) if evidence.on_host else heads * int((-(-most // block_k)).sum())
+    first, room = first_key_tiles(evidence, count, between, most, most_tiles)
     lanes = torch.full((room * block_k + 1,), -1, dtype=torch.int64, device=device)  # the last lane takes what is left
     # From a key's place among those of all query tiles to its index in the class.
     sizes, shift = between.upload(device, between.num_keys, between.first * block_k - between.before[:-1])
@@ -267,3 +317,16 @@ def packed(
         lane = (first[head][tile] * block_k + rank).masked_fill(is_left, room * block_k)
         lanes[lane] = (place + shift[tile]).masked_fill(is_left, -1)
     return lanes[:-1], first
+
+
+def first_key_tiles(
+    evidence: Evidence, count: torch.Tensor, between: Between, most: Ints, most_tiles: int | None
+) -> tuple[torch.Tensor, int]:
+    """int64 [H, T], the first key tile of each (head, query tile), see `packed`; and for how many there is room."""
+    key_tiles = -(-count // between.block_k)
+    first = (key_tiles.flatten().cumsum(0) - key_tiles.flatten()).view(count.shape)
+    if evidence.on_host:
+        return first, int(key_tiles.sum())
+    room = len(count) * int((-(-most // between.block_k)).sum())
+    # What picks nothing may begin behind the last.
+    return first, room if most_tiles is None else min(room, most_tiles)

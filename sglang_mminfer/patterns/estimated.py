@@ -133,9 +133,9 @@ class Added:
 class Picked:
     """What an estimate adds to the tiles of a scope.
 
-    lanes: int64, whole key tiles of picked keys by their index in the class, ascending in each tile; -1 for padding,
-    which lies behind the keys. overflow: int64 scalar, query tiles of a head that see everything because their rows
-    ask for too much.
+    lanes: int32 or int64, whole key tiles of picked keys by their index in the class, ascending in each tile; -1 for
+    padding, which lies behind the keys. overflow: int64 scalar, query tiles of a head that see everything because their
+    rows ask for too much.
     """
 
     added: tuple[Added, ...]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sglang_mminfer.kernels.block_plan import PAD_POSITION, KeyTable
 from sglang_mminfer.kernels.indexing import to_device
+from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.estimated import Estimated, Evidence, Findings, Picked, QueryTiles
 from sglang_mminfer.patterns.index import Scope
@@ -146,6 +147,10 @@ def _with_picked(keys: KeyTable, lanes: torch.Tensor, first_lane: int, block_k: 
     """`keys` and, after them, the keys at `lanes` of the order that begins at `first_lane`; see `Picked`."""
     if not len(lanes):
         return keys
+    if lanes.device.type == "cuda" or interpreted():
+        from sglang_mminfer.kernels.triton.picked_keys import with_picked  # Triton, which a CPU may lack
+
+        return KeyTable(*with_picked(keys.kv_pos, keys.kv_slots, lanes, first_lane, block_k, PAD_POSITION))
     real = lanes >= 0
     nearest = lanes[::block_k].clamp_min(0).repeat_interleave(block_k, output_size=len(lanes))
     taken = lanes.where(real, nearest) + first_lane

@@ -57,6 +57,17 @@ def test_the_kernel_that_joins_parts_spills_nothing(capability):
         assert build.spills == 0 and build.shared <= SHARED_MEMORY[capability], build
 
 
+@pytest.mark.parametrize("head_dim, rank", [(128, 8), (256, 42), (64, 16)])
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_builds_of_the_choice_spill_nothing_fit_and_use_the_tensor_cores(capability, head_dim, rank):
+    for build in ahead_of_time.compile_choice(capability, "bf16", head_dim, rank):
+        assert build.spills <= ROUNDING, build
+        assert build.shared <= SHARED_MEMORY[capability], build
+        multiplies = build.kernel not in ("asked_side_by_side", "picked_keys")
+        assert build.tensor_cores == (TENSOR_CORES[capability] if multiplies else "no tensor cores"), build
+        assert not build.serialized and not build.unfenced, build
+
+
 def test_a_head_dim_without_a_build_is_refused():
     with pytest.raises(ValueError, match=r"head_dim: expected one of \(64, 96, 128, 256\).*got 80"):
         configuration(80, 90)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import KernelInterface, create_function_from_signature
 
-from sglang_mminfer.kernels.triton import estimate, launch
+from sglang_mminfer.kernels.triton import estimate, launch, low_rank_scan, picked_keys
+from sglang_mminfer.kernels.triton.low_rank_scan import ScannedTiles
 from sglang_mminfer.patterns.a_shape import AShape
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.patterns.grid import Grid
@@ -58,6 +60,32 @@ def test_the_estimate_is_compiled_once(builds: Builds) -> None:
         slots, numbers = torch.arange(keys, dtype=torch.int32), torch.arange(heads, dtype=torch.int32)
         estimate.estimate(bf16(rows, 14, 128), k, slots, numbers, keys - rows + 1, 0.1)
     assert {name: len(found) for (name, _), found in builds.items()} == {"row_lse": 1, "masses": 1}
+
+
+def test_the_choice_is_compiled_once_for_all_chunks(builds: Builds) -> None:
+    """But for heads that share their keys and for those that do not; wherever arrays begin."""
+    k, basis = bf16(5000, 2, 128), (torch.zeros(2, 16, 128), torch.zeros(2, 16, 128))
+    shared, own = [(0, 0), (1, 1)], [range(7), range(7, 14)]
+    for rows, keys, at, forms, heads in (
+        ((128,) * 8, 4096, 0, shared, own),
+        ((1,), 1700, 3, shared, own),
+        ((16, 128, 16), 333, 1, shared[1:], [[8]]),
+        ((5,), 16, 2, shared, [[0], [7, 9]]),
+    ):
+        slots = torch.zeros(keys + at, dtype=torch.int32)[at:]
+        low = low_rank_scan.project_keys(k, slots, forms, basis[1], 8)
+        count, q = np.array(rows), bf16(sum(rows), 14, 128)
+        between = count * 0 + max(keys - 64 - sum(rows), 0)
+        tiles = ScannedTiles(count.cumsum() - count, count, between, between + count, count * 0 + 16, between, between)
+        numbers = torch.zeros(len(q) + at, dtype=torch.int64)[at:], torch.zeros(len(q) + at, dtype=torch.int32)[at:]
+        asked = low_rank_scan.scan(q, k, slots, low, forms, heads, basis, 8, *numbers, tiles, 16, 64, 0.1, -4.6)
+        first = torch.zeros(asked.counts.shape[:2], dtype=torch.int64)
+        lanes = torch.zeros(64 * at + 64, dtype=torch.int32)
+        low_rank_scan.side_by_side(asked, first, first == 0, lanes)
+        picked_keys.with_picked(slots, slots, lanes, at, 64, 1 << 30)
+    names = ("low_rank_keys", "low_rank_queries", "asked_side_by_side", "picked_keys")
+    expected = dict.fromkeys(names, 1) | {"any_row_above": 2}
+    assert {name: len(found) for (name, _), found in builds.items()} == expected
 
 
 def test_attention_is_compiled_once_for_all_chunks(builds: Builds, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import support
-from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VisionGrid
+from sglang_mminfer import AShape, Basis, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VisionGrid
 from sglang_mminfer.kernels.fa4.arguments import call_arguments, keys_of, queries_of
-from sglang_mminfer.kernels.triton import estimate
+from sglang_mminfer.kernels.triton import estimate, low_rank_scan, picked_keys
 from sglang_mminfer.kernels.work_items import work_items
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
@@ -37,6 +37,14 @@ def test_the_check_below_notices_a_host_that_waits():
             on_card + torch.ones(3)
 
 
+KERNELS = {
+    estimate: ("row_lse", "masses"),
+    low_rank_scan: ("low_rank_keys", "low_rank_queries", "any_row_above", "asked_side_by_side"),
+    picked_keys: ("picked_keys",),
+}
+"""Those that plans are made by."""
+
+
 class Unlaunched:
     """In the place of a kernel: there is no card to launch it on, but all that is done around it is done."""
 
@@ -48,8 +56,9 @@ class Unlaunched:
 @given(batches(any_pattern))
 def test_the_host_never_waits_for_the_device(batch):
     with pytest.MonkeyPatch.context() as patch:
-        for kernel in ("row_lse", "masses"):
-            patch.setattr(estimate, kernel, Unlaunched())
+        for module, kernels in KERNELS.items():
+            for kernel in kernels:
+                patch.setattr(module, kernel, Unlaunched())
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         plan_on_a_card_that_is_not_there(batch)
 
@@ -61,7 +70,10 @@ def plan_on_a_card_that_is_not_there(batch):
         chunks = [replace(chunk, slots=slots) for chunk, slots in zip(chunks, on_card)]
         q = torch.empty(q.shape, device="cuda")
         k_cache = torch.empty(batch.num_pages * batch.page_size, batch.num_kv_heads, D, device="cuda")
-        plan = planner_of(batch, chunks).plan(batch.heads, q, k_cache, batch.scale)
+        basis = batch.basis
+        if basis is not None:
+            basis = Basis(*(torch.empty(x.shape, device="cuda") for x in (basis.queries, basis.keys)))
+        plan = planner_of(batch, chunks).plan(batch.heads, q, k_cache, batch.scale, basis)
         items = work_items(plan, batch.group, 16)
         tensors = [x for x in vars(plan).values() if isinstance(x, torch.Tensor)]
         tensors += [*items.on_device, items.first_slot, items.parts, plan.keys.kv_pos, plan.keys.kv_slots]
