@@ -71,7 +71,7 @@ def run(monkeypatch: pytest.MonkeyPatch, stock: bool) -> tuple[torch.Tensor, Any
     prefill = observed.prefill("test_grid_frame", monkeypatch)
     if stock:
         monkeypatch.setattr(prefill, "second_instance", torch_native(prefill))
-        monkeypatch.setattr(prefill.choice.comparison, "own_dense_is_faster", lambda start, stop: False)
+        monkeypatch.setattr(prefill.served.choice.comparison, "own_dense_is_faster", lambda start, stop: False)
     pool = prefill.kv_pool
     q = torch.cat([pool.q[0, start:stop] for start, stop in CHUNKS.values()])
     batch = forward_batch()
