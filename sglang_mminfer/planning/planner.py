@@ -212,9 +212,11 @@ class BatchPlanner:
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
         without = [r for r in range(len(self.requests)) if r not in with_map]
         sharing: dict[HeadPattern, dict[int, list[int]]] = {}
-        for head, patterns in enumerate(heads):
-            for r in with_map if patterns is not None else ():
+        for head in planned:
+            for r in with_map:
+                patterns = heads[head]
                 pattern = patterns[r] if isinstance(patterns, tuple) else patterns
+                assert pattern is not None
                 sharing.setdefault(pattern, {}).setdefault(r, []).append(head)
         with self._lock:
             items = [HeadTiles(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]

@@ -1,7 +1,7 @@
 """Whether a chunk of a request runs sparse: the one place that decides it, by the request's own length and media.
 
 What is decided follows from counts alone, never from a clock or from what else is in the batch, so all ranks and all
-repetitions decide alike. A chunk that runs dense sees all that its patterns ask for and more. Where a prompt is cut may
+repetitions decide alike, but for the heads that the guard made dense: a rank knows its own of these. A chunk that runs dense sees all that its patterns ask for and more. Where a prompt is cut may
 decide which of its rows do, which is the one exception to chunk invariance.
 """
 

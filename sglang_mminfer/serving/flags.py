@@ -35,7 +35,7 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="Share of requests, 0 to 1, of which --attention-backend mminfer computes sampled query rows again, "
         "densely, and records error and recall of every sparse layer in trace and metrics. Answers stay the same. "
-        f"Overrides {settings.AUDIT.variable}. Default: 0, off; with {settings.GUARD.flag} {settings.GUARD_AUDIT_RATE}.",
+        f"Overrides {settings.AUDIT.variable}. Default: 0, or {settings.GUARD_AUDIT_RATE} for a guard.",
     )
     parser.add_argument(
         settings.GUARD.flag,
