@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 REQUESTS = 3
 """A head becomes dense when its error exceeds the bound in so many audited requests in a row."""
 
-MOST_UNFINISHED = 256
+MOST_UNFINISHED = 64
 """Of more requests whose prompts are not complete the oldest is forgotten: a client may have aborted it."""
 
 Head = tuple[int, int]
