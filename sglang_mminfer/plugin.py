@@ -36,7 +36,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.server_args.ServerArgs.add_cli_args",
         "after",
         "sglang_mminfer.serving.flags:add_cli_args",
-        "The flags --mminfer-config and --mminfer-audit; SGLang has no way for a plugin to declare one.",
+        "The flags whose names begin with --mminfer; SGLang has no way for a plugin to declare one.",
         when=("load",),
     ),
     Hook(

@@ -65,6 +65,14 @@ AUDIT = Setting(
     "sparse layer go to trace and metrics. Answers stay the same.",
     flag="--mminfer-audit",
 )
+GUARD = Setting(
+    "SGLANG_MMINFER_GUARD",
+    "0",
+    "The largest output error, above 0 to 1, that a head may have in audited requests: one that exceeds it in three of "
+    "them in a row runs dense for later requests (auditing.md). 0: no guard. Without a share of requests to audit, it "
+    "is 0.05.",
+    flag="--mminfer-guard",
+)
 EXECUTOR = Setting(
     "SGLANG_MMINFER_EXECUTOR",
     "auto",
@@ -128,6 +136,7 @@ SPLIT_VIDEOS = Setting(
 SETTINGS: tuple[Setting, ...] = (
     CONFIG,
     AUDIT,
+    GUARD,
     EXECUTOR,
     SPARSE,
     DENSE_HEADS,
@@ -139,6 +148,9 @@ SETTINGS: tuple[Setting, ...] = (
     OBSERVERS,
     SPLIT_VIDEOS,
 )
+
+GUARD_AUDIT_RATE = 0.05
+"""The share of requests that is audited for the guard where nobody named one."""
 
 EXECUTOR_CHOICES = ("auto", "torch", "fa4", "triton", "flashinfer")
 SPARSE_CHOICES = ("faster", "always")
@@ -192,13 +204,38 @@ def share_of_requests(text: str) -> float:
     return rate
 
 
-def audit_rate(environ: Mapping[str, str] | None = None) -> float:
-    """The share of requests to audit that the environment names.
+def audit_rate(environ: Mapping[str, str] | None = None) -> float | None:
+    """The share of requests to audit that the environment names; None if it names none.
 
     Raises:
         argparse.ArgumentTypeError: if it is no number from 0 to 1.
     """
-    return share_of_requests(AUDIT.read(environ) or AUDIT.default)
+    text = AUDIT.read(environ)
+    return share_of_requests(text) if text else None
+
+
+def output_error(text: str) -> float:
+    """The argparse type of the guard flag: a number from 0 to 1.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
+    try:
+        error = float(text)
+    except ValueError:
+        error = -1.0
+    if not 0.0 <= error <= 1.0:  # NaN is refused too
+        raise argparse.ArgumentTypeError(f"expected a relative output error from 0 (no guard) to 1, got {text!r}")
+    return error
+
+
+def guard_error(environ: Mapping[str, str] | None = None) -> float:
+    """The largest output error of a head that the environment names; 0: no guard.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is no number from 0 to 1.
+    """
+    return output_error(GUARD.read(environ) or GUARD.default)
 
 
 def plan_budget(environ: Mapping[str, str] | None = None) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -152,6 +153,18 @@ class HeadConfig:
         self._check_strides(hf_config)
         shape = fingerprint_of(hf_config)
         return dataclasses.replace(self, num_layers=shape.layers, num_heads=shape.heads)
+
+    def with_dense(self, heads: Iterable[tuple[int, int]]) -> HeadConfig:
+        """This config, which is bound to a model, with some heads dense.
+
+        Args:
+            heads: (layer, head) of each.
+        """
+        assert self.num_layers is not None
+        rows = [self.patterns(layer) for layer in range(self.num_layers)]
+        for layer, head in heads:
+            rows[layer][head] = Dense()
+        return dataclasses.replace(self, form="layers", rows=tuple(map(tuple, rows)))
 
     def check_model(self, hf_config: Any) -> None:
         """Compare this config with the transformers config of a model.

@@ -32,7 +32,9 @@ from sglang_mminfer.planning.orders import KeyOrders
 from sglang_mminfer.planning.placed import PlacedTiles, placed
 from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q, ChunkTiler, TilePass
 
-Heads = tuple[HeadPattern | None, ...]
+PlannedHead = HeadPattern | tuple[HeadPattern, ...] | None
+"""What a query head does: a pattern for all requests, or one for each; None: somebody else computes the head."""
+Heads = tuple[PlannedHead, ...]
 
 
 def _any_map(length: int) -> ModalityMap:
@@ -107,7 +109,7 @@ class BatchPlanner:
         self.overflow: list[torch.Tensor] = []
         """int64 scalars on the device: query tiles of a head that saw everything because they asked for too much."""
 
-    def prepare(self, layers: Iterable[Sequence[HeadPattern | None]], worker: Executor | None = None) -> None:
+    def prepare(self, layers: Iterable[Sequence[PlannedHead]], worker: Executor | None = None) -> None:
         """Do what the host can do for the plans of these layers, which will be asked for in this order, each once.
 
         Args:
@@ -123,7 +125,7 @@ class BatchPlanner:
 
     def plan(
         self,
-        heads: Sequence[HeadPattern | None],
+        heads: Sequence[PlannedHead],
         q: torch.Tensor | None = None,
         k_cache: torch.Tensor | None = None,
         sm_scale: float = 1.0,
@@ -132,7 +134,7 @@ class BatchPlanner:
         """The plan of one layer.
 
         Args:
-            heads: the pattern of every query head; None for heads that somebody else computes.
+            heads: the pattern of every query head, or one for each request; None for heads that somebody else computes.
             q [tokens, Hq, D], k_cache [slots, Hkv, D], sm_scale: for the heads whose pattern is estimated.
             basis: the layer's low-rank forms of q . k, for heads that choose by them; None: they choose by q . k.
 
@@ -155,11 +157,12 @@ class BatchPlanner:
         """What the plans so far hold on the device, beside their own tensors and the key table."""
         return self._uploads.num_bytes
 
-    def _layer(self, heads: Sequence[HeadPattern | None]) -> _Layer:
+    def _layer(self, heads: Sequence[PlannedHead]) -> _Layer:
         name = tuple(heads)
         layer = self._layers.get(name)
         if layer is None:
-            layer = self._layers[name] = _Layer(name, all(is_static(head) for head in set(name) if head is not None))
+            patterns = {pattern for head in set(name) for pattern in (head if isinstance(head, tuple) else (head,))}
+            layer = self._layers[name] = _Layer(name, all(is_static(pattern) for pattern in patterns if pattern))
         return layer
 
     def _make(
@@ -205,17 +208,20 @@ class BatchPlanner:
 
     def _tile(self, heads: Heads) -> list[HeadTiles]:
         """The tiles of all heads of a layer."""
-        sharing: dict[HeadPattern, list[int]] = {}
-        for head, pattern in enumerate(heads):
-            if pattern is not None:
-                sharing.setdefault(pattern, []).append(head)
         planned = tuple(head for head, pattern in enumerate(heads) if pattern is not None)
         with_map = [r for r, request in enumerate(self.requests) if request.map is not None]
         without = [r for r in range(len(self.requests)) if r not in with_map]
+        sharing: dict[HeadPattern, dict[int, list[int]]] = {}
+        for head in planned:
+            for r in with_map:
+                patterns = heads[head]
+                pattern = patterns[r] if isinstance(patterns, tuple) else patterns
+                assert pattern is not None
+                sharing.setdefault(pattern, {}).setdefault(r, []).append(head)
         with self._lock:
             items = [HeadTiles(r, planned, self._tiles_of(r, UNNAMED)) for r in without if planned]
-            for pattern, own in sharing.items():
-                items += [HeadTiles(r, tuple(own), self._tiles_of(r, pattern)) for r in with_map]
+            for pattern, by_request in sharing.items():
+                items += [HeadTiles(r, tuple(own), self._tiles_of(r, pattern)) for r, own in by_request.items()]
         return items
 
     def _tiles_of(self, request: int, pattern: HeadPattern) -> list[list[PlacedTiles]]:

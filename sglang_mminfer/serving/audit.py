@@ -13,13 +13,14 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.rows import dense_rows
+from sglang_mminfer.serving.guard import Guard
 from sglang_mminfer.serving.metrics import AuditMetrics
 from sglang_mminfer.serving.observe import LayerView, RequestView
 from sglang_mminfer.serving.trace import LayerAudit, PrefillRecord
@@ -87,6 +88,10 @@ class AuditedRows:
     error: torch.Tensor
     recall: torch.Tensor
 
+    def on_host(self) -> AuditedRows:
+        """The same on the host. Waits for the device."""
+        return replace(self, error=self.error.cpu(), recall=self.recall.cpu())
+
     def summary(self) -> LayerAudit:
         """The figures as a LayerAudit, on the host. Waits for the device."""
         error, recall = self.error.tolist(), self.recall.tolist()
@@ -131,10 +136,11 @@ class Audit:
     Args:
         rate: the share of sparse requests to audit, 0 to 1.
         metrics: counts the figures too, on every rank for its own heads; None: no metrics.
+        guard: is told the error of every head; None: there is no guard.
     """
 
-    def __init__(self, rate: float, metrics: AuditMetrics | None = None) -> None:
-        self.rate, self.metrics = rate, metrics
+    def __init__(self, rate: float, metrics: AuditMetrics | None = None, guard: Guard | None = None) -> None:
+        self.rate, self.metrics, self.guard = rate, metrics, guard
         self._findings: dict[str, list[AuditedRows]] = {}
         self._seconds = 0.0
         self._failures = 0
@@ -162,11 +168,20 @@ class Audit:
         seconds, self._seconds = self._seconds, 0.0
         start, layer_audits = time.perf_counter(), []
         for record in records:
+            audited: list[AuditedRows] = []
             try:
-                record.audit = [finding.summary() for finding in findings.get(record.rid, [])] or None
+                audited = [finding.on_host() for finding in findings.get(record.rid, [])]
+                record.audit = [finding.summary() for finding in audited] or None
             except Exception:  # errors of a GPU show up where the host waits for it
                 self._failed()
             layer_audits += record.audit or []
+            if self.guard is not None:
+                for finding in audited:
+                    self.guard.add(
+                        record.rid, finding.layer_id, finding.first_head, finding.error.tolist(), finding.rows
+                    )
+                if record.map is not None:
+                    record.guard = self.guard.prompt_done(record.rid) or None
         failures, self._failures = failures + self._failures, 0
         seconds += time.perf_counter() - start
         for record in records:

@@ -15,6 +15,7 @@ from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.serving import observe
 from sglang_mminfer.serving.encoder_watch import EncodedAgain
+from sglang_mminfer.serving.served_heads import BatchHeads, ServedHeads
 from sglang_mminfer.serving.stock_rows import StockRows
 from sglang_mminfer.serving.trace import PrefillRecord, map_entries
 
@@ -27,6 +28,7 @@ class PrefillRequest:
         rid: the request id.
         prefix_len, chunk_len: tokens before the chunk, and tokens of the chunk.
         row_start: the chunk's first row in the batch's q.
+        served: what the model's heads do for it.
         prompt_stop: tokens of the prompt; generated tokens begin there.
         map: the modality map of the conversation; None without media.
         dense_reason: why it runs dense; None: it runs sparse.
@@ -38,6 +40,7 @@ class PrefillRequest:
     prefix_len: int
     chunk_len: int
     row_start: int
+    served: ServedHeads
     prompt_stop: int = 0
     map: ModalityMap | None = None
     dense_reason: str | None = None
@@ -72,10 +75,15 @@ class PrefillRequest:
 class PrefillBatch:
     """One prefill batch: its requests, its planner if a request runs sparse, and its times.
 
+    Args:
+        forward_batch: SGLang's ForwardBatch.
+        served: what the model's heads do for requests that begin now.
+
     Attributes:
         num_rows: rows of q.
         planner: None if the whole batch runs dense.
         planned: the request of each of the planner's chunks.
+        heads: what the model's heads do in it.
         stock_rows: rows that the stock backend computes while the plan computes the others; None if there are none.
         sparse_layers: layers that ran sparse so far.
         layer_reasons: how many layers ran dense, by reason.
@@ -85,18 +93,19 @@ class PrefillBatch:
         ran: plan and LSE of the current layer; None unless it ran sparse.
     """
 
-    def __init__(self, forward_batch: Any) -> None:
+    def __init__(self, forward_batch: Any, served: ServedHeads) -> None:
         lengths = forward_batch.extend_seq_lens_cpu
         prefixes = forward_batch.extend_prefix_lens_cpu or [0] * len(lengths)
         rids = forward_batch.rids or [""] * len(lengths)
         starts = [0, *accumulate(lengths)]
         self.requests = [
-            PrefillRequest(rid, int(prefix), int(length), start)
+            PrefillRequest(rid, int(prefix), int(length), start, served)
             for rid, prefix, length, start in zip(rids, prefixes, lengths, starts)
         ]
         self.num_rows = starts[-1]
         self.planner: BatchPlanner | None = None
         self.planned: list[PrefillRequest] = []
+        self.heads: BatchHeads = served
         self.stock_rows: StockRows | None = None
         self.sparse_layers = 0
         self.layer_reasons: Counter[str] = Counter()
@@ -142,6 +151,7 @@ class PrefillBatch:
                     encoded_again=again.times,
                     encoded_again_ms=again.milliseconds,
                     overflowing_tiles=overflowing,
+                    guarded_heads=request.served.guarded if sparse else 0,
                 )
             )
         return records

@@ -1,8 +1,9 @@
 """Whether a chunk of a request runs sparse: the one place that decides it, by the request's own length and media.
 
 What is decided follows from counts alone, never from a clock or from what else is in the batch, so all ranks and all
-repetitions decide alike. A chunk that runs dense sees all that its patterns ask for and more. Where a prompt is cut may
-decide which of its rows do, which is the one exception to chunk invariance.
+repetitions decide alike, but for heads that the guard made dense: a rank knows its own of these. A chunk that runs
+dense sees all that its patterns ask for and more. Where a prompt is cut may decide which of its rows do, which is the
+one exception to chunk invariance.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from sglang_mminfer import settings
 
 CONFIG_ATTRIBUTE = "_mminfer_config"
 AUDIT_ATTRIBUTE = "_mminfer_audit"
+GUARD_ATTRIBUTE = "_mminfer_guard"
 """Attributes of ServerArgs that hold the flags' values. A plugin cannot add a dataclass field, but SGLang pickles
 attributes with an underscore into its child processes too."""
 
@@ -34,7 +35,16 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="Share of requests, 0 to 1, of which --attention-backend mminfer computes sampled query rows again, "
         "densely, and records error and recall of every sparse layer in trace and metrics. Answers stay the same. "
-        f"Overrides {settings.AUDIT.variable}. Default: 0, off.",
+        f"Overrides {settings.AUDIT.variable}. Default: 0, or {settings.GUARD_AUDIT_RATE} for a guard.",
+    )
+    parser.add_argument(
+        settings.GUARD.flag,
+        type=settings.output_error,
+        default=None,
+        metavar="ERROR",
+        help="The largest relative output error, above 0 to 1, that a head of --attention-backend mminfer may have in "
+        "audited requests. One that exceeds it in several of them in a row runs dense for requests that begin "
+        f"afterwards. Overrides {settings.GUARD.variable}. Default: 0, off.",
     )
 
 
@@ -43,6 +53,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
     server_args = original(cls, args)
     setattr(server_args, CONFIG_ATTRIBUTE, getattr(args, "mminfer_config", None))
     setattr(server_args, AUDIT_ATTRIBUTE, getattr(args, "mminfer_audit", None))
+    setattr(server_args, GUARD_ATTRIBUTE, getattr(args, "mminfer_guard", None))
     return server_args
 
 
@@ -63,16 +74,33 @@ def config_argument(name: str) -> str:
 
 
 def audit_rate(server_args: Any, environ: Mapping[str, str] | None = None) -> float:
-    """The share of requests to audit: the flag's value, else the environment's, else 0.
+    """The share of requests to audit: the flag's value, else the environment's, else what a guard needs, else 0.
+
+    Raises:
+        argparse.ArgumentTypeError: if a value of the environment is no number from 0 to 1.
+    """
+    rate = getattr(server_args, AUDIT_ATTRIBUTE, None)
+    rate = settings.audit_rate(environ) if rate is None else rate
+    if rate is not None:
+        return rate
+    return settings.GUARD_AUDIT_RATE if guard_error(server_args, environ) else 0.0
+
+
+def guard_error(server_args: Any, environ: Mapping[str, str] | None = None) -> float:
+    """The largest output error that the guard lets a head have: the flag's value, else the environment's; 0: no guard.
 
     Raises:
         argparse.ArgumentTypeError: if the environment's value is no number from 0 to 1.
     """
-    rate = getattr(server_args, AUDIT_ATTRIBUTE, None)
-    return settings.audit_rate(environ) if rate is None else rate
+    error = getattr(server_args, GUARD_ATTRIBUTE, None)
+    return settings.guard_error(environ) if error is None else error
 
 
 def without_effect(server_args: Any) -> list[str]:
     """The flags of this package that were set. For a server without mminfer, where they do nothing."""
-    flags = ((settings.CONFIG.flag, CONFIG_ATTRIBUTE), (settings.AUDIT.flag, AUDIT_ATTRIBUTE))
+    flags = (
+        (settings.CONFIG.flag, CONFIG_ATTRIBUTE),
+        (settings.AUDIT.flag, AUDIT_ATTRIBUTE),
+        (settings.GUARD.flag, GUARD_ATTRIBUTE),
+    )
     return [flag for flag, attribute in flags if getattr(server_args, attribute, None)]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer import settings
@@ -92,6 +94,12 @@ def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str) 
     )
 
 
+@cache
+def _process() -> str:
+    """A name of this process that no other has."""
+    return uuid.uuid4().hex
+
+
 _announced = False
 
 
@@ -111,6 +119,9 @@ def announce_once(runner: Any) -> None:
 def storage_model_name(name: str | None, *args: Any, **kwargs: Any) -> str | None:
     """AFTER storage_model_name: the name plus a digest of the head config, because a page's KV depends on the config.
 
+    With a guard, what heads do is known to this process alone, so the digest is of the process, too: its pages serve no
+    other server, and not itself after a restart.
+
     Returns None, which leaves SGLang's name as it is, in a server without mminfer and if every head is dense.
     """
     from sglang_mminfer.mends import asked
@@ -127,5 +138,7 @@ def storage_model_name(name: str | None, *args: Any, **kwargs: Any) -> str | Non
     del content["provenance"]
     if head_config.basis is not None:
         content["basis"] = head_config.basis.digest
+    if flags.guard_error(asked.server_args()):
+        content["process"] = _process()
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     return f"{name or ''}-mminfer-{digest}"

@@ -88,6 +88,13 @@ NAMED_STORAGE = ("file", "nixl", "mooncake", "eic", "simm", "mori", "seaweedfs")
 """HiCache storage backends whose keys contain the model's name, to which mminfer adds its head config."""
 
 
+def _guard_sees_nothing(cfg: Any) -> bool:
+    """Whether there is a guard and no request is audited. What cannot be read is another refusal's matter."""
+    if settings.is_bad(settings.guard_error) or settings.is_bad(settings.audit_rate):
+        return False
+    return flags.guard_error(cfg) > 0 and flags.audit_rate(cfg) == 0
+
+
 def _media_are_ours(cfg: Any) -> bool:
     """Whether this package has a family for the model, so that it reads or mends the model's media."""
     from sglang_mminfer.families import family_of
@@ -115,6 +122,17 @@ REFUSALS: tuple[Refusal, ...] = (
         "audit",
         lambda cfg: settings.is_bad(settings.audit_rate),
         f"{settings.AUDIT.variable}: expected a share of requests from 0 to 1.",
+    ),
+    Refusal(
+        "guard",
+        lambda cfg: settings.is_bad(settings.guard_error),
+        f"{settings.GUARD.variable}: expected a relative output error from 0 (no guard) to 1.",
+    ),
+    Refusal(
+        "guard_without_audit",
+        _guard_sees_nothing,
+        f"{settings.GUARD.flag} judges heads by audited requests, and {settings.AUDIT.flag} 0 audits none; leave it "
+        f"out ({settings.GUARD_AUDIT_RATE:g} of the requests are audited then) or name a share above 0.",
     ),
     Refusal(
         "mends",

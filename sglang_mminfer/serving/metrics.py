@@ -1,10 +1,11 @@
-"""The figures of the trace and of the audit as counters of SGLang's Prometheus endpoint."""
+"""The figures of the trace, the audit and the guard as counters of SGLang's Prometheus endpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
-from sglang_mminfer.serving.trace import LayerAudit, PrefillRecord
+from sglang_mminfer.serving.trace import GuardedHead, LayerAudit, PrefillRecord
 
 
 class PrefillMetrics:
@@ -83,6 +84,24 @@ class AuditMetrics:
         self._failures.inc(failures)
 
 
+class GuardMetrics:
+    """The heads that the guard made dense, by layer. Each tensor-parallel rank adds its own."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter  # late: see PrefillMetrics
+
+        self._heads = Counter(
+            "sglang:mminfer_guarded_heads",
+            "Heads that the guard has made dense for later requests, by layer.",
+            labelnames=("layer",),
+        )
+
+    def add(self, heads: Iterable[GuardedHead]) -> None:
+        """Counts heads that are dense from now on."""
+        for head in heads:
+            self._heads.labels(str(head.layer)).inc()
+
+
 @cache
 def prefill_metrics() -> PrefillMetrics:
     """This process's counters, made once.
@@ -96,3 +115,9 @@ def prefill_metrics() -> PrefillMetrics:
 def audit_metrics() -> AuditMetrics:
     """This process's counters, made once as `prefill_metrics`."""
     return AuditMetrics()
+
+
+@cache
+def guard_metrics() -> GuardMetrics:
+    """This process's counters, made once as `prefill_metrics`."""
+    return GuardMetrics()

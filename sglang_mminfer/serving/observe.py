@@ -67,7 +67,8 @@ class LayerView:
         q, out: [tokens, Hq, D].
         k_cache, v_cache: [slots, Hkv, D]; they hold the batch's own keys and values too.
         sm_scale: the factor on q . k.
-        patterns: the configured pattern of each head.
+        patterns: the pattern of each head. Where the guard made a head dense, a request that began before may still
+            run it as it was.
         stock_heads: heads that the stock backend ran beside sparse ones. No pass of the plan has them, and their LSE
             is -inf.
         plan: None if the stock backend ran the whole layer.

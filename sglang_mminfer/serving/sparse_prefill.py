@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,17 +14,22 @@ from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.basis import Basis
-from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner, is_static, worker
 from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
-from sglang_mminfer.serving.choice import Choice
-from sglang_mminfer.serving.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
 from sglang_mminfer.serving.encoder_watch import EncoderWatch
+from sglang_mminfer.serving.guard import Guard
+from sglang_mminfer.serving.served_heads import (
+    LayerHeads,
+    LayerShape,
+    Placement,
+    ServedHeads,
+    of_request,
+    together,
+)
 from sglang_mminfer.serving.stock_rows import RowRange, StockRows
 from sglang_mminfer.serving.trace import TraceFile
 
@@ -35,23 +37,6 @@ logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
 """After this many failures of plans or layers everything runs dense, so a lasting defect costs few failed layers."""
-
-
-@dataclass(frozen=True)
-class _LayerHeads:
-    """The query heads of one layer.
-
-    Attributes:
-        planned: the pattern of each head; None for a head that the stock backend runs.
-        dense: the heads that the stock backend runs; None if there are none.
-        static: whether the host knows what the planned heads visit.
-        basis: low-rank forms of q . k, for patterns that choose keys by them; None if there are none.
-    """
-
-    planned: tuple[HeadPattern | None, ...]
-    dense: DenseHeads | None
-    static: bool
-    basis: Basis | None
 
 
 class SparsePrefill:
@@ -75,7 +60,7 @@ class SparsePrefill:
         from sglang.srt.runtime_context import get_parallel
 
         hf_config = runner.model_config.hf_config
-        self.head_config, _ = head_config_choice.load_for_model(runner.server_args, hf_config)
+        head_config, _ = head_config_choice.load_for_model(runner.server_args, hf_config)
         self.reader = reader_of(hf_config)
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.kv_pool = runner.token_to_kv_pool
@@ -86,7 +71,7 @@ class SparsePrefill:
         # pipeline stages have the same requests; ranks of data-parallel attention have different ones.
         self.leads = self.rank == 0 and getattr(parallel, "pp_rank", 0) == 0
         data_rank = getattr(parallel, "attn_dp_rank", 0)
-        audit_rate = flags.audit_rate(runner.server_args)
+        audit_rate, guard_error = flags.audit_rate(runner.server_args), flags.guard_error(runner.server_args)
         self.trace = TraceFile(None)
         if self.leads or (audit_rate and self.rank):
             self.trace = TraceFile.from_environment(self.rank, data_rank)
@@ -100,30 +85,35 @@ class SparsePrefill:
             encoder_watch.watch = self._encoder
         self.num_layers = runner.model_config.num_hidden_layers
         self._last_layer = getattr(runner, "end_layer", None) or self.num_layers
-        self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self.num_layers))
-        self._heads: dict[tuple[int, int], _LayerHeads] = {}
-        self._dense_backend = dense_backend
+        all_dense = all(map(head_config.is_dense, range(self.num_layers)))
+        self._shapes: set[LayerShape] = set()
         head_dim = runner.model_config.head_dim
         case = self.device, head_dim, BLOCK_K, runner.dtype
         names = executors.names_for(settings.executor(), *case)
         self.executor, self.unfit = names[0], None
-        if not self._all_dense:
+        if not all_dense:
             self_check.compile_ahead()
-            heads = (head for layer in range(self.num_layers) for head in self.head_config.patterns(layer))
+            heads = (head for layer in range(self.num_layers) for head in head_config.patterns(layer))
             estimates = not all(is_static(head) for head in set(heads))
             self.executor, self.unfit = self_check.first_fit(
                 runner, names, self.device, self.ranks, dense_backend, estimates
             )
-        self.choice = Choice(self.head_config, self.num_layers, self.executor, dense_backend, head_dim)
-        self.second_instance = None if self._all_dense or self.unfit else second_instance()
+        placement = Placement(self.rank, self.device, head_dim, self.executor, dense_backend)
+        self.served = ServedHeads(head_config, placement)
+        self.second_instance = None if all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
         )
+        self.guard: Guard | None = None
+        if guard_error:
+            guard_metrics = metrics.guard_metrics() if runner.server_args.enable_metrics else None
+            self.guard = Guard(guard_error, self.served, guard_metrics)
+            if self.leads:
+                logger.info("mminfer: %s; %g of the requests are audited", self.guard, audit_rate)
         if audit_rate:
-            self.observers.add(
-                Audit(audit_rate, metrics.audit_metrics() if runner.server_args.enable_metrics else None)
-            )
+            audit_metrics = metrics.audit_metrics() if runner.server_args.enable_metrics else None
+            self.observers.add(Audit(audit_rate, audit_metrics, self.guard))
 
     # ---- a batch -------------------------------------------------------------------------------------------
 
@@ -136,7 +126,7 @@ class SparsePrefill:
             return
         if getattr(forward_batch, "tbo_children", None):
             return  # two-batch overlap: the backends of the two parts record it
-        self.batch = batch = PrefillBatch(forward_batch)
+        self.batch = batch = PrefillBatch(forward_batch, self.guard.served if self.guard else self.served)
         batch.started = start = self.clock()
         try:
             self._decide(batch, forward_batch)
@@ -154,7 +144,7 @@ class SparsePrefill:
         if self.trace.enabled or self.metrics is not None or self.observers:
             records = batch.records(encoded_again, self.waits)
             self.observers.batch_done(records)
-            self.trace.append(records if self.leads else [record for record in records if record.audit])
+            self.trace.append(records if self.leads else [r for r in records if r.audit or r.guard])
             if self.metrics is not None:
                 self.metrics.add(records)
 
@@ -206,16 +196,16 @@ class SparsePrefill:
                     batch.planned.append(request)
         if on_stock:
             batch.stock_rows = StockRows(self.second_instance, forward_batch, on_stock)
-        batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=self.choice.dense_below)
+        batch.planner = BatchPlanner(chunks, batch.num_rows, dense_below=self.served.choice.dense_below)
+        batch.heads = heads = together([request.served for request in batch.planned])
         # Only layers that ran in an earlier batch have said how many heads they have.
-        known = [(layer, heads.planned) for (layer, _), heads in sorted(self._heads.items(), key=itemgetter(0))]
-        layers = [planned for layer, planned in known if not self.head_config.is_dense(layer)]
+        layers = [heads.of(shape).planned for shape in sorted(self._shapes) if not heads.is_dense(shape.layer_id)]
         batch.planner.prepare(layers, worker() if self.device.type != "cpu" else None)
         return None
 
     def _stock_takes(self, start: int, stop: int) -> bool:
         """Whether the stock backend computes rows [start, stop) of a request, which see everything."""
-        return self.second_instance is not None and not self.choice.comparison.own_dense_is_faster(start, stop)
+        return self.second_instance is not None and not self.served.choice.comparison.own_dense_is_faster(start, stop)
 
     def _slots(self, forward_batch: Any, i: int, request: PrefillRequest) -> torch.Tensor:
         """int64 [seq_len]: the KV slot of each position of request number `i`."""
@@ -227,7 +217,9 @@ class SparsePrefill:
         """Sets the request's prompt length, its map, and why it runs dense (None: it runs sparse)."""
         prompt = prompts.length_of(request.rid)
         request.prompt_stop = request.seq_len if prompt is None else prompt
-        all_dense = "dense_config" if self._all_dense else self.unfit
+        if self.guard is not None and mm_inputs is not None:
+            request.served = of_request(mm_inputs, request.rid, request.served)
+        all_dense = "dense_config" if request.served.all_dense else self.unfit
         if all_dense is not None and (mm_inputs is None or not self.observers):
             request.dense_reason = all_dense
         elif mm_inputs is None:
@@ -254,7 +246,8 @@ class SparsePrefill:
             if not error.repeated:
                 logger.warning("mminfer: request %s runs dense: %s", request.rid, error)
             return None, error.reason
-        return modality_map, self.choice.why_dense(modality_map, request.prefix_len, request.seq_len, prompt)
+        choice = request.served.choice
+        return modality_map, choice.why_dense(modality_map, request.prefix_len, request.seq_len, prompt)
 
     # ---- a layer -------------------------------------------------------------------------------------------
 
@@ -291,7 +284,7 @@ class SparsePrefill:
             return "layer_unequal_head_dims"
         if not 0 <= layer.layer_id < self.num_layers:
             return "layer_unknown"
-        if self.head_config.is_dense(layer.layer_id):
+        if batch.heads.is_dense(layer.layer_id):
             return "layer_dense_config"
         if self.kv_pool.get_key_buffer(layer.layer_id).dtype != q.dtype:
             return "kv_cache_dtype"
@@ -330,7 +323,7 @@ class SparsePrefill:
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
         try:
-            start, heads = self.clock(), self._heads_of(layer)
+            start, heads = self.clock(), self._heads_of(layer, batch)
             plan = batch.planner.plan(heads.planned, q, k_cache, layer.scaling, heads.basis)
             batch.plan_s += self.clock() - start
             out = q.new_empty(q.shape)
@@ -381,7 +374,7 @@ class SparsePrefill:
         if not requests:
             return None
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
-        count, heads = layer.tp_q_head_num, self._heads_of(layer)
+        count, heads = layer.tp_q_head_num, self._heads_of(layer, batch)
         plan, lse = batch.ran or (None, None)
         first_head = self.rank * count
         q = q.view(-1, count, layer.qk_head_dim)
@@ -393,35 +386,20 @@ class SparsePrefill:
             v_cache=v_cache,
             sm_scale=layer.scaling,
             requests=requests,
-            patterns=tuple(self.head_config.patterns(layer.layer_id)[first_head : first_head + count]),
+            patterns=heads.patterns,
             stock_heads=tuple(h for h, pattern in enumerate(heads.planned) if pattern is None) if plan else (),
             out=o.view(q.shape),
             plan=plan,
             lse=lse,
         )
 
-    def _heads_of(self, layer: Any) -> _LayerHeads:
+    def _heads_of(self, layer: Any, batch: PrefillBatch) -> LayerHeads:
         """The layer's query heads on this rank."""
-        count = layer.tp_q_head_num
-        key = (layer.layer_id, count)
-        if key not in self._heads:
-            model_patterns = self.head_config.patterns(layer.layer_id)
-            patterns = tuple(model_patterns[self.rank * count : (self.rank + 1) * count])
-            dense = None
-            when = settings.dense_heads_on_stock(str(self.device))
-            if self._dense_backend in BACKENDS and when != "never":
-                limit = math.inf if when == "always" else MOST_REPEATED
-                dense = dense_heads(patterns, layer.tp_k_head_num, self.device, limit)
-            on_stock = dense.heads if dense is not None else ()
-            planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))
-            static = all(is_static(head) for head in planned if head is not None)
-            basis = None
-            if (whole := self.head_config.basis) is not None:
-                basis = whole.layer(layer.layer_id, self.rank * count, count, self.device)
-            self._heads[key] = _LayerHeads(planned, dense, static, basis)
-        return self._heads[key]
+        shape = LayerShape.of(layer)
+        self._shapes.add(shape)
+        return batch.heads.of(shape)
 
-    def _note_density(self, batch: PrefillBatch, plan: BlockPlan, heads: _LayerHeads) -> None:
+    def _note_density(self, batch: PrefillBatch, plan: BlockPlan, heads: LayerHeads) -> None:
         """Notes the density of a layer in each sparse request. If the host does not wait for the device, it is that of
         the tiles by their area, where the host knows them."""
         if batch.planner is None or not (self.waits or heads.static):

@@ -58,6 +58,19 @@ class LayerAudit(msgspec.Struct, kw_only=True):
         )
 
 
+class GuardedHead(msgspec.Struct, kw_only=True):
+    """A head that the guard made dense; see guard.py.
+
+    Attributes:
+        layer, head: the head, counted over the whole model.
+        error: its output error, the mean over the audited requests that decided it; None if that is no finite number.
+    """
+
+    layer: int
+    head: int
+    error: float | None
+
+
 class MapEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One segment of a modality map.
 
@@ -130,6 +143,9 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
         encoded_again_ms: the time that took, part of forward_ms.
         overflowing_tiles: query tiles of a head, in the whole batch, that saw everything because their rows asked for
             more keys than their pattern's budget.
+        guarded_heads: heads of this rank that ran dense because of the guard.
+        guard: heads that run dense for requests that begin after this one's prompt was complete, by what its audit
+            showed.
     """
 
     rid: str
@@ -150,6 +166,8 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     encoded_again: int = 0
     encoded_again_ms: float = 0.0
     overflowing_tiles: int = 0
+    guarded_heads: int = 0
+    guard: list[GuardedHead] | None = None
 
 
 def rank_path(path: str | os.PathLike[str], rank: int, data_rank: int = 0) -> str:
@@ -177,8 +195,9 @@ class TraceFile:
     def from_environment(cls, rank: int = 0, data_rank: int = 0) -> TraceFile:
         """The file that SGLANG_MMINFER_TRACE names, for one rank.
 
-        Rank 0 records everything. The other ranks record the audits of their own heads, in FILE.rank1 and so on: ranks
-        that sent each other their figures would have to wait for each other, and one that failed would stop them all.
+        Rank 0 records everything. The other ranks record the audits of their own heads, and what the guard did with
+        these, in FILE.rank1 and so on: ranks that sent each other their figures would have to wait for each other, and
+        one that failed would stop them all.
         With data-parallel attention each group has requests of its own; the second group writes FILE.dp1.
         """
         path = settings.TRACE.read()
@@ -204,7 +223,8 @@ class TraceFile:
 
 
 def read_trace(path: str | os.PathLike[str]) -> list[PrefillRecord]:
-    """The records of a trace file and of the other data-parallel groups' files, with the audits of all ranks joined.
+    """The records of a trace file and of the other data-parallel groups' files, with audits and guarded heads of all
+    ranks joined.
 
     Raises:
         ValueError: naming the file and the line that is no record.
@@ -221,16 +241,19 @@ def _read_group(path: str | os.PathLike[str]) -> list[PrefillRecord]:
     rank = 1
     while os.path.exists(rank_path(path, rank)):
         # By request and chunk, the latest first: `pop` takes the oldest, in the order of rank 0's records.
-        audits_of_rank: dict[tuple[str, int, int], list[list[LayerAudit]]] = {}
+        records_of_rank: dict[tuple[str, int, int], list[PrefillRecord]] = {}
         for record in reversed(_read(rank_path(path, rank))):
-            audits_of_rank.setdefault((record.rid, record.prefix_len, record.chunk_len), []).append(record.audit or [])
+            records_of_rank.setdefault((record.rid, record.prefix_len, record.chunk_len), []).append(record)
         for record in records:
-            if record.audit and (queue := audits_of_rank.get((record.rid, record.prefix_len, record.chunk_len))):
-                other_heads = {other.layer: other for other in queue.pop()}
-                record.audit = [
-                    audit.joined(other_heads[audit.layer]) if audit.layer in other_heads else audit
-                    for audit in record.audit
-                ]
+            if queue := records_of_rank.get((record.rid, record.prefix_len, record.chunk_len)):
+                other = queue.pop()
+                other_heads = {audit.layer: audit for audit in other.audit or []}
+                if record.audit:
+                    record.audit = [
+                        audit.joined(other_heads[audit.layer]) if audit.layer in other_heads else audit
+                        for audit in record.audit
+                    ]
+                record.guard = [*(record.guard or []), *(other.guard or [])] or None
         rank += 1
     return records
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +144,16 @@ def batch(prefix: int = 0, stop: int = LENGTH, rid: str = "request-0", prompt: i
     )
 
 
+def together(*batches: Any) -> Any:
+    """One batch of the requests of several."""
+    joined = copy.copy(batches[0])
+    for name in ("extend_seq_lens_cpu", "extend_prefix_lens_cpu", "rids", "mm_inputs"):
+        setattr(joined, name, [value for one in batches for value in getattr(one, name)])
+    joined.req_pool_indices = torch.zeros(len(batches), dtype=torch.long)
+    prompts.keep({rid: LENGTH for rid in joined.rids})
+    return joined
+
+
 def layer(number: int, **changed: Any) -> Any:
     """What the backend is told of a layer."""
     fields: dict[str, Any] = {
@@ -167,7 +178,8 @@ def run(prefill: Any, forward_batch: Any, **changed: Any) -> list[torch.Tensor]:
     backend.mminfer, backend.pool = prefill, prefill.kv_pool
     backend.init_forward_metadata(forward_batch)
     answers = []
+    chunks = list(zip(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True))
     for number in range(LAYERS):
-        q = prefill.kv_pool.q[number, forward_batch.extend_prefix_lens_cpu[0] : forward_batch.seq_len]
+        q = torch.cat([prefill.kv_pool.q[number, start : start + rows] for start, rows in chunks])
         answers.append(backend.forward_extend(q, None, None, layer(number, **changed), forward_batch))
     return answers

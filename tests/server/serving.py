@@ -38,6 +38,9 @@ ROUNDING = 1e-4
 TIE = 1e-3
 """Two tokens whose log-probabilities differ by less are a tie; rounding decides which one comes."""
 
+GUARD_ERROR = 0.2
+"""The output error that the guard of the server "guarded" lets a head have."""
+
 VOCABULARY = ["river", "stone", "green", "light", "walk", "seven", "winter", "train", "music", "north", "open", "quiet"]
 
 _MMINFER = ("--attention-backend", "mminfer", "--sleep-on-idle")
@@ -72,6 +75,11 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "main": (
         *(*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
         *("--mminfer-audit", "1"),
+    ),
+    # One head sees too little, and the guard finds it.
+    "guarded": (
+        *(*_MMINFER, "--mminfer-config", config_file("test_one_wrong_head"), "--chunked-prefill-size", "256"),
+        *("--disable-radix-cache", "--enable-metrics", "--mminfer-audit", "1", "--mminfer-guard", str(GUARD_ERROR)),
     ),
 }
 

@@ -64,7 +64,7 @@ def without_raster(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def short(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(prefill.choice, "dense_below", LENGTH)
+    patch.setattr(prefill.served.choice, "dense_below", LENGTH)
 
 
 def failing(prefill: Any, batch: Any, patch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ REQUESTS: dict[str, tuple[str, Change]] = {
     "dense_config": ("dense", nothing),
     "no_raster": ("test_grid_frame", behind_a_gridless_video),
     "plan_budget": ("test_a_shape", lambda p, b, m: m.setattr(PlanBudget, "allows", lambda *arguments: False)),
-    "not_faster": ("test_covering", lambda p, b, m: m.setattr(p.choice, "only_if_faster", True)),
+    "not_faster": ("test_covering", lambda p, b, m: m.setattr(p.served.choice, "only_if_faster", True)),
     "no_prompt_length": ("test_a_shape", no_length),
     "no_offsets": ("test_a_shape", offsets(None)),
     "bad_offsets": ("test_a_shape", offsets([3])),
@@ -207,11 +207,11 @@ def test_a_text_turn_of_a_session_is_sparse(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_dense_layer_beside_sparse_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = observed.prefill("test_a_shape", monkeypatch)
-    is_dense = type(prefill.head_config).is_dense
-    monkeypatch.setattr(type(prefill.head_config), "is_dense", lambda self, layer: True)
+    is_dense = type(prefill.served.head_config).is_dense
+    monkeypatch.setattr(type(prefill.served.head_config), "is_dense", lambda self, layer: True)
     (record,), _ = records_of(prefill, observed.batch())
     assert record.dense_reason == "layer_dense_config"
-    monkeypatch.setattr(type(prefill.head_config), "is_dense", is_dense)
+    monkeypatch.setattr(type(prefill.served.head_config), "is_dense", is_dense)
 
 
 def test_a_mask_of_the_model_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:

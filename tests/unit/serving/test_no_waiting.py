@@ -65,16 +65,17 @@ class Stock:
 
 
 @pytest.mark.parametrize("make", [one_request, several_requests])
-@pytest.mark.parametrize("config", ALL)
-def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str, make: Any) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: Any) -> None:
     monkeypatch.setattr(observed, "D", 64)  # the kernels are built for this head dim
-    prefill: Any = observed.prefill(f"test_{config}", monkeypatch)
+    prefill: Any = observed.prefill(f"test_{name}", monkeypatch)
     told: list[Any] = []
     monkeypatch.setattr(prefill, "metrics", SimpleNamespace(add=told.append))
     monkeypatch.setattr(prefill, "device", torch.device("cuda"))
     monkeypatch.setattr(prefill, "waits", False)  # as on a GPU without a trace
     monkeypatch.setattr(prefill, "executor", "triton")
-    monkeypatch.setattr(prefill, "choice", Choice(prefill.head_config, observed.LAYERS, "triton", "fa3"))
+    config = prefill.served.head_config
+    monkeypatch.setattr(prefill.served, "choice", Choice(config, observed.LAYERS, "triton", "fa3", observed.HEAD_DIM))
     monkeypatch.setattr(prefill, "second_instance", Stock())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("triton.runtime.jit.KernelInterface.__getitem__", lambda kernel, grid: lambda *a, **k: None)
@@ -101,6 +102,6 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, config: str, make
     ((record, *others),) = told
     assert (record.dense_reason, record.sparse_layers) == (None, observed.LAYERS)
     assert (record.attn_ms, record.forward_ms) == (0.0, 0.0)
-    heads = [head for layer in range(observed.LAYERS) for head in prefill.head_config.patterns(layer)]
+    heads = [head for layer in range(observed.LAYERS) for head in config.patterns(layer)]
     assert (record.density is not None) == all(map(is_static, heads))  # what an estimate picks is on the GPU only
     assert [other.dense_reason for other in others] == [None, "no_media"][: len(others)]

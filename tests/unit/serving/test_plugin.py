@@ -207,6 +207,7 @@ def test_help_of_the_server_lists_flag_and_choice() -> None:
     ).stdout
     assert "--mminfer-config NAME|PATH" in out
     assert "--mminfer-audit RATE" in out
+    assert "--mminfer-guard ERROR" in out
     backends = out[out.index("--attention-backend {") :]
     assert "mminfer" in backends[: backends.index("}")]
 
@@ -397,15 +398,18 @@ def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str])
 
     pool = SimpleNamespace(storage_format_tag=None)
 
-    def name(model: str = "vision", head_config: str | None = None, **fields: Any) -> str:
+    def name(model: str = "vision", head_config: str | None = None, guard: float | None = None, **fields: Any) -> str:
         server_args = arguments(models, model, device="cuda", **fields)
         setattr(server_args, flags.CONFIG_ATTRIBUTE, head_config)
+        setattr(server_args, flags.GUARD_ATTRIBUTE, guard)
         server_args.resolve_once()
         return cache_controller.storage_model_name("served", pool)
 
     default, other = name(), name(head_config=config_file("test_a_shape"))
     assert default.startswith("served-mminfer-") and other.startswith("served-mminfer-") and default != other
     assert name() == default
+    guarded = name(guard=0.1)
+    assert guarded not in (default, other) and name(guard=0.1) == guarded, "pages of this process alone"
     assert (
         name(head_config="dense") == name(attention_backend="triton") == "served"
     )  # dense heads compute the same KV as stock SGLang
@@ -418,6 +422,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "sparse": {"environ": {"SGLANG_MMINFER_SPARSE": "never"}},
     "dense_heads": {"environ": {"SGLANG_MMINFER_DENSE_HEADS": "1"}},
     "audit": {"environ": {"SGLANG_MMINFER_AUDIT": "1.5"}},
+    "guard": {"environ": {"SGLANG_MMINFER_GUARD": "5"}},
+    "guard_without_audit": {"environ": {"SGLANG_MMINFER_GUARD": "0.1", "SGLANG_MMINFER_AUDIT": "0"}},
     "mends": {"environ": {"SGLANG_MMINFER_MENDS": "no_such_mend"}},
     "plan_budget": {"environ": {"SGLANG_MMINFER_PLAN_BUDGET_MS": "0"}},
     "max_megapixels": {"environ": {"SGLANG_MMINFER_MAX_MEGAPIXELS": "large"}},
@@ -461,6 +467,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {},
     {"environ": {"SGLANG_MMINFER_EXECUTOR": "flashinfer", "SGLANG_MMINFER_DENSE_HEADS": "stock"}},
     {"environ": {"SGLANG_MMINFER_EXECUTOR": "", "SGLANG_MMINFER_DENSE_HEADS": ""}},
+    {"environ": {"SGLANG_MMINFER_GUARD": "0.1"}},
+    {"environ": {"SGLANG_MMINFER_GUARD": "0", "SGLANG_MMINFER_AUDIT": "0"}},
     {"attention_backend": None, "prefill_attention_backend": "mminfer"},
     {"attention_backend": "triton", "prefill_attention_backend": "mminfer"},
     {"kv_cache_dtype": "fp8_e4m3"},
@@ -538,6 +546,22 @@ def test_audit_flag_arrives_and_a_bad_one_is_a_usage_error(
     with pytest.raises(SystemExit):
         parse(models, "--mminfer-audit", "2")
     assert "argument --mminfer-audit: expected a share of requests from 0 to 1, got '2'" in capsys.readouterr().err
+
+
+def test_guard_flag_arrives_and_a_bad_one_is_a_usage_error(
+    models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    guarded = parse(models, "--mminfer-guard", "0.05")
+    assert flags.guard_error(guarded, {settings.GUARD.variable: "1"}) == 0.05
+    assert flags.guard_error(parse(models), {settings.GUARD.variable: "0.5"}) == 0.5
+    assert flags.guard_error(parse(models), {}) == 0.0
+    assert flags.audit_rate(guarded, {}) == settings.GUARD_AUDIT_RATE
+    assert flags.audit_rate(guarded, {settings.AUDIT.variable: "0.5"}) == 0.5
+    with pytest.raises(hooks.UnsupportedLaunch, match="--mminfer-audit 0 audits none"):
+        launch.refuse(parse(models, "--mminfer-guard", "0.05", "--mminfer-audit", "0"))
+    with pytest.raises(SystemExit):
+        parse(models, "--mminfer-guard", "2")
+    assert "argument --mminfer-guard: expected a relative output error from 0" in capsys.readouterr().err
 
 
 def test_text_model_is_served_with_a_warning(models: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:

@@ -71,7 +71,7 @@ def run(monkeypatch: pytest.MonkeyPatch, stock: bool) -> tuple[torch.Tensor, Any
     prefill = observed.prefill("test_grid_frame", monkeypatch)
     if stock:
         monkeypatch.setattr(prefill, "second_instance", torch_native(prefill))
-        monkeypatch.setattr(prefill.choice.comparison, "own_dense_is_faster", lambda start, stop: False)
+        monkeypatch.setattr(prefill.served.choice.comparison, "own_dense_is_faster", lambda start, stop: False)
     pool = prefill.kv_pool
     q = torch.cat([pool.q[0, start:stop] for start, stop in CHUNKS.values()])
     batch = forward_batch()
@@ -88,7 +88,7 @@ def test_the_backend_of_a_server_has_a_second_instance_that_is_stock(monkeypatch
     monkeypatch.setattr("sglang_mminfer.serving.head_config_choice.announce_once", lambda runner: None)
     backend = create_backend(observed.runner("test_grid_frame", monkeypatch))
     assert isinstance(backend, type(backend.mminfer.second_instance)) and backend is not backend.mminfer.second_instance
-    monkeypatch.setattr(backend.mminfer.choice.comparison, "own_dense_is_faster", lambda start, stop: False)
+    monkeypatch.setattr(backend.mminfer.served.choice.comparison, "own_dense_is_faster", lambda start, stop: False)
     batch, pool = forward_batch(), backend.mminfer.kv_pool
     q = torch.cat([pool.q[0, start:stop] for start, stop in CHUNKS.values()])
     backend.init_forward_metadata(batch)
