@@ -65,6 +65,14 @@ AUDIT = Setting(
     "sparse layer go to trace and metrics. Answers stay the same.",
     flag="--mminfer-audit",
 )
+BASIS = Setting(
+    "SGLANG_MMINFER_BASIS",
+    "clip",
+    "Where the basis comes from by which `adaptive` heads choose keys, if none lies beside the head config: `clip` (a "
+    "built-in conversation that a server computes densely at its start and keeps on disk for later starts), `none` (by "
+    "q . k itself, which is exact and slower), or the path of a file that `mminfer basis` wrote. `none` and a file "
+    "count even if one lies beside the config.",
+)
 EXECUTOR = Setting(
     "SGLANG_MMINFER_EXECUTOR",
     "auto",
@@ -128,6 +136,7 @@ SPLIT_VIDEOS = Setting(
 SETTINGS: tuple[Setting, ...] = (
     CONFIG,
     AUDIT,
+    BASIS,
     EXECUTOR,
     SPARSE,
     DENSE_HEADS,
@@ -148,6 +157,11 @@ MOST_MEGAPIXELS = 178
 
 MODEL_KEY = "mminfer_config"
 """Key in a model's config under which --json-model-override-args puts the name of a head config."""
+
+
+def basis() -> str:
+    """Where the basis of the heads comes from: what the variable names, else "clip". Not checked."""
+    return BASIS.read() or BASIS.default
 
 
 def executor() -> str:

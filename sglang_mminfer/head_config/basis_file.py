@@ -89,7 +89,7 @@ class ModelBasis:
         whole = Basis(self.queries[number], self.keys[number])
         forms = [whole.number(head, self.model.heads) for head in range(first_head, first_head + count)]
         own = slice(forms[0], forms[-1] + 1)
-        return Basis(whole.queries[own].to(device), whole.keys[own].to(device))
+        return Basis(whole.queries[own], whole.keys[own]).to(device)
 
     def save(self, path: str | Path) -> None:
         """Write it; `load` reads it back."""

@@ -137,6 +137,11 @@ class HeadConfig:
             self._fail(f"heads[{layer}]", f"has {len(self.rows[layer])} heads, asked for {heads}")
         return list(self.rows[layer])
 
+    @property
+    def basis_rank(self) -> int:
+        """The largest rank that a pattern asks of a basis; 0: none chooses keys by a basis."""
+        return max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
+
     def is_dense(self, layer: int) -> bool:
         """True if no head of the layer leaves anything out."""
         row = self.rows[layer] if self.form == "layers" else self.rows[0]
@@ -194,11 +199,9 @@ class HeadConfig:
                     )
 
     def _check_basis(self) -> None:
-        if self.basis is None:
-            return
-        asked = max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
-        if asked > self.basis.rank:
-            self._fail("heads", f"expected a rank of at most {self.basis.rank}, which the basis has, got {asked}")
+        if self.basis is not None and self.basis_rank > self.basis.rank:
+            rank = self.basis.rank
+            self._fail("heads", f"expected a rank of at most {rank}, which the basis has, got {self.basis_rank}")
 
     def _fit(self, layers: int, heads: int, whose: str) -> None:
         if len(self.rows) != layers:
@@ -221,7 +224,7 @@ class HeadConfig:
         model = "any model" if self.model is None else self.model.architecture
         dense = f"; rows below {self.defaults.dense_below} dense" if self.defaults.dense_below else ""
         basis = ""
-        if any(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head)):
+        if self.basis_rank:
             basis = f"; keys are chosen by a basis of rank {self.basis.rank}" if self.basis else "; no basis: by q . k"
         return f"{self.name} ({model}, {self.provenance.how}): {heads}{dense}{basis}"
 

@@ -47,6 +47,10 @@ class Basis:
         """The largest rank that it serves."""
         return self.queries.shape[1]
 
+    def to(self, device: torch.device) -> Basis:
+        """The same on a device."""
+        return Basis(self.queries.to(device), self.keys.to(device))
+
     def number(self, head: int, num_heads: int) -> int:
         """Which of the n forms serves a query head, of so many."""
         return head * len(self.queries) // num_heads

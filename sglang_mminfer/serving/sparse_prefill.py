@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -22,7 +22,17 @@ from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner, is_static, worker
 from sglang_mminfer.planning.tiles import BLOCK_K
-from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
+from sglang_mminfer.serving import (
+    basis_choice,
+    calibration,
+    encoder_watch,
+    flags,
+    head_config_choice,
+    metrics,
+    observe,
+    prompts,
+    self_check,
+)
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
 from sglang_mminfer.serving.choice import Choice
@@ -99,7 +109,8 @@ class SparsePrefill:
         if self.leads:
             encoder_watch.watch = self._encoder
         self.num_layers = runner.model_config.num_hidden_layers
-        self._last_layer = getattr(runner, "end_layer", None) or self.num_layers
+        stage = getattr(runner, "layer_info", None)
+        self._layers = (stage.start_layer, stage.end_layer) if stage is not None else (0, self.num_layers)
         self._all_dense = all(self.head_config.is_dense(layer) for layer in range(self.num_layers))
         self._heads: dict[tuple[int, int], _LayerHeads] = {}
         self._dense_backend = dense_backend
@@ -119,10 +130,37 @@ class SparsePrefill:
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
         )
+        self.bases: Mapping[int, Basis] = {}
+        self._calibration: calibration.Calibration | None = None
+        if basis_choice.is_awaited(runner.server_args) and self.head_config.basis_rank:
+            stages = getattr(parallel, "pp_size", 1)
+            place = calibration.Place(runner.server_args, hf_config, self.rank, self.ranks, self._layers, stages)
+            self._await_basis(place)
         if audit_rate:
             self.observers.add(
                 Audit(audit_rate, metrics.audit_metrics() if runner.server_args.enable_metrics else None)
             )
+
+    # ---- the basis -----------------------------------------------------------------------------------------
+
+    def _await_basis(self, place: calibration.Place) -> None:
+        """Requests run dense until the clip has given the basis, or somebody says that it will not."""
+        rank = self.head_config.basis_rank
+        self._calibration = calibration.Calibration(
+            rank, self._settle_basis, lambda bases: calibration.keep(place, rank, bases)
+        )
+        self.observers.add(self._calibration)
+
+    def _settle_basis(self, bases: Mapping[int, Basis] | None) -> None:
+        """Fixes the basis of this rank's heads for the server's life. None: they choose keys by q . k itself."""
+        if self._calibration is not None:
+            self.observers.remove(self._calibration)
+            self._calibration = None
+        self.bases = {number: basis.to(self.device) for number, basis in (bases or {}).items()}
+        self._heads.clear()
+        if self.leads:
+            how = f"a basis of rank {self.head_config.basis_rank} from the built-in clip" if bases else "q . k itself"
+            logger.info("mminfer: heads choose keys by %s.", how)
 
     # ---- a batch -------------------------------------------------------------------------------------------
 
@@ -227,6 +265,8 @@ class SparsePrefill:
         prompt = prompts.length_of(request.rid)
         request.prompt_stop = request.seq_len if prompt is None else prompt
         all_dense = "dense_config" if self._all_dense else self.unfit
+        if self._calibration is not None:
+            all_dense = all_dense or "no_basis"
         if all_dense is not None and (mm_inputs is None or not self.observers):
             request.dense_reason = all_dense
         elif mm_inputs is None:
@@ -367,7 +407,7 @@ class SparsePrefill:
         if self.observers:
             self.observers.show(lambda: self._view(batch, q, layer, kwargs, o))
         batch.ran = None
-        if layer.layer_id == self._last_layer - 1:
+        if layer.layer_id == self._layers[1] - 1:
             self.end()
 
     def _view(
@@ -414,7 +454,7 @@ class SparsePrefill:
             on_stock = dense.heads if dense is not None else ()
             planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))
             static = all(is_static(head) for head in planned if head is not None)
-            basis = None
+            basis = self.bases.get(layer.layer_id)
             if (whole := self.head_config.basis) is not None:
                 basis = whole.layer(layer.layer_id, self.rank * count, count, self.device)
             self._heads[key] = _LayerHeads(planned, dense, static, basis)
