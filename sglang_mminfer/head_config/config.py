@@ -212,8 +212,12 @@ class HeadConfig:
     def _fail(self, where: str, what: str) -> NoReturn:
         raise HeadConfigError(f"{_label(self.path, self.name)}: {where}: {what}")
 
-    def describe(self) -> str:
-        """One line for the log."""
+    def describe(self, without_basis: str = "no basis: by q . k") -> str:
+        """One line for the log.
+
+        Args:
+            without_basis: what heads do that choose by a basis, if there is none.
+        """
         distinct = list(dict.fromkeys(head for row in self.rows for head in row))
         first = words_of(distinct[0])
         if self.form == "all":
@@ -225,7 +229,7 @@ class HeadConfig:
         dense = f"; rows below {self.defaults.dense_below} dense" if self.defaults.dense_below else ""
         basis = ""
         if self.basis_rank:
-            basis = f"; keys are chosen by a basis of rank {self.basis.rank}" if self.basis else "; no basis: by q . k"
+            basis = f"; keys are chosen by a basis of rank {self.basis.rank}" if self.basis else f"; {without_basis}"
         return f"{self.name} ({model}, {self.provenance.how}): {heads}{dense}{basis}"
 
     # Writing

@@ -88,6 +88,13 @@ def is_awaited(server_args: Any) -> bool:
     return getattr(server_args, BASIS_ATTRIBUTE, None) == AWAITED
 
 
+def without_basis(server_args: Any) -> str:
+    """What heads do that choose by a basis, as long as there is none; see `HeadConfig.describe`."""
+    if is_awaited(server_args):
+        return "the built-in clip gives the basis, before the first request"
+    return "no basis: by q . k"
+
+
 def _of_file(path: str) -> ModelBasis:
     from sglang_mminfer.head_config import HeadConfigError, ModelBasis
 

@@ -89,11 +89,10 @@ def load_for_model(
         raise HeadConfigError(f"{choice.source}: {error}") from None
 
 
-def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str, awaits_basis: bool = False) -> str:
+def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str, server_args: Any) -> str:
     """The line that a scheduler logs about its head config."""
-    basis = " The basis comes from the built-in clip, before the first request." if awaits_basis else ""
     return (
-        f"mminfer: {choice}: {head_config.describe()}.{basis} "
+        f"mminfer: {choice}: {head_config.describe(basis_choice.without_basis(server_args))}. "
         f"What is not sparse runs on {dense_backend}. Provenance: {head_config.provenance.note}"
     )
 
@@ -112,7 +111,7 @@ def announce_once(runner: Any) -> None:
     if get_parallel().tp_rank == 0:
         head_config, choice = load_for_model(runner.server_args, runner.model_config.hf_config)
         stock = dense_backend.dense_backend_name(runner.server_args, runner.device)
-        logger.info(describe(head_config, choice, stock, basis_choice.is_awaited(runner.server_args)))
+        logger.info(describe(head_config, choice, stock, runner.server_args))
 
 
 def storage_model_name(name: str | None, *args: Any, **kwargs: Any) -> str | None:
