@@ -91,8 +91,8 @@ def basis_of(q_moments: torch.Tensor, k_moments: torch.Tensor, rank: int, *, sha
 
 
 def held(q_moments: torch.Tensor, k_moments: torch.Tensor) -> torch.Tensor:
-    """float64 [Hkv, D]: the share of the mean square of q . k over independent pairs that the best form of rank 1, 2, ..
-    has, for the query heads of each KV head together. Arguments as for `basis_of`, and not all 0."""
+    """float64 [Hkv, D]: the share of the mean square of q . k, over independent pairs, that the best form of each rank
+    has, from rank 1 on; for the query heads of each KV head together. Arguments as for `basis_of`."""
     q_moments = q_moments.unflatten(0, (len(k_moments), -1)).sum(dim=1)
     squares = [torch.linalg.svdvals(_root(q) @ _root(k)) ** 2 for q, k in zip(q_moments.double(), k_moments.double())]
     sums = torch.stack(squares).cumsum(dim=1)
@@ -106,7 +106,7 @@ def balanced(q_moment: torch.Tensor, k_moment: torch.Tensor, rank: int) -> HeadB
         q_moment, k_moment: float64 [D, D], symmetric and positive semidefinite.
     """
     q_root, k_root = _root(q_moment.double()), _root(k_moment.double())
-    u, s, v = torch.linalg.svd(q_root @ k_root)  # [D, D], [D], [D, D]
+    u, s, v = torch.linalg.svd(q_root @ k_root)
     kept = s[:rank] > s[0] * len(s) * torch.finfo(s.dtype).eps
     scale = s[:rank].rsqrt().where(kept, 0)[:, None]
     return scale * (v[:rank] @ k_root), scale * (u.T[:rank] @ q_root)

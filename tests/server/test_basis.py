@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from serving import LAYERS, Media, Served, scripted, text, user
-from sglang_mminfer import Adaptive, HeadConfig, settings
+from sglang_mminfer import Adaptive, HeadConfig, cli, settings
 from sglang_mminfer.head_config import ModelBasis, Provenance
 from sglang_mminfer.serving import clip
 from sglang_mminfer.serving.clip_sender import CLIP_RID, NO_CLIP_RID
@@ -159,3 +161,21 @@ def test_an_engine_that_cannot_take_the_clip_chooses_by_products(
     assert f"{NO_CLIP_RID}-0" in by_rid and not [rid for rid in by_rid if rid.startswith(CLIP_RID)]
     assert by_rid["user"].dense_reason is None and by_rid["user"].sparse_layers == LAYERS
     assert not (tmp_path / "sglang_mminfer").exists()
+
+
+def test_the_command_makes_a_file_that_a_config_takes(
+    model: Path, media: Media, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversation, out = tmp_path / "talk.json", tmp_path / "mine.basis.npz"
+    conversation.write_text(json.dumps(scripted(media.six_turns())[-1]))
+    command = ["basis", "--model-path", str(model), "--conversation", str(conversation), "--out", str(out)]
+    assert cli.main([*command, "--rank", "6"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        re.search(r"^ +1 ( +\d+\.\d% +\d+\.\d%){4}$", said, re.MULTILINE) and "It tells nothing of single keys" in said
+    )
+    basis = ModelBasis.load(out)
+    assert basis.rank == 6 and basis.provenance.calibration and basis.provenance.calibration.startswith("talk-")
+    assert basis.queries.abs().amax(dim=(2, 3)).min() > 0
+    (tmp_path / "mine.json").write_text(config.read_text())
+    assert HeadConfig.load(tmp_path / "mine.json").basis is not None

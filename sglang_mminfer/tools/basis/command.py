@@ -139,7 +139,7 @@ def _calibrate(options: argparse.Namespace, folder: Path) -> list[str]:
             def ask(messages: Messages, number: int) -> None:
                 client.chat.completions.create(
                     model=server.model,
-                    messages=messages,  # type: ignore[arg-type]
+                    messages=messages,
                     max_tokens=1,
                     temperature=0,
                     extra_body={"rid": f"{observer.RID}-{number}"},

@@ -344,7 +344,7 @@ def test_bad_environment_is_found_by_the_parent(models: dict[str, str], monkeypa
 
 def test_description_names_what_matters() -> None:
     line = head_config_choice.describe(
-        HeadConfig.load("default"), head_config_choice.ConfigChoice("default", "somewhere"), "fa3"
+        HeadConfig.load("default"), head_config_choice.ConfigChoice("default", "somewhere"), "fa3", None
     )
     assert "'default' (somewhere)" in line
     assert "fa3" in line
