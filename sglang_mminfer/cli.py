@@ -98,6 +98,13 @@ def _compare(parser: Parser) -> None:
     parser.set_defaults(run=compare.run)
 
 
+def _basis(parser: Parser) -> None:
+    from sglang_mminfer.tools.basis.command import add_arguments, run
+
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
 def _inspect(parser: Parser) -> None:
     from sglang_mminfer.tools.inspect.command import add_arguments, run
 
@@ -112,6 +119,7 @@ def _inspect(parser: Parser) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "doctor": ("check the installation, and what would happen with a model", _doctor),
     "search": ("make a head config for a model from calibration videos or conversations", _search),
+    "basis": ("make the low-rank forms by which heads choose keys, from calibration conversations", _basis),
     "niah": ("find needles in long videos and conversations, with any server: a heat map by length and depth", _niah),
     "compare": ("one table of head configs and baselines: needles found, density, prefill time", _compare),
     "inspect": ("see what the heads do with a prompt, or what a server's trace tells", _inspect),

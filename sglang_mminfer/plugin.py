@@ -137,6 +137,13 @@ HOOKS: tuple[Hook, ...] = (
         "batch of a request that wants several answers.",
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "around",
+        "sglang_mminfer.serving.clip_sender:generate_request",
+        "Every way into a server ends here, so here the built-in clip can go before the first request; SGLang's own "
+        "warm-up is one of HTTP servers only.",
+    ),
+    Hook(
         "sglang.srt.session.session_controller.Session.create_req",
         "around",
         "sglang_mminfer.mends.sessions:create_request",

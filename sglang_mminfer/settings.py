@@ -73,6 +73,14 @@ GUARD = Setting(
     "is 0.05.",
     flag="--mminfer-guard",
 )
+BASIS = Setting(
+    "SGLANG_MMINFER_BASIS",
+    "clip",
+    "Where the basis comes from by which `adaptive` heads choose keys, if none lies beside the head config: `clip` (a "
+    "built-in conversation that a server computes densely at its start and keeps on disk for later starts), `none` (by "
+    "q . k itself, which is exact and slower), or the path of a file that `mminfer basis` wrote. `none` and a file "
+    "count even if one lies beside the config.",
+)
 EXECUTOR = Setting(
     "SGLANG_MMINFER_EXECUTOR",
     "auto",
@@ -137,6 +145,7 @@ SETTINGS: tuple[Setting, ...] = (
     CONFIG,
     AUDIT,
     GUARD,
+    BASIS,
     EXECUTOR,
     SPARSE,
     DENSE_HEADS,
@@ -160,6 +169,11 @@ MOST_MEGAPIXELS = 178
 
 MODEL_KEY = "mminfer_config"
 """Key in a model's config under which --json-model-override-args puts the name of a head config."""
+
+
+def basis() -> str:
+    """Where the basis of the heads comes from: what the variable names, else "clip". Not checked."""
+    return BASIS.read() or BASIS.default
 
 
 def executor() -> str:

@@ -87,8 +87,7 @@ class ModelBasis:
     def layer(self, number: int, first_head: int, count: int, device: torch.device) -> Basis:
         """Of the query heads [first_head, first_head + count) of a layer, which are those of one rank."""
         own = slice(first_head, first_head + count)
-        part = Basis(self.queries[number], self.keys[number]).part(own, self.model.heads)
-        return Basis(part.queries.to(device), part.keys.to(device))
+        return Basis(self.queries[number], self.keys[number]).part(own, self.model.heads).to(device)
 
     def save(self, path: str | Path) -> None:
         """Write it; `load` reads it back."""

@@ -138,6 +138,11 @@ class HeadConfig:
             self._fail(f"heads[{layer}]", f"has {len(self.rows[layer])} heads, asked for {heads}")
         return list(self.rows[layer])
 
+    @property
+    def basis_rank(self) -> int:
+        """The largest rank that a pattern asks of a basis; 0: none chooses keys by a basis."""
+        return max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
+
     def is_dense(self, layer: int) -> bool:
         """True if no head of the layer leaves anything out."""
         row = self.rows[layer] if self.form == "layers" else self.rows[0]
@@ -206,18 +211,10 @@ class HeadConfig:
                         'merged and have neither rows nor columns; use stride "frame"',
                     )
 
-    @property
-    def basis_rank(self) -> int:
-        """How many rows of a basis its patterns read; 0: they need none."""
-        return max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
-
     def _check_basis(self) -> None:
-        if self.basis is None:
-            return
-        if self.basis_rank > self.basis.rank:
-            self._fail(
-                "heads", f"expected a rank of at most {self.basis.rank}, which the basis has, got {self.basis_rank}"
-            )
+        if self.basis is not None and self.basis_rank > self.basis.rank:
+            rank = self.basis.rank
+            self._fail("heads", f"expected a rank of at most {rank}, which the basis has, got {self.basis_rank}")
 
     def _fit(self, layers: int, heads: int, whose: str) -> None:
         if len(self.rows) != layers:
@@ -228,8 +225,12 @@ class HeadConfig:
     def _fail(self, where: str, what: str) -> NoReturn:
         raise HeadConfigError(f"{_label(self.path, self.name)}: {where}: {what}")
 
-    def describe(self) -> str:
-        """One line for the log."""
+    def describe(self, without_basis: str = "no basis: by q . k") -> str:
+        """One line for the log.
+
+        Args:
+            without_basis: what heads do that choose by a basis, if there is none.
+        """
         distinct = list(dict.fromkeys(head for row in self.rows for head in row))
         first = words_of(distinct[0])
         if self.form == "all":
@@ -241,7 +242,7 @@ class HeadConfig:
         dense = f"; rows below {self.defaults.dense_below} dense" if self.defaults.dense_below else ""
         basis = ""
         if self.basis_rank:
-            basis = f"; keys are chosen by a basis of rank {self.basis.rank}" if self.basis else "; no basis: by q . k"
+            basis = f"; keys are chosen by a basis of rank {self.basis.rank}" if self.basis else f"; {without_basis}"
         return f"{self.name} ({model}, {self.provenance.how}): {heads}{dense}{basis}"
 
     # Writing

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import msgspec
 
 from sglang_mminfer.head_config.fingerprint import ModelFingerprint
-from sglang_mminfer.head_config.provenance import LARGEST, NO_DEFAULTS, Defaults, Provenance
+from sglang_mminfer.head_config.provenance import LARGEST, NEEDED, NO_DEFAULTS, Defaults, Provenance
 from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.patterns.base import Pattern, fields_of, kinds
 from sglang_mminfer.patterns.boundary import Boundary, Boundary2D, HeadPattern, QBoundary
@@ -214,7 +214,7 @@ def _check_overlap(keys: list[str], where: str) -> None:
 
 
 _ALTERNATIVES = {field.name: list(field.choices) for pattern in kinds().values() for field in fields_of(pattern)}
-_ALTERNATIVES |= {"kind": list(kinds()), "boundary": ["none", "q", "2d"], "how": ["handwritten", "search"]}
+_ALTERNATIVES |= {"kind": list(kinds()), "boundary": ["none", "q", "2d"], "how": list(NEEDED)}
 _TYPES = {"object": "an object", "array": "a list", "str": "a string", "int": "an integer"}
 _TYPES |= {"float": "a number", "bool": "true or false", "null": "null"}
 

@@ -9,15 +9,18 @@ import msgspec
 
 LARGEST = 2**31 - 1  # positions are int32 in the index tables
 
+NEEDED = {"handwritten": (), "search": ("calibration", "budget", "date"), "calibration": ("calibration", "date")}
+"""What must be told beside the note, by how it came about."""
+
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How a config came about. The note of a handwritten config says why it is as it is.
+    """How a config or a basis came about. The note of a handwritten config says why it is as it is.
 
-    A search also names its calibration input, its budget and the date, and keeps whatever else it likes in `details`,
-    which nothing reads.
+    A search also names its calibration input, its budget and the date, and what comes from a calibration alone (a
+    basis) the input and the date. They keep whatever else they like in `details`, which nothing reads.
     """
 
-    how: Literal["handwritten", "search"]
+    how: Literal["handwritten", "search", "calibration"]
     note: str
     calibration: str | None = None
     budget: str | None = None
@@ -27,10 +30,9 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     def __post_init__(self) -> None:
         if not self.note.strip():
             raise ValueError("note: expected some words, got none")
-        if self.how == "search":
-            for name in ("calibration", "budget", "date"):
-                if not getattr(self, name):
-                    raise ValueError(f'{name}: expected a value, as `how` is "search"')
+        for name in NEEDED[self.how]:
+            if not getattr(self, name):
+                raise ValueError(f'{name}: expected a value, as `how` is "{self.how}"')
         if self.date is not None:
             try:
                 date.fromisoformat(self.date)

@@ -50,6 +50,10 @@ class Basis:
         """The largest rank that it serves."""
         return self.queries.shape[1]
 
+    def to(self, device: torch.device) -> Basis:
+        """The same on a device."""
+        return Basis(self.queries.to(device), self.keys.to(device))
+
     def number(self, head: int, num_heads: int) -> int:
         """Which of the n forms serves a query head, of so many."""
         return head * len(self.queries) // num_heads
@@ -95,6 +99,15 @@ def basis_of(q_moments: torch.Tensor, k_moments: torch.Tensor, rank: int, *, sha
     forms = [balanced(q, k, rank) for q, k in zip(q_moments, k_moments)]
     queries, keys = (torch.stack(part).float() for part in zip(*forms))
     return Basis(queries, keys)
+
+
+def held(q_moments: torch.Tensor, k_moments: torch.Tensor) -> torch.Tensor:
+    """float64 [Hkv, D]: the share of the mean square of q . k, over independent pairs, that the best form of each rank
+    has, from rank 1 on; for the query heads of each KV head together. Arguments as for `basis_of`."""
+    q_moments = q_moments.unflatten(0, (len(k_moments), -1)).sum(dim=1)
+    squares = [torch.linalg.svdvals(_root(q) @ _root(k)) ** 2 for q, k in zip(q_moments.double(), k_moments.double())]
+    sums = torch.stack(squares).cumsum(dim=1)
+    return sums / sums[:, -1:].clamp_min(torch.finfo(sums.dtype).tiny)
 
 
 def balanced(q_moment: torch.Tensor, k_moment: torch.Tensor, rank: int) -> HeadBasis:

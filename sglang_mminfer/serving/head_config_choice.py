@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer import settings
-from sglang_mminfer.serving import dense_backend, flags
+from sglang_mminfer.serving import basis_choice, dense_backend, flags
 
 if TYPE_CHECKING:
     from sglang_mminfer.head_config import HeadConfig
@@ -68,7 +68,7 @@ def resolve(server_args: Any, hf_config: Any = None, environ: Mapping[str, str] 
 def load_for_model(
     server_args: Any, hf_config: Any, environ: Mapping[str, str] | None = None
 ) -> tuple[HeadConfig, ConfigChoice]:
-    """Loads the head config that applies and binds it to the model.
+    """Loads the head config that applies, with its basis as far as that is known, and binds it to the model.
 
     Returns:
         (bound config, choice). Arguments are those of `resolve`.
@@ -81,15 +81,20 @@ def load_for_model(
 
     choice = resolve(server_args, hf_config, environ)
     try:
-        return HeadConfig.load(choice.name).bind(hf_config), choice
+        head_config = HeadConfig.load(choice.name)
+    except HeadConfigError as error:
+        raise HeadConfigError(f"{choice.source}: {error}") from None
+    head_config = basis_choice.with_basis(head_config, server_args, hf_config)
+    try:
+        return head_config.bind(hf_config), choice
     except HeadConfigError as error:
         raise HeadConfigError(f"{choice.source}: {error}") from None
 
 
-def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str) -> str:
+def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str, server_args: Any) -> str:
     """The line that a scheduler logs about its head config."""
     return (
-        f"mminfer: {choice}: {head_config.describe()}. "
+        f"mminfer: {choice}: {head_config.describe(basis_choice.without_basis(server_args))}. "
         f"What is not sparse runs on {dense_backend}. Provenance: {head_config.provenance.note}"
     )
 
@@ -113,7 +118,8 @@ def announce_once(runner: Any) -> None:
 
     if get_parallel().tp_rank == 0:
         head_config, choice = load_for_model(runner.server_args, runner.model_config.hf_config)
-        logger.info(describe(head_config, choice, dense_backend.dense_backend_name(runner.server_args, runner.device)))
+        stock = dense_backend.dense_backend_name(runner.server_args, runner.device)
+        logger.info(describe(head_config, choice, stock, runner.server_args))
 
 
 def storage_model_name(name: str | None, *args: Any, **kwargs: Any) -> str | None:

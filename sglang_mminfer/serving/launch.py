@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_mminfer import mends, settings
-from sglang_mminfer.serving import dense_backend, flags, head_config_choice, hooks
+from sglang_mminfer.serving import basis_choice, dense_backend, flags, head_config_choice, hooks
 from sglang_mminfer.serving.hooks import UnsupportedLaunch
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,15 @@ def _media_are_ours(cfg: Any) -> bool:
     from sglang_mminfer.families import family_of
 
     return family_of(_model_config(cfg).hf_config) is not None
+
+
+def _basis_is_unknown(cfg: Any) -> bool:
+    """Whether the basis of the heads comes from the clip, so that nobody can name the KV that follows from it yet."""
+    from sglang.srt.arg_groups.overrides import record_of
+
+    model = _model_config(cfg)
+    head_config, _ = head_config_choice.load_for_model(record_of(cfg), model.hf_config)
+    return basis_choice.makes_clip(head_config, model)
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -272,6 +281,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "--hicache-storage-backend: this storage does not keep pages by the model's name, to which mminfer adds its "
         f"head config, so servers would read each other's approximated KV; use one of {', '.join(NAMED_STORAGE)}.",
     ),
+    Refusal(
+        "hicache_basis",
+        lambda cfg: cfg.hicache_storage_backend in NAMED_STORAGE and _basis_is_unknown(cfg),
+        "--hicache-storage-backend keeps pages by the basis with which heads choose keys, and the built-in clip gives "
+        f"one only after the start; make a file with `mminfer basis` and name it in {settings.BASIS.variable}.",
+    ),
 )
 
 
@@ -328,7 +343,8 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
         if cfg.tokenizer_worker_num > 1:
             logger.warning("mminfer: tokenizer workers load no plugins, so no mend of this package acts on media.")
         model = model_config_of(server_args)
-        head_config_choice.load_for_model(server_args, model.hf_config)
+        head_config, _ = head_config_choice.load_for_model(server_args, model.hf_config)
+        basis_choice.settle(server_args, head_config, model)
         if not model.is_multimodal:
             logger.warning("mminfer: this model takes no images or video, so every request will run dense.")
     else:

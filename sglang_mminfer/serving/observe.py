@@ -140,6 +140,10 @@ class Observers:
         """Adds an observer."""
         self._all.append(observer)
 
+    def remove(self, observer: Observer) -> None:
+        """Removes an observer, which may be in the middle of a call."""
+        self._all = [other for other in self._all if other is not observer]
+
     def show(self, make: Callable[[], LayerView | None]) -> None:
         """Shows every observer the view that `make` returns; None: there is nothing to show."""
         try:

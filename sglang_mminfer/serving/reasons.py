@@ -10,6 +10,7 @@ REASONS: dict[str, str] = {
     "dense_config": "every head of the config is dense",
     "no_raster": "media without a known raster, and a config that leaves no key out without one",
     "plan_budget": "a chunk whose plan would take longer or more memory than the budget: thousands of small images",
+    "no_basis": "requests before the basis of the heads is there: at the start of a server, the built-in clip itself",
     "not_faster": "a chunk for which dense attention is estimated to be as fast: a prompt that is too short, text rows "
     "that see everything, windows as wide as the prompt",
     "no_prompt_length": "SGLang did not say how long the prompt is",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -97,6 +97,7 @@ class ServedHeads:
     Attributes:
         choice: decides which of their chunks run sparse.
         all_dense: whether every head of every layer is dense.
+        bases: low-rank forms of q . k of this rank's heads, by layer, as far as they are known.
     """
 
     def __init__(self, head_config: HeadConfig, placement: Placement, guarded: int = 0) -> None:
@@ -108,7 +109,7 @@ class ServedHeads:
         self.all_dense = all(map(head_config.is_dense, range(head_config.num_layers)))
         self._placement = placement
         self._layers: dict[LayerShape, LayerHeads] = {}
-        self._bases: dict[LayerShape, Basis] = {}
+        self.bases: dict[int, Basis] = {}
 
     def with_dense(self, heads: Sequence[tuple[int, int]]) -> ServedHeads:
         """The same with some heads dense, for requests that begin from now on.
@@ -117,8 +118,14 @@ class ServedHeads:
             heads: (layer, head) of this rank, numbered as in the whole model.
         """
         denser = ServedHeads(self.head_config.with_dense(heads), self._placement, self.guarded + len(heads))
-        denser._bases = self._bases
+        denser.bases = self.bases
         return denser
+
+    def choose_by(self, bases: Mapping[int, Basis]) -> None:
+        """Takes the bases of this rank's heads, by layer, where the head config brings none. Once, before any request
+        runs sparse."""
+        self.bases |= {layer_id: basis.to(self._placement.device) for layer_id, basis in bases.items()}
+        self._layers.clear()
 
     def is_dense(self, layer_id: int) -> bool:
         """Whether no head of the layer leaves anything out, on any rank. A rank knows only its own guarded heads."""
@@ -142,9 +149,9 @@ class ServedHeads:
         on_stock = dense.heads if dense is not None else ()
         planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))
         static = all(is_static(head) for head in planned if head is not None)
-        if (whole := self.head_config.basis) is not None and shape not in self._bases:
-            self._bases[shape] = whole.layer(layer_id, first, count, device)
-        return LayerHeads(patterns, planned, dense, static, self._bases.get(shape))
+        if (whole := self.head_config.basis) is not None and layer_id not in self.bases:
+            self.bases[layer_id] = whole.layer(layer_id, first, count, device)
+        return LayerHeads(patterns, planned, dense, static, self.bases.get(layer_id))
 
 
 class MixedHeads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,21 @@ from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner, is_static, worker
 from sglang_mminfer.planning.tiles import BLOCK_K
-from sglang_mminfer.serving import encoder_watch, flags, head_config_choice, metrics, observe, prompts, self_check
+from sglang_mminfer.serving import (
+    basis_choice,
+    calibration,
+    encoder_watch,
+    flags,
+    head_config_choice,
+    metrics,
+    observe,
+    prompts,
+    self_check,
+)
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
 from sglang_mminfer.serving.encoder_watch import EncoderWatch
@@ -84,7 +95,8 @@ class SparsePrefill:
         if self.leads:
             encoder_watch.watch = self._encoder
         self.num_layers = runner.model_config.num_hidden_layers
-        self._last_layer = getattr(runner, "end_layer", None) or self.num_layers
+        stage = getattr(runner, "layer_info", None)
+        self._layers = (stage.start_layer, stage.end_layer) if stage is not None else (0, self.num_layers)
         all_dense = all(map(head_config.is_dense, range(self.num_layers)))
         self._shapes: set[LayerShape] = set()
         head_dim = runner.model_config.head_dim
@@ -105,6 +117,11 @@ class SparsePrefill:
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
         )
+        self._calibration: calibration.Calibration | None = None
+        if basis_choice.is_awaited(runner.server_args) and head_config.basis_rank:
+            stages = getattr(parallel, "pp_size", 1)
+            place = calibration.Place(runner.server_args, hf_config, self.rank, self.ranks, self._layers, stages)
+            self._await_basis(place)
         self.guard: Guard | None = None
         if guard_error:
             guard_metrics = metrics.guard_metrics() if runner.server_args.enable_metrics else None
@@ -114,6 +131,27 @@ class SparsePrefill:
         if audit_rate:
             audit_metrics = metrics.audit_metrics() if runner.server_args.enable_metrics else None
             self.observers.add(Audit(audit_rate, audit_metrics, self.guard))
+
+    # ---- the basis -----------------------------------------------------------------------------------------
+
+    def _await_basis(self, place: calibration.Place) -> None:
+        """Requests run dense until the clip has given the basis, or somebody says that it will not."""
+        rank = self.served.head_config.basis_rank
+        self._calibration = calibration.Calibration(
+            rank, self._settle_basis, lambda bases: calibration.keep(place, rank, bases)
+        )
+        self.observers.add(self._calibration)
+
+    def _settle_basis(self, bases: Mapping[int, Basis] | None) -> None:
+        """Fixes the basis of this rank's heads for the server's life. None: they choose keys by q . k itself."""
+        if self._calibration is not None:
+            self.observers.remove(self._calibration)
+            self._calibration = None
+        self.served.choose_by(bases or {})
+        if self.leads:
+            rank = self.served.head_config.basis_rank
+            how = f"a basis of rank {rank} from the built-in clip" if bases else "q . k itself"
+            logger.info("mminfer: heads choose keys by %s.", how)
 
     # ---- a batch -------------------------------------------------------------------------------------------
 
@@ -220,6 +258,8 @@ class SparsePrefill:
         if self.guard is not None and mm_inputs is not None:
             request.served = of_request(mm_inputs, request.rid, request.served)
         all_dense = "dense_config" if request.served.all_dense else self.unfit
+        if self._calibration is not None:
+            all_dense = all_dense or "no_basis"
         if all_dense is not None and (mm_inputs is None or not self.observers):
             request.dense_reason = all_dense
         elif mm_inputs is None:
@@ -361,7 +401,7 @@ class SparsePrefill:
         if self.observers:
             self.observers.show(lambda: self._view(batch, q, layer, kwargs, o))
         batch.ran = None
-        if layer.layer_id == self._last_layer - 1:
+        if layer.layer_id == self._layers[1] - 1:
             self.end()
 
     def _view(

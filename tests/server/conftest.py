@@ -136,7 +136,10 @@ def servers(
             path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
         # A server learns from its flags that it runs on a CPU, not from the environment of the tests.
         own = ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})
-        env = {settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None, **own}
+        env = {
+            **{settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None},
+            **{"XDG_CACHE_HOME": str(folder / "cache"), **own},  # no basis of an earlier run
+        }
         if name == PROBED:
             probed = folder / "probe.jsonl"
             probed.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from families_served import EVERY_SERVER, FAMILY_SERVERS, Files, Running, make_files
 from serving import LAYERS, Message, Served, assistant, image, same, text, user, video
+from sglang_mminfer.serving.clip_sender import CLIP_RID
 from sglang_mminfer.tools.media import make_video
 
 pytestmark = pytest.mark.parametrize("name", EVERY_SERVER)
@@ -52,6 +53,16 @@ def running(runnings: Callable[[str], Running], name: str) -> Running:
 def needs(fact: bool, otherwise: str) -> None:
     if not fact:
         pytest.skip(f"this family is served {otherwise}")
+
+
+def test_the_clip_gives_the_basis(running: Running) -> None:
+    """The config has heads that choose by a basis, so the server has sent itself the clip, as far as the family takes
+    it, before any other request."""
+    log = running.served.server.log()
+    assert "mminfer: heads choose keys by a basis of rank 8 from the built-in clip." in log
+    first = running.served.records()[0]
+    assert first.rid.startswith(CLIP_RID) and first.dense_reason == "no_basis"
+    assert not [r for r in running.served.records() if r.dense_reason == "no_basis" and not r.rid.startswith(CLIP_RID)]
 
 
 def test_an_image(running: Running) -> None:

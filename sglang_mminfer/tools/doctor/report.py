@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_mminfer import settings
-from sglang_mminfer.serving import dense_backend, flags, head_config_choice
+from sglang_mminfer.serving import basis_choice, dense_backend, flags, head_config_choice
 
 if TYPE_CHECKING:
     import torch
@@ -457,7 +457,8 @@ def examine_model(model_path: str | None, config_name: str | None, trust_remote_
             "use mminfer with a vision-language model.",
         )
     head_config, choice = head_config_choice.load_for_model(server_args, hf_config)
-    yield Finding("model", "head config", "ok", f"{head_config.describe()}  [{choice.source}]")
+    described = head_config.describe(basis_choice.without_basis(server_args))
+    yield Finding("model", "head config", "ok", f"{described}  [{choice.source}]")
     fits = "made for this model" if head_config.model else "for any model"
     yield Finding("model", "fingerprint", "ok", f"{fits}; {model.num_hidden_layers} layers")
     dense = dense_backend.dense_backend_name(server_args, view.device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sglang_mminfer.patterns.basis import Basis, balanced, basis_of, second_moments
+from sglang_mminfer.patterns.basis import Basis, balanced, basis_of, held, second_moments
 
 RANDOM = torch.Generator().manual_seed(11)
 
@@ -94,3 +94,21 @@ def test_shapes_and_ranks_that_do_not_fit_are_refused() -> None:
     for rank in (0, 9):
         with pytest.raises(ValueError, match=f"rank: expected 1 to 8 .*, got {rank}"):
             basis_of(torch.zeros(2, 8, 8), torch.zeros(1, 8, 8), rank)
+
+
+def test_what_a_rank_holds_is_the_mean_square_of_its_form() -> None:
+    """Over all pairs of the queries and keys of a KV head, those of its query heads together."""
+    draw = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(40, heads, 8, generator=draw, dtype=torch.float64) for heads in (4, 2))
+    q, k = q * torch.arange(1, 9), k * torch.arange(9, 1, -1)
+    moments = second_moments(q), second_moments(k)
+    shares = held(*moments)
+    assert shares.shape == (2, 8) and torch.all(shares.diff(dim=1) >= 0)
+    for rank in (1, 3, 8):
+        basis = basis_of(*moments, rank)
+        for kv_head in range(2):
+            own = q[:, 2 * kv_head : 2 * kv_head + 2].flatten(0, 1)
+            exact = own @ k[:, kv_head].T
+            form = (own @ basis.queries[kv_head].double().T) @ (k[:, kv_head] @ basis.keys[kv_head].double().T).T
+            lost = ((exact - form) ** 2).mean() / (exact**2).mean()
+            torch.testing.assert_close(1 - lost, shares[kv_head, rank - 1], atol=1e-5, rtol=0)

@@ -94,6 +94,13 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("sglang.srt.entrypoints.engine.init_tokenizer_manager", ("server_args", "port_args")),
     ("sglang.srt.managers.schedule_batch.MultimodalInputs.from_processor_output", ("obj",)),
+    ("sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", ("self", "obj", "request")),
+    (
+        "sglang.srt.parser.template_manager.TemplateManager.initialize_templates",
+        ("self", "tokenizer_manager", "model_path", "chat_template", "completion_template"),
+    ),
+    ("sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat.handle_request", ("self", "request", "raw_request")),
+    ("sglang.srt.runtime_context.get_serving", ()),
     ("sglang.srt.runtime_context.publish", ("server_args", "role")),
     ("sglang.srt.plugins.load_plugins", ()),
     (
@@ -161,6 +168,7 @@ ATTRIBUTES: list[tuple[str, type]] = [
     (f"{ATTENTION}.attention_registry.ATTENTION_BACKENDS", dict),
     (f"{ARGS}.choices.ATTENTION_BACKEND_CHOICES", list),
     (f"{ARGS}.choices.DRAFT_ATTENTION_BACKEND_CHOICES", list),
+    ("sglang.srt.constants.HEALTH_CHECK_RID_PREFIX", str),
     ("sglang.srt.utils.video_decoder._BACKEND", str),
     ("sglang.srt.managers.multimodal_processor.PROCESSOR_MAPPING", dict),
     ("sglang.srt.models.registry.ModelRegistry.models", dict),
@@ -188,6 +196,7 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
         ("modality", "offsets", "feature", "hash", "model_specific_data"),
     ),
     (f"{SCHEDULE}.MultimodalInputs", ("mm_items", "mrope_positions")),
+    ("sglang.srt.managers.io_struct.GenerateReqInput", ("rid", "input_ids", "sampling_params", "routed_dp_rank")),
     (
         f"{SCHEDULE}.MultimodalProcessorOutput",
         ("input_ids", "mm_items", "im_token_id", "video_token_id"),
@@ -210,6 +219,7 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
             "dcp_size",
             "device",
             "disable_cuda_graph",
+            "disaggregation_mode",
             "dllm_algorithm",
             "dp_size",
             "dtype",
@@ -222,7 +232,11 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
             "enable_pdmux",
             "enable_prefill_cp",
             "enable_unified_memory",
+            "encoder_only",
+            "json_model_override_args",
             "kv_cache_dtype",
+            "language_only",
+            "load_format",
             "max_running_requests",
             "max_total_tokens",
             "mem_fraction_static",
@@ -233,6 +247,7 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
             "prefill_only_disable_kv_cache",
             "revision",
             "rl_on_policy_target",
+            "skip_tokenizer_init",
             "speculative_algorithm",
             "speculative_draft_attention_backend",
             "tokenizer_path",
@@ -264,11 +279,11 @@ SET_IN_INIT: list[tuple[str, tuple[str, ...]]] = [
     (f"{POOL}.ReqToTokenPool", ("req_to_token",)),
     (
         "sglang.srt.model_executor.model_runner.ModelRunner",
-        ("server_args", "model_config", "device", "is_draft_worker", "req_to_token_pool"),
+        ("server_args", "model_config", "device", "is_draft_worker", "req_to_token_pool", "layer_info"),
     ),
     (
         "sglang.srt.configs.model_config.ModelConfig",
-        ("hf_config", "is_multimodal", "num_hidden_layers", "attention_arch", "has_asymmetric_kv"),
+        ("hf_config", "is_multimodal", "is_generation", "num_hidden_layers", "attention_arch", "has_asymmetric_kv"),
     ),
 ]
 

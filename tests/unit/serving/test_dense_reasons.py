@@ -12,7 +12,7 @@ import torch
 import observed
 from observed import LENGTH, VIDEO, D
 from sglang_mminfer.planning.budget import PlanBudget
-from sglang_mminfer.serving import prompts
+from sglang_mminfer.serving import basis_choice, prompts
 from sglang_mminfer.serving.reasons import REASONS
 
 Change = Callable[[Any, Any, pytest.MonkeyPatch], None]
@@ -121,6 +121,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 ELSEWHERE = {
+    "no_basis": "test_before_the_basis_is_there",
     "decode": "test_a_retracted_request_is_dense_from_its_prompts_end_on",
     "layer_dense_config": "test_a_dense_layer_beside_sparse_ones",
     "layer_custom_mask": "test_a_mask_of_the_model_is_obeyed",
@@ -171,6 +172,14 @@ def test_of_a_layer(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     else:
         (record,), _ = records_of(prefill, observed.batch(), **LAYERS[reason])
     assert (record.dense_reason, record.sparse_layers) == (reason, 0)
+
+
+def test_before_the_basis_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a server starts: the built-in clip has not given it yet."""
+    awaited = {basis_choice.BASIS_ATTRIBUTE: basis_choice.AWAITED}
+    (record,), answers = records_of(observed.prefill("test_covering_mixed", monkeypatch, **awaited), observed.batch())
+    assert (record.dense_reason, record.sparse_layers) == ("no_basis", 0)
+    assert same(answers, stock_answers(monkeypatch, observed.batch()))
 
 
 def test_a_retracted_request_is_dense_from_its_prompts_end_on(monkeypatch: pytest.MonkeyPatch) -> None:

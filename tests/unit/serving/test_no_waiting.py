@@ -75,7 +75,7 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: 
     monkeypatch.setattr(prefill, "waits", False)  # as on a GPU without a trace
     monkeypatch.setattr(prefill, "executor", "triton")
     config = prefill.served.head_config
-    monkeypatch.setattr(prefill.served, "choice", Choice(config, observed.LAYERS, "triton", "fa3", observed.HEAD_DIM))
+    monkeypatch.setattr(prefill.served, "choice", Choice(config, observed.LAYERS, "triton", "fa3", observed.D))
     monkeypatch.setattr(prefill, "second_instance", Stock())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("triton.runtime.jit.KernelInterface.__getitem__", lambda kernel, grid: lambda *a, **k: None)

@@ -5,6 +5,7 @@ Nothing of SGLang is replaced here. Models are directories with a config.json an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -26,12 +27,14 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 from config_files import config_file
 from sglang_mminfer import mends, plugin, settings
 from sglang_mminfer.families.qwen_vl.processor import videos_of
-from sglang_mminfer.head_config import HeadConfig, HeadConfigError
-from sglang_mminfer.serving import backend_entry, dense_backend, flags, head_config_choice, hooks, launch
+from sglang_mminfer.head_config import HeadConfig, HeadConfigError, ModelBasis, Provenance, fingerprint_of
+from sglang_mminfer.serving import backend_entry, basis_choice, dense_backend, flags, head_config_choice, hooks, launch
 from sglang_mminfer.serving.hooks import Hook
 from sglang_mminfer.tools.media import make_video
 
 load_plugins()
+
+CHOOSES_BY_A_BASIS = config_file("test_covering_mixed")
 
 TEXT = {
     "hidden_size": 64,
@@ -342,7 +345,7 @@ def test_bad_environment_is_found_by_the_parent(models: dict[str, str], monkeypa
 
 def test_description_names_what_matters() -> None:
     line = head_config_choice.describe(
-        HeadConfig.load("default"), head_config_choice.ConfigChoice("default", "somewhere"), "fa3"
+        HeadConfig.load("default"), head_config_choice.ConfigChoice("default", "somewhere"), "fa3", None
     )
     assert "'default' (somewhere)" in line
     assert "fa3" in line
@@ -415,6 +418,65 @@ def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str])
     )  # dense heads compute the same KV as stock SGLang
 
 
+# Where the basis comes from
+
+
+@pytest.mark.parametrize(
+    "fields, awaited, warns",
+    [
+        ({}, True, False),
+        ({"tp_size": 2, "pp_size": 2, "dp_size": 2}, True, False),
+        ({"environ": {"SGLANG_MMINFER_CONFIG": "dense"}}, False, False),
+        ({"environ": {"SGLANG_MMINFER_BASIS": "none"}}, False, False),
+        ({"model": "text"}, False, False),
+        ({"is_embedding": True}, False, True),
+        ({"skip_tokenizer_init": True}, False, True),
+        ({"disaggregation_mode": "prefill"}, False, True),
+    ],
+    ids=str,
+)
+def test_who_sends_itself_the_clip(
+    models: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fields: dict[str, Any],
+    awaited: bool,
+    warns: bool,
+) -> None:
+    """It is noted on the arguments, which every process of the server gets."""
+    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", CHOOSES_BY_A_BASIS)
+    server_args = arguments(models, device="cuda", **with_environment(fields, monkeypatch))
+    with caplog.at_level(logging.WARNING, logger="sglang_mminfer"):
+        server_args.resolve_once()
+    assert basis_choice.is_awaited(pickle.loads(pickle.dumps(server_args))) == awaited
+    assert ("`mminfer basis` makes a file for SGLANG_MMINFER_BASIS" in caplog.text) == warns
+
+
+def test_a_file_gives_the_basis(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_MMINFER_CONFIG", CHOOSES_BY_A_BASIS)
+    server_args = arguments(models, device="cuda")
+    hf_config = model_config_of(server_args).hf_config
+    model = fingerprint_of(hf_config)
+    how = Provenance("calibration", "of a test", calibration="noise", date="2026-11-26")
+    forms = torch.randn(2, model.layers, model.kv_heads, 8, model.head_dim)
+    basis = ModelBasis(model, how, *forms)
+    basis.save(tmp_path / "some.basis.npz")
+    monkeypatch.setenv("SGLANG_MMINFER_BASIS", str(tmp_path / "some.basis.npz"))
+    head_config, _ = head_config_choice.load_for_model(server_args, hf_config)
+    assert head_config.basis is not None and head_config.basis.digest == basis.digest
+    server_args.resolve_once()
+    assert not basis_choice.is_awaited(server_args)
+    dataclasses.replace(basis, queries=forms[0, :, :, :4], keys=forms[1, :, :, :4]).save(tmp_path / "some.basis.npz")
+    for setting, words in (
+        (str(tmp_path / "some.basis.npz"), "expected a rank of at most 4"),
+        (str(tmp_path / "nothing.npz"), "nothing.npz: no such file"),
+        ("clips", "SGLANG_MMINFER_BASIS: expected clip, none, or a file that `mminfer basis` wrote"),
+    ):
+        monkeypatch.setenv("SGLANG_MMINFER_BASIS", setting)
+        with pytest.raises(HeadConfigError, match=words):
+            arguments(models, device="cuda").resolve_once()
+
+
 # Refusals
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -453,6 +515,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "draft_backend": {"speculative_algorithm": "EAGLE", "device": "cpu"},
     "tokenizer_workers": {"tokenizer_worker_num": 2, "device": "cpu"},
     "hicache_storage": {"enable_hierarchical_cache": True, "hicache_storage_backend": "hf3fs"},
+    "hicache_basis": {
+        "enable_hierarchical_cache": True,
+        "hicache_storage_backend": "file",
+        "environ": {"SGLANG_MMINFER_CONFIG": CHOOSES_BY_A_BASIS},
+    },
 }
 ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("deterministic", {"rl_on_policy_target": "fsdp"}),
@@ -479,6 +546,11 @@ ACCEPTED: list[dict[str, Any]] = [
     {"disable_radix_cache": True, "chunked_prefill_size": -1},
     {"tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
     {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"},
+    {
+        "enable_hierarchical_cache": True,
+        "hicache_storage_backend": "file",
+        "environ": {"SGLANG_MMINFER_CONFIG": CHOOSES_BY_A_BASIS, "SGLANG_MMINFER_BASIS": "none"},
+    },
     {"is_embedding": True},
     {"model": "text"},
 ]

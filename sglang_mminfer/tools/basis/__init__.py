@@ -1,0 +1,1 @@
+"""`mminfer basis`: a file with the low-rank forms of a model's heads, from calibration conversations."""
