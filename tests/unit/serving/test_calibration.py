@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> str:
 
 def prefill(config: str, monkeypatch: pytest.MonkeyPatch, **of_runner: Any) -> Any:
     found = observed.prefill(config, monkeypatch, **of_runner)
-    found.choice.only_if_faster = False
+    found.served.choice.only_if_faster = False
     return found
 
 
@@ -199,7 +199,7 @@ def test_an_earlier_start_gives_the_basis(
     send(first, (0, LENGTH, f"{CLIP_RID}-0-0"))
     (kept,) = cache.glob("*")
     later = prefill(config, monkeypatch, model_path=str(model))
-    assert later.head_config.basis.provenance.how == "calibration"
+    assert later.served.head_config.basis.provenance.how == "calibration"
     assert send(later, (0, LENGTH, "user")) == [None]
     for own, before in zip(observed.run(later, observed.batch()), observed.run(first, observed.batch())):
         assert torch.equal(own, before)
