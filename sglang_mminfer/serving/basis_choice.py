@@ -78,6 +78,10 @@ def why_no_clip(server_args: Any, model: Any) -> str | None:
         return "where media are encoded by another server"
     if getattr(server_args, "skip_tokenizer_init", False):
         return "without a tokenizer (--skip-tokenizer-init)"
+    if getattr(server_args, "grpc_mode", False) or getattr(server_args, "smg_grpc_mode", False):
+        return "where another program tokenizes (--grpc-mode)"
+    if getattr(server_args, "tokenizer_worker_num", 1) > 1:
+        return "by tokenizer workers, which load no plugins (--tokenizer-worker-num)"
     if not model.is_generation:
         return "by a server of embeddings"
     return None

@@ -30,8 +30,9 @@ NO_CLIP_RID = "mminfer-basis-none"
 CACHE_SALT = "mminfer-basis"
 """Of the clip in the radix cache, so that no conversation of a user's begins with what is cached of it."""
 
-MOST_SECONDS = 600.0
-"""After which the clip is given up."""
+MOST_SECONDS = 240.0
+"""After which the clip is given up: SGLang ends an HTTP server whose warm-up takes 10 minutes, or what
+SGLANG_WARMUP_TIMEOUT says, and the clip is a part of that."""
 
 
 class _Sending:
@@ -83,10 +84,11 @@ async def _after_clip(responses: Any, manager: Any) -> AsyncIterator[Any]:
 
 async def _send(manager: Any) -> None:
     """Sends the clip, in the first size that the server takes. Never raises."""
+    seconds = _most_seconds()
     try:
-        why = await asyncio.wait_for(_clip(manager), MOST_SECONDS)
+        why = await asyncio.wait_for(_clip(manager), seconds)
     except TimeoutError:
-        why = f"it was not done after {MOST_SECONDS:.0f} s"
+        why = f"it was not done after {seconds:.0f} s"
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
     if why is None:
@@ -98,9 +100,16 @@ async def _send(manager: Any) -> None:
         why,
     )
     try:
-        await asyncio.wait_for(_no_clip(manager), MOST_SECONDS)
+        await asyncio.wait_for(_no_clip(manager), seconds)
     except Exception as error:
         logger.warning("mminfer: the schedulers wait for the built-in clip in vain, and run dense: %s", error)
+
+
+def _most_seconds() -> float:
+    from sglang.srt.environ import envs
+
+    warmup = envs.SGLANG_WARMUP_TIMEOUT.get()
+    return min(MOST_SECONDS, 0.4 * warmup) if warmup > 0 else MOST_SECONDS
 
 
 async def _clip(manager: Any) -> str | None:

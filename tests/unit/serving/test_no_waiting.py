@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 import observed
 from observed import LENGTH
 from sglang_mminfer.planning.planner import is_static
-from sglang_mminfer.serving import prompts
+from sglang_mminfer.serving import observe, prompts
 from sglang_mminfer.serving.choice import Choice
+from sglang_mminfer.serving.moments import Moments
 
 ALL = ("a_shape", "grid_frame", "grid_row", "tri_shape", "q_boundary", "2d_boundary", "vertical_slash", "pooled")
 ALL += ("mixed_heads",)
@@ -105,3 +106,16 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: 
     heads = [head for layer in range(observed.LAYERS) for head in config.patterns(layer)]
     assert (record.density is not None) == all(map(is_static, heads))  # what an estimate picks is on the GPU only
     assert [other.dense_reason for other in others] == [None, "no_media"][: len(others)]
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_moments_of_the_clip_are_summed_up_on_the_device(by_head: bool) -> None:
+    with FakeTensorMode():
+        q, cache = torch.ones(700, 8, 64, device="cuda"), torch.ones(1000, 2, 64, device="cuda")
+        slots = torch.zeros(1500, dtype=torch.long, device="cuda")
+        request = observe.RequestView("clip", 800, 700, 0, 1500, None, "no_basis", slots)
+        moments = Moments(by_head)
+        for layer in (0, 1, 0):
+            moments.add(observe.LayerView(layer, 0, q, cache, cache, 0.1, (request,), (), (), q), request)
+        assert all(part.is_cuda for layer in moments.layers.values() for part in (layer.q, layer.k))
+        assert [layer.rows for layer in moments.layers.values()] == [1400, 700]

@@ -452,6 +452,24 @@ def test_who_sends_itself_the_clip(
     assert ("`mminfer basis` makes a file for SGLANG_MMINFER_BASIS" in caplog.text) == warns
 
 
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"tokenizer_worker_num": 2}, "tokenizer workers"),
+        ({"grpc_mode": True}, "--grpc-mode"),
+        ({"smg_grpc_mode": True}, "--grpc-mode"),
+        ({"language_only": True}, "media are encoded by another server"),
+        ({"encoder_only": True}, "media are encoded by another server"),
+    ],
+    ids=str,
+)
+def test_no_clip_where_it_would_never_come(models: dict[str, str], fields: dict[str, Any], words: str) -> None:
+    """Nothing of ours runs where the requests come in, or the clip's pictures would need another server."""
+    model = model_config_of(arguments(models))
+    assert words in (basis_choice.why_no_clip(arguments(models, **fields), model) or "")
+    assert basis_choice.why_no_clip(arguments(models), model) is None
+
+
 def test_a_file_gives_the_basis(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_MMINFER_CONFIG", CHOOSES_BY_A_BASIS)
     server_args = arguments(models, device="cuda")
