@@ -563,7 +563,11 @@ ACCEPTED: list[dict[str, Any]] = [
     {"tp_size": 2, "pp_size": 2, "dp_size": 2},
     {"disable_radix_cache": True, "chunked_prefill_size": -1},
     {"tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
-    {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"},
+    {
+        "enable_hierarchical_cache": True,
+        "hicache_storage_backend": "file",
+        "environ": {"SGLANG_MMINFER_CONFIG": "grid_static"},
+    },
     {
         "enable_hierarchical_cache": True,
         "hicache_storage_backend": "file",
