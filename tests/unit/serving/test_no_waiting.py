@@ -18,7 +18,9 @@ from observed import LENGTH
 from sglang_mminfer.planning.planner import is_static
 from sglang_mminfer.serving import observe, prompts
 from sglang_mminfer.serving.choice import Choice
+from sglang_mminfer.serving.guard import Guard
 from sglang_mminfer.serving.moments import Moments
+from sglang_mminfer.serving.served_heads import MixedHeads, of_request
 
 ALL = ("a_shape", "grid_frame", "grid_row", "tri_shape", "q_boundary", "2d_boundary", "vertical_slash", "pooled")
 ALL += ("mixed_heads",)
@@ -54,6 +56,11 @@ def several_requests() -> Any:
     return batch
 
 
+def guarded_requests() -> Any:
+    """The same, of which the guard made a head dense after the later chunk's request had begun."""
+    return several_requests()
+
+
 class Stock:
     """The stock backend's second instance; what it does is SGLang's."""
 
@@ -65,7 +72,7 @@ class Stock:
         return torch.empty_like(q)
 
 
-@pytest.mark.parametrize("make", [one_request, several_requests])
+@pytest.mark.parametrize("make", [one_request, several_requests, guarded_requests])
 @pytest.mark.parametrize("name", ALL)
 def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: Any) -> None:
     monkeypatch.setattr(observed, "D", 64)  # the kernels are built for this head dim
@@ -81,6 +88,10 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("triton.runtime.jit.KernelInterface.__getitem__", lambda kernel, grid: lambda *a, **k: None)
     batch = make()
+    if make is guarded_requests:
+        prefill.guard = Guard(0.1, prefill.served)
+        of_request(batch.mm_inputs[1], batch.rids[1], prefill.served)
+        prefill.guard.served = prefill.served.with_dense([(0, 0), (1, 1)])
     for media in filter(None, batch.mm_inputs):
         media.mm_items[0].model_specific_data["video_grid_thw"] = [[24, 8, 8]]  # on the host
     with FakeTensorMode():
@@ -91,7 +102,8 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: 
         batch.req_pool_indices = torch.zeros(len(batch.rids), dtype=torch.int64, device="cuda")
         rows = sum(batch.extend_seq_lens_cpu)
         prefill.begin(batch)
-        assert (prefill.batch.stock_rows is not None) == (make is several_requests)
+        assert (prefill.batch.stock_rows is not None) == (make is not one_request)
+        assert isinstance(prefill.batch.heads, MixedHeads) == (make is guarded_requests)
         for number in range(observed.LAYERS):
             q, layer = torch.empty(rows, pool.q.shape[-1], device="cuda"), observed.layer(number)
             start = prefill.clock()
