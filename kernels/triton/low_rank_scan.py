@@ -447,7 +447,7 @@ def scan(
             for at in range(0, len(own), chosen.heads)
         ]
     )
-    table, of_heads, groups = to_device(device, np.stack(tiles), of_heads, groups)
+    table, head_table, group_table = to_device(device, np.stack(tiles), of_heads, groups)
     sizes, num_heads, options = sizes_of(head_dim, rank), len(of_heads), {} if interpreted() else OPTIONS
     low_queries = q.new_empty(num_heads, num_tiles, chosen.rows, sizes["WIDTH"], dtype=torch.float16)
     low_rank_queries[(num_tiles, num_heads)](
@@ -457,7 +457,7 @@ def scan(
         rows,
         keys_of_row,
         table,
-        of_heads,
+        head_table,
         *basis,
         low_queries,
         num_tiles,
@@ -483,7 +483,7 @@ def scan(
         low_keys,
         low_queries,
         table,
-        groups,
+        group_table,
         asked,
         counts,
         num_tiles,
