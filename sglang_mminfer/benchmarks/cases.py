@@ -103,10 +103,10 @@ def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
         yield Case(qwen, TARGET, CHUNK, pattern)
     for pattern in FIRST:
         yield Case(qwen, longest, CHUNK, pattern)
-    for pattern in MEASURED:
-        yield Case(qwen, TARGET, CHUNK, pattern)
     for tokens, pattern in product((8 * K, 32 * K, TARGET, longest), CHOOSING):
         yield Case(qwen, tokens, min(tokens, CHUNK), pattern)
+    for pattern in MEASURED:
+        yield Case(qwen, TARGET, CHUNK, pattern)
     for tokens, pattern in product(SHORT, (ROW, DEFAULT)):
         yield Case(qwen, tokens, tokens, pattern)
     for tokens in LENGTHS:
