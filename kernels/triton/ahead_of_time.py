@@ -113,7 +113,7 @@ def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
 def compile_choice(capability: int, dtype: str, head_dim: int, rank: int) -> list[Build]:
     """Compile the kernels that choose keys by scores of this rank, the scan itself first, as their launchers would on a
     GPU of this capability."""
-    scan = low_rank_scan.configuration(rank, capability)
+    scan = low_rank_scan.configuration(capability)
     beside = Configuration(scan.rows, **low_rank_scan.OPTIONS)
     sizes = low_rank_scan.sizes_of(head_dim, rank)
     parts, keys = {"fp16": 2, "bf16": 3}[dtype], low_rank_scan.KEYS
@@ -145,7 +145,7 @@ _SCALARS |= {"num_tiles", "num_asked", "sink", "local", "num_lanes", "first_lane
 def scan_loop(rank: int, capability: int = 90) -> dict[str, int]:
     """How many instructions of each kind a warp runs in the scan for `ScanConfiguration.keys` keys and its heads: those
     of the loop that multiplies, as the assembler makes it."""
-    scan = low_rank_scan.configuration(rank, capability)
+    scan = low_rank_scan.configuration(capability)
     chosen = Configuration(scan.rows, scan.num_warps, scan.num_stages)
     constants = _scan_constants(scan, rank)
     ptx = _built(low_rank_scan.any_row_above, capability, "fp16", constants, chosen).asm["ptx"]

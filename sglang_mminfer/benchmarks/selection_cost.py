@@ -70,7 +70,7 @@ def cycles_of_a_score(rank: int, loop: dict[str, int]) -> tuple[float, float]:
     Args:
         loop: `ahead_of_time.scan_loop`, for sm_90.
     """
-    scan = low_rank_scan.configuration(rank, 90)
+    scan = low_rank_scan.configuration(90)
     scores = scan.keys * scan.heads * scan.rows
     issued = sum(loop.values()) * scan.num_warps / 4  # four schedulers
     slow = 2 * sum(loop.get(name, 0) for name in SLOW) * scan.num_warps / 4
