@@ -135,7 +135,8 @@ def project_keys(
         forms: KV heads and numbers in the basis. basis: float32 [n, R, D], contiguous. rank: how many of the R rows.
 
     Returns:
-        float16 [len(forms), more than N, width_of(rank)], see `low_rank_kernels.py`; whatever is behind the last key means nothing.
+        float16 [len(forms), more than N, width_of(rank)], see `low_rank_kernels.py`. What is behind the last key means
+        nothing.
     """
     num_keys, (head_dim, width) = len(slots), (k_cache.shape[2], width_of(rank))
     low = k_cache.new_empty(len(forms), num_keys + 128, width, dtype=torch.float16)  # a tile of the scan, at most
