@@ -173,7 +173,8 @@ def loop_instructions(sass: str) -> dict[str, int]:
             )
             if any(name.endswith("MMA") for name in names):
                 loops.append(names)
-    return dict(Counter(min(loops, key=lambda names: len(names))).most_common())
+    shortest = min(loops, key=len)
+    return dict(Counter(shortest).most_common())
 
 
 def _scan_constants(scan: low_rank_scan.ScanConfiguration, rank: int) -> dict[str, Any]:
