@@ -59,9 +59,11 @@ bench: setup
 bench-plan: setup
 	$(BIN)/python -m sglang_mminfer.benchmarks.plan_time --out sglang_mminfer/benchmarks/results/plan_time.json
 
-# What a layer should take on a card, modelled from real plans; into sglang_mminfer/benchmarks/results/.
+# What a layer should take on a card, modelled from real plans, and what choosing keys should, from compiled code; into
+# sglang_mminfer/benchmarks/results/.
 bench-makespan: setup
 	$(BIN)/python -m sglang_mminfer.benchmarks.makespan
+	$(BIN)/python -m sglang_mminfer.benchmarks.selection_cost
 
 # What selectors keep of synthetic heads, by density; a result file and two pictures. Ten minutes.
 bench-selectors: setup

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -29,6 +30,7 @@ from .tile_attention import tile_attention
 CAPABILITIES = (80, 90, 100)
 DTYPES = ("fp16", "bf16")
 BLOCK_K = 64  # keys of a key tile; the planner's default
+RANK = 8  # of low-rank scores
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,14 @@ def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
 def compile_choice(capability: int, dtype: str, head_dim: int, rank: int) -> list[Build]:
     """Compile the kernels that choose keys by scores of this rank, the scan itself first, as their launchers would on a
     GPU of this capability."""
-    scan = low_rank_scan.configuration(rank, capability)
+    scan = low_rank_scan.configuration(capability)
     beside = Configuration(scan.rows, **low_rank_scan.OPTIONS)
     sizes = low_rank_scan.sizes_of(head_dim, rank)
     parts, keys = {"fp16": 2, "bf16": 3}[dtype], low_rank_scan.KEYS
     kernels: list[tuple[Any, dict[str, Any], Configuration]] = [
         (
             low_rank_scan.any_row_above,
-            {"ROWS": scan.rows, "KEYS": scan.keys, "HEADS": scan.heads, "SPAN": scan.span, "WIDTH": sizes["WIDTH"]},
+            _scan_constants(scan, rank),
             Configuration(scan.rows, scan.num_warps, scan.num_stages),
         ),
         (low_rank_scan.low_rank_keys, {**sizes, "PARTS": parts, "KEYS": keys}, beside),
@@ -140,14 +142,49 @@ _SCALARS = {"num_pairs", "num_rows", "num_keys", "first_frontier", "tiles_each"}
 _SCALARS |= {"num_tiles", "num_asked", "sink", "local", "num_lanes", "first_lane", "first_picked"}
 
 
-def _compiled(
-    kernel: Any,
-    capability: int,
-    dtype: str,
-    head_dim: int,
-    constants: dict[str, Any],
-    chosen: Configuration,
-) -> Build:
+def scan_loop(rank: int, capability: int = 90) -> dict[str, int]:
+    """How many instructions of each kind a warp runs in the scan for `ScanConfiguration.keys` keys and its heads: those
+    of the loop that multiplies, as the assembler makes it."""
+    scan = low_rank_scan.configuration(capability)
+    chosen = Configuration(scan.rows, scan.num_warps, scan.num_stages)
+    constants = _scan_constants(scan, rank)
+    ptx = _built(low_rank_scan.any_row_above, capability, "fp16", constants, chosen).asm["ptx"]
+    (architecture,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        assembler = Path(_assembler(architecture))
+        cubin = f"{path}.cubin"
+        subprocess.run([assembler, f"--gpu-name={architecture}", path, "-o", cubin], check=True, capture_output=True)
+        done = subprocess.run([assembler.parent / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True)
+    return loop_instructions(done.stdout)
+
+
+def loop_instructions(sass: str) -> dict[str, int]:
+    """How often each kind of instruction stands in the shortest loop that has one of the matrix unit's."""
+    lines, labels, loops = sass.splitlines(), dict[str, int](), list[list[str]]()
+    for number, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = number
+        jump = re.search(r"\bBRA\b.*?(\.L_\w+)", line)
+        if jump and jump[1] in labels:  # backwards, so a loop ends here
+            names = re.findall(
+                r"/\*\w{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", "\n".join(lines[labels[jump[1]] : number + 1])
+            )
+            if any(name.endswith("MMA") for name in names):
+                loops.append(names)
+    shortest = min(loops, key=len)
+    return dict(Counter(shortest).most_common())
+
+
+def _scan_constants(scan: low_rank_scan.ScanConfiguration, rank: int) -> dict[str, Any]:
+    width = low_rank_scan.width_of(rank)
+    return {"ROWS": scan.rows, "KEYS": scan.keys, "HEADS": scan.heads, "SPAN": scan.span, "WIDTH": width}
+
+
+def _built(kernel: Any, capability: int, dtype: str, constants: dict[str, Any], chosen: Configuration) -> Any:
+    """What Triton makes of a kernel."""
+
     def argument_type(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -176,7 +213,13 @@ def _compiled(
         if (signature[name][0] == "*" and name not in anywhere) or name.startswith("stride")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen.options)
+
+
+def _compiled(
+    kernel: Any, capability: int, dtype: str, head_dim: int, constants: dict[str, Any], chosen: Configuration
+) -> Build:
+    built = _built(kernel, capability, dtype, constants, chosen)
     report = _assembler_report(built.asm["ptx"])
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
@@ -235,6 +278,7 @@ def builds() -> Iterator[Build]:
         yield compile_build(capability, dtype, head_dim)
         yield compile_merge(capability, dtype, head_dim)
         yield from compile_estimate(capability, dtype, head_dim)
+        yield from compile_choice(capability, dtype, head_dim, RANK)
 
 
 if __name__ == "__main__":

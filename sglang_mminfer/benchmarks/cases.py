@@ -9,6 +9,7 @@ from itertools import product
 from sglang_mminfer.benchmarks.searched import searched_config
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.a_shape import AShape
+from sglang_mminfer.patterns.adaptive import Adaptive
 from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary, row_classes
 from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.grid import Grid
@@ -44,8 +45,10 @@ PATTERNS: dict[str, HeadPattern] = {
     DEFAULT: Grid("frame", True, True, True, 0, 128, 1024),
     "dense": Dense(),  # our kernel with every key visited; not one of the cases
 }
+CHOOSING = {f"adaptive, rank {rank}": Adaptive(64, 256, rank, 0.01) for rank in (8, 16, 32)}
+PATTERNS |= CHOOSING  # what choosing keys costs is in the figures of a plan, which is made anew for each layer
 FIRST = (DEFAULT, ROW, "a_shape", SEARCHED)  # many lines, few lines, none, and everything at once
-MEASURED = (*FIRST, *(name for name in PATTERNS if name not in (*FIRST, "dense")))
+MEASURED = (*FIRST, *(name for name in PATTERNS if name not in (*FIRST, *CHOOSING, "dense")))
 FEW = (ROW, "a_shape", "grid frame")
 WITH_TURNS = ("q-boundary", "2d-boundary")  # these patterns need text between the videos
 SHAPES = {"28/4": (28, 4), "32/8": (32, 8), "2/1": (2, 1)}  # query and KV heads
@@ -100,6 +103,8 @@ def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
         yield Case(qwen, TARGET, CHUNK, pattern)
     for pattern in FIRST:
         yield Case(qwen, longest, CHUNK, pattern)
+    for tokens, pattern in product((8 * K, 32 * K, TARGET, longest), CHOOSING):
+        yield Case(qwen, tokens, min(tokens, CHUNK), pattern)
     for pattern in MEASURED:
         yield Case(qwen, TARGET, CHUNK, pattern)
     for tokens, pattern in product(SHORT, (ROW, DEFAULT)):
@@ -124,7 +129,7 @@ def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
     for tokens, pattern in product(LENGTHS, FEW):
         yield Case("32/8", tokens, CHUNK, pattern)
     for tokens, pattern in product(LENGTHS[:4], PATTERNS):
-        if pattern != "dense":
+        if pattern != "dense" and pattern not in CHOOSING:
             yield Case(qwen, tokens, tokens, pattern)
     for tokens, pattern in product(reversed(LENGTHS), MEASURED):
         yield Case(qwen, tokens, CHUNK, pattern)
@@ -139,6 +144,7 @@ def tiny_cases() -> Iterator[Case]:
     yield Case("2/1", 512, 32, "grid frame")
     yield Case("2/1", 384, 384, ROW)
     yield Case("2/1", 512, 32, "vertical_slash")
+    yield Case("2/1", 1024, 32, "adaptive, rank 8")
     yield Case("2/1", 512, 32, SEARCHED)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+from sglang_mminfer.patterns.basis import Basis, basis_of, second_moments
 
 PEAK = 8.0  # mean score of a query on its own key
 NOISE = 0.5  # standard deviation of the noise in every value of q and k
 PERIODS = (2048, 1 << 21)  # tokens in a full turn of the fastest and of the slowest pair of dimensions
+RANK, SAMPLED = 32, 4096  # of a basis, and from how many tokens it is made
 EVERY, HEAVY = 1024, 1.2  # one key in EVERY is longer by the factor HEAVY: a column
 
 
@@ -36,6 +40,13 @@ class Inputs:
     @property
     def scale(self) -> float:
         return self.q.shape[2] ** -0.5
+
+    @cached_property
+    def basis(self) -> Basis:
+        """Low-rank forms of q . k, from some of the tokens."""
+        queries, keys = (second_moments(x[:: max(1, len(x) // SAMPLED)]).cpu() for x in (self.q, self.keys))
+        basis = basis_of(queries, keys, RANK)
+        return Basis(basis.queries.to(self.q.device), basis.keys.to(self.q.device))
 
 
 def make_inputs(

@@ -39,7 +39,8 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
 
     Under a 2D-Boundary sink, window and scores are those of a pair's own keys. What a row asks for depends on the row
     and the keys before it alone, so it is the same however a prompt is cut. A query tile visits what any of its rows
-    asks for, or everything if that is more than `budget` of the keys between the sink and the window.
+    asks for, or everything if that is more than `budget` of the keys between the sink and the window, or if there is no
+    room left (`choice.ROOM`).
 
     Scores are rounded. Planning keeps a key whose score lies below the bound by no more than `choice.MARGIN`, so
     that its float32 visits whatever the exact rule's float64 asks for.

@@ -12,12 +12,12 @@ from sglang_mminfer.patterns.estimated import Evidence, Findings, QueryTiles
 
 
 def project(evidence: Evidence, rank: int) -> Findings:
-    """What `choose` needs of the keys of the class: float16 [forms, keys, columns]."""
+    """What `choose` needs of the keys of the class: float16 [forms, keys, columns], and int32, their cache rows."""
     assert evidence.basis is not None
     request = evidence.request
     slots = request.slots32 if evidence.keys is None else request.slots32[evidence.keys]
-    basis = evidence.basis.keys.contiguous()
-    return (project_keys(evidence.k_cache, slots, _forms(HeadsOfKeys.of(evidence)), basis, _rank(evidence, rank)),)
+    forms, basis = _forms(HeadsOfKeys.of(evidence)), evidence.basis.keys.contiguous()
+    return project_keys(evidence.k_cache, slots, forms, basis, _rank(evidence, rank)), slots
 
 
 def choose(
@@ -25,10 +25,7 @@ def choose(
 ) -> tuple[Asked, torch.Tensor]:
     """What the rows of each query tile ask for; and int64 [H, T], how many keys that are."""
     assert evidence.basis is not None
-    by_form, request = HeadsOfKeys.of(evidence), evidence.request
-    before = between.before
-    if before[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"adaptive: expected fewer than 2^31 keys of one query tile, got {before[-1]}")
+    by_form, (low_keys, slots) = HeadsOfKeys.of(evidence), findings
     scanned = ScannedTiles(
         first_row=np.concatenate([[0], tiles.rows_per_tile.cumsum()])[:-1],
         num_rows=tiles.rows_per_tile.astype(np.int64),
@@ -36,13 +33,13 @@ def choose(
         window_stop=tiles.keys_of_last_row,
         first_key=between.first * between.block_k,
         num_keys=between.num_keys,
-        place=before[:-1],
+        place=between.before[:-1],
     )
     asked = scan(
         evidence.q if evidence.q.stride(2) == 1 else evidence.q.contiguous(),
         evidence.k_cache,
-        request.slots32 if evidence.keys is None else request.slots32[evidence.keys],
-        findings[0],
+        slots,
+        low_keys,
         _forms(by_form),
         [own.heads for own in by_form],
         (evidence.basis.queries.contiguous(), evidence.basis.keys.contiguous()),

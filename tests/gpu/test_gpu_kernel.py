@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from sglang_mminfer import (
+    Adaptive,
     AShape,
+    Basis,
     Boundary2D,
     Dense,
     Grid,
@@ -17,10 +19,13 @@ from sglang_mminfer import (
     SparsePrefillWithPagedKVCacheWrapper,
     TriShape,
     VerticalSlash,
+    pattern_mask,
 )
 from sglang_mminfer.kernels import fa4, reference, torch_gather
 from sglang_mminfer.kernels.block_plan import BlockPlan, KeyTable
 from sglang_mminfer.kernels.triton import launch
+from sglang_mminfer.patterns.basis import basis_of, second_moments
+from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner
 from support import conversation
@@ -258,6 +263,79 @@ def test_pages_through_the_wrapper(page_size, layout):
         )
         found.append(wrapper.run(q.to(device, kind), cache.to(device, kind), return_lse=True))
     assert_close(*found)
+
+
+# ---- heads that choose their keys ----------------------------------------------------------------------------
+
+CHOOSING = [
+    Adaptive(8, 64, 8, 0.02),
+    QBoundary({TEXT: Dense(), VISION: Adaptive(8, 30, 4, 0.1)}),
+    Boundary2D({(VIDEO, VISION): Adaptive(8, 30, 8, 0.1), (TEXT, TEXT): AShape(4, 60)}),
+]
+by_choice = pytest.mark.parametrize("head", CHOOSING, ids=["alone", "q-boundary", "2d-boundary"])
+
+
+def chosen(
+    head: HeadPattern, q: torch.Tensor, k: torch.Tensor, forms: int = 2
+) -> tuple[BlockPlan, Basis, list[RequestChunk]]:
+    """The plan of heads that choose by low-rank scores, which fit q . k."""
+    batch, rows = chunks(q.device.type)
+    own = [second_moments(x.cpu()) for x in (q, k)]
+    basis = basis_of(*own, 8, shared=forms == k.shape[1])
+    basis = Basis(basis.queries.to(q.device), basis.keys.to(q.device))
+    return BatchPlanner(batch, rows).plan([head] * q.shape[1], q, k, q.shape[2] ** -0.5, basis), basis, batch
+
+
+@by_choice
+@pytest.mark.parametrize("forms", [2, 14], ids=["of KV heads", "of heads"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_rows_ask_for_is_visited_and_little_else(dtype, head_dim, forms, head):
+    """All that the exact rule asks for; and beyond it what another way of rounding decides otherwise, on the host."""
+    q, k, v = inputs(14, 2, head_dim, dtype)
+    plan, basis, batch = chosen(head, q, k, forms)
+    other, _, _ = chosen(head, q.cpu().float(), k.cpu().float(), forms)
+    own = on_cpu(plan)
+    for number, (chat, start) in enumerate(zip(CHATS, STARTS)):
+        first = batch[number].row_start
+        rows = slice(first, first + chat.length - start)
+        slots = batch[number].slots.cpu()
+        for h in (0, 5, 13):
+            here, there = (reference.visited_mask(p, h, rows, chat.length) for p in (own, other))
+            exact_mask = pattern_mask(
+                chat,
+                head,
+                start,
+                chat.length,
+                chat.length,
+                q[rows, h].cpu().float(),
+                k.cpu()[slots, h // 7].float(),
+                basis=tuple(part.cpu() for part in basis.of_head(h, 14)),
+            )
+            assert not (exact_mask & ~here).any()
+            assert float((here ^ there).sum()) <= 0.01 * float(there.sum())
+    assert_close(ran(q, k, v, plan), exact(q, k, v, plan))
+
+
+@by_choice
+def test_choosing_waits_for_nothing_and_is_the_same_every_time(head):
+    q, k, _ = inputs(14, 2, 128, torch.bfloat16)
+    batch, rows = chunks(DEVICE)
+    forms = Basis(*torch.randn(2, 2, 8, 128, device=DEVICE))
+
+    def planned_by_choice() -> BlockPlan:
+        return BatchPlanner(batch, rows).plan([head] * 14, q, k, 128**-0.5, forms)
+
+    first = planned_by_choice()  # compiles, and may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [planned_by_choice() for _ in range(10)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for plan in again:
+        assert torch.equal(plan.block_indptr, first.block_indptr)
+        assert torch.equal(plan.keys.kv_slots, first.keys.kv_slots) and torch.equal(plan.keys.kv_pos, first.keys.kv_pos)
 
 
 # ---- no waiting, no chance, no overflow ----------------------------------------------------------------------

@@ -168,6 +168,11 @@ def test_the_most_important_cases_come_first():
     for first, tokens in ((listed[:4], 131072), (listed[4:8], 1048576)):
         assert {case.pattern for case in first} == {cases.DEFAULT, cases.ROW, "a_shape", cases.SEARCHED}
         assert {(case.tokens, case.rows) for case in first} == {(tokens, 8192)}
+    choosing = listed[8 : 8 + 4 * len(cases.CHOOSING)]
+    assert {(case.tokens, case.pattern) for case in choosing} == {
+        (tokens, pattern) for tokens in (8192, 32768, 131072, 1048576) for pattern in cases.CHOOSING
+    }
+    listed = [case for case in listed if case not in choosing]
     later = listed[8 : len(cases.MEASURED) + 4]
     assert {case.pattern for case in (*listed[:4], *later)} == set(cases.MEASURED)
     assert {case.tokens for case in listed} == {*cases.LENGTHS, *cases.SHORT}
@@ -226,7 +231,7 @@ def test_the_benchmark(tmp_path: Path):
     found = json.loads(out.read_text())
     (run,) = found["runs"]  # the second measured nothing
     assert run["executor"] == "torch" and run["self_check"]["good"] and run["self_check"]["times"] == 1
-    assert "4 of 4 cases done, 0 failed" in shown
+    assert "5 of 5 cases done, 0 failed" in shown
     assert set(found["cases"]) == {case.name for case in cases.tiny_cases()}
     for figures in found["cases"].values():
         assert figures["run"] == 0 and figures["sparse_ms"] > 0 and figures["plan_wall_ms"] > 0, figures

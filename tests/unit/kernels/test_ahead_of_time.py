@@ -68,6 +68,28 @@ def test_builds_of_the_choice_spill_nothing_fit_and_use_the_tensor_cores(capabil
         assert not build.serialized and not build.unfenced, build
 
 
+def test_the_scan_has_few_instructions_for_a_score():
+    """Four warps decide 64 keys for 2 heads of 128 rows, 128 scores a lane: less than one minimum for each."""
+    loop = ahead_of_time.scan_loop(8)
+    assert loop["HGMMA"] == 2 and loop["VIMNMX"] + loop["VIMNMX3"] < 100
+    assert sum(loop.values()) < 1.6 * 128
+
+
+def test_the_loop_that_multiplies_is_found():
+    sass = """
+.L_x_0:
+        /*0000*/                   LDG.E R1, [R2] ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x64x16.F32 R24, gdesc[UR4], RZ ;
+.L_x_2:
+        /*0030*/              @!P1 IMAD.MOV.U32 R1, RZ, RZ, R2 ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+"""
+    assert ahead_of_time.loop_instructions(sass) == {"HGMMA": 1, "IMAD": 1, "BRA": 1}
+
+
 def test_a_head_dim_without_a_build_is_refused():
     with pytest.raises(ValueError, match=r"head_dim: expected one of \(64, 96, 128, 256\).*got 80"):
         configuration(80, 90)
