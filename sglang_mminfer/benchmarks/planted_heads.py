@@ -25,7 +25,7 @@ PLANTED = 15.0
 """The logit of what a row looks for, beside logits of about 0."""
 
 SINK = 7.5
-"""The logit of the first keys. Four of them weigh as much as several thousand others."""
+"""The logit of the first four keys, which together weigh as much as several thousand others."""
 
 
 def conversation(tokens: int) -> ModalityMap:
@@ -113,20 +113,20 @@ def diffuse(tokens: int, random: torch.Generator) -> Planted:
 
 @dataclass(frozen=True)
 class Kind:
-    """planted: see `Planted`; None: q and k are random in all directions, and logits vary by 3. sink: whether rows look
-    at the first keys, too."""
+    """planted: see `Planted`; None: q and k are random in all directions, and logits vary by 3. sink: the logit of the
+    first four keys, which all rows look at."""
 
     planted: Callable[[int, torch.Generator], Planted] | None
-    sink: bool = True
+    sink: float = SINK
 
 
 KINDS = {
     "grid line": Kind(grid_line),
     "columns": Kind(columns),
     "diagonals": Kind(diagonals),
-    "single far keys": Kind(far_keys),
-    "diffuse": Kind(diffuse, sink=False),
-    "full rank, random": Kind(None, sink=False),
+    "single far keys": Kind(far_keys, sink=10),
+    "diffuse": Kind(diffuse, sink=0),
+    "full rank, random": Kind(None, sink=0),
 }
 
 
@@ -141,9 +141,8 @@ def draw(kind: str, tokens: int, head_dim: int, head: int, number: int) -> Draw:
         parts = what.planted(tokens, random)
         for x, part in zip((q, k), parts):
             x[:, 1 : 1 + part.shape[1]] += part
-    if what.sink:
-        q[:, 0] += SINK**0.5
-        k[:4, 0] += SINK**0.5
+    q[:, 0] += what.sink**0.5
+    k[:4, 0] += what.sink**0.5
     q, k = q @ rotation * head_dim**0.5, k @ rotation
     return Draw(q[:, None].contiguous(), k[:, None].contiguous(), _values(tokens, head_dim, random)[:, None])
 

@@ -12,7 +12,8 @@ executor computes it, and low-rank forms of q . k come from another draw of the 
 
 Mean correction is computed in plain torch from what the plan leaves out, because plans have no keys that stand for
 others. Densities are those of query tiles of 128 rows; a curve ends where it gets dense. "at_density" has each
-selector's error at the same densities, read off its curve; null where it cannot be that sparse.
+selector's error at the same densities, read off its curve; null where it cannot be that sparse. Kinds that are in FILE
+already are kept: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -189,21 +190,18 @@ def at_density(points: Iterable[Point], density: float) -> float | None:
     return best
 
 
-def run(kinds: Sequence[str], tokens: int, head_dim: int, lines: dict[str, Selector]) -> dict[str, dict]:
-    """The curves of every kind: name of the selector -> value of its knob -> point."""
-    curves: dict[str, dict] = {}
-    for kind in kinds:
-        heads = [Head.of(kind, tokens, head_dim, number) for number in range(HEADS)]
-        curves[kind] = {}
-        for name, line in lines.items():
-            curves[kind][name] = {}
-            for knob, pattern in line.patterns.items():
-                points = [head.measure(pattern, line.rank, line.corrected) for head in heads]
-                point = {figure: float(f"{mean(point[figure] for point in points):.4g}") for figure in points[0]}
-                curves[kind][name][knob] = point
-                if point["density"] > MOST:
-                    break
-            print(f"{kind}, {name}: {_line(curves[kind][name])}", flush=True)
+def curves_of(kind: str, tokens: int, head_dim: int) -> dict[str, dict[str, Point]]:
+    """Name of the selector -> value of its knob -> point."""
+    heads, curves = [Head.of(kind, tokens, head_dim, number) for number in range(HEADS)], {}
+    for name, line in selectors(tokens).items():
+        curves[name] = {}
+        for knob, pattern in line.patterns.items():
+            points = [head.measure(pattern, line.rank, line.corrected) for head in heads]
+            point = {figure: float(f"{mean(point[figure] for point in points):.4g}") for figure in points[0]}
+            curves[name][knob] = point
+            if point["density"] > MOST:
+                break
+        print(f"{kind}, {name}: {_line(curves[name])}", flush=True)
     return curves
 
 
@@ -221,27 +219,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("sglang_mminfer/benchmarks/results/selectors.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    kinds, lines = options.kind or list(KINDS), selectors(options.tokens)
-    Head.of(kinds[0], 1024, options.head_dim, 0).measure(Adaptive(SINK, LOCAL, 1, 0.1), 1)  # compiles
-    curves = run(kinds, options.tokens, options.head_dim, lines)
-    report = {
-        **machine.describe(),
-        "tokens": conversation(options.tokens).length,
-        "head_dim": options.head_dim,
-        "heads": HEADS,
-        "at_density": {
-            kind: {
-                name: {f"{density:g}": at_density(points.values(), density) for density in DENSITIES}
-                for name, points in of_kind.items()
-            }
-            for kind, of_kind in curves.items()
-        },
-        "curves": curves,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    Head.of("columns", 1024, options.head_dim, 0).measure(Adaptive(SINK, LOCAL, 1, 0.1), 1)  # compiles what is compiled
+    sizes = {"tokens": conversation(options.tokens).length, "head_dim": options.head_dim, "heads": HEADS}
+    done = json.loads(options.out.read_text()) if options.out.exists() else {}
+    curves = done["curves"] if sizes.items() <= done.items() else {}
+    for kind in options.kind or KINDS:
+        if kind not in curves:
+            curves[kind] = curves_of(kind, options.tokens, options.head_dim)
+        _write(options.out, sizes, {kind: curves[kind] for kind in KINDS if kind in curves})
     print(f"written to {options.out}")
     return 0
+
+
+def _write(out: Path, sizes: dict[str, int], curves: dict[str, dict[str, dict[str, Point]]]) -> None:
+    errors = {
+        kind: {
+            name: {f"{density:g}": at_density(points.values(), density) for density in DENSITIES}
+            for name, points in of_kind.items()
+        }
+        for kind, of_kind in curves.items()
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {**machine.describe(), **sizes, "at_density": errors, "curves": curves}
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
