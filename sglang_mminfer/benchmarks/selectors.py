@@ -192,7 +192,8 @@ def at_density(points: Iterable[Point], density: float) -> float | None:
 
 def curves_of(kind: str, tokens: int, head_dim: int) -> dict[str, dict[str, Point]]:
     """Name of the selector -> value of its knob -> point."""
-    heads, curves = [Head.of(kind, tokens, head_dim, number) for number in range(HEADS)], {}
+    heads = [Head.of(kind, tokens, head_dim, number) for number in range(HEADS)]
+    curves: dict[str, dict[str, Point]] = {}
     for name, line in selectors(tokens).items():
         curves[name] = {}
         for knob, pattern in line.patterns.items():
