@@ -24,6 +24,9 @@ class Choice:
         num_layers: layers of the model.
         executor, dense_backend: the names of what runs sparse and dense attention.
         head_dim: dimensions of a head.
+
+    Attributes:
+        lacks_basis: whether heads choose keys by q . k itself, which takes as long as dense attention.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Choice:
         self._patterns = {head for layer in layers for head in layer}
         self._line_strides = line_strides(self._patterns)
         self.only_if_faster = settings.sparse() == "faster"
+        self.lacks_basis = head_config.basis_rank > 0 and head_config.basis is None
 
     def why_dense(self, modality_map: ModalityMap, start: int, stop: int, prompt: int) -> str | None:
         """The dense_reason of rows [start, stop) of a request; None: they run sparse.
@@ -56,6 +60,8 @@ class Choice:
                 return "no_raster"
         if not self.budget.allows(modality_map, start, stop, self._line_strides):
             return "plan_budget"
-        if self.only_if_faster and not self.comparison.sparse_is_faster(modality_map, start, stop):
+        if self.only_if_faster and (
+            self.lacks_basis or not self.comparison.sparse_is_faster(modality_map, start, stop)
+        ):
             return "not_faster"
         return None

@@ -118,13 +118,14 @@ class ServedHeads:
             heads: (layer, head) of this rank, numbered as in the whole model.
         """
         denser = ServedHeads(self.head_config.with_dense(heads), self._placement, self.guarded + len(heads))
-        denser.bases = self.bases
+        denser.bases, denser.choice.lacks_basis = self.bases, self.choice.lacks_basis
         return denser
 
     def choose_by(self, bases: Mapping[int, Basis]) -> None:
         """Takes the bases of this rank's heads, by layer, where the head config brings none. Once, before any request
         runs sparse."""
         self.bases |= {layer_id: basis.to(self._placement.device) for layer_id, basis in bases.items()}
+        self.choice.lacks_basis = not self.bases
         self._layers.clear()
 
     def is_dense(self, layer_id: int) -> bool:
