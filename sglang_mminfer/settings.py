@@ -54,7 +54,7 @@ class Setting:
 CONFIG = Setting(
     "SGLANG_MMINFER_CONFIG",
     "default",
-    "What every head does: the name of a built-in head config (`default`, `dense`, `baseline_*`) or the path of a JSON "
+    "What every head does: the name of a built-in head config (`default`, `dense`, `grid_static`, `baseline_*`) or the path of a JSON "
     'file. `--json-model-override-args \'{"mminfer_config": "..."}\'` names one, too; flag and variable win over it.',
     flag="--mminfer-config",
 )

@@ -91,7 +91,7 @@ def test_a_row_grid_is_refused_at_start_up(launched: Callable[[str], Any], check
     hf_config = launched(str(checkpoint)).hf_config
     with pytest.raises(HeadConfigError, match=r'grid of stride "row" needs columns.*use stride "frame"'):
         head_config_choice.load_for_model(None, hf_config, {CONFIG.variable: config_file("test_grid_row")})
-    for name in (config_file("test_grid_frame"), "default"):
+    for name in (config_file("test_grid_frame"), "grid_static", "default"):
         head_config_choice.load_for_model(None, hf_config, {CONFIG.variable: name})
 
 
