@@ -54,8 +54,9 @@ class Setting:
 CONFIG = Setting(
     "SGLANG_MMINFER_CONFIG",
     "default",
-    "What every head does: the name of a built-in head config (`default`, `dense`, `grid_static`, `baseline_*`) or the path of a JSON "
-    'file. `--json-model-override-args \'{"mminfer_config": "..."}\'` names one, too; flag and variable win over it.',
+    "What every head does: the name of a built-in head config (`default`, `dense`, `grid_static`, `baseline_*`) or the "
+    'path of a JSON file. `--json-model-override-args \'{"mminfer_config": "..."}\'` names one, too; flag and variable '
+    "win over it.",
     flag="--mminfer-config",
 )
 AUDIT = Setting(

@@ -26,7 +26,7 @@ SHORT = (2 * K, 4 * K, 8 * K, 16 * K)  # where sparse attention may not pay
 
 TEXT, VIDEO, VISION = Modality.TEXT, Modality.VIDEO, Modality.VISION
 ROW = "grid row"  # one key in sixteen at any length, so its speed-up is plotted against length
-DEFAULT = "grid frame, default config"
+GRID_STATIC = "grid frame, grid_static"
 SEARCHED = "searched config"  # a pattern for each head and layer
 PATTERNS: dict[str, HeadPattern] = {
     ROW: Grid("row", False, False, True, 0, 128, 1024),
@@ -42,12 +42,12 @@ PATTERNS: dict[str, HeadPattern] = {
         }
     ),
     "tri_shape": TriShape(1024, 8192, 128),
-    DEFAULT: Grid("frame", True, True, True, 0, 128, 1024),
+    GRID_STATIC: Grid("frame", True, True, True, 0, 128, 1024),
     "dense": Dense(),  # our kernel with every key visited; not one of the cases
 }
 CHOOSING = {f"adaptive, rank {rank}": Adaptive(64, 256, rank, 0.01) for rank in (8, 16, 32)}
 PATTERNS |= CHOOSING  # what choosing keys costs is in the figures of a plan, which is made anew for each layer
-FIRST = (DEFAULT, ROW, "a_shape", SEARCHED)  # many lines, few lines, none, and everything at once
+FIRST = (GRID_STATIC, ROW, "a_shape", SEARCHED)  # many lines, few lines, none, and everything at once
 MEASURED = (*FIRST, *(name for name in PATTERNS if name not in (*FIRST, *CHOOSING, "dense")))
 FEW = (ROW, "a_shape", "grid frame")
 WITH_TURNS = ("q-boundary", "2d-boundary")  # these patterns need text between the videos
@@ -107,12 +107,12 @@ def _cases(optional: tuple[str, ...]) -> Iterator[Case]:
         yield Case(qwen, tokens, min(tokens, CHUNK), pattern)
     for pattern in MEASURED:
         yield Case(qwen, TARGET, CHUNK, pattern)
-    for tokens, pattern in product(SHORT, (ROW, DEFAULT)):
+    for tokens, pattern in product(SHORT, (ROW, GRID_STATIC)):
         yield Case(qwen, tokens, tokens, pattern)
     for tokens in LENGTHS:
-        yield Case(qwen, tokens, CHUNK, DEFAULT)
+        yield Case(qwen, tokens, CHUNK, GRID_STATIC)
     for rows in (2048, 2 * CHUNK):
-        yield Case(qwen, TARGET, rows, DEFAULT)
+        yield Case(qwen, TARGET, rows, GRID_STATIC)
     for tokens in LENGTHS[:-1]:
         for pattern in FEW:
             yield Case(qwen, tokens, CHUNK, pattern)

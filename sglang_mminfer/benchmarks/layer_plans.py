@@ -49,7 +49,7 @@ Layers = Sequence[Sequence[HeadPattern | None]]
 
 CONFIGS: dict[str, Callable[[ModalityMap], Layers]] = {
     "one grid": lambda chat: [[Grid("row", True, True, True, 3, 64, 1024)] * HEADS] * LAYERS,
-    "default": lambda chat: [HeadConfig.load("default").patterns(layer, HEADS) for layer in range(LAYERS)],
+    "grid_static": lambda chat: [HeadConfig.load("grid_static").patterns(layer, HEADS) for layer in range(LAYERS)],
     "searched config": searched_config,
 }
 

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from sglang_mminfer.benchmarks import measure
 from sglang_mminfer.benchmarks.cases import (
     CHUNK,
-    DEFAULT,
+    GRID_STATIC,
     HEAD_DIM,
     ROW,
     SEARCHED,
@@ -80,7 +80,7 @@ ELEMENT, SUM = 2, 4
 # ---- what is modelled ----------------------------------------------------------------------------------------
 
 LENGTHS = (32 * K, TARGET, 256 * K, 1024 * K)
-PATTERNS = (DEFAULT, "grid frame", ROW, "a_shape", "q-boundary", "2d-boundary", SEARCHED)
+PATTERNS = (GRID_STATIC, "grid frame", ROW, "a_shape", "q-boundary", "2d-boundary", SEARCHED)
 LAYERS = 2
 """How many layers of a searched config are modelled; the figures are their means."""
 
@@ -91,7 +91,7 @@ def cases() -> Iterator[Case]:
     for shape, tokens, pattern in product(("28/4", "32/8"), LENGTHS, PATTERNS):
         yield Case(shape, tokens, CHUNK, pattern)
     for shape, tokens, rows in product(("28/4", "32/8"), LENGTHS, (2048, 2 * CHUNK)):
-        yield Case(shape, tokens, rows, DEFAULT)
+        yield Case(shape, tokens, rows, GRID_STATIC)
 
 
 def modelled(case: Case) -> dict[str, Figures]:

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from sglang_mminfer.benchmarks import measure
 from sglang_mminfer.benchmarks import rivals as baselines
-from sglang_mminfer.benchmarks.cases import CELLS, DEFAULT, PATTERNS, SEARCHED, searched_layers, video_map
+from sglang_mminfer.benchmarks.cases import CELLS, GRID_STATIC, PATTERNS, SEARCHED, searched_layers, video_map
 from sglang_mminfer.benchmarks.inputs import Inputs
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.kernels.block_plan import BlockPlan
@@ -52,7 +52,7 @@ from sglang_mminfer.tools import machine
 LAYERS = 28
 MEASURED_LAYERS = {131072: 28, 262144: 28, 524288: 8, 1048576: 4}  # so that all lengths take about five minutes
 CHUNK = 8192
-DENSE_BELOW = 4608  # rows at lower positions see everything, as in head_configs/default.json
+DENSE_BELOW = 4608  # rows at lower positions see everything, as in head_configs/grid_static.json
 
 Timed = Callable[[str], AbstractContextManager[None]]
 AttendStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -71,8 +71,9 @@ class Shape:
     mrope: tuple[int, int, int] = (16, 24, 24)  # how many frequencies belong to time, row and column
 
 
-CONFIGS = {"default": DEFAULT, "searched": SEARCHED}
-"""What mminfer runs: the pattern of head_configs/default.json in every head; or a pattern for each head and layer."""
+CONFIGS = {"grid_static": GRID_STATIC, "searched": SEARCHED}
+"""What mminfer runs: the pattern of head_configs/grid_static.json in every head; or a pattern for each head and
+layer."""
 
 
 def heads_of(config: str, modality_map: ModalityMap, heads: int) -> list[tuple[HeadPattern, ...]]:

@@ -1,4 +1,4 @@
-"""What planning one chunk costs: the last chunk of a conversation, config `default`, on one core.
+"""What planning one chunk costs: the last chunk of a conversation, config `grid_static`, on one core.
 
     python -m sglang_mminfer.benchmarks.plan_time [--before REVISION] [--case NAME ...] [--out FILE.json]
 

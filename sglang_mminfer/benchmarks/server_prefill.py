@@ -37,8 +37,14 @@ SIDE = 448
 CHUNK = 2048
 
 SERVERS = {
-    "mminfer, whole prompt": ("--attention-backend", "mminfer", "--chunked-prefill-size", "-1"),
-    "mminfer, chunked": ("--attention-backend", "mminfer", "--chunked-prefill-size", str(CHUNK)),
+    "mminfer, whole prompt": (
+        *("--attention-backend", "mminfer", "--mminfer-config", "{config}"),
+        *("--chunked-prefill-size", "-1"),
+    ),
+    "mminfer, chunked": (
+        *("--attention-backend", "mminfer", "--mminfer-config", "{config}"),
+        *("--chunked-prefill-size", str(CHUNK)),
+    ),
     "stock, whole prompt": (
         "--attention-backend",
         "mminfer",
@@ -56,7 +62,7 @@ SERVERS = {
 
 
 def measure(
-    names: list[str], model: Path, videos: dict[int, Path], repeats: int, folder: Path, console: Console
+    names: list[str], config: str, model: Path, videos: dict[int, Path], repeats: int, folder: Path, console: Console
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """server -> tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians, and
     "rounds", the times of each round.
@@ -72,7 +78,8 @@ def measure(
         for name in names:
             trace = folder / f"{name.replace(', ', '_').replace(' ', '_')}.jsonl"
             with shown_wait(f"{name}: server starts") as wait:
-                server = Server(model, *SERVERS[name], *room, env={settings.TRACE.variable: str(trace)}, progress=wait)
+                flags = [flag.format(config=config) for flag in SERVERS[name]]
+                server = Server(model, *flags, *room, env={settings.TRACE.variable: str(trace)}, progress=wait)
                 servers[name] = stack.enter_context(server), trace
         for tokens, video in sorted(videos.items()):
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -169,7 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="video tokens")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each prompt (median)")
+    parser.add_argument("--config", default="default", help="head config of the sparse servers")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="which of them to run")
     parser.add_argument("--out", type=Path, default=Path("sglang_mminfer/benchmarks/results/cpu_prefill.json"))
     options = parser.parse_args(arguments)
@@ -177,19 +186,26 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="mminfer-bench-") as name:
         folder = Path(name)
         model = make_tiny_qwen2_5_vl(
-            folder / "model", layers=options.layers, hidden=256, heads=4, kv_heads=2, head_dim=64, max_positions=65536
+            folder / "model",
+            layers=options.layers,
+            hidden=4 * options.head_dim,
+            heads=4,
+            kv_heads=2,
+            head_dim=options.head_dim,
+            max_positions=65536,
         )
         videos = {}
         for tokens in sorted(options.tokens):
             frames = 2 * (tokens // FRAME_TOKENS)
             videos[tokens] = make_video(folder / f"{tokens}.mp4", frames, SIDE, SIDE, 2.0, seed=tokens)
-        results = measure(options.servers, model, videos, options.repeats, folder, console)
+        results = measure(options.servers, options.config, model, videos, options.repeats, folder, console)
     ratios = speedups(results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         **machine.describe(),
         "date": date.today().isoformat(),
-        "model": f"tiny Qwen2.5-VL, {options.layers} layers, 4/2 heads of 64, hidden 256, fp32",
+        "model": f"tiny Qwen2.5-VL, {options.layers} layers, 4/2 heads of {options.head_dim}, random weights, fp32",
+        "config": options.config,
         "chunk": CHUNK,
         "repeats": options.repeats,
         "results": results,

@@ -166,7 +166,7 @@ def test_the_most_important_cases_come_first():
     listed = list(cases.cases(("flashinfer",)))
     assert len({case.name for case in listed}) == len(listed)
     for first, tokens in ((listed[:4], 131072), (listed[4:8], 1048576)):
-        assert {case.pattern for case in first} == {cases.DEFAULT, cases.ROW, "a_shape", cases.SEARCHED}
+        assert {case.pattern for case in first} == {cases.GRID_STATIC, cases.ROW, "a_shape", cases.SEARCHED}
         assert {(case.tokens, case.rows) for case in first} == {(tokens, 8192)}
     choosing = listed[8 : 8 + 4 * len(cases.CHOOSING)]
     assert {(case.tokens, case.pattern) for case in choosing} == {
@@ -186,7 +186,7 @@ def test_densities_are_usual_ones(pattern):
     chunk = RequestChunk(cases.conversation(case), case.tokens - case.rows, case.tokens, 0, torch.arange(case.tokens))
     plan = BatchPlanner([chunk], case.rows).plan(cases.layers(case)[0])
     density = measure.visited_pairs(plan) / measure.causal_pairs(case.rows, case.tokens)
-    assert (0.02 if pattern == cases.DEFAULT else 0.05) <= density <= 0.1
+    assert (0.02 if pattern == cases.GRID_STATIC else 0.05) <= density <= 0.1
     assert measure.index_bytes(plan) < 0.02 * 2 * case.tokens * 4 * 128 * 2 * 28
 
 
@@ -204,11 +204,11 @@ def test_maps_are_as_long_as_asked_for(tokens):
     assert cases.video_map(tokens).length == cases.turns_map(tokens).length == tokens
 
 
-def test_the_default_pattern_is_that_of_the_default_config():
-    (head,) = set(HeadConfig.load("default").patterns(0, 28))
-    assert head == cases.PATTERNS[cases.DEFAULT]
-    assert model_prefill.heads_of("default", cases.video_map(2048), 4) == [(head,) * 4]
-    assert HeadConfig.load("default").defaults.dense_below == model_prefill.DENSE_BELOW
+def test_the_static_grid_is_that_of_its_config():
+    (head,) = set(HeadConfig.load("grid_static").patterns(0, 28))
+    assert head == cases.PATTERNS[cases.GRID_STATIC]
+    assert model_prefill.heads_of("grid_static", cases.video_map(2048), 4) == [(head,) * 4]
+    assert HeadConfig.load("grid_static").defaults.dense_below == model_prefill.DENSE_BELOW
 
 
 # ---- the programs --------------------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_the_model_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, c
     assert "Time is up" in capsys.readouterr().out
     ((_, figures),) = json.loads(out.read_text())["lengths"].items()
     assert "dense" not in figures
-    assert model_prefill.main([*command, "--configs", "default"]) == 0
+    assert model_prefill.main([*command, "--configs", "grid_static"]) == 0
     ((_, first),) = json.loads(out.read_text())["lengths"].items()
     assert model_prefill.main(command) == 0
     ((_, figures),) = json.loads(out.read_text())["lengths"].items()
