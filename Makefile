@@ -65,7 +65,7 @@ bench-makespan: setup
 	$(BIN)/python -m sglang_mminfer.benchmarks.makespan
 	$(BIN)/python -m sglang_mminfer.benchmarks.selection_cost
 
-# What selectors keep of synthetic heads, by density; a result file and two pictures. Ten minutes.
+# What selectors keep of synthetic heads, by density; a result file and two pictures. Half an hour on a busy machine.
 bench-selectors: setup
 	$(BIN)/python -m sglang_mminfer.benchmarks.selectors
 	$(BIN)/python -m sglang_mminfer.benchmarks.selectors_report sglang_mminfer/benchmarks/results/selectors.json

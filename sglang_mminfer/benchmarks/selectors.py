@@ -12,8 +12,8 @@ executor computes it, and low-rank forms of q . k come from another draw of the 
 
 Mean correction is computed in plain torch from what the plan leaves out, because plans have no keys that stand for
 others. Densities are those of query tiles of 128 rows; a curve ends where it gets dense. "at_density" has each
-selector's error at the same densities, read off its curve; null where it cannot be that sparse. Kinds that are in FILE
-already are kept: the same command goes on where it was stopped.
+selector's error at the same densities, read off its curve; null where it cannot be that sparse. Curves that are in FILE
+already are kept.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ SINK, LOCAL = 64, 256
 WINDOWS = (64, 256, 512, 1024, 2048, 4096)
 ALPHAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0005, 0.00025, 0.0001)
 OF_MAXIMUM = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.03, 0.01, 0.003, 0.001)
+NEAR_MAXIMUM = (1.0, 0.99, 0.98, 0.97, 0.95, 0.93, *OF_MAXIMUM[1:])
 PICKS = ((16, 1), (16, 4), (32, 16), (64, 32), (64, 64), (256, 64), (256, 256), (1000, 256), (1000, 1000))
-"""What the knobs go through, the sparsest first: windows; bounds relative to a mass, and to a maximum; and columns and
-diagonals."""
+"""What the knobs go through, the sparsest first: windows; bounds relative to a mass, to a maximum, and to one of sums,
+which differ less; and columns and diagonals."""
 
 MOST = 0.5
 """A curve ends behind this density."""
@@ -91,7 +92,7 @@ class Selector:
 def selectors(tokens: int) -> dict[str, Selector]:
     """All of them, for a prompt of so many tokens. A curve's patterns stand in the order of their densities."""
     windows = [size for size in WINDOWS if size < tokens]
-    blocks: dict[str, Pattern] = {f"{a:g}": PooledBlocks(SINK, LOCAL, a) for a in OF_MAXIMUM}
+    blocks: dict[str, Pattern] = {f"{a:g}": PooledBlocks(SINK, LOCAL, a) for a in NEAR_MAXIMUM}
     lines = {
         "a_shape": Selector({f"{size}": AShape(SINK, size) for size in windows}),
         "tri_shape": Selector({f"{size}": TriShape(SINK, size, 0) for size in windows}),
@@ -190,20 +191,24 @@ def at_density(points: Iterable[Point], density: float) -> float | None:
     return best
 
 
-def curves_of(kind: str, tokens: int, head_dim: int) -> dict[str, dict[str, Point]]:
-    """Name of the selector -> value of its knob -> point."""
-    heads = [Head.of(kind, tokens, head_dim, number) for number in range(HEADS)]
-    curves: dict[str, dict[str, Point]] = {}
-    for name, line in selectors(tokens).items():
-        curves[name] = {}
-        for knob, pattern in line.patterns.items():
-            points = [head.measure(pattern, line.rank, line.corrected) for head in heads]
-            point = {figure: float(f"{mean(point[figure] for point in points):.4g}") for figure in points[0]}
-            curves[name][knob] = point
-            if point["density"] > MOST:
-                break
+def curves_of(kind: str, tokens: int, head_dim: int, known: dict[str, dict[str, Point]]) -> dict[str, dict[str, Point]]:
+    """Name of the selector -> value of its knob -> point. known: those of them that need not be measured."""
+    lines, curves = selectors(tokens), {}
+    heads = [Head.of(kind, tokens, head_dim, number) for number in range(HEADS)] if lines.keys() - known else []
+    for name, line in lines.items():
+        curves[name] = known[name] if name in known else _curve(heads, line)
         print(f"{kind}, {name}: {_line(curves[name])}", flush=True)
     return curves
+
+
+def _curve(heads: list[Head], line: Selector) -> dict[str, Point]:
+    curve = {}
+    for knob, pattern in line.patterns.items():
+        points = [head.measure(pattern, line.rank, line.corrected) for head in heads]
+        curve[knob] = {figure: float(f"{mean(point[figure] for point in points):.4g}") for figure in points[0]}
+        if curve[knob]["density"] > MOST:
+            break
+    return curve
 
 
 def _line(points: dict[str, Point]) -> str:
@@ -225,8 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = json.loads(options.out.read_text()) if options.out.exists() else {}
     curves = done["curves"] if sizes.items() <= done.items() else {}
     for kind in options.kind or KINDS:
-        if kind not in curves:
-            curves[kind] = curves_of(kind, options.tokens, options.head_dim)
+        curves[kind] = curves_of(kind, options.tokens, options.head_dim, curves.get(kind, {}))
         _write(options.out, sizes, {kind: curves[kind] for kind in KINDS if kind in curves})
     print(f"written to {options.out}")
     return 0
@@ -235,8 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _write(out: Path, sizes: dict[str, int], curves: dict[str, dict[str, dict[str, Point]]]) -> None:
     errors = {
         kind: {
-            name: {f"{density:g}": at_density(points.values(), density) for density in DENSITIES}
-            for name, points in of_kind.items()
+            name: {f"{density:g}": at_density(curve.values(), density) for density in DENSITIES}
+            for name, curve in of_kind.items()
         }
         for kind, of_kind in curves.items()
     }
