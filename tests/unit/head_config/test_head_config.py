@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2Config, Qwen2VLConfig
 import config_files
 from config_files import config_file
 from sglang_mminfer import (
+    Adaptive,
     AShape,
     Boundary2D,
     Dense,
@@ -112,7 +113,7 @@ def test_our_configs_load_and_are_written_as_to_json_would(path):
 
 def test_every_pattern_and_boundary_has_a_test_config():
     kinds = {type(p) for path in OF_TESTS for row in HeadConfig.load(path).rows for p in row}
-    assert kinds == {Dense, AShape, TriShape, VerticalSlash, Grid, QBoundary, Boundary2D}
+    assert kinds == {Dense, AShape, TriShape, VerticalSlash, Grid, Adaptive, QBoundary, Boundary2D}
 
 
 def test_the_default_is_static_and_for_any_model():
