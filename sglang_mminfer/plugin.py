@@ -132,16 +132,10 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
         "around",
-        "sglang_mminfer.mends.batches:generate_request",
-        "What a request brings for one prompt can be told from what it brings for many only before SGLang makes a "
-        "batch of a request that wants several answers.",
-    ),
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
-        "around",
         "sglang_mminfer.serving.clip_sender:generate_request",
         "Every way into a server ends here, so here the built-in clip can go before the first request; SGLang's own "
-        "warm-up is one of HTTP servers only.",
+        "warm-up is one of HTTP servers only. And what a request brings for one prompt can be told from what it brings "
+        "for many only before SGLang makes a batch of a request that wants several answers.",
     ),
     Hook(
         "sglang.srt.session.session_controller.Session.create_req",

@@ -12,7 +12,7 @@ from sglang_mminfer import mends
 
 
 def generate_request(original: Any, self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND TokenizerManager.generate_request."""
+    """A part of what is AROUND TokenizerManager.generate_request: see `serving.clip_sender`."""
     if mends.wanted(self.server_args) and mends.active("media_of_samples"):
         gather(obj)
     return original(self, obj, *args, **kwargs)

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from sglang_mminfer import settings
+from sglang_mminfer.mends import batches
 from sglang_mminfer.serving import basis_choice
 
 logger = logging.getLogger(__name__)
@@ -57,12 +58,14 @@ _sending: weakref.WeakKeyDictionary[Any, _Sending] = weakref.WeakKeyDictionary()
 
 
 def generate_request(original: Any, self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND TokenizerManager.generate_request."""
+    """AROUND TokenizerManager.generate_request: the clip goes before the first request, and the media of a request that
+    wants several answers are kept together (`mends.batches`)."""
+    responses = batches.generate_request(original, self, obj, *args, **kwargs)
     sending = _sending.get(self)
     is_done = sending is not None and sending.done.done()
     if not basis_choice.is_awaited(self.server_args) or is_done or _passes(obj):
-        return original(self, obj, *args, **kwargs)
-    return _after_clip(original(self, obj, *args, **kwargs), self)
+        return responses
+    return _after_clip(responses, self)
 
 
 def _passes(obj: Any) -> bool:

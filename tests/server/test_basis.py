@@ -127,7 +127,7 @@ def main():
     )
     try:
         engine.generate(
-            prompt="<|vision_start|><|video_pad|><|vision_end|>Where did it go?", video_data=[media], rid="user",
+            prompt="<|vision_start|><|image_pad|><|vision_end|>Where did it go?", image_data=[media], rid="user",
             sampling_params={"temperature": 0, "max_new_tokens": 2},
         )
     finally:
@@ -145,7 +145,7 @@ def test_an_engine_that_cannot_take_the_clip_chooses_by_products(
     trace, program = tmp_path / "trace.jsonl", tmp_path / "program.py"
     program.write_text(PROGRAM)
     done = subprocess.run(
-        [sys.executable, str(program), str(model), str(config), str(media.videos[0])],
+        [sys.executable, str(program), str(model), str(config), str(media.images[3])],
         capture_output=True,
         text=True,
         timeout=600,
