@@ -295,7 +295,7 @@ def expected_density(modality_map: ModalityMap, head_config: HeadConfig, layers:
     def density(head: HeadPattern) -> float:
         if is_static(head):
             return density_of(head, modality_map, below)
-        return rows.visited_pairs(head) / dense_pairs(0, length, "")
+        return min(rows.visited_pairs(head) / dense_pairs(0, length, ""), 1.0)
 
     densities = {pattern: density(pattern) for pattern in heads}
     return sum(densities[pattern] * count for pattern, count in heads.items()) / heads.total()

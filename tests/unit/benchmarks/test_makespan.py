@@ -11,7 +11,7 @@ from sglang_mminfer.benchmarks import cases, makespan
 
 ROOT = Path(__file__).parents[3]
 KEPT = ROOT / "sglang_mminfer/benchmarks/results/makespan.json"
-SMALL = cases.Case("28/4", 32 * cases.K, 2048, cases.DEFAULT)
+SMALL = cases.Case("28/4", 32 * cases.K, 2048, cases.GRID_STATIC)
 
 
 def test_programs_go_to_whoever_is_free_first():
@@ -50,7 +50,7 @@ def test_every_kind_of_case_is_modelled():
     assert len({case.name for case in listed}) == len(listed)
     assert {case.shape for case in listed} == {"28/4", "32/8"}
     assert {case.tokens for case in listed} == {32768, 131072, 262144, 1048576}
-    assert {case.rows for case in listed if case.pattern == cases.DEFAULT} == {2048, 8192, 16384}
+    assert {case.rows for case in listed if case.pattern == cases.GRID_STATIC} == {2048, 8192, 16384}
     assert cases.SEARCHED in {case.pattern for case in listed}
 
 
