@@ -196,5 +196,6 @@ def _tokenizer_folder(model: str) -> Path:
 
 
 def test_nothing_failed_inside(running: Running) -> None:
-    assert {r.dense_reason for r in running.served.records()} <= {None, "no_media"}
+    reasons = {r.dense_reason for r in running.served.records() if not r.rid.startswith(CLIP_RID)}
+    assert reasons <= {None, "no_media"}
     assert not any(r.encoded_again for r in running.served.records())
