@@ -227,7 +227,8 @@ class Prober:
         """
         file = None
         if basis is not None:
-            file = f"{basis.digest}{ENDING}"
+            source = json.dumps([jobs.FORMAT, basis.provenance.calibration, basis.rank])
+            file = f"{hashlib.sha256(source.encode()).hexdigest()[:10]}{ENDING}"
             if not (self.folder / file).exists():
                 basis.save(self.folder / file)
         digest = hashlib.sha256(json.dumps([jobs.FORMAT, configs, file]).encode()).hexdigest()[:10]
