@@ -210,13 +210,7 @@ def share_of_requests(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: for any other text.
     """
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = -1.0
-    if not 0.0 <= rate <= 1.0:  # NaN is refused too
-        raise argparse.ArgumentTypeError(f"expected a share of requests from 0 to 1, got {text!r}")
-    return rate
+    return _up_to_1(text, "a share of requests from 0 to 1")
 
 
 def audit_rate(environ: Mapping[str, str] | None = None) -> float | None:
@@ -235,13 +229,17 @@ def output_error(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: for any other text.
     """
+    return _up_to_1(text, "a relative output error from 0 (no guard) to 1")
+
+
+def _up_to_1(text: str, expected: str) -> float:
     try:
-        error = float(text)
+        number = float(text)
     except ValueError:
-        error = -1.0
-    if not 0.0 <= error <= 1.0:  # NaN is refused too
-        raise argparse.ArgumentTypeError(f"expected a relative output error from 0 (no guard) to 1, got {text!r}")
-    return error
+        number = -1.0
+    if not 0.0 <= number <= 1.0:  # NaN is refused too
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return number
 
 
 def guard_error(environ: Mapping[str, str] | None = None) -> float:

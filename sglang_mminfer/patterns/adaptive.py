@@ -57,7 +57,7 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
 
     def visible(self, pair: Pair) -> torch.Tensor:
         q, k = pair.queries_and_keys(self.kind)
-        scale = q.shape[1] ** -0.5 if pair.sm_scale is None else pair.sm_scale
+        scale = pair.scale_of(q)
         window = pair.window(self.sink, self.local)
         scores = q @ k.T * scale
         mass = scores.masked_fill(~(window & pair.causal & pair.keys), -torch.inf).logsumexp(dim=1)

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 
 import torch
 
-ROWS = 8192
-"""Tokens that are looked at together, so that no second copy of them all is made."""
-
 HeadBasis = tuple[torch.Tensor, torch.Tensor]
 """A and B of one head, [rank, D] each."""
 
@@ -71,11 +68,8 @@ class Basis:
 
 def second_moments(x: torch.Tensor) -> torch.Tensor:
     """float64 [heads, D, D]: the mean of x x' over tokens. x: [tokens, heads, D]."""
-    sums = x.new_zeros(x.shape[1], x.shape[2], x.shape[2], dtype=torch.float64)
-    for rows in x.split(ROWS):
-        by_head = rows.transpose(0, 1).double()
-        sums += by_head.transpose(1, 2) @ by_head
-    return sums / max(len(x), 1)
+    by_head = x.transpose(0, 1).double()
+    return by_head.transpose(1, 2) @ by_head / max(len(x), 1)
 
 
 def basis_of(q_moments: torch.Tensor, k_moments: torch.Tensor, rank: int, *, shared: bool = True) -> Basis:

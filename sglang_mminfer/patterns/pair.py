@@ -82,6 +82,10 @@ class Pair:
             )
         return q, k
 
+    def scale_of(self, q: torch.Tensor) -> float:
+        """The factor on q . k, for q [Lq, D]."""
+        return float(q.shape[1]) ** -0.5 if self.sm_scale is None else self.sm_scale
+
     def window(self, sink: int, local: int) -> torch.Tensor:
         """bool [Lq, Lk]: the first `sink` keys of the class, and the last `local` ones up to a row."""
         return (self.key_rank[None, :] < sink) | (self.distance < local)

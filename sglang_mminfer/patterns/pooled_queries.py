@@ -51,7 +51,7 @@ class PooledQueries(Estimated, kind="pooled_queries", colour="#e377c2"):
 
     def visible(self, pair: Pair) -> torch.Tensor:
         q, k = pair.queries_and_keys(self.kind)
-        scale = q.shape[1] ** -0.5 if pair.sm_scale is None else pair.sm_scale
+        scale = pair.scale_of(q)
         mask = torch.zeros_like(pair.causal)
         chooses = pair.rows & ~pair.text_after_vision if pair.text_rule else pair.rows
         group_of_row = pair.q_pos // self.group

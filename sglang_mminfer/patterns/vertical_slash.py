@@ -74,7 +74,7 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
                 f"pattern_mask: expected q [{len(pair.q_pos)}, D] and k [{pair.kv_stop}, D] of one head, "
                 f"got {list(q.shape)} and {list(k.shape)}"
             )
-        scale = q.shape[1] ** -0.5 if pair.sm_scale is None else pair.sm_scale
+        scale = pair.scale_of(q)
         scores = (q[last] @ k.T) * scale
         weights = torch.softmax(scores.masked_fill(~pair.causal[last], -torch.inf), dim=-1)
         weights = weights * pair.keys

@@ -354,6 +354,35 @@ def cut_out(batch: Batch, request: int, start: int, stop: int, **changes) -> Bat
     )
 
 
+def cut(batch: Batch, start: int, stop: int, **changes) -> Batch:
+    """The only request of a one-shot batch as `cut_out` gives it, over another page table."""
+    return cut_out(batch, 0, start, stop, **{"seed": batch.seed + start + 1, **changes})
+
+
+def visited(batch: Batch, request: int) -> list[torch.Tensor]:
+    """bool [rows, keys] for each head: what one request of the batch visits."""
+    wrapper = batch.planned()
+    batch.run(wrapper)
+    return [wrapper.visited_mask(request, h) for h in range(len(batch.heads))]
+
+
+@st.composite
+def whole_prompts(draw, patterns, max_length: int = 110, sm_scales=(None,), with_basis: bool = False) -> Batch:
+    """One conversation prefilled in one piece, by one to three heads."""
+    chat, group = draw(maps(max_segments=8, max_length=max_length)), draw(st.sampled_from([1, 1, 2, 3]))
+    return Batch(
+        [chat],
+        [chat.length],
+        [chat.length],
+        draw(st.lists(patterns, min_size=group, max_size=group)),
+        tiles=draw(tile_sizes),
+        dense_below=draw(st.sampled_from([0, 0, 12])),
+        seed=draw(st.integers(0, 999)),
+        sm_scale=draw(st.sampled_from(sm_scales)),
+        basis=draw(bases(group, 1)) if with_basis else None,
+    )
+
+
 # ---- plans -------------------------------------------------------------------------------------------------
 
 

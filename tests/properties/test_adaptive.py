@@ -2,6 +2,7 @@
 a plan visits holds all of them, and beyond them only what other rows of a query tile ask for."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -22,12 +23,14 @@ from support import (
     batches,
     boundary_2d,
     conversation,
-    cut_out,
+    cut,
     growing,
     maps,
     patterns_of_kind,
     q_boundary,
     tile_sizes,
+    visited,
+    whole_prompts,
 )
 
 # A small sink, a small window and no budget, so that keys are left out and nothing but rows decides which.
@@ -39,21 +42,7 @@ HEADS = {"alone": CHOOSING, "q": q_boundary(MIXED), "2d": boundary_2d(MIXED)}
 every_head = pytest.mark.parametrize("kind", HEADS)
 
 
-@st.composite
-def whole_prompts(draw, patterns, max_length: int = 110) -> Batch:
-    """One conversation prefilled in one piece, by one to three heads."""
-    chat, group = draw(maps(max_segments=8, max_length=max_length)), draw(st.sampled_from([1, 1, 2, 3]))
-    return Batch(
-        [chat],
-        [chat.length],
-        [chat.length],
-        draw(st.lists(patterns, min_size=group, max_size=group)),
-        tiles=draw(tile_sizes),
-        dense_below=draw(st.sampled_from([0, 0, 12])),
-        seed=draw(st.integers(0, 999)),
-        sm_scale=draw(st.sampled_from([None, 0.1, 1.0])),
-        basis=draw(bases(group, 1)),
-    )
+prompts = partial(whole_prompts, sm_scales=(None, 0.1, 1.0), with_basis=True)
 
 
 class Whole:
@@ -73,21 +62,11 @@ class Whole:
             assert not (seen & ~self.visited[h][start:stop, :stop]).any()
 
 
-def visited(batch: Batch, request: int) -> list[torch.Tensor]:
-    wrapper = batch.planned()
-    batch.run(wrapper)
-    return [wrapper.visited_mask(request, h) for h in range(len(batch.heads))]
-
-
-def cut(batch: Batch, start: int, stop: int, **changes) -> Batch:
-    return cut_out(batch, 0, start, stop, **{"seed": batch.seed + start + 1, **changes})
-
-
 @every_head
 @settings(max_examples=25)
 @given(st.data())
 def test_chunks_ask_for_the_same(kind, data):
-    batch = data.draw(whole_prompts(HEADS[kind]))
+    batch = data.draw(prompts(HEADS[kind]))
     n, whole = batch.kv_lens[0], Whole(batch)
     bounds = sorted({0, n, *data.draw(st.lists(st.integers(0, n), min_size=1, max_size=4))})
     for start, stop in pairwise(bounds):
@@ -98,7 +77,7 @@ def test_chunks_ask_for_the_same(kind, data):
 @settings(max_examples=20)
 @given(st.data())
 def test_a_cached_prefix_may_end_anywhere_and_a_turn_may_follow(kind, data):
-    batch = data.draw(whole_prompts(HEADS[kind]))
+    batch = data.draw(prompts(HEADS[kind]))
     chat, whole, cached = batch.maps[0], Whole(batch), 0
     turns = sorted({*data.draw(st.sets(st.integers(1, len(chat.segments)), max_size=2)), len(chat.segments)})
     for turn in turns:
@@ -112,7 +91,7 @@ def test_a_cached_prefix_may_end_anywhere_and_a_turn_may_follow(kind, data):
 @settings(max_examples=15)
 @given(st.data())
 def test_what_else_is_in_the_batch_changes_nothing(kind, data):
-    batch = data.draw(whole_prompts(HEADS[kind], max_length=70))
+    batch = data.draw(prompts(HEADS[kind], max_length=70))
     n, whole = batch.kv_lens[0], Whole(batch)
     start = data.draw(st.integers(0, n - 1))
     mine = cut(batch, start, n)

@@ -31,7 +31,7 @@ from support import (
     alone,
     boundary_2d,
     conversation,
-    cut_out,
+    cut,
     grid,
     growing,
     growing_of_kind,
@@ -39,7 +39,7 @@ from support import (
     patterns_of_kind,
     q_boundary,
     static,
-    tile_sizes,
+    whole_prompts,
 )
 
 GROWING = {kind: growing_of_kind(cls) for kind, cls in support.STATIC.items() if cls is not Grid}
@@ -50,22 +50,6 @@ STATIC = GROWING | LOOKING_AHEAD | {"q-ahead": q_boundary(static), "2d-ahead": b
 
 kinds = pytest.mark.parametrize("kind", STATIC)
 growing_kinds = pytest.mark.parametrize("kind", GROWING)
-
-
-@st.composite
-def whole_prompts(draw, patterns, max_length: int = 110) -> Batch:
-    """One conversation prefilled in one piece, one to three heads of the same kind."""
-    chat = draw(maps(max_segments=8, max_length=max_length))
-    group = draw(st.sampled_from([1, 1, 2, 3]))
-    return Batch(
-        [chat],
-        [chat.length],
-        [chat.length],
-        draw(st.lists(patterns, min_size=group, max_size=group)),
-        tiles=draw(tile_sizes),
-        dense_below=draw(st.sampled_from([0, 0, 12])),
-        seed=draw(st.integers(0, 999)),
-    )
 
 
 class Whole:
@@ -85,10 +69,6 @@ class Whole:
         rows = part.rows(request)
         torch.testing.assert_close(out[rows], self.out[start:stop], rtol=2e-5, atol=5e-6)
         torch.testing.assert_close(lse[rows], self.lse[start:stop], rtol=2e-5, atol=5e-6)
-
-
-def cut(batch: Batch, start: int, stop: int, **changes) -> Batch:
-    return cut_out(batch, 0, start, stop, **{"seed": batch.seed + start + 1, **changes})
 
 
 @kinds

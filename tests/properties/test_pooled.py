@@ -2,6 +2,7 @@
 prompt is cut and whatever else is in the batch; what a plan visits holds what its rows ask for."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -19,12 +20,14 @@ from support import (
     batches,
     boundary_2d,
     conversation,
-    cut_out,
+    cut,
     growing,
     maps,
     patterns_of_kind,
     q_boundary,
     tile_sizes,
+    visited,
+    whole_prompts,
 )
 
 POOLING = (PooledBlocks, PooledQueries)
@@ -39,22 +42,6 @@ HEADS = {"alone": CHOOSING, "q": q_boundary(MIXED), "2d": boundary_2d(MIXED)}
 every_head = pytest.mark.parametrize("kind", HEADS)
 
 
-@st.composite
-def whole_prompts(draw, patterns, max_length: int = 110) -> Batch:
-    """One conversation prefilled in one piece, by one to three heads."""
-    chat, group = draw(maps(max_segments=8, max_length=max_length)), draw(st.sampled_from([1, 1, 2, 3]))
-    return Batch(
-        [chat],
-        [chat.length],
-        [chat.length],
-        draw(st.lists(patterns, min_size=group, max_size=group)),
-        tiles=draw(tile_sizes),
-        dense_below=draw(st.sampled_from([0, 0, 12])),
-        seed=draw(st.integers(0, 999)),
-        sm_scale=draw(st.sampled_from([None, 0.1, 1.0])),
-    )
-
-
 def group_sizes(head) -> set[int]:
     return {pattern.group for pattern in patterns_of(head) if isinstance(pattern, POOLING)}
 
@@ -66,6 +53,9 @@ def uncut(head, start: int, stop: int, length: int) -> torch.Tensor:
         first = position // size * size
         whole &= (first >= start) & ((first + size).clamp_max(length) <= stop)
     return whole
+
+
+prompts = partial(whole_prompts, sm_scales=(None, 0.1, 1.0))
 
 
 class Whole:
@@ -87,21 +77,11 @@ class Whole:
                 assert not (seen & ~self.visited[h][start:stop, :stop]).any()
 
 
-def visited(batch: Batch, request: int) -> list[torch.Tensor]:
-    wrapper = batch.planned()
-    batch.run(wrapper)
-    return [wrapper.visited_mask(request, h) for h in range(len(batch.heads))]
-
-
-def cut(batch: Batch, start: int, stop: int, **changes) -> Batch:
-    return cut_out(batch, 0, start, stop, **{"seed": batch.seed + start + 1, **changes})
-
-
 @every_head
 @settings(max_examples=25)
 @given(st.data())
 def test_chunks_change_only_groups_that_they_cut(kind, data):
-    batch = data.draw(whole_prompts(HEADS[kind]))
+    batch = data.draw(prompts(HEADS[kind]))
     n, whole = batch.kv_lens[0], Whole(batch)
     bounds = sorted({0, n, *data.draw(st.lists(st.integers(0, n), min_size=1, max_size=4))})
     for start, stop in pairwise(bounds):
@@ -109,7 +89,7 @@ def test_chunks_change_only_groups_that_they_cut(kind, data):
 
 
 @settings(max_examples=25)
-@given(whole_prompts(CHOOSING), st.data())
+@given(prompts(CHOOSING), st.data())
 def test_chunks_between_groups_change_nothing(batch, data):
     batch = replace(batch, heads=batch.heads[:1], qs=[], ks=[], vs=[])
     (size,), n, whole = group_sizes(batch.heads[0]), batch.kv_lens[0], Whole(batch)
@@ -123,7 +103,7 @@ def test_chunks_between_groups_change_nothing(batch, data):
 @settings(max_examples=20)
 @given(st.data())
 def test_a_cached_prefix_and_a_later_turn_change_only_groups_that_they_cut(kind, data):
-    batch = data.draw(whole_prompts(HEADS[kind]))
+    batch = data.draw(prompts(HEADS[kind]))
     chat, whole, cached = batch.maps[0], Whole(batch), 0
     turns = sorted({*data.draw(st.sets(st.integers(1, len(chat.segments)), max_size=2)), len(chat.segments)})
     for turn in turns:
@@ -137,7 +117,7 @@ def test_a_cached_prefix_and_a_later_turn_change_only_groups_that_they_cut(kind,
 @settings(max_examples=15)
 @given(st.data())
 def test_what_else_is_in_the_batch_changes_nothing(kind, data):
-    batch = data.draw(whole_prompts(HEADS[kind], max_length=70))
+    batch = data.draw(prompts(HEADS[kind], max_length=70))
     n, whole = batch.kv_lens[0], Whole(batch)
     others = data.draw(st.lists(maps(max_length=50), min_size=1, max_size=3))
     request = data.draw(st.integers(0, len(others)))

@@ -15,10 +15,10 @@ from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig, ModelBasis
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.basis import second_moments
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.tiles import BLOCK_K
+from sglang_mminfer.serving.moments import Moments
 from sglang_mminfer.serving.observe import LayerView, RankInfo, RequestView
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import memory, tile_times
@@ -134,9 +134,10 @@ class SearchObserver:
 
 def _moments(view: LayerView, request: RequestView) -> dict[str, np.ndarray]:
     """float32 [heads, D, D], "q" and "k": the second moments of the request's queries and keys, heads of this rank."""
-    q = second_moments(view.q[request.rows])
-    k = torch.cat([second_moments(view.k_cache[request.slots, h : h + 1]) for h in range(view.k_cache.shape[1])])
-    return {name: moments.float().cpu().numpy() for name, moments in (("q", q), ("k", k))}
+    moments = Moments(by_head=True)
+    moments.add(view, request)
+    layer = moments.layers[view.layer_id]
+    return {name: (sums / layer.rows).float().cpu().numpy() for name, sums in (("q", layer.q), ("k", layer.k))}
 
 
 def _heaviest(mass: torch.Tensor) -> list[int]:
