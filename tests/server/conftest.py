@@ -60,10 +60,8 @@ def _server_of(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests of one server next to each other, so that each server is started once."""
-    ours = [i for i, item in enumerate(items) if _server_of(item)]
-    for i, item in zip(ours, sorted((items[i] for i in ours), key=lambda item: NAMES.index(_server_of(item)))):
-        items[i] = item
+    """Puts the tests of one server next to each other, so that each server is started once; those without one last."""
+    items.sort(key=lambda item: NAMES.index(name) if (name := _server_of(item)) else len(NAMES))
 
 
 @pytest.hookimpl(wrapper=True)
