@@ -1,50 +1,60 @@
 """The low-rank forms of a model's heads in a file beside its head config: NAME.basis.npz beside NAME.json.
 
 A NumPy archive of three arrays: `header`, JSON text with `schema`, `model` (a fingerprint) and `provenance` as in a
-head config; `queries` and `keys`, float32 [layers, n, rank, D], as in `Basis`. Whatever else it holds, or holds
-otherwise, is an error. Nothing in it is executed: pickled objects are refused.
+head config; `queries` and `keys`, float32 [layers, n, rank, D], as in `Basis`. It may have a fourth: `shares`, float32
+[layers, query heads], as in `Basis`, of heads that choose by the pattern `rule` of the header. Whatever else it holds,
+or holds otherwise, is an error. Nothing in it is executed: pickled objects are refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
 import torch
 
 from sglang_mminfer.head_config.fingerprint import HeadConfigError, ModelFingerprint
+from sglang_mminfer.head_config.json_format import Misplaced, pattern_from_json, pattern_to_json
 from sglang_mminfer.head_config.provenance import Provenance
+from sglang_mminfer.patterns.adaptive import Adaptive
 from sglang_mminfer.patterns.basis import Basis, basis_of
 
 SCHEMA = 1
 ENDING = ".basis.npz"
 ARRAYS = ("header", "queries", "keys")
+SHARES = "shares"
 
 
-class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     schema: int
     model: ModelFingerprint
     provenance: Provenance
+    rule: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ModelBasis:
     """The bases of all layers of a model.
 
-    queries, keys: float32 [layers, n, rank, D], see `Basis`.
+    queries, keys: float32 [layers, n, rank, D], see `Basis`. A layer whose attention is no plain one has 0.
+    shares: float32 [layers, query heads], from 0 to 1, see `Basis`; None: they are not known.
+    rule: the pattern of heads that visit these shares; None like `shares`.
     """
 
     model: ModelFingerprint
     provenance: Provenance
     queries: torch.Tensor
     keys: torch.Tensor
+    shares: torch.Tensor | None = None
+    rule: Adaptive | None = None
 
     @classmethod
     def of_moments(
@@ -70,6 +80,13 @@ class ModelBasis:
         queries, keys = (torch.stack(part) for part in zip(*((layer.queries, layer.keys) for layer in layers)))
         return cls(model, provenance, queries, keys)
 
+    def with_shares(self, shares: torch.Tensor, rule: Adaptive) -> ModelBasis:
+        """The same with what heads visit that choose by a rule; as it is if that is not known (NaN) of some, or if the
+        rule asks for a higher rank."""
+        if shares.isnan().any() or rule.rank > self.rank:
+            return self
+        return dataclasses.replace(self, shares=shares, rule=rule)
+
     @property
     def rank(self) -> int:
         """The largest rank that it serves."""
@@ -77,9 +94,9 @@ class ModelBasis:
 
     @cached_property
     def digest(self) -> str:
-        """Of the numbers: what rows see, and so what is cached, follows from them."""
+        """Of the numbers: what rows see, and so what is cached, follows from them. Shares say which heads see all."""
         content = hashlib.sha256()
-        for part in (self.queries, self.keys):
+        for part in (self.queries, self.keys, *([] if self.shares is None else [self.shares])):
             content.update(str(tuple(part.shape)).encode())
             content.update(np.ascontiguousarray(part.numpy()).tobytes())
         return content.hexdigest()[:12]
@@ -87,13 +104,22 @@ class ModelBasis:
     def layer(self, number: int, first_head: int, count: int, device: torch.device) -> Basis:
         """Of the query heads [first_head, first_head + count) of a layer, which are those of one rank."""
         own = slice(first_head, first_head + count)
-        return Basis(self.queries[number], self.keys[number]).part(own, self.model.heads).to(device)
+        shares = self.shares_of(number)
+        return Basis(self.queries[number], self.keys[number], shares).part(own, self.model.heads).to(device)
+
+    def shares_of(self, layer: int) -> torch.Tensor | None:
+        """float32 [query heads]; None: they are not known."""
+        return self.shares[layer] if self.shares is not None and bool(self.queries[layer].any()) else None
 
     def save(self, path: str | Path) -> None:
         """Write it; `load` reads it back."""
-        header = msgspec.json.encode(_Header(SCHEMA, self.model, self.provenance)).decode()
+        rule = None if self.rule is None else pattern_to_json(self.rule)
+        header = msgspec.json.encode(_Header(SCHEMA, self.model, self.provenance, rule)).decode()
+        arrays = {"header": np.array(header), "queries": self.queries.numpy(), "keys": self.keys.numpy()}
+        if self.shares is not None:
+            arrays[SHARES] = self.shares.numpy()
         with Path(path).open("wb") as file:
-            np.savez(file, header=np.array(header), queries=self.queries.numpy(), keys=self.keys.numpy())
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> ModelBasis:
@@ -108,9 +134,11 @@ class ModelBasis:
 
         try:
             with np.load(path, allow_pickle=False) as archive:
-                if set(archive.files) != set(ARRAYS):
-                    fail(f"expected the arrays {', '.join(ARRAYS)}, got {', '.join(archive.files) or 'none'}")
+                if set(archive.files) - {SHARES} != set(ARRAYS):
+                    expected = f"{', '.join(ARRAYS)}, and perhaps {SHARES}"
+                    fail(f"expected the arrays {expected}, got {', '.join(archive.files) or 'none'}")
                 header, queries, keys = (archive[name] for name in ARRAYS)
+                shares = archive[SHARES] if SHARES in archive.files else None
         except FileNotFoundError:
             fail("no such file")
         except HeadConfigError:
@@ -136,4 +164,20 @@ class ModelBasis:
                 fail(f"{name}: expected finite numbers")
         if queries.shape != keys.shape:
             fail(f"keys: expected the shape of queries {list(queries.shape)}, got {list(keys.shape)}")
-        return cls(model, found.provenance, torch.from_numpy(queries), torch.from_numpy(keys))
+        if (shares is None) != (found.rule is None):
+            fail(f"{SHARES}: expected together with header.rule, the pattern of heads that visit them")
+        if shares is None or found.rule is None:
+            return cls(model, found.provenance, torch.from_numpy(queries), torch.from_numpy(keys))
+        if shares.dtype != np.float32 or shares.shape != (model.layers, model.heads):
+            expected = f"float32 [{model.layers}, {model.heads}] as in header.model"
+            fail(f"{SHARES}: expected {expected}, got {shares.dtype} {list(shares.shape)}")
+        if not ((shares >= 0) & (shares <= 1)).all():
+            fail(f"{SHARES}: expected numbers from 0 to 1")
+        try:
+            rule = pattern_from_json(found.rule, "header.rule")
+        except Misplaced as error:
+            fail(str(error))
+        if not isinstance(rule, Adaptive):
+            fail(f"header.rule: expected a pattern that chooses keys by a basis, got {rule.kind}")
+        arrays = (torch.from_numpy(array) for array in (queries, keys, shares))
+        return cls(model, found.provenance, *arrays, rule)

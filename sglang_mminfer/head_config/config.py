@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,7 @@ from sglang_mminfer.head_config.basis_file import ENDING, ModelBasis
 from sglang_mminfer.head_config.fingerprint import HeadConfigError, ModelFingerprint, fingerprint_of
 from sglang_mminfer.head_config.json_format import SCHEMA
 from sglang_mminfer.head_config.provenance import NO_DEFAULTS, Defaults, Provenance
+from sglang_mminfer.patterns.adaptive import Adaptive
 from sglang_mminfer.patterns.boundary import Boundary2D, HeadPattern, QBoundary, patterns_of
 from sglang_mminfer.patterns.dense import Dense
 
@@ -142,6 +144,12 @@ class HeadConfig:
     def basis_rank(self) -> int:
         """The largest rank that a pattern asks of a basis; 0: none chooses keys by a basis."""
         return max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
+
+    @property
+    def rule(self) -> Adaptive | None:
+        """By which most heads choose keys, of those without a boundary; None: none does."""
+        counts = Counter(head for row in self.rows for head in row if isinstance(head, Adaptive))
+        return counts.most_common(1)[0][0] if counts else None
 
     def is_dense(self, layer: int) -> bool:
         """True if no head of the layer leaves anything out."""

@@ -257,20 +257,34 @@ def _kind(value: Any) -> str:
     return "null"
 
 
+def pattern_from_json(value: Any, where: str) -> Pattern:
+    """The pattern that `pattern_to_json` turned into JSON values.
+
+    Args:
+        where: its place in the file, for errors.
+
+    Raises:
+        Misplaced: naming the place and what was expected there.
+    """
+    pattern: Pattern = _convert(value, _PATTERN, where).to_pattern()
+    return pattern
+
+
 # ---- writing -------------------------------------------------------------------------------------------------
 
 
-def _pattern_json(pattern: Any) -> dict[str, Any]:
+def pattern_to_json(pattern: Any) -> dict[str, Any]:
+    """A pattern without a boundary as JSON values."""
     return {"kind": pattern.kind, **dataclasses.asdict(pattern)}
 
 
 def _head_json(head: HeadPattern) -> dict[str, Any]:
     if isinstance(head, QBoundary):
-        return {"boundary": "q", "patterns": {m.value: _pattern_json(p) for m, p in head.patterns.items()}}
+        return {"boundary": "q", "patterns": {m.value: pattern_to_json(p) for m, p in head.patterns.items()}}
     if isinstance(head, Boundary2D):
-        patterns = {f"{q.value}/{k.value}": _pattern_json(p) for (q, k), p in head.patterns.items()}
+        patterns = {f"{q.value}/{k.value}": pattern_to_json(p) for (q, k), p in head.patterns.items()}
         return {"boundary": "2d", "patterns": patterns}
-    return {"boundary": "none", "pattern": _pattern_json(head)}
+    return {"boundary": "none", "pattern": pattern_to_json(head)}
 
 
 def _names(heads: Iterator[HeadPattern]) -> dict[HeadPattern, str]:

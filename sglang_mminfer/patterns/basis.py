@@ -27,6 +27,8 @@ class Basis:
     """Low-rank forms of q . k for the heads of one layer.
 
     queries, keys: float32 [n, rank, D], A and B. n is the number of KV heads, or of query heads.
+    shares: float32 [query heads], on the host: the share of the keys between sink and window that query tiles visit by
+        these forms, as measured where they come from; None: it is not known.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -34,6 +36,7 @@ class Basis:
 
     queries: torch.Tensor
     keys: torch.Tensor
+    shares: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.queries.ndim != 3 or self.queries.shape != self.keys.shape:
@@ -49,7 +52,7 @@ class Basis:
 
     def to(self, device: torch.device) -> Basis:
         """The same on a device."""
-        return Basis(self.queries.to(device), self.keys.to(device))
+        return Basis(self.queries.to(device), self.keys.to(device), self.shares)
 
     def number(self, head: int, num_heads: int) -> int:
         """Which of the n forms serves a query head, of so many."""
@@ -58,7 +61,8 @@ class Basis:
     def part(self, heads: slice, num_heads: int) -> Basis:
         """The forms of some successive query heads, of so many: of whole KV heads, or of a part of one."""
         own = slice(self.number(heads.start, num_heads), self.number(heads.stop - 1, num_heads) + 1)
-        return Basis(self.queries[own], self.keys[own])
+        shares = None if self.shares is None else self.shares[heads]
+        return Basis(self.queries[own], self.keys[own], shares)
 
     def of_head(self, head: int, num_heads: int) -> HeadBasis:
         """A and B of a query head, of so many."""

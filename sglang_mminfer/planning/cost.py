@@ -8,7 +8,7 @@ stands for the tile, and lines through rasters are counted by their lengths.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ MARGIN = 1.1
 """By so much sparse attention must be faster by the estimate, for what the estimate leaves out: planning, launches, the
 last programs of a layer."""
 
+LONG = 1 << 24
+"""Tokens of a prompt beside which windows do not count."""
+
 SAMPLE = 12
 """The most patterns of a model that are looked at; if it has more, these are spread over all, by how many heads each
 has."""
@@ -47,15 +50,29 @@ def dense_pairs(start: int, stop: int, dense_backend: str) -> int:
     return (first + 1 + stop) * (stop - first) // 2
 
 
+def largest_share(pattern: Estimated, executor: str, head_dim: int, dense_on_stock: bool) -> float:
+    """The share of its keys up to which choosing them pays in prompts of any length: a head that visits more is slower
+    than a dense one, which visits all and chooses nothing.
+
+    Args:
+        dense_on_stock: whether the dense backend runs dense heads beside sparse ones; else the executor does.
+    """
+    dense = 1 / PAIR_COST.get(executor, 1.0) if dense_on_stock else 1.0
+    return dense / MARGIN - pattern.looks_at(LONG, LONG, head_dim) / dense_pairs(0, LONG, "")
+
+
 class Comparison:
     """Compares sparse attention with dense attention, for one model.
 
     Args:
-        layers: the heads of every layer, those of all ranks. Heads that are dense cost the same either way and do not
-            count.
+        layers: the heads of every layer, those of all ranks.
         executor, dense_backend: the names of what runs sparse and dense attention.
         dense_below: rows before this position see everything.
         head_dim: what choosing keys costs depends on it.
+        shares: the mean share of the keys between sink and window that tiles of heads with a pattern visit, as far as
+            it is known.
+        dense_on_stock: whether the dense backend runs dense heads also beside sparse ones. Then they cost the same
+            either way and do not count; else the executor's own speed counts.
     """
 
     def __init__(
@@ -65,24 +82,34 @@ class Comparison:
         dense_backend: str,
         dense_below: int,
         head_dim: int = 128,
+        shares: Mapping[HeadPattern, float] | None = None,
+        dense_on_stock: bool = True,
     ) -> None:
-        counts = Counter(head for layer in layers for head in layer if head != UNNAMED).most_common()
+        heads = Counter(head for layer in layers for head in layer)
+        dense = heads.pop(UNNAMED, 0)
+        counts = heads.most_common()
         self._sample = counts[:: -(-len(counts) // SAMPLE) or 1]
         self._pair_cost = PAIR_COST.get(executor, 1.0)
         self._dense_backend, self._dense_below, self._head_dim = dense_backend, dense_below, head_dim
+        self._shares = shares or {}
+        # As many dense heads of the executor's own as there are for each head of the sample.
+        sampled = sum(count for _, count in self._sample)
+        self._own_dense = 0.0 if dense_on_stock else dense * sampled / max(heads.total(), 1)
 
     def sparse_is_faster(self, modality_map: ModalityMap, start: int, stop: int) -> bool:
         """Whether rows [start, stop) of a prompt are worth a plan."""
         rows = ChunkRows(modality_map, start, stop, self._dense_below)
         remaining = sum(count for _, count in self._sample)
+        pairs, dense = dense_pairs(start, stop, ""), dense_pairs(start, stop, self._dense_backend) / self._pair_cost
         # Pairs that may be visited before dense attention is as fast.
-        allowance = remaining * dense_pairs(start, stop, self._dense_backend) / (self._pair_cost * MARGIN)
+        allowance = remaining * dense / MARGIN + self._own_dense * (dense - pairs)
         for head, count in self._sample:
-            allowance -= count * (rows.visited_pairs(head) + rows.estimate_pairs(head, self._head_dim))
+            visited = rows.visited_pairs(head, self._shares.get(head))
+            allowance -= count * (visited + rows.estimate_pairs(head, self._head_dim))
             remaining -= count
             if allowance <= 0:
                 return False
-            if remaining * dense_pairs(start, stop, "") < allowance:  # whatever the other heads visit
+            if remaining * pairs < allowance:  # whatever the other heads visit
                 return True
         return True
 
@@ -102,13 +129,17 @@ class ChunkRows:
         self.map, self.start, self.stop, self.dense_below = modality_map, start, stop, dense_below
         self._lines: dict[tuple[str, Modality | None], LineKeys] = {}
 
-    def visited_pairs(self, head: HeadPattern) -> float:
-        """About how many (row, key) pairs up to the diagonal lie in the tiles that the head visits."""
+    def visited_pairs(self, head: HeadPattern, share: float | None = None) -> float:
+        """About how many (row, key) pairs up to the diagonal lie in the tiles that the head visits.
+
+        Args:
+            share: of the keys between sink and window that it visits by its estimate; None: what its pattern expects.
+        """
         pairs = 0.0
         for row_class in row_classes(head):
             for keys, pattern in row_class.pairs:
                 scope = Scope(self.map, self.stop, row_class.rows, keys, row_class.text_rule)
-                pairs += self._pairs(scope, pattern.index(scope))
+                pairs += self._pairs(scope, pattern.index(scope), share)
         return pairs
 
     def estimate_pairs(self, head: HeadPattern, head_dim: int) -> float:
@@ -122,7 +153,7 @@ class ChunkRows:
                     pairs += pattern.looks_at(len(rows), len(scope.key_members), head_dim)
         return pairs
 
-    def _pairs(self, scope: Scope, index: PairIndex) -> float:
+    def _pairs(self, scope: Scope, index: PairIndex, share: float | None) -> float:
         rows = scope.row_members.clip(self.start, self.stop)
         choosy = rows.clip(self.dense_below, self.stop)
         if index.whole_rows is not None:
@@ -132,10 +163,10 @@ class ChunkRows:
             seeing_all = _one_of_each_tile(rows - choosy)
             pairs += (len(rows) - len(choosy)) * float(scope.key_members.rank(seeing_all + 1).mean())
         if len(choosy):
-            pairs += len(choosy) * float(self._visited_keys(scope, index, _one_of_each_tile(choosy)).mean())
+            pairs += len(choosy) * float(self._visited_keys(scope, index, _one_of_each_tile(choosy), share).mean())
         return pairs
 
-    def _visited_keys(self, scope: Scope, index: PairIndex, row: Ints) -> NDArray[np.float64]:
+    def _visited_keys(self, scope: Scope, index: PairIndex, row: Ints, share: float | None) -> NDArray[np.float64]:
         """float64, like `row`: about how many keys the tiles of these rows visit, rows that do not see everything."""
         keys = scope.key_members
         reach = keys.rank(row + 1)
@@ -143,7 +174,8 @@ class ChunkRows:
         sink = -(-index.sink // BLOCK_K) * BLOCK_K
         visited = reach - window + np.minimum(sink, window).astype(np.float64)
         if index.estimated is not None:
-            visited += index.estimated.expected(reach)
+            between = np.maximum(window - sink, 0)
+            visited += index.estimated.expected(reach) if share is None else share * between
             if not index.local:  # what is picked is taken to lie side by side, and what is picked beside a window alone
                 visited += BLOCK_Q + BLOCK_K
         if index.columns is not None:

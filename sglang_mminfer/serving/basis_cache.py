@@ -1,9 +1,9 @@
 """Bases that earlier starts made, in the user's cache folder: XDG_CACHE_HOME, or ~/.cache, sglang_mminfer/basis.
 
-A file belongs to one model, the weights in its folder, one version of the built-in clip and one rank. Every rank of a
-server has the forms of its own heads and layers, so each writes a part, in which the others' forms are 0, and whoever
-sees all parts adds them up. A file is written beside its place and then put there, so that servers that start at once
-do not harm each other.
+A file belongs to one model, the weights in its folder, one version of the built-in clip, one rank, and one rule by
+which heads choose, as its shares do. Every rank of a server has the forms of its own heads and layers, so each writes a
+part, in which the others' forms are 0, and whoever sees all parts adds them up. A file is written beside its place and
+then put there, so that servers that start at once do not harm each other.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from sglang_mminfer.head_config import HeadConfigError, ModelBasis, fingerprint_of
 from sglang_mminfer.head_config.basis_file import ENDING
+from sglang_mminfer.patterns.adaptive import Adaptive
 from sglang_mminfer.serving import clip
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 NO_FILES = ("dummy", "remote", "remote_instance")
 """SGLang's ways to load a model whose weights are in no file here."""
-FORMAT = 1
+FORMAT = 2
 """The version of what a key covers."""
 
 
@@ -78,7 +79,10 @@ class Entry:
         except HeadConfigError:  # another rank has just put the whole there and removed the parts
             return self.path if self.path.is_file() else None
         queries, keys = (torch.stack(of_parts).sum(0) for of_parts in zip(*((p.queries, p.keys) for p in parts)))
-        _write(dataclasses.replace(basis, queries=queries, keys=keys), self.path)
+        of_parts = [p.shares for p in parts if p.shares is not None]
+        shares = torch.stack(of_parts).sum(0) if len(of_parts) == len(parts) else None
+        rule = None if shares is None else basis.rule
+        _write(dataclasses.replace(basis, queries=queries, keys=keys, shares=shares, rule=rule), self.path)
         for path in paths:
             _remove(path)
         return self.path
@@ -131,13 +135,14 @@ def folder(environ: Mapping[str, str] | None = None) -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "sglang_mminfer" / "basis"
 
 
-def entry_of(server_args: Any, hf_config: Any, rank: int) -> Entry | None:
+def entry_of(server_args: Any, hf_config: Any, rank: int, rule: Adaptive | None = None) -> Entry | None:
     """The place of a model's basis of some rank. None if nobody can tell which weights the server has: they are random,
     come over a network, or lie neither in a folder nor in the hub's cache.
 
     Args:
         server_args: SGLang's ServerArgs, or an object with some of its fields.
         hf_config: the model's transformers config, with overrides applied.
+        rule: how heads choose whose shares the basis has; None: it has none.
     """
     name, revision = getattr(server_args, "model_path", None), getattr(server_args, "revision", None)
     if not name or str(getattr(server_args, "load_format", "auto")) in NO_FILES:
@@ -150,6 +155,7 @@ def entry_of(server_args: Any, hf_config: Any, rank: int) -> Entry | None:
         "format": FORMAT,
         "clip": clip.VERSION,
         "rank": rank,
+        "rule": None if rule is None else dataclasses.asdict(rule),
         "model": msgspec.to_builtins(fingerprint_of(hf_config)),
         "overrides": str(getattr(server_args, "json_model_override_args", "")),
         "revision": str(revision),

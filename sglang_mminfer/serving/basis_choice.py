@@ -40,7 +40,7 @@ def with_basis(head_config: HeadConfig, server_args: Any, hf_config: Any) -> Hea
         return dataclasses.replace(head_config, basis=_of_file(setting))
     if head_config.basis is not None or is_awaited(server_args):
         return head_config
-    return dataclasses.replace(head_config, basis=_of_earlier_start(server_args, hf_config, head_config.basis_rank))
+    return dataclasses.replace(head_config, basis=_of_earlier_start(server_args, hf_config, head_config))
 
 
 def settle(server_args: Any, head_config: HeadConfig, model: Any) -> None:
@@ -110,11 +110,11 @@ def _of_file(path: str) -> ModelBasis:
         ) from None
 
 
-def _of_earlier_start(server_args: Any, hf_config: Any, rank: int) -> ModelBasis | None:
+def _of_earlier_start(server_args: Any, hf_config: Any, head_config: HeadConfig) -> ModelBasis | None:
     """From the cache. A server on several machines, whose caches may differ, makes it anew."""
     from sglang_mminfer.serving import basis_cache
 
     if (getattr(server_args, "nnodes", 1) or 1) > 1:
         return None
-    entry = basis_cache.entry_of(server_args, hf_config, rank)
+    entry = basis_cache.entry_of(server_args, hf_config, head_config.basis_rank, head_config.rule)
     return entry.load() if entry is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from sglang_mminfer.head_config import HeadConfigError, ModelBasis, Provenance, fingerprint_of
+from sglang_mminfer.patterns.adaptive import Adaptive
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.serving import basis_cache, prompts
 from sglang_mminfer.serving.basis_cache import Part
@@ -48,6 +50,7 @@ class Calibration:
 
     Args:
         rank: of the basis.
+        rule: how most heads choose by it; None: none does without a boundary, so the basis has no shares.
         done: called once, with the basis of each layer, or with None if there is none.
         keep: called after that with the same bases, to keep them for later starts.
     """
@@ -55,11 +58,12 @@ class Calibration:
     def __init__(
         self,
         rank: int,
+        rule: Adaptive | None,
         done: Callable[[Mapping[int, Basis] | None], None],
         keep: Callable[[Mapping[int, Basis]], None],
     ) -> None:
-        self._rank, self._tell, self._keep = rank, done, keep
-        self._rid, self._moments, self._complete, self._failed = "", Moments(), False, False
+        self._rank, self._rule, self._tell, self._keep = rank, rule, done, keep
+        self._rid, self._moments, self._complete, self._failed = "", Moments(rule=rule), False, False
 
     def layer(self, view: LayerView) -> None:
         """Adds the clip's rows of one layer."""
@@ -67,7 +71,7 @@ class Calibration:
             if not request.rid.startswith(CLIP_RID):
                 continue
             if request.rid != self._rid:  # another size of the clip: what came of the one before does not count
-                self._rid, self._moments, self._failed = request.rid, Moments(), False
+                self._rid, self._moments, self._failed = request.rid, Moments(rule=self._rule), False
             self._complete = request.seq_len >= request.prompt_stop
             try:
                 self._moments.add(view, request)
@@ -95,25 +99,29 @@ class Calibration:
         bases: dict[int, Basis] = {}
         try:
             if not self._failed:
-                bases = {number: layer.basis(self._rank) for number, layer in moments.layers.items()}
+                bases = {number: moments.basis(number, self._rank) for number in moments.layers}
         finally:
             self._tell(bases or None)
         if bases:
             self._keep(bases)
 
 
-def keep(place: Place, rank: int, bases: Mapping[int, Basis]) -> None:
+def keep(place: Place, rank: int, rule: Adaptive | None, bases: Mapping[int, Basis]) -> None:
     """Keeps a rank's bases for later starts of the same server. Errors are logged: nothing depends on it."""
     try:
-        entry = basis_cache.entry_of(place.server_args, place.hf_config, rank)
-        if entry is not None and (path := entry.save(*as_part(place, bases))):
+        entry = basis_cache.entry_of(place.server_args, place.hf_config, rank, rule)
+        if entry is not None and (path := entry.save(*as_part(place, bases, rule))):
             logger.info("mminfer: the basis is kept for later starts: %s", path)
     except (OSError, HeadConfigError) as error:
         logger.warning("mminfer: the basis is not kept, so the next start makes it anew: %s", error)
 
 
-def as_part(place: Place, bases: Mapping[int, Basis]) -> tuple[ModelBasis, Part]:
-    """A rank's bases in the shape of the whole model, with 0 elsewhere, and which part of it they are."""
+def as_part(place: Place, bases: Mapping[int, Basis], rule: Adaptive | None = None) -> tuple[ModelBasis, Part]:
+    """A rank's bases in the shape of the whole model, with 0 elsewhere, and which part of it they are.
+
+    Args:
+        rule: how heads choose that visit the shares of the bases.
+    """
     model = fingerprint_of(place.hf_config)
     count = model.heads // place.ranks
     forms = len(next(iter(bases.values())).queries)
@@ -129,4 +137,32 @@ def as_part(place: Place, bases: Mapping[int, Basis]) -> tuple[ModelBasis, Part]
     how = Provenance("calibration", NOTE, calibration="built-in clip", date=today)
     heads = place.rank * count, (place.rank + 1) * count
     layout = f"tp{place.ranks}.pp{place.stages}"
-    return ModelBasis(model, how, *whole), Part(place.layers, heads, model.layers, model.heads, layout)
+    part = Part(place.layers, heads, model.layers, model.heads, layout)
+    found = ModelBasis(model, how, *whole)
+    if rule is not None:
+        all_shares = torch.zeros(model.layers, model.heads)
+        for number, basis in bases.items():
+            all_shares[number, slice(*heads)] = math.nan if basis.shares is None else basis.shares
+        found = found.with_shares(all_shares, rule)
+    return found, part
+
+
+def own_shares(place: Place, bases: Mapping[int, Basis]) -> torch.Tensor:
+    """float32 [layers, query heads of this rank]: `Basis.shares` of all layers, NaN where they are not known."""
+    model = fingerprint_of(place.hf_config)
+    shares = torch.full((model.layers, model.heads // place.ranks), math.nan)
+    for number, basis in bases.items():
+        if basis.shares is not None:
+            shares[number] = basis.shares
+    return shares
+
+
+def shares_of_all_ranks(place: Place, bases: Mapping[int, Basis]) -> torch.Tensor:
+    """float32 [layers, query heads of the model]: the same of all tensor-parallel ranks, so that they decide alike. All
+    of them must call this in the same batch, whatever happened to their bases; they wait for each other."""
+    own = own_shares(place, bases)
+    if place.ranks == 1:
+        return own
+    from sglang.srt.runtime_context import get_parallel
+
+    return torch.cat(get_parallel().attn_tp_group.all_gather_object(own), dim=1)

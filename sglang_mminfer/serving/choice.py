@@ -1,16 +1,20 @@
 """Whether a chunk of a request runs sparse: the one place that decides it, by the request's own length and media.
 
 What is decided follows from counts alone, never from a clock or from what else is in the batch, so all ranks and all
-repetitions decide alike, but for heads that the guard made dense: a rank knows its own of these. A chunk that runs
-dense sees all that its patterns ask for and more. Where a prompt is cut may decide which of its rows do, which is the
-one exception to chunk invariance.
+repetitions decide alike, but for heads that the guard made dense: a rank knows its own of these. How many keys heads
+choose is measured once, before any request runs sparse. Tensor-parallel ranks tell each other; while the server that
+measured it lives, a pipeline stage knows it of its own layers alone. A chunk that runs dense sees all that its patterns
+ask for and more. Where a prompt is cut may decide which of its rows do, which is the one exception to chunk invariance.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sglang_mminfer import settings
 from sglang_mminfer.head_config.config import HeadConfig
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.budget import PlanBudget, line_strides
 from sglang_mminfer.planning.cost import Comparison
 from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
@@ -24,18 +28,28 @@ class Choice:
         num_layers: layers of the model.
         executor, dense_backend: the names of what runs sparse and dense attention.
         head_dim: dimensions of a head.
+        shares, dense_on_stock: as for `Comparison`.
 
     Attributes:
         lacks_basis: whether heads choose keys by q . k itself, which takes as long as dense attention.
     """
 
     def __init__(
-        self, head_config: HeadConfig, num_layers: int, executor: str, dense_backend: str, head_dim: int
+        self,
+        head_config: HeadConfig,
+        num_layers: int,
+        executor: str,
+        dense_backend: str,
+        head_dim: int,
+        shares: Mapping[HeadPattern, float] | None = None,
+        dense_on_stock: bool = True,
     ) -> None:
         layers = [head_config.patterns(layer) for layer in range(num_layers)]
         self.dense_below = head_config.defaults.dense_below
         self.budget = PlanBudget(*settings.plan_budget())
-        self.comparison = Comparison(layers, executor, dense_backend, self.dense_below, head_dim)
+        self.comparison = Comparison(
+            layers, executor, dense_backend, self.dense_below, head_dim, shares, dense_on_stock
+        )
         self._patterns = {head for layer in layers for head in layer}
         self._line_strides = line_strides(self._patterns)
         self.only_if_faster = settings.sparse() == "faster"

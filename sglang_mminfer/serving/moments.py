@@ -1,13 +1,18 @@
-"""Second moments of queries and keys, summed up while a request is computed: what a basis is made of."""
+"""Second moments of queries and keys, summed up while a request is computed: what a basis is made of.
+
+With them come some rows, of which the shares of the basis are taken: see `shares.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from sglang_mminfer.patterns.adaptive import Adaptive
 from sglang_mminfer.patterns.basis import Basis, basis_of, second_moments
 from sglang_mminfer.serving.observe import LayerView, RequestView
+from sglang_mminfer.serving.shares import LayerSample
 
 SLAB = 1024
 """Rows that are taken at a time, so that no float64 copy of a whole chunk is made."""
@@ -33,21 +38,27 @@ class LayerMoments:
 
 
 class Moments:
-    """The moments of one request, layer by layer. They stay on the device, and nothing waits for it.
+    """The moments of requests, layer by layer. They stay on the device, and nothing waits for it.
 
     Args:
         by_head: keep those of each query head, not of those that share a KV head together.
+        rule: how heads choose keys by the basis, for its shares; None: it has none.
     """
 
-    def __init__(self, by_head: bool = False) -> None:
-        self.by_head = by_head
+    def __init__(self, by_head: bool = False, rule: Adaptive | None = None) -> None:
+        self.by_head, self.rule = by_head, rule
         self.layers: dict[int, LayerMoments] = {}
+        self._samples: dict[int, LayerSample] = {}
 
     def add(self, view: LayerView, request: RequestView) -> None:
         """Adds the rows of a chunk of the request in one layer, and their keys."""
         q = view.q[request.rows]
         slots = request.slots[request.prefix_len : request.seq_len]
         layer = self.layers.get(view.layer_id)
+        if self.rule is not None:
+            if request.prefix_len == 0 or view.layer_id not in self._samples:
+                self._samples[view.layer_id] = LayerSample.of(self.rule, view, request)
+            self._samples[view.layer_id].add(view, request)
         for begin in range(0, len(q), SLAB):
             part = slice(begin, begin + SLAB)
             k = view.k_cache[slots[part]]
@@ -61,3 +72,10 @@ class Moments:
                 layer.rows += count
                 layer.q += q_sum
                 layer.k += k_sum
+
+    def basis(self, layer: int, rank: int) -> Basis:
+        """The basis of a layer, with the shares of the request that was added last, if that is complete and its batch
+        has not ended. Waits for the device."""
+        basis = self.layers[layer].basis(rank)
+        sample = self._samples.get(layer)
+        return basis if sample is None else replace(basis, shares=sample.shares(basis))

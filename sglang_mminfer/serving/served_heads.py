@@ -1,7 +1,8 @@
 """What the heads of a model do for a request, from its first chunk to its last.
 
-It is what the head config says, until the guard makes a head dense. Requests that began before keep what they began
-with, so a batch may hold requests of both kinds: see `together`.
+It is what the head config says, except where a head is known to choose so many keys that choosing does not pay: it is
+dense from the start. The guard may make more heads dense. Requests that began before keep what they began with, so a
+batch may hold requests of both kinds: see `together`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.planning.cost import largest_share
 from sglang_mminfer.planning.planner import Heads, is_static
 from sglang_mminfer.serving.choice import Choice
 from sglang_mminfer.serving.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
+from sglang_mminfer.serving.known_shares import KnownShares
 
 # There is no "_id" in this name, because SGLang's MultimodalInputs.merge copies such attributes to other requests.
 _BEGAN_WITH = "_mminfer_served_heads"
@@ -85,6 +88,11 @@ class Placement:
     executor: str
     dense_backend: str
 
+    @property
+    def dense_on_stock(self) -> bool:
+        """Whether the stock backend runs dense heads beside sparse ones."""
+        return self.dense_backend in BACKENDS and settings.dense_heads_on_stock(str(self.device)) != "never"
+
 
 class ServedHeads:
     """What the heads of a model do for some requests.
@@ -93,23 +101,48 @@ class ServedHeads:
         head_config: bound to the model.
         placement: where heads run.
         guarded: how many heads of this rank the guard has made dense.
+        shares: how many keys heads choose. None: what the config's basis tells of it.
 
     Attributes:
+        head_config: with heads dense that choose too many keys.
+        too_diffuse: how many these are.
         choice: decides which of their chunks run sparse.
         all_dense: whether every head of every layer is dense.
         bases: low-rank forms of q . k of this rank's heads, by layer, as far as they are known.
     """
 
-    def __init__(self, head_config: HeadConfig, placement: Placement, guarded: int = 0) -> None:
-        assert head_config.num_layers is not None
-        self.head_config, self.guarded = head_config, guarded
-        self.choice = Choice(
-            head_config, head_config.num_layers, placement.executor, placement.dense_backend, placement.head_dim
-        )
-        self.all_dense = all(map(head_config.is_dense, range(head_config.num_layers)))
+    def __init__(
+        self, head_config: HeadConfig, placement: Placement, guarded: int = 0, shares: KnownShares | None = None
+    ) -> None:
+        self.guarded = guarded
         self._placement = placement
         self._layers: dict[LayerShape, LayerHeads] = {}
         self.bases: dict[int, Basis] = {}
+        self._begin_with(head_config, shares or KnownShares.of(head_config))
+
+    def _begin_with(self, head_config: HeadConfig, shares: KnownShares | None) -> None:
+        """Decides which heads are dense, and makes the choice."""
+        assert head_config.num_layers is not None
+        placement, too_diffuse = self._placement, []
+        # What a search gave a head was measured by it.
+        if shares is not None and head_config.provenance.how != "search":
+            kinds = placement.executor, placement.head_dim, placement.dense_on_stock
+            too_diffuse = shares.above(head_config, largest_share(shares.rule, *kinds))
+        if too_diffuse:
+            head_config = head_config.with_dense(too_diffuse)
+        mean = None if shares is None else shares.mean(head_config)
+        self.head_config, self.shares, self.too_diffuse = head_config, shares, len(too_diffuse)
+        self.choice = Choice(
+            head_config,
+            head_config.num_layers,
+            placement.executor,
+            placement.dense_backend,
+            placement.head_dim,
+            {} if shares is None or mean is None else {shares.rule: mean},
+            placement.dense_on_stock,
+        )
+        self.all_dense = all(map(head_config.is_dense, range(head_config.num_layers)))
+        self._layers.clear()
 
     def with_dense(self, heads: Sequence[tuple[int, int]]) -> ServedHeads:
         """The same with some heads dense, for requests that begin from now on.
@@ -117,7 +150,9 @@ class ServedHeads:
         Args:
             heads: (layer, head) of this rank, numbered as in the whole model.
         """
-        denser = ServedHeads(self.head_config.with_dense(heads), self._placement, self.guarded + len(heads))
+        denser = ServedHeads(
+            self.head_config.with_dense(heads), self._placement, self.guarded + len(heads), self.shares
+        )
         denser.bases, denser.choice.lacks_basis = self.bases, self.choice.lacks_basis
         return denser
 
@@ -127,6 +162,22 @@ class ServedHeads:
         self.bases |= {layer_id: basis.to(self._placement.device) for layer_id, basis in bases.items()}
         self.choice.lacks_basis = not self.bases
         self._layers.clear()
+
+    def know(self, shares: KnownShares) -> None:
+        """Takes what the basis of `choose_by` tells of the heads of all ranks. Once, before any request runs sparse."""
+        lacks_basis = self.choice.lacks_basis
+        self._begin_with(self.head_config, shares)
+        self.choice.lacks_basis = lacks_basis
+
+    def words_of_shares(self) -> str | None:
+        """What is known of how many keys heads choose, for the log; None: nothing."""
+        if self.shares is None or (not self.too_diffuse and self.shares.mean(self.head_config) is None):
+            return None
+        dense = f"{self.too_diffuse} of {self.shares.of_heads.numel()} heads are too diffuse to choose and see all keys"
+        if self.all_dense:
+            return f"{dense}, so all requests run dense"
+        mean = self.shares.mean(self.head_config)
+        return dense if mean is None else f"{dense}; the others visit {mean:.0%} of those between sink and window"
 
     def is_dense(self, layer_id: int) -> bool:
         """Whether no head of the layer leaves anything out, on any rank. A rank knows only its own guarded heads."""
@@ -143,9 +194,9 @@ class ServedHeads:
         first, device = self._placement.rank * count, self._placement.device
         patterns = tuple(self.head_config.patterns(layer_id)[first : first + count])
         dense = None
-        when = settings.dense_heads_on_stock(str(device))
-        if self._placement.dense_backend in BACKENDS and when != "never":
-            limit = math.inf if when == "always" else MOST_REPEATED
+        if self._placement.dense_on_stock:
+            always = settings.dense_heads_on_stock(str(device)) == "always"
+            limit = math.inf if always else MOST_REPEATED
             dense = dense_heads(patterns, num_kv_heads, device, limit)
         on_stock = dense.heads if dense is not None else ()
         planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))

@@ -14,6 +14,7 @@ from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.kernels.block_plan import BlockPlan
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.patterns.adaptive import Adaptive
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.planner import BatchPlanner, is_static, worker
@@ -33,6 +34,7 @@ from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
 from sglang_mminfer.serving.encoder_watch import EncoderWatch
 from sglang_mminfer.serving.guard import Guard
+from sglang_mminfer.serving.known_shares import KnownShares
 from sglang_mminfer.serving.served_heads import (
     LayerHeads,
     LayerShape,
@@ -112,7 +114,9 @@ class SparsePrefill:
             )
         placement = Placement(self.rank, self.device, head_dim, self.executor, dense_backend)
         self.served = ServedHeads(head_config, placement)
-        self.second_instance = None if all_dense or self.unfit else second_instance()
+        if self.leads and (words := self.served.words_of_shares()):
+            logger.info("mminfer: %s.", words)
+        self.second_instance = None if self.served.all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
@@ -136,13 +140,16 @@ class SparsePrefill:
 
     def _await_basis(self, place: calibration.Place) -> None:
         """Requests run dense until the clip has given the basis, or somebody says that it will not."""
-        rank = self.served.head_config.basis_rank
+        rank, rule = self.served.head_config.basis_rank, self.served.head_config.rule
         self._calibration = calibration.Calibration(
-            rank, self._settle_basis, lambda bases: calibration.keep(place, rank, bases)
+            rank,
+            rule,
+            lambda bases: self._settle_basis(place, rule, bases),
+            lambda bases: calibration.keep(place, rank, rule, bases),
         )
         self.observers.add(self._calibration)
 
-    def _settle_basis(self, bases: Mapping[int, Basis] | None) -> None:
+    def _settle_basis(self, place: calibration.Place, rule: Adaptive | None, bases: Mapping[int, Basis] | None) -> None:
         """Fixes the basis of this rank's heads for the server's life. None: they choose keys by q . k itself."""
         if self._calibration is not None:
             self.observers.remove(self._calibration)
@@ -152,6 +159,10 @@ class SparsePrefill:
             rank = self.served.head_config.basis_rank
             how = f"a basis of rank {rank} from the built-in clip" if bases else "q . k itself"
             logger.info("mminfer: heads choose keys by %s.", how)
+        if rule is not None:
+            self.served.know(KnownShares(rule, calibration.shares_of_all_ranks(place, bases or {})))
+        if self.leads and (words := self.served.words_of_shares()):
+            logger.info("mminfer: %s.", words)
 
     # ---- a batch -------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> None:
         raise BasisError(f"--rank: expected 1 to {model.head_dim} (the head dimension), got {rank}")
     with tempfile.TemporaryDirectory() as folder:
         names = _calibrate(options, Path(folder))
-        q, k, rows = observer.read(Path(folder), model.layers, model.heads, model.kv_heads)
+        q, k, shares, rows = observer.read(Path(folder), model.layers, model.heads, model.kv_heads)
     how = Provenance(
         "calibration",
         f"Of the queries and keys of {rows:,} tokens, computed densely.",
@@ -107,11 +107,14 @@ def _run(options: argparse.Namespace) -> None:
         date=datetime.date.today().isoformat(),
         details={"tokens": rows},
     )
-    basis = ModelBasis.of_moments(model, how, q, k, rank)
+    basis = ModelBasis.of_moments(model, how, q, k, rank).with_shares(shares, observer.default_rule())
     options.out.parent.mkdir(parents=True, exist_ok=True)
     basis.save(options.out)
     print(table(q, k, model))
     print(WHAT_IT_IS)
+    if basis.shares is not None:
+        mean = shares[q.flatten(1).any(dim=1)].mean()
+        print(f"Query tiles of `default` visit {mean:.0%} of the keys between sink and window, mean over heads.")
     print(f"Basis: {options.out}   rank {rank}, {rows:,} tokens")
 
 

@@ -24,7 +24,7 @@ from sglang_mminfer.patterns.boundary import HeadPattern
 
 OBSERVER = "sglang_mminfer.tools.search.observer:observer"
 JOB = "job.json"
-FORMAT = "3"  # the version of the results' format; part of their folders' names
+FORMAT = "4"  # the version of the results' format; part of their folders' names
 REFUSED = "refused"  # a result with this key holds only the reason why nothing was measured
 
 

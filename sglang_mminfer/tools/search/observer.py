@@ -20,6 +20,7 @@ from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving.moments import Moments
 from sglang_mminfer.serving.observe import LayerView, RankInfo, RequestView
+from sglang_mminfer.tools.basis.observer import default_rule
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import memory, tile_times
 from sglang_mminfer.tools.search.measure import LayerProbe, Measured, cell_masses
@@ -133,11 +134,16 @@ class SearchObserver:
 
 
 def _moments(view: LayerView, request: RequestView) -> dict[str, np.ndarray]:
-    """float32 [heads, D, D], "q" and "k": the second moments of the request's queries and keys, heads of this rank."""
-    moments = Moments(by_head=True)
+    """Of the heads of this rank. float32 [heads, D, D], "q" and "k": the second moments of the request's queries and
+    keys. float32 [heads], "shares": those of `default` by a basis of these; NaN where the request is too short."""
+    rule = default_rule()
+    moments = Moments(by_head=True, rule=rule)
     moments.add(view, request)
     layer = moments.layers[view.layer_id]
-    return {name: (sums / layer.rows).float().cpu().numpy() for name, sums in (("q", layer.q), ("k", layer.k))}
+    arrays = {name: (sums / layer.rows).float().cpu().numpy() for name, sums in (("q", layer.q), ("k", layer.k))}
+    shares = moments.basis(view.layer_id, min(rule.rank, view.q.shape[2])).shares
+    unknown = torch.full((view.num_heads,), torch.nan)
+    return arrays | {"shares": (unknown if shares is None else shares).numpy()}
 
 
 def _heaviest(mass: torch.Tensor) -> list[int]:

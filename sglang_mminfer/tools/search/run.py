@@ -24,6 +24,7 @@ from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.patterns.ladder import RANKS
 from sglang_mminfer.patterns.tri_shape import TriShape
+from sglang_mminfer.tools.basis.observer import default_rule
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import tile_times
 from sglang_mminfer.tools.search.allocate import Allocation, Table, equal_budget, frontier, within_density, within_error
@@ -205,10 +206,11 @@ class Prober:
         q_moments, k_moments = (self._moments(calibrations, name) for name in ("q", "k"))
         # Where there are more ranks than KV heads, several ranks hold the same one.
         k_moments = k_moments[:, :: k_moments.shape[1] // model.kv_heads]
-        return ModelBasis.of_moments(model, note, q_moments, k_moments, max(_ranks(model)))
+        basis = ModelBasis.of_moments(model, note, q_moments, k_moments, max(_ranks(model)))
+        return basis.with_shares(self._moments(calibrations, "shares").float(), default_rule())
 
     def _moments(self, calibrations: Sequence[Calibration], name: str) -> torch.Tensor:
-        """float64 [layers, heads, D, D]."""
+        """float64 [layers, heads, D, D], or [layers, heads] for the shares: the means over the prompts."""
         for calibration in calibrations:
             self._first_look(calibration)
         layers = []

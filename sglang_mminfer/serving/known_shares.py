@@ -1,0 +1,50 @@
+"""Which heads choose too many keys for it to pay, and how many the others choose: see `shares.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+
+from sglang_mminfer.head_config import HeadConfig
+from sglang_mminfer.patterns.adaptive import Adaptive
+
+
+@dataclass(frozen=True, eq=False)
+class KnownShares:
+    """The shares of a model's heads, as far as they are known. They are those of heads that choose by `rule`, so they
+    say nothing of heads with other patterns.
+
+    of_heads: float32 [layers, query heads], see `Basis.shares`; NaN where it is not known.
+    """
+
+    rule: Adaptive
+    of_heads: torch.Tensor
+
+    @classmethod
+    def of(cls, head_config: HeadConfig) -> KnownShares | None:
+        """Those of the config's basis; None: it has none."""
+        basis = head_config.basis
+        if basis is None or basis.shares is None or basis.rule is None:
+            return None
+        unknown = torch.full((basis.model.heads,), math.nan)
+        by_layer = (basis.shares_of(layer) for layer in range(basis.model.layers))
+        return cls(basis.rule, torch.stack([unknown if shares is None else shares for shares in by_layer]))
+
+    def above(self, head_config: HeadConfig, most: float) -> list[tuple[int, int]]:
+        """(layer, head) of the heads that visit a larger share than `most`."""
+        return [(layer, head) for layer, head, share in self._known(head_config) if share > most]
+
+    def mean(self, head_config: HeadConfig) -> float | None:
+        """Of the heads that choose by the rule; None: none does whose share is known."""
+        shares = [share for _, _, share in self._known(head_config)]
+        return fmean(shares) if shares else None
+
+    def _known(self, head_config: HeadConfig) -> Iterator[tuple[int, int, float]]:
+        for layer, shares in enumerate(self.of_heads.tolist()):
+            for head, (pattern, share) in enumerate(zip(head_config.patterns(layer), shares, strict=True)):
+                if pattern == self.rule and not math.isnan(share):
+                    yield layer, head, share
