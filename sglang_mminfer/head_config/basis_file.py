@@ -166,8 +166,9 @@ class ModelBasis:
             fail(f"keys: expected the shape of queries {list(queries.shape)}, got {list(keys.shape)}")
         if (shares is None) != (found.rule is None):
             fail(f"{SHARES}: expected together with header.rule, the pattern of heads that visit them")
+        basis = cls(model, found.provenance, torch.from_numpy(queries), torch.from_numpy(keys))
         if shares is None or found.rule is None:
-            return cls(model, found.provenance, torch.from_numpy(queries), torch.from_numpy(keys))
+            return basis
         if shares.dtype != np.float32 or shares.shape != (model.layers, model.heads):
             expected = f"float32 [{model.layers}, {model.heads}] as in header.model"
             fail(f"{SHARES}: expected {expected}, got {shares.dtype} {list(shares.shape)}")
@@ -179,5 +180,4 @@ class ModelBasis:
             fail(str(error))
         if not isinstance(rule, Adaptive):
             fail(f"header.rule: expected a pattern that chooses keys by a basis, got {rule.kind}")
-        arrays = (torch.from_numpy(array) for array in (queries, keys, shares))
-        return cls(model, found.provenance, *arrays, rule)
+        return dataclasses.replace(basis, shares=torch.from_numpy(shares), rule=rule)

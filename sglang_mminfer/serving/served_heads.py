@@ -122,8 +122,8 @@ class ServedHeads:
 
     def _begin_with(self, head_config: HeadConfig, shares: KnownShares | None) -> None:
         """Decides which heads are dense, and makes the choice."""
-        assert head_config.num_layers is not None
-        placement, too_diffuse = self._placement, []
+        num_layers, placement, too_diffuse = head_config.num_layers, self._placement, []
+        assert num_layers is not None
         # What a search gave a head was measured by it.
         if shares is not None and head_config.provenance.how != "search":
             kinds = placement.executor, placement.head_dim, placement.dense_on_stock
@@ -134,14 +134,14 @@ class ServedHeads:
         self.head_config, self.shares, self.too_diffuse = head_config, shares, len(too_diffuse)
         self.choice = Choice(
             head_config,
-            head_config.num_layers,
+            num_layers,
             placement.executor,
             placement.dense_backend,
             placement.head_dim,
             {} if shares is None or mean is None else {shares.rule: mean},
             placement.dense_on_stock,
         )
-        self.all_dense = all(map(head_config.is_dense, range(head_config.num_layers)))
+        self.all_dense = all(map(head_config.is_dense, range(num_layers)))
         self._layers.clear()
 
     def with_dense(self, heads: Sequence[tuple[int, int]]) -> ServedHeads:
