@@ -106,7 +106,7 @@ class Calibration:
             self._keep(bases)
 
 
-def keep(place: Place, rank: int, rule: Adaptive | None, bases: Mapping[int, Basis]) -> None:
+def keep(place: Place, rank: int, bases: Mapping[int, Basis], rule: Adaptive | None = None) -> None:
     """Keeps a rank's bases for later starts of the same server. Errors are logged: nothing depends on it."""
     try:
         entry = basis_cache.entry_of(place.server_args, place.hf_config, rank, rule)

@@ -145,7 +145,7 @@ class SparsePrefill:
             rank,
             rule,
             lambda bases: self._settle_basis(place, rule, bases),
-            lambda bases: calibration.keep(place, rank, rule, bases),
+            lambda bases: calibration.keep(place, rank, bases, rule),
         )
         self.observers.add(self._calibration)
 

@@ -32,6 +32,13 @@ HOW = Provenance("search", "of a test", "one clip", "-", "2026-11-26")
 CHOOSES = Adaptive(16, 48, 4, 1.0)
 
 
+RULE = Adaptive(64, 256, 4, 0.01)
+
+
+def shares(seed: int = 0) -> torch.Tensor:
+    return torch.rand(LAYERS, HEADS, generator=torch.Generator().manual_seed(seed))
+
+
 def drawn(forms: int = KV_HEADS, seed: int = 0) -> ModelBasis:
     numbers = 0.3 * torch.randn(2, LAYERS, forms, RANK, DIM, generator=torch.Generator().manual_seed(seed))
     return ModelBasis(MODEL, HOW, *numbers)
@@ -51,6 +58,36 @@ def test_it_is_read_back_as_it_was_written(forms: int, tmp_path: Path) -> None:
     assert (read.model, read.provenance, read.rank, read.digest) == (MODEL, HOW, RANK, written.digest)
     assert torch.equal(read.queries, written.queries) and torch.equal(read.keys, written.keys)
     assert drawn(forms, seed=1).digest != written.digest
+
+
+def test_shares_are_read_back_with_their_rule(tmp_path: Path) -> None:
+    written = drawn().with_shares(shares(), RULE)
+    written.save(tmp_path / "mine.basis.npz")
+    read = ModelBasis.load(tmp_path / "mine.basis.npz")
+    assert read.shares is not None and torch.equal(read.shares, shares()) and read.rule == RULE
+    assert read.digest == written.digest and read.digest != drawn().digest
+    assert drawn().with_shares(shares(1), RULE).digest != written.digest
+    own = read.layer(1, 2, 4, torch.device("cpu"))
+    assert own.shares is not None and torch.equal(own.shares, shares()[1, 2:6])
+
+
+def test_a_file_without_shares_has_no_rule(tmp_path: Path) -> None:
+    """As files were before there were shares."""
+    path = tmp_path / "mine.basis.npz"
+    np.savez(path, **GOOD | {"header": header_with({})})
+    read = ModelBasis.load(path)
+    assert read.shares is None and read.rule is None and read.layer(0, 0, 4, torch.device("cpu")).shares is None
+    assert read.digest == drawn().digest
+
+
+def test_shares_are_left_out_where_they_say_nothing() -> None:
+    unknown = shares()
+    unknown[0, 3] = torch.nan
+    assert drawn().with_shares(unknown, RULE).shares is None
+    assert drawn().with_shares(shares(), dataclasses.replace(RULE, rank=RANK + 1)).shares is None
+    not_shown = drawn().with_shares(shares(), RULE)
+    not_shown.queries[1] = 0
+    assert not_shown.shares_of(1) is None and not_shown.shares_of(0) is not None
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -114,7 +151,8 @@ BAD_ARRAYS = {
     "forms": ({"queries": GOOD["queries"][:, :1]}, r"queries: expected .*, got float32 \[2, 1, 5, 16\]"),
     "float64": ({"keys": GOOD["keys"].astype(np.float64)}, r"keys: expected float32 .*, got float64"),
     "infinite": ({"keys": GOOD["keys"] * np.float32(np.inf)}, "keys: expected finite numbers"),
-    "one more": ({"more": GOOD["keys"]}, "expected the arrays header, queries, keys, got .*more"),
+    "one more": ({"more": GOOD["keys"]}, "expected the arrays header, queries, keys, and perhaps shares, got .*more"),
+    "shares without a rule": ({"shares": shares().numpy()}, "shares: expected together with header.rule"),
     "objects": ({"queries": np.array([None])}, "not a NumPy archive of plain arrays"),
     "no text": ({"header": np.array(3)}, r"header: expected one text, got int64 \[\]"),
     "no JSON": ({"header": np.array("{")}, "header: .*truncated"),
@@ -125,6 +163,37 @@ BAD_HEADERS = {
     "no model": ({"model": None}, r"header: .*\$\.model"),
     "no note": ({"provenance": {"how": "handwritten", "note": ""}}, "header: note: expected some words"),
 }
+
+
+BAD_SHARES = {
+    "heads": (shares()[:, :2].numpy(), r"shares: expected float32 \[2, 8\] as in header.model, got float32 \[2, 2\]"),
+    "float64": (shares().double().numpy(), r"shares: expected float32 .*, got float64 \[2, 8\]"),
+    "above 1": (shares().numpy() + np.float32(1), "shares: expected numbers from 0 to 1"),
+    "below 0": (-shares().numpy(), "shares: expected numbers from 0 to 1"),
+    "NaN": (shares().numpy() * np.float32(np.nan), "shares: expected numbers from 0 to 1"),
+}
+RULE_JSON = {"kind": "adaptive", **dataclasses.asdict(RULE)}
+BAD_RULES = {
+    "another kind": ({"kind": "dense"}, r"header\.rule: expected a pattern that chooses keys by a basis, got dense"),
+    "a bad bound": (RULE_JSON | {"alpha": 2}, r"header\.rule\.alpha: expected a number above 0 and at most 1, got 2"),
+    "no text": ([], "header: Expected `object"),
+}
+
+
+@pytest.mark.parametrize(("array", "words"), BAD_SHARES.values(), ids=BAD_SHARES)
+def test_bad_shares_are_refused_by_their_place(array: np.ndarray, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.basis.npz"
+    np.savez(path, **GOOD | {"header": header_with({"rule": RULE_JSON}), "shares": array})
+    with pytest.raises(HeadConfigError, match=rf"mine\.basis\.npz: {words}"):
+        ModelBasis.load(path)
+
+
+@pytest.mark.parametrize(("rule", "words"), BAD_RULES.values(), ids=BAD_RULES)
+def test_bad_rules_are_refused_by_their_place(rule: object, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.basis.npz"
+    np.savez(path, **GOOD | {"header": header_with({"rule": rule}), "shares": shares().numpy()})
+    with pytest.raises(HeadConfigError, match=rf"mine\.basis\.npz: {words}"):
+        ModelBasis.load(path)
 
 
 def header_with(changed: dict) -> np.ndarray:

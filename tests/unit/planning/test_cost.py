@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_mminfer import AShape, Boundary2D, Dense, Grid, Modality, ModalityMap, QBoundary, TriShape, VerticalSlash
+from sglang_mminfer import (
+    Adaptive,
+    AShape,
+    Boundary2D,
+    Dense,
+    Grid,
+    Modality,
+    ModalityMap,
+    QBoundary,
+    TriShape,
+    VerticalSlash,
+)
 from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.patterns.dilated import Dilated
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.cost import ChunkRows, Comparison, dense_pairs
+from sglang_mminfer.planning.cost import MARGIN, ChunkRows, Comparison, dense_pairs, largest_share
 from sglang_mminfer.planning.planner import BatchPlanner
 from support import conversation
 
@@ -104,3 +115,56 @@ def test_torch_native_computes_the_prefix_again_and_so_sparse_wins_there_earlier
     own = Comparison(wide, "torch", "torch_native", 0).own_dense_is_faster
     assert own(1000, 1001) and own(500, 1000) and not own(0, 1000)
     assert not Comparison(wide, "triton", "fa3", 0).own_dense_is_faster(1000, 1001)
+
+
+CHOOSES = Adaptive(64, 256, 8, 0.01)
+KINDS = ("torch", "torch_native", 0, 128)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share", "without", "with_it"),
+    # Diffuse heads, heads as they are expected where nobody has measured them, and peaked heads in a shorter prompt.
+    [(4096, 0.9, True, False), (4096, 0.12, True, True), (1900, 0.0, False, True)],
+)
+def test_what_was_measured_decides(tokens: int, share: float, without: bool, with_it: bool) -> None:
+    chat, heads = video(tokens), [[CHOOSES] * 4] * 2
+    assert Comparison(heads, *KINDS).sparse_is_faster(chat, 0, chat.length) is without
+    assert Comparison(heads, *KINDS, {CHOOSES: share}).sparse_is_faster(chat, 0, chat.length) is with_it
+    other = {Adaptive(64, 256, 8, 0.1): share}
+    assert Comparison(heads, *KINDS, other).sparse_is_faster(chat, 0, chat.length) is without
+
+
+def test_a_share_counts_between_sink_and_window() -> None:
+    chat = video(8192)
+    rows = ChunkRows(chat, 4096, 8000)  # without the question, whose rows see all
+    pairs = dense_pairs(4096, 8000, "")
+    beside, half, all_keys = (rows.visited_pairs(CHOOSES, share) / pairs for share in (0.0, 0.5, 1.0))
+    assert beside == pytest.approx(rows.visited_pairs(AShape(64, 256)) / pairs) and all_keys == pytest.approx(
+        1, abs=0.01
+    )
+    assert half == pytest.approx((beside + all_keys) / 2)
+
+
+@pytest.mark.parametrize("on_stock", [False, True])
+@pytest.mark.parametrize("executor", ["torch", "triton"])
+def test_up_to_the_largest_share_choosing_pays_in_long_prompts(executor: str, on_stock: bool) -> None:
+    """Beside the margin: what a dense head costs is 1 on the stock backend and the executor's own speed without it."""
+    chat = video(1 << 19)
+    rows, pairs = ChunkRows(chat, 0, chat.length), dense_pairs(0, chat.length, "")
+    most = largest_share(CHOOSES, executor, 128, on_stock)
+    costs = (rows.visited_pairs(CHOOSES, most) + rows.estimate_pairs(CHOOSES, 128)) / pairs
+    of_dense = {"torch": 1 / 1.25, "triton": 450 / 620}[executor] if on_stock else 1
+    assert costs * MARGIN == pytest.approx(of_dense, rel=0.01)
+    assert largest_share(CHOOSES, executor, 8, on_stock) < 0, "scores of 8 dimensions cost as much as q . k of 8"
+    for share, faster in ((most - 0.01, True), (most + 0.01, False)):
+        by_share = Comparison([[CHOOSES]], executor, "fa3", 0, 128, {CHOOSES: share})
+        assert not on_stock or by_share.sparse_is_faster(chat, 0, chat.length) is faster
+
+
+def test_dense_heads_count_where_the_executor_runs_them() -> None:
+    """They are slower beside sparse heads than in a dense chunk, and faster where that computes the prefix again."""
+    chat, heads = video(8192), [[AShape(64, 256)] * 2 + [Dense()] * 22]
+    on_stock = Comparison(heads, *KINDS).sparse_is_faster
+    own = Comparison(heads, *KINDS, dense_on_stock=False).sparse_is_faster
+    assert on_stock(chat, 0, chat.length) and not own(chat, 0, chat.length)
+    assert own(chat, 6000, chat.length)

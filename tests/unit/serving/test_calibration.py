@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +15,17 @@ import torch
 
 import observed
 from observed import HEADS, KV_HEADS, LENGTH, D
-from sglang_mminfer import Adaptive, HeadConfig
+from sglang_mminfer import Adaptive, Dense, HeadConfig, ModalityMap, settings
 from sglang_mminfer.head_config import Provenance
 from sglang_mminfer.patterns.basis import Basis, basis_of, second_moments
 from sglang_mminfer.serving import basis_cache, basis_choice, calibration
 from sglang_mminfer.serving.clip_sender import CLIP_RID, NO_CLIP_RID
 from sglang_mminfer.serving.moments import Moments
+from sglang_mminfer.serving.shares import sampled, shares
+from support import conversation
 
 RANK = 4
+RULE = Adaptive(16, 48, RANK, 0.5)
 AWAITED = {basis_choice.BASIS_ATTRIBUTE: basis_choice.AWAITED}
 
 
@@ -44,15 +48,20 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     path = tmp_path / "adaptive.json"
-    pattern = Adaptive(16, 48, RANK, 0.5)
-    path.write_text(HeadConfig("x", Provenance("handwritten", "of a test"), "all", ((pattern,),)).to_json())
+    path.write_text(HeadConfig("x", Provenance("handwritten", "of a test"), "all", ((RULE,),)).to_json())
     return str(path)
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares are taken of conversations as short as those of these tests, and no head is too diffuse by them."""
+    monkeypatch.setattr("sglang_mminfer.serving.shares.LEAST", 64)
+    monkeypatch.setattr("sglang_mminfer.serving.served_heads.largest_share", lambda *_: 1.0)
+
+
 def prefill(config: str, monkeypatch: pytest.MonkeyPatch, **of_runner: Any) -> Any:
-    found = observed.prefill(config, monkeypatch, **of_runner)
-    found.served.choice.only_if_faster = False
-    return found
+    monkeypatch.setenv(settings.SPARSE.variable, "always")
+    return observed.prefill(config, monkeypatch, **of_runner)
 
 
 def reasons(prefill: Any, *batches: Any) -> list[str | None]:
@@ -71,6 +80,11 @@ def chunks(rid: str, *ends: int) -> list[tuple[int, int, str]]:
 def send(prefill: Any, *of_batches: tuple[int, int, str]) -> list[str | None]:
     """Batches are made one after the other: each sets the prompt lengths of its requests."""
     return [reason for batch in of_batches for reason in reasons(prefill, observed.batch(*batch))]
+
+
+def modality_map() -> ModalityMap:
+    first, last = observed.VIDEO
+    return conversation(first, (24, 4, 4), LENGTH - last - 1)
 
 
 def expected(pool: observed.Pool, layer: int, first: int = 0, heads: int = HEADS) -> Basis:
@@ -164,6 +178,85 @@ def test_moments_of_chunks_are_those_of_all_rows(slab: int, by_head: bool, monke
         torch.testing.assert_close(layer.k / layer.rows, second_moments(k))
 
 
+# ---- the shares --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", [(LENGTH,), (300, 420, 600, LENGTH)])
+def test_the_clip_gives_the_shares(
+    ends: tuple[int, ...], config: str, short: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that the finished basis gives, however the clip is cut."""
+    found = prefill(config, monkeypatch, **AWAITED)
+    chat = modality_map()
+    with caplog.at_level(logging.INFO):
+        send(found, *chunks(f"{CLIP_RID}-0-0", *ends))
+    pool, stretches = found.kv_pool, sampled(RULE, chat, LENGTH)
+    assert stretches
+    for number in range(observed.LAYERS):
+        q = pool.q[number].view(LENGTH, HEADS, D)
+        tiles = [(start, q[start:stop]) for start, stop in stretches]
+        made = shares(RULE, tiles, chat, pool.layers[number, 0], pool.slots, observed.SCALE, found.served.bases[number])
+        torch.testing.assert_close(found.served.bases[number].shares, made)
+        torch.testing.assert_close(found.served.shares.of_heads[number], made)
+        assert made.amax() > 0
+    mean = found.served.shares.of_heads.mean()
+    assert f"mminfer: 0 of {observed.LAYERS * HEADS} heads are too diffuse" in caplog.text
+    assert f"the others visit {mean:.0%} of those between sink and window." in caplog.text
+
+
+def test_a_clip_that_is_too_short_gives_a_basis_without_shares(
+    config: str, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = prefill(config, monkeypatch, model_path=str(model), **AWAITED)
+    with caplog.at_level(logging.INFO):
+        send(found, (0, LENGTH, f"{CLIP_RID}-0-0"))
+    assert found.served.bases[0].shares is None and "diffuse" not in caplog.text
+    later = prefill(config, monkeypatch, model_path=str(model))
+    assert later.served.head_config.basis.shares is None and later.served.shares is None
+
+
+def test_diffuse_heads_are_dense_now_and_at_later_starts(
+    config: str, model: Path, short: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = prefill(config, monkeypatch, model_path=str(model), **AWAITED)
+    send(first, (0, LENGTH, f"{CLIP_RID}-0-0"))
+    of_heads = first.served.shares.of_heads
+    limit = float(of_heads.median())
+    monkeypatch.setattr("sglang_mminfer.serving.served_heads.largest_share", lambda *_: limit)
+    expected = [[Dense() if share > limit else RULE for share in layer] for layer in of_heads.tolist()]
+    (cached,) = (Path(os.environ["XDG_CACHE_HOME"]) / "sglang_mminfer" / "basis").iterdir()
+    cached.rename(cached.with_suffix(".away"))
+    caplog.set_level(logging.INFO)
+    again = prefill(config, monkeypatch, model_path=str(model), **AWAITED)
+    send(again, (0, LENGTH, f"{CLIP_RID}-0-0"))
+    later = prefill(config, monkeypatch, model_path=str(model))
+    for served in (again.served, later.served):
+        assert [served.head_config.patterns(layer) for layer in range(observed.LAYERS)] == expected
+    of_again, of_later = [record.message for record in caplog.records if "too diffuse" in record.message][-2:]
+    assert of_again == of_later and of_again.startswith("mminfer: 8 of 16 heads") and not again.served.all_dense
+    for own, before in zip(observed.run(later, observed.batch()), observed.run(again, observed.batch())):
+        assert torch.equal(own, before)
+    monkeypatch.setattr("sglang_mminfer.serving.served_heads.largest_share", lambda *_: -1.0)
+    none = prefill(config, monkeypatch, model_path=str(model))
+    assert none.served.all_dense and "so all requests run dense" in caplog.text
+    assert send(none, (0, LENGTH, "user")) == ["dense_config"]
+
+
+def test_ranks_tell_each_other_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_heads = torch.rand(observed.LAYERS, HEADS, generator=torch.Generator().manual_seed(3))
+    count, hf_config, told = HEADS // 2, observed_model(monkeypatch), []
+    for rank in (0, 1):
+        own = {n: replace(b, shares=of_heads[n, rank * count :][:count]) for n, b in bases(rank, 1).items()}
+        if rank:
+            del own[1]  # a layer that this rank could not measure
+        told.append(calibration.own_shares(calibration.Place(None, hf_config, rank, 2, (0, 2), 1), own))
+    group = SimpleNamespace(all_gather_object=lambda own: told)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: SimpleNamespace(attn_tp_group=group))
+    all_shares = calibration.shares_of_all_ranks(calibration.Place(None, hf_config, 0, 2, (0, 2), 1), {})
+    assert torch.equal(all_shares[0], of_heads[0]) and torch.equal(all_shares[1, :count], of_heads[1, :count])
+    assert all_shares[1, count:].isnan().all()
+
+
 # ---- the cache ---------------------------------------------------------------------------------------------
 
 
@@ -187,9 +280,13 @@ def observed_model(monkeypatch: pytest.MonkeyPatch) -> Any:
     return observed.runner("dense", monkeypatch).model_config.hf_config
 
 
-def bases(seed: int, forms: int, layers: Mapping[int, Any] | range = range(observed.LAYERS)) -> dict[int, Basis]:
+def bases(
+    seed: int, forms: int, layers: Mapping[int, Any] | range = range(observed.LAYERS), heads: int = HEADS
+) -> dict[int, Basis]:
     draw = torch.Generator().manual_seed(seed)
-    return {n: Basis(*torch.randn(2, forms, RANK, D, generator=draw)) for n in layers}
+    return {
+        n: Basis(*torch.randn(2, forms, RANK, D, generator=draw), torch.rand(heads, generator=draw)) for n in layers
+    }
 
 
 def test_an_earlier_start_gives_the_basis(
@@ -228,21 +325,23 @@ def test_a_broken_file_is_made_anew(
 def test_ranks_put_their_parts_together(
     ranks: int, forms: int, stages: int, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = basis_cache.entry_of(server_args(model), observed_model(monkeypatch), RANK)
+    entry = basis_cache.entry_of(server_args(model), observed_model(monkeypatch), RANK, RULE)
     assert entry is not None
     own = {}
     for stage in range(stages):
         layers = (stage, stage + 1) if stages == 2 else (0, observed.LAYERS)
         for rank in range(ranks):
             assert entry.load() is None
-            own[stage, rank] = bases(10 * stage + rank, forms, range(*layers))
+            own[stage, rank] = bases(10 * stage + rank, forms, range(*layers), HEADS // ranks)
             here = place(model, monkeypatch, rank=rank, ranks=ranks, layers=layers, stages=stages)
-            calibration.keep(here, RANK, own[stage, rank])
+            calibration.keep(here, RANK, own[stage, rank], RULE)
     whole = entry.load()
     assert whole is not None and whole.queries.shape[1] == (KV_HEADS if ranks <= KV_HEADS else HEADS)
     count = HEADS // ranks
+    assert whole.rule == RULE and whole.shares is not None
     for (_, rank), its_bases in own.items():
         for number, basis in its_bases.items():
+            assert torch.equal(whole.shares[number, rank * count : (rank + 1) * count], basis.shares)
             part = whole.layer(number, rank * count, count, torch.device("cpu"))
             for head in range(count):
                 for a, b in zip(part.of_head(head, count), basis.of_head(head, count)):
@@ -281,18 +380,25 @@ def test_the_key_covers_the_weights(change: Any, model: Path, monkeypatch: pytes
     assert basis_cache.entry_of(server_args(model), hf_config, RANK) != before
 
 
-def test_the_key_covers_model_clip_and_rank(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_covers_model_clip_rank_and_rule(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf_config = observed_model(monkeypatch)
 
-    def name(rank: int = RANK, **fields: Any) -> basis_cache.Entry | None:
-        return basis_cache.entry_of(server_args(model, **fields), hf_config, rank)
+    def name(rank: int = RANK, rule: Adaptive | None = None, **fields: Any) -> basis_cache.Entry | None:
+        return basis_cache.entry_of(server_args(model, **fields), hf_config, rank, rule)
 
-    names = [name(), name(rank=RANK + 1), name(revision="main"), name(json_model_override_args='{"a": 1}')]
+    names = [
+        name(rule=RULE),
+        name(rule=replace(RULE, alpha=0.1)),
+        name(),
+        name(rank=RANK + 1),
+        name(revision="main"),
+        name(json_model_override_args='{"a": 1}'),
+    ]
     monkeypatch.setattr("sglang_mminfer.serving.clip.VERSION", 99)
     names.append(name())
     hf_config.get_text_config().rope_parameters = {"rope_theta": 5.0}
     names.append(name())
-    assert len({entry.path for entry in names if entry}) == 6
+    assert len({entry.path for entry in names if entry}) == 8
 
 
 def test_weights_that_nobody_can_tell_are_not_kept(
