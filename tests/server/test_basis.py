@@ -57,24 +57,29 @@ def starts(
 ) -> Iterator[tuple[Start, Start]]:
     """One on two ranks, which has nothing, and one on one rank after it."""
 
-    def start(*flags: str) -> Start:
-        folder = tmp_path_factory.mktemp("start")
-        trace = folder / "trace.jsonl"
-        env = {
-            **{settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None},
-            **{"XDG_CACHE_HOME": str(cache), "SGLANG_CPU_OMP_THREADS_BIND": "0|1" if flags else None},
-        }
-        all_flags = (*FLAGS, "--mminfer-config", str(config), *flags)
-        with Server(model, *all_flags, env=env, log=folder / "server.log", timeout=550) as server:
-            served = Served(server, trace)
-            answers = {
-                "user": served.ask(scripted(media.six_turns())[-1], rid="user"),
-                "words": served.ask([user(text("Why?"))], rid="words"),
-                "same": served.ask(clip.messages(clip.SIZES[0]), rid="same"),
-            }
-            return Start(server.log(), served.records(), answers)
+    def started(ranks: int) -> Start:
+        flags = ("--mminfer-config", str(config))
+        return start(model, media, tmp_path_factory.mktemp("start"), cache, ranks, "always", *flags)
 
-    yield start("--tp-size", "2"), start()
+    yield started(ranks=2), started(ranks=1)
+
+
+def start(model: Path, media: Media, folder: Path, cache: Path, ranks: int, sparse: str | None, *flags: str) -> Start:
+    """Starts a server, and asks it something."""
+    trace = folder / "trace.jsonl"
+    env = {
+        **{settings.TRACE.variable: str(trace), settings.SPARSE.variable: sparse, "SGLANG_PLATFORM": None},
+        **{"XDG_CACHE_HOME": str(cache), "SGLANG_CPU_OMP_THREADS_BIND": "0|1" if ranks == 2 else None},
+    }
+    all_flags = (*FLAGS, "--tp-size", str(ranks), *flags)
+    with Server(model, *all_flags, env=env, log=folder / "server.log", timeout=550) as server:
+        served = Served(server, trace)
+        answers = {
+            "user": served.ask(scripted(media.six_turns())[-1], rid="user"),
+            "words": served.ask([user(text("Why?"))], rid="words"),
+            "same": served.ask(clip.messages(clip.SIZES[0]), rid="same"),
+        }
+        return Start(server.log(), served.records(), answers)
 
 
 def test_the_first_start_makes_the_basis(starts: tuple[Start, Start]) -> None:
@@ -113,6 +118,25 @@ def test_nothing_of_the_clip_is_cached_for_users(starts: tuple[Start, Start]) ->
     first, second = (start.answers["same"] for start in starts)
     assert first.prompt_ids == second.prompt_ids
     assert (first.cached_tokens or 0) == (second.cached_tokens or 0) < 20
+
+
+def test_later_starts_know_at_once_which_heads_are_too_diffuse(model: Path, media: Media, tmp_path: Path) -> None:
+    """With the built-in config, on two ranks, of which each has measured its own heads, and on one rank after that. The
+    same is decided for the same requests."""
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+    first, second = (start(model, media, tmp_path / str(ranks), tmp_path, ranks, None) for ranks in (2, 1))
+    of_first, of_second = (
+        re.findall(r"mminfer: (\d+ of \d+ heads are too diffuse .*)\.", s.log) for s in (first, second)
+    )
+    assert len(of_first) == 1 and of_first == of_second and of_first[0].split()[2] == str(LAYERS * 8)
+    assert CLIP_RID in first.records[0].rid and not second.reasons(CLIP_RID)
+    for rid in ("user", "same"):
+        assert first.reasons(rid) == second.reasons(rid)
+    (path,) = (tmp_path / "sglang_mminfer" / "basis").iterdir()
+    basis = ModelBasis.load(path)
+    assert basis.rule == HeadConfig.load("default").rule and basis.shares is not None
+    assert basis.shares.amin() > 0, "of all heads of both ranks"
 
 
 PROGRAM = """
@@ -177,5 +201,6 @@ def test_the_command_makes_a_file_that_a_config_takes(
     basis = ModelBasis.load(out)
     assert basis.rank == 6 and basis.provenance.calibration and basis.provenance.calibration.startswith("talk-")
     assert basis.queries.abs().amax(dim=(2, 3)).min() > 0
+    assert basis.shares is None, "the rule of `default` asks for a higher rank"
     (tmp_path / "mine.json").write_text(config.read_text())
     assert HeadConfig.load(tmp_path / "mine.json").basis is not None
