@@ -125,7 +125,8 @@ class ServedHeads:
         num_layers, placement, too_diffuse = head_config.num_layers, self._placement, []
         assert num_layers is not None
         # What a search gave a head was measured by it.
-        if shares is not None and head_config.provenance.how != "search":
+        self._drops = settings.sparse() == "faster" and head_config.provenance.how != "search"
+        if shares is not None and self._drops:
             kinds = placement.executor, placement.head_dim, placement.dense_on_stock
             too_diffuse = shares.above(head_config, largest_share(shares.rule, *kinds))
         if too_diffuse:
@@ -173,10 +174,12 @@ class ServedHeads:
         """What is known of how many keys heads choose, for the log; None: nothing."""
         if self.shares is None or (not self.too_diffuse and self.shares.mean(self.head_config) is None):
             return None
+        mean = self.shares.mean(self.head_config)
+        if not self._drops:
+            return f"heads that choose visit {mean:.0%} of the keys between sink and window"
         dense = f"{self.too_diffuse} of {self.shares.of_heads.numel()} heads are too diffuse to choose and see all keys"
         if self.all_dense:
             return f"{dense}, so all requests run dense"
-        mean = self.shares.mean(self.head_config)
         return dense if mean is None else f"{dense}; the others visit {mean:.0%} of those between sink and window"
 
     def is_dense(self, layer_id: int) -> bool:

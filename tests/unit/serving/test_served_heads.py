@@ -113,3 +113,10 @@ def test_shares_say_nothing_of_other_patterns_and_change_nothing_that_a_search_g
     by_search = Provenance("search", "of a test", "one clip", "-", "2026-11-26")
     searched = served(with_shares(dataclasses.replace(CONFIG, provenance=by_search), [[0.95] * HEADS] * LAYERS))
     assert not dense(searched) and why_dense(searched) == "not_faster"
+
+
+def test_with_sparse_always_no_head_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.SPARSE.variable, "always")
+    heads = served(with_shares(CONFIG, [[0.95] * HEADS] * LAYERS))
+    assert not dense(heads) and why_dense(heads) is None
+    assert heads.words_of_shares() == "heads that choose visit 95% of the keys between sink and window"
