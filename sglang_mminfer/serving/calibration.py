@@ -99,9 +99,10 @@ class Calibration:
         bases: dict[int, Basis] = {}
         try:
             if not self._failed:
-                bases = {number: moments.basis(number, self._rank) for number in moments.layers}
+                bases = {number: layer.basis(self._rank) for number, layer in moments.layers.items()}
+                bases = {number: moments.with_shares(number, basis) for number, basis in bases.items()}
         finally:
-            self._tell(bases or None)
+            self._tell(bases or None)  # without shares if only these failed
         if bases:
             self._keep(bases)
 

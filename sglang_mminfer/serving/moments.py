@@ -73,9 +73,8 @@ class Moments:
                 layer.q += q_sum
                 layer.k += k_sum
 
-    def basis(self, layer: int, rank: int) -> Basis:
-        """The basis of a layer, with the shares of the request that was added last, if that is complete and its batch
-        has not ended. Waits for the device."""
-        basis = self.layers[layer].basis(rank)
+    def with_shares(self, layer: int, basis: Basis) -> Basis:
+        """The basis of a layer with its shares in the request that was added last, which must be complete, and its
+        batch not done. Waits for the device."""
         sample = self._samples.get(layer)
         return basis if sample is None else replace(basis, shares=sample.shares(basis))

@@ -54,8 +54,8 @@ class MomentsObserver:
         layers = sorted(self._moments.layers)
         taken = [self._moments.layers[number] for number in layers]
         for number in layers if self._is_complete else ():
-            shares = self._moments.basis(number, min(self._rule.rank, taken[0].q.shape[-1])).shares
-            if shares is not None:
+            basis = self._moments.layers[number].basis(min(self._rule.rank, taken[0].q.shape[-1]))
+            if (shares := self._moments.with_shares(number, basis).shares) is not None:
                 self._shares.setdefault(number, []).append(shares)
         unknown = torch.full((len(taken[0].q),), torch.nan)
         means = [torch.stack(self._shares.get(number, [unknown])).mean(dim=0).numpy() for number in layers]

@@ -141,7 +141,7 @@ def _moments(view: LayerView, request: RequestView) -> dict[str, np.ndarray]:
     moments.add(view, request)
     layer = moments.layers[view.layer_id]
     arrays = {name: (sums / layer.rows).float().cpu().numpy() for name, sums in (("q", layer.q), ("k", layer.k))}
-    shares = moments.basis(view.layer_id, min(rule.rank, view.q.shape[2])).shares
+    shares = moments.with_shares(view.layer_id, layer.basis(min(rule.rank, view.q.shape[2]))).shares
     unknown = torch.full((view.num_heads,), torch.nan)
     return arrays | {"shares": (unknown if shares is None else shares).numpy()}
 

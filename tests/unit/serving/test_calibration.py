@@ -154,6 +154,17 @@ def test_a_failure_ends_the_wait(
     assert send(found, (0, LENGTH, "user")) == [None] and not found.served.bases
 
 
+def test_shares_that_fail_leave_the_basis(
+    config: str, short: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = prefill(config, monkeypatch, **AWAITED)
+    with monkeypatch.context() as broken:
+        broken.setattr("sglang_mminfer.serving.shares.shares", lambda *_: 1 / 0)
+        send(found, (0, LENGTH, f"{CLIP_RID}-0-0"))
+    assert "Calibration failed" in caplog.text and found.served.words_of_shares() is None
+    assert send(found, (0, LENGTH, "user")) == [None] and found.served.bases[0].shares is None
+
+
 @pytest.mark.parametrize("slab", [64, 100, 10_000])
 @pytest.mark.parametrize("by_head", [False, True])
 def test_moments_of_chunks_are_those_of_all_rows(slab: int, by_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
