@@ -20,8 +20,8 @@ from sglang_mminfer.patterns.ladder import SINK, Prompt
 from sglang_mminfer.patterns.pair import Pair
 
 QUERY_ROWS = 64
-"""Rows of a query tile. Each visits what any of them asks for, so fewer rows visit less; a matrix unit of a GPU multiplies
-64 at a time."""
+"""Rows of a query tile. All of them visit what any of them asks for, so fewer rows visit less; the matrix unit of a GPU
+multiplies 64 at a time."""
 
 EXPECTED = 0.12
 """The share of all keys that tiles of 128 rows pick, about: 0.1 on the needle models at 8K tokens, with alpha 0.01."""

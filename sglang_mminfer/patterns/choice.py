@@ -208,9 +208,7 @@ def _choose(
     count = torch.zeros(len(evidence.heads), len(between.first), dtype=torch.int64, device=device)
     keys_of_row = keys_of_rows(evidence, tiles)
     (heads,) = to_device(device, np.array(evidence.heads))
-    scan, log_mass = (
-        (scan_on_host, log_mass_on_host) if evidence.on_host else (scan_on_device, log_mass_on_device)
-    )
+    scan, log_mass = (scan_on_host, log_mass_on_host) if evidence.on_host else (scan_on_device, log_mass_on_device)
     by_form = [(own, low, own.keys(evidence, slice(rule.sink))) for own, low in zip(HeadsOfKeys.of(evidence), findings)]
 
     def choose_for(item: tuple[tuple[HeadsOfKeys, torch.Tensor, torch.Tensor], int]) -> None:
