@@ -190,20 +190,20 @@ class TileBatch:
     @property
     def num_unmasked(self) -> int:
         """How many keys of a tile, the first ones, all rows see. `visible` is about the other, masked keys."""
-        return self._keys[3]
+        return self._keys[2]
 
     @cached_property
     def q_rows(self) -> torch.Tensor:
         """int64 [B, m]: rows of q and out."""
         return self.plan.q_rows[self._row_index].long()
 
-    @property
+    @cached_property
     def kv_slots(self) -> torch.Tensor:
-        """int64 [B, n]: rows of the cache, in the order of the visits.
+        """int32 [B, n]: rows of the cache, in the order of the visits.
 
         Where B is 1, keys that no row sees are left out, and the keys that all rows see come first.
         """
-        return self._keys[0]
+        return self.plan.keys.kv_slots[self._keys[0]]
 
     @cached_property
     def kv_slice(self) -> slice | None:
@@ -213,7 +213,7 @@ class TileBatch:
     @property
     def kv_pos(self) -> torch.Tensor:
         """int32 [B, n]: positions of the keys."""
-        return self._keys[1]
+        return self.plan.keys.kv_pos[self._keys[0]]
 
     @cached_property
     def visible(self) -> torch.Tensor:
@@ -228,7 +228,7 @@ class TileBatch:
     @property
     def _bounds(self) -> torch.Tensor:
         """int32 [B, n - num_unmasked]: a row sees a masked key if the key's bound lies below the row's `q_stop`."""
-        return self._keys[2]
+        return self._keys[1]
 
     @cached_property
     def _row_index(self) -> torch.Tensor:
@@ -236,7 +236,8 @@ class TileBatch:
         return first[:, None] + torch.arange(self.rows, device=first.device)
 
     @cached_property
-    def _keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def _keys(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """int64 [B, n], the keys by their lanes in the key table; `_bounds`; and `num_unmasked`."""
         plan, table = self.plan, self.plan.keys
         first = plan.block_indptr[self.tiles].long()
         visited = plan.block_indices[first[:, None] + torch.arange(self.blocks, device=first.device)].long()
@@ -259,7 +260,7 @@ class TileBatch:
             bounds = bounds[:, seen_by_some]
             keys = torch.cat([keys[:, :num_unmasked], masked[:, seen_by_all], masked[:, seen_by_some]], dim=1)
             num_unmasked = keys.shape[1] - bounds.shape[1]
-        return table.kv_slots[keys].long(), table.kv_pos[keys], bounds, num_unmasked
+        return keys, bounds, num_unmasked
 
     @cached_property
     def empty_rows(self) -> torch.Tensor | None:

@@ -60,10 +60,10 @@ def configuration(capability: int) -> ScanConfiguration:
     """How to compile for a GPU of compute capability `capability` (80 means 8.0). Not tuned: these have the fewest
     instructions for a score of those that spill no registers."""
     if 100 <= capability < 120:
-        return ScanConfiguration(128, keys=128, heads=2, span=2048, num_warps=4, num_stages=2)
+        return ScanConfiguration(64, keys=128, heads=4, span=2048, num_warps=4, num_stages=2)
     if capability == 90:
-        return ScanConfiguration(128, keys=64, heads=2, span=2048, num_warps=4, num_stages=3)
-    return ScanConfiguration(128, keys=64, heads=1, span=2048, num_warps=4, num_stages=2)
+        return ScanConfiguration(64, keys=64, heads=4, span=2048, num_warps=4, num_stages=3)
+    return ScanConfiguration(64, keys=128, heads=2, span=2048, num_warps=4, num_stages=2)
 
 
 def configuration_on(device: torch.device, most_rows: int) -> ScanConfiguration:

@@ -19,8 +19,8 @@ from pathlib import Path
 from sglang_mminfer.benchmarks import makespan, measure
 from sglang_mminfer.benchmarks.cases import CHUNK, HEAD_DIM, SHAPES, K
 from sglang_mminfer.kernels.triton import ahead_of_time, low_rank_scan
+from sglang_mminfer.patterns.adaptive import QUERY_ROWS
 from sglang_mminfer.patterns.choice import ROOM
-from sglang_mminfer.planning.tiles import BLOCK_Q
 from sglang_mminfer.tools import machine
 
 # ---- assumptions ---------------------------------------------------------------------------------------------
@@ -99,17 +99,17 @@ def modelled(tokens: int, rank: int, dtype: str, loop: dict[str, int]) -> dict[s
         return num_bytes / makespan.BANDWIDTH / 1e6
 
     keys_us = copied_us(tokens * kv_heads * (HEAD_DIM * value + 2 * width))
-    exact = rows * heads * (SINK + LOCAL + BLOCK_Q)  # scores of sink and window
+    exact = rows * heads * (SINK + LOCAL + QUERY_ROWS)  # scores of sink and window
     queries_us = copied_us(rows * heads * (HEAD_DIM * value + 2 * width)) + 2 * HEAD_DIM * exact / PICKED[dtype] / 1e6
     between = max(0, pairs - rows * (SINK + LOCAL))
     matrix, others = cycles_of_a_score(rank, loop)
     cycles = PEAK["bf16"] * 1e6 / PRODUCTS_OF_A_CYCLE  # of all multiprocessors together, in a microsecond
     scan_least, scan_most = (between * heads * each / cycles for each in (max(matrix, others), matrix + others))
-    of_tiles = between / BLOCK_Q * heads  # (query tile, key, head)
+    of_tiles = between / QUERY_ROWS * heads  # (query tile, key, head)
     packing_us = copied_us(2 * of_tiles + LANE_BYTES * min(ROOM, BUDGET * of_tiles))
 
     def gather_us(share: float) -> float:
-        visited = rows * min(tokens, SINK + LOCAL + BLOCK_Q) + share * between
+        visited = rows * min(tokens, SINK + LOCAL + QUERY_ROWS) + share * between
         return 4 * HEAD_DIM * heads * visited / PICKED[dtype] / 1e6
 
     least, most = (keys_us + queries_us + scan + packing_us for scan in (scan_least, scan_most))

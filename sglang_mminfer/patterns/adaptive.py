@@ -19,6 +19,10 @@ from sglang_mminfer.patterns.index import TEXT_AFTER_VISION, PairIndex, Scope
 from sglang_mminfer.patterns.ladder import SINK, Prompt
 from sglang_mminfer.patterns.pair import Pair
 
+QUERY_ROWS = 64
+"""Rows of a query tile. All of them visit what any of them asks for, so fewer rows visit less; the matrix unit of a GPU
+multiplies 64 at a time."""
+
 EXPECTED = 0.12
 """The share of all keys that tiles of 128 rows pick where nothing was measured, about: 0.1 on the needle models at 8K
 tokens, with alpha 0.01."""
@@ -72,7 +76,7 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
 
     def index(self, scope: Scope) -> PairIndex:
         whole = {TEXT_AFTER_VISION: scope.text_after_vision} if scope.text_rule else {}
-        return PairIndex(sink=self.sink, local=self.local, whole=whole, estimated=self)
+        return PairIndex(sink=self.sink, local=self.local, whole=whole, estimated=self, query_rows=QUERY_ROWS)
 
     def picks(self, tokens: int) -> int:
         return math.ceil(self.budget * tokens)

@@ -17,7 +17,7 @@ from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.threads import for_each
 from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.modality.runs import Ints
-from sglang_mminfer.patterns.choice_loops import DIMENSIONS, any_row_above
+from sglang_mminfer.patterns.choice_loops import DIMENSIONS, any_row_above, log_masses
 from sglang_mminfer.patterns.estimated import Evidence, Findings, QueryTiles
 
 MARGIN = 1e-3
@@ -208,7 +208,7 @@ def _choose(
     count = torch.zeros(len(evidence.heads), len(between.first), dtype=torch.int64, device=device)
     keys_of_row = keys_of_rows(evidence, tiles)
     (heads,) = to_device(device, np.array(evidence.heads))
-    scan = scan_on_host if evidence.on_host else scan_on_device
+    scan, log_mass = (scan_on_host, log_mass_on_host) if evidence.on_host else (scan_on_device, log_mass_on_device)
     by_form = [(own, low, own.keys(evidence, slice(rule.sink))) for own, low in zip(HeadsOfKeys.of(evidence), findings)]
 
     def choose_for(item: tuple[tuple[HeadsOfKeys, torch.Tensor, torch.Tensor], int]) -> None:
@@ -217,7 +217,7 @@ def _choose(
         q = evidence.q[tiles.rows[rows, None], heads[own.index]].transpose(0, 1).float() * evidence.sm_scale
         window = slice(max(int(tiles.keys_of_first_row[t]) - rule.local, 0), int(tiles.keys_of_last_row[t]))
         keys_before = keys_of_row[rows] - window.start
-        bound = _log_mass(q, sink_keys, own.keys(evidence, window), rule.local, keys_before)
+        bound = log_mass(q, sink_keys, own.keys(evidence, window), rule.local, keys_before)
         bound += rule.ln_alpha - MARGIN
         queries = own.project_queries(evidence, rule.rank, q)
         key, stop = (int(between.first[t] + n) * tiles.block_k for n in (0, between.num_tiles[t]))
@@ -261,7 +261,16 @@ def scan_on_host(low: torch.Tensor, queries: torch.Tensor, bound: torch.Tensor, 
     return asked
 
 
-def _log_mass(
+def log_mass_on_host(
+    q: torch.Tensor, sink_keys: torch.Tensor, keys: torch.Tensor, local: int, keys_of_row: torch.Tensor
+) -> torch.Tensor:
+    """What `log_mass_on_device` gives."""
+    rows, out = q.transpose(1, 2), torch.empty(q.shape[:2])
+    log_masses((sink_keys @ rows).numpy(), (keys @ rows).numpy(), keys_of_row.numpy(), local, out.numpy())
+    return out
+
+
+def log_mass_on_device(
     q: torch.Tensor, sink_keys: torch.Tensor, keys: torch.Tensor, local: int, keys_of_row: torch.Tensor
 ) -> torch.Tensor:
     """float32 [heads, m]: the log of what rows give to the sink and to the last `local` keys together.
@@ -274,11 +283,7 @@ def _log_mass(
     number = torch.arange(len(keys), dtype=torch.int32, device=q.device)
     outside = (number < keys_of_row[:, None] - local) | (number >= keys_of_row[:, None])
     in_window = (q @ keys.T).masked_fill_(outside, -torch.inf)
-    scores = torch.cat([q @ sink_keys.T, in_window], dim=2)
-    largest = scores.amax(dim=2, keepdim=True)
-    # On a CPU the exponential of -infinity takes several times as long as that of a number.
-    weights = scores.sub_(largest).clamp_min_(-80).exp_()
-    return weights.sum(dim=2).log_().add_(largest[..., 0])
+    return torch.cat([q @ sink_keys.T, in_window], dim=2).logsumexp(dim=2)
 
 
 def packed(

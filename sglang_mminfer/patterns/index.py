@@ -67,6 +67,7 @@ class PairIndex:
     lines:     through a raster: rows see the keys of their own line; None for none.
     estimated: the pattern itself, where only q and k can tell what more it wants; None for none. Without a window
         (`local` is 0) it picks from all keys, else from those between the sink's tiles and the window's.
+    query_rows: the most rows of a query tile, where its rows share what they pick; None: as many as the plan's have.
     """
 
     sink: int = 0
@@ -75,6 +76,7 @@ class PairIndex:
     columns: Ints | None = None
     lines: Lines | None = None
     estimated: Estimated | None = None
+    query_rows: int | None = None
 
     @cached_property
     def whole_rows(self) -> Runs | None:

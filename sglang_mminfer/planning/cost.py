@@ -170,7 +170,8 @@ class ChunkRows:
         """float64, like `row`: about how many keys the tiles of these rows visit, rows that do not see everything."""
         keys = scope.key_members
         reach = keys.rank(row + 1)
-        window = np.maximum(reach - index.local - (BLOCK_Q + BLOCK_K) // 2, 0)  # the first key of the window
+        query_rows = min(BLOCK_Q, index.query_rows or BLOCK_Q)
+        window = np.maximum(reach - index.local - (query_rows + BLOCK_K) // 2, 0)  # the first key of the window
         sink = -(-index.sink // BLOCK_K) * BLOCK_K
         visited = reach - window + np.minimum(sink, window).astype(np.float64)
         if index.estimated is not None:

@@ -23,15 +23,16 @@ NO_KEYS = np.zeros(0, dtype=np.int64)
 class RowGroups:
     """Rows of one class in the whole map.
 
-    pairs, wanted: what the class wants of each of its key classes. rows: those of each group, and `first_runs` of them;
-    one object for all classes that have the same. sees_whole: bool [groups, pairs]. keys: those of each pair's class.
-    columns, column_first: int64, the columns of all pairs, those of pair p from column_first[p] to
+    pairs, wanted: what the class wants of each of its key classes. rows: those of each group, `first_runs` of them, and
+    int64 [groups], the most rows of a query tile; one object for all classes that have the same. sees_whole: bool
+    [groups, pairs]. keys: those of each pair's class. columns, column_first: int64, the columns of all pairs, those of
+    pair p from column_first[p] to
     column_first[p + 1] - 1. estimates: whether a pair is estimated.
     """
 
     pairs: tuple[PairIndex, ...]
     wanted: Wanted
-    rows: tuple[RunTable, NDArray[np.int32]]
+    rows: tuple[RunTable, NDArray[np.int32], Ints]
     sees_whole: Bools
     keys: RunTable
     columns: Ints
@@ -80,12 +81,14 @@ class RowGroups:
         )
         rows, whole_pairs = run_table([own for _, own in groups]), np.array([sees_whole for sees_whole, _ in groups])
         keys = run_table([scope.key_members for scope in scopes])
-        first_run = first_runs(rows, whole_pairs, keys, wanted, block_q)
+        query_rows = np.array([min(block_q, index.query_rows or block_q) for index in pairs])
+        most_rows = np.where(whole_pairs, block_q, query_rows).min(axis=1)
+        first_run = first_runs(rows, whole_pairs, keys, wanted, most_rows)
         columns = [NO_KEYS if index.columns is None else index.columns for index in pairs]
         return cls(
             pairs=pairs,
             wanted=wanted,
-            rows=_shared(modality_map, rows, first_run),
+            rows=_shared(modality_map, rows, first_run, most_rows),
             sees_whole=whole_pairs,
             keys=keys,
             columns=columns[0] if len(columns) == 1 else np.concatenate(columns),

@@ -114,14 +114,14 @@ def select(runs: RunTable, number: int, index: int) -> int:
 
 
 @compiled
-def first_runs(groups: RunTable, sees_whole: Array, keys: RunTable, wanted: Wanted, block_q: int) -> Array:
+def first_runs(groups: RunTable, sees_whole: Array, keys: RunTable, wanted: Wanted, most_rows: Array) -> Array:
     """int32 [runs]: the run with which the tiles of each run's rows begin.
 
     A window reaches from a tile's first row to its last, so that a tile with text from both sides of a video would
     visit the video. Where rows are further apart than what one more tile would visit, a tile begins.
 
     Args:
-        groups, sees_whole, keys, wanted: as in `cut_rows` and `tile_rows`.
+        groups, sees_whole, keys, wanted, most_rows: as in `cut_rows` and `tile_rows`.
     """
     out = np.empty(len(groups.starts), dtype=np.int32)
     for g in range(len(sees_whole)):
@@ -130,7 +130,7 @@ def first_runs(groups: RunTable, sees_whole: Array, keys: RunTable, wanted: Want
             if run == groups.first[g]:
                 continue
             row = groups.starts[run]
-            gap, more = row - groups.stops[run - 1], block_q
+            gap, more = row - groups.stops[run - 1], most_rows[g]
             for pair in range(len(wanted.sink)):
                 if gap > more:
                     more += rank(keys, pair, row) if sees_whole[g, pair] else wanted.of_one_more[pair]
@@ -140,11 +140,12 @@ def first_runs(groups: RunTable, sees_whole: Array, keys: RunTable, wanted: Want
 
 
 @compiled
-def cut_rows(groups: RunTable, first_run: Array, q_start: int, kv_len: int, row_start: int, block_q: int) -> RowCut:
+def cut_rows(groups: RunTable, first_run: Array, most_rows: Array, q_start: int, kv_len: int, row_start: int) -> RowCut:
     """The rows [q_start, kv_len), group by group.
 
     Args:
-        groups: the rows of each group. first_run: see `first_runs`. row_start: the row of q at q_start.
+        groups: the rows of each group. first_run: see `first_runs`. most_rows: [groups], the most rows of a tile.
+        row_start: the row of q at q_start.
     """
     num_groups, num_rows = len(groups.first) - 1, kv_len - q_start
     rows = np.empty((2, num_rows), dtype=np.int32)
@@ -153,6 +154,7 @@ def cut_rows(groups: RunTable, first_run: Array, q_start: int, kv_len: int, row_
     n = tiles = 0
     for g in range(num_groups):
         low, high = rank(groups, g, q_start), rank(groups, g, kv_len)
+        block_q = most_rows[g]
         run, index = last_at_most(groups.before, groups.first[g], groups.first[g + 1], low), low
         while index < high:
             # The tile that has this row, and its rows in this chunk.

@@ -187,7 +187,7 @@ class ChunkTiler:
     def _cut(self, groups: RowGroups) -> RowCut:
         name = id(groups.rows)  # the map keeps the rows
         if name not in self._cuts:
-            self._cuts[name] = cut_rows(*groups.rows, self.q_start, self.kv_len, self.row_start, self.block_q)
+            self._cuts[name] = cut_rows(*groups.rows, self.q_start, self.kv_len, self.row_start)
         return self._cuts[name]
 
     def _estimated(

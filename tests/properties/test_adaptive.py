@@ -186,3 +186,18 @@ def test_a_tile_that_asks_for_more_than_the_budget_sees_everything_and_is_counte
         beyond = torch.isin(tile, torch.tensor(overflowing))
         assert number == len(overflowing)
         assert torch.equal(counts[~beyond], free[~beyond]) and torch.equal(counts[beyond], everything[beyond])
+
+
+def test_rows_that_choose_share_small_tiles_and_those_that_see_all_share_large_ones():
+    chat = conversation((16, 8, 8), 300)
+    n, random = chat.length, torch.Generator().manual_seed(3)
+    q, k = torch.randn(2, n, 1, 16, generator=random)
+    planner = BatchPlanner([RequestChunk(chat, 0, n, 0, torch.arange(n))], n)
+    plan = planner.plan([Adaptive(16, 32, 4, 1.0)], q, k, 0.25)
+    rows = plan.q_indptr.diff().tolist()
+    first = plan.q_rows[plan.q_indptr[:-1].long()].tolist()
+    by_first = dict(zip(first, rows))
+    video = {row: size for row, size in by_first.items() if row < 1024}
+    text = {row: size for row, size in by_first.items() if row >= 1024}
+    assert set(video.values()) == {64} and len(video) == 16
+    assert sorted(text.values()) == [44, 128, 128]

@@ -1,4 +1,4 @@
-"""The two ways of scanning keys, for a CPU and for another device, against scores that are written out."""
+"""The two ways of choosing keys, for a CPU and for another device, against scores that are written out."""
 
 import torch
 from hypothesis import given, settings
@@ -35,3 +35,28 @@ def test_a_key_is_asked_for_if_any_row_scores_it_above_its_bound(heads, rows, di
         finally:
             choice.SLAB = saved
         assert torch.equal(asked[decided], (above > 0)[decided])
+
+
+@settings(max_examples=60)
+@given(
+    heads=st.integers(1, 3),
+    rows=st.integers(1, 70),
+    sink=st.integers(0, 5),
+    before=st.integers(0, 20),
+    local=st.integers(1, 30),
+    size=st.sampled_from([0.0, 1.0, 30.0, 3000.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_mass_of_sink_and_window_whatever_the_size_of_scores(heads, rows, sink, before, local, size, seed):
+    random = torch.Generator().manual_seed(seed)
+    q, keys = size * torch.randn(heads, rows, 8, generator=random), torch.randn(before + rows, 8, generator=random)
+    sink_keys, keys_of_row = torch.randn(sink, 8, generator=random), torch.arange(before + 1, before + rows + 1)
+    in_window = (torch.arange(len(keys)) < keys_of_row[:, None]) & (
+        torch.arange(len(keys)) >= keys_of_row[:, None] - local
+    )
+    seen = torch.cat([torch.ones(rows, sink, dtype=torch.bool), in_window], dim=1)
+    scores = q.double() @ torch.cat([sink_keys, keys]).double().T
+    expected = scores.masked_fill(~seen, -torch.inf).logsumexp(dim=2)
+    for log_mass in (choice.log_mass_on_host, choice.log_mass_on_device):
+        mass = log_mass(q, sink_keys, keys, local, keys_of_row.int())
+        torch.testing.assert_close(mass.double(), expected, rtol=1e-5, atol=1e-5)
