@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.adaptive import Adaptive
+from sglang_mminfer.patterns.adaptive import QUERY_ROWS, Adaptive
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.estimated import Evidence, QueryTiles
 from sglang_mminfer.patterns.index import Scope
 from sglang_mminfer.planning.chunk import RequestChunk
-from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
+from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving.observe import LayerView, RequestView
 
 TILES = 4
@@ -35,12 +35,12 @@ Stretch = tuple[int, int]
 def sampled(rule: Adaptive, modality_map: ModalityMap, tokens: int) -> list[Stretch]:
     """Where query tiles are looked at in a conversation of so many tokens: each ends with a vision row, and they are
     spread over the second half of those that have enough keys before them. Empty if there are none."""
-    first = rule.sink + rule.local + LEAST + BLOCK_Q
+    first = rule.sink + rule.local + LEAST + QUERY_ROWS
     rows = modality_map.runs(Modality.VISION).clip(first, tokens)
     if not len(rows):
         return []
     last = rows.select(np.linspace(len(rows) // 2, len(rows) - 1, TILES).astype(np.int64))
-    return [(row + 1 - BLOCK_Q, row + 1) for row in np.unique(last).tolist()]
+    return [(row + 1 - QUERY_ROWS, row + 1) for row in np.unique(last).tolist()]
 
 
 @dataclass

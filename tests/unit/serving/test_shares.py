@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sglang_mminfer import Adaptive, ModalityMap, pattern_mask
+from sglang_mminfer.patterns.adaptive import QUERY_ROWS
 from sglang_mminfer.patterns.basis import Basis, basis_of, second_moments
 from sglang_mminfer.patterns.choice import MARGIN
-from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
+from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving.observe import LayerView, RequestView
 from sglang_mminfer.serving.shares import LEAST, TILES, LayerSample, sampled, shares
 from support import VISION, conversation
@@ -36,41 +37,40 @@ def basis_for(q: torch.Tensor, k: torch.Tensor) -> Basis:
     return basis_of(second_moments(q), second_moments(k), 8)
 
 
-def by_definition(
-    rule: Adaptive, chat: ModalityMap, q: torch.Tensor, k: torch.Tensor, basis: Basis, head: int
-) -> tuple[float, list[float]]:
-    """The mean share, and the share of each tile before the budget counts."""
-    visited, asked = [], []
-    for start, stop in sampled(rule, chat, chat.length):
+def asked(rule: Adaptive, chat: ModalityMap, q: torch.Tensor, k: torch.Tensor, basis: Basis) -> torch.Tensor:
+    """float64 [HEADS, tiles]: the share of the keys between sink and window that any row of a tile asks for."""
+    by_head = []
+    for head in range(HEADS):
         a, b = (part.double() for part in basis.of_head(head, HEADS))
-        own = q[start:stop, head], k[:stop, head // (HEADS // KV_HEADS)]
-        mask = pattern_mask(chat, rule, start, stop, stop, *own, sm_scale=SCALE, basis=(a, b))
-        rows = chat.members(VISION)[start:stop]
-        window = (start + int(rows.nonzero()[0]) + 1 - rule.local) // BLOCK_K * BLOCK_K
-        share = float(mask[rows][:, rule.sink : window].any(dim=0).double().mean())
-        asked.append(share)
-        visited.append(1.0 if share > rule.budget else share)
-    return sum(visited) / len(visited), asked
+        by_head.append([])
+        for start, stop in sampled(rule, chat, chat.length):
+            own = q[start:stop, head], k[:stop, head // (HEADS // KV_HEADS)]
+            mask = pattern_mask(chat, rule, start, stop, stop, *own, sm_scale=SCALE, basis=(a, b))
+            rows = chat.members(VISION)[start:stop]
+            window = (start + int(rows.nonzero()[0]) + 1 - rule.local) // BLOCK_K * BLOCK_K
+            by_head[-1].append(mask[rows][:, rule.sink : window].any(dim=0).double().mean())
+    return torch.tensor(by_head)
 
 
 @pytest.mark.parametrize("size", [0.5, 1, 2, 6])
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
-@pytest.mark.parametrize("budget", [0.5, 1.0])
-def test_a_share_is_what_the_exact_rule_says(chat: ModalityMap, size: float, budget: float) -> None:
-    rule = replace(RULE, budget=budget)
+def test_a_share_is_what_the_exact_rule_says(chat: ModalityMap, size: float) -> None:
     q, k = heads(chat.length, size)
     basis, slots = basis_for(q, k), torch.randperm(chat.length, generator=torch.Generator().manual_seed(1))
     cache = torch.full_like(k, torch.nan)
     cache[slots] = k
-    tiles = [(start, q[start:stop]) for start, stop in sampled(rule, chat, chat.length)]
-    found = shares(rule, tiles, chat, cache, slots, SCALE, basis)
-    assert found.shape == (HEADS,) and found.dtype == torch.float32
-    kept_all_the_same = replace(rule, alpha=rule.alpha * math.exp(-2 * MARGIN))
-    for head in range(HEADS):
-        least, asked = by_definition(rule, chat, q, k, basis, head)
-        most, _ = by_definition(kept_all_the_same, chat, q, k, basis, head)
-        assert least - 1e-6 <= found[head] <= most + 1e-6 and most - least < 0.01
-        assert budget == 1 or all(abs(share - budget) > 0.01 for share in asked), "no tile is near its budget"
+    tiles = [(start, q[start:stop]) for start, stop in sampled(RULE, chat, chat.length)]
+    least = asked(RULE, chat, q, k, basis)
+    most = asked(replace(RULE, alpha=RULE.alpha * math.exp(-2 * MARGIN)), chat, q, k, basis)
+    assert (most - least).amax() < 0.01
+    shares_asked = least.flatten().sort().values
+    gap = shares_asked.diff().argmax()
+    between = float(shares_asked[gap : gap + 2].mean())
+    for budget in (1.0, max(between, 0.01)):  # no tile is near it
+        found = shares(replace(RULE, budget=budget), tiles, chat, cache, slots, SCALE, basis)
+        assert found.shape == (HEADS,) and found.dtype == torch.float32
+        first, last = (torch.where(x > budget, 1.0, x).mean(dim=1) for x in (least, most))
+        assert (found >= first - 1e-6).all() and (found <= last + 1e-6).all()
 
 
 def test_a_peaked_head_has_a_small_share_and_a_diffuse_one_a_large_one() -> None:
@@ -79,7 +79,7 @@ def test_a_peaked_head_has_a_small_share_and_a_diffuse_one_a_large_one() -> None
     q[:, 0] *= 30  # of two heads that share their keys, one looks at few of them
     tiles = [(start, q[start:stop]) for start, stop in sampled(RULE, chat, chat.length)]
     found = shares(RULE, tiles, chat, k, torch.arange(chat.length), SCALE, basis_for(q, k))
-    assert found[0] < 0.2 and found[1] > 0.9
+    assert found[0] < 0.2 and found[1] > 0.8
 
 
 @pytest.mark.parametrize("ends", [(2000,), (700, 1300, 1350, 1700, 2000), tuple(range(100, 2001, 100))])
@@ -108,7 +108,7 @@ def test_tiles_lie_where_rows_choose_among_enough_keys() -> None:
         stretches = sampled(RULE, chat, chat.length)
         assert 1 < len(stretches) <= TILES
         for start, stop in stretches:
-            assert stop - start == BLOCK_Q and start - RULE.local - RULE.sink >= LEAST
+            assert stop - start == QUERY_ROWS and start - RULE.local - RULE.sink >= LEAST
             assert chat.members(VISION)[stop - 1]
     assert stretches[-1][1] == chat.length - 10, "the last vision row is among them"
 
