@@ -125,8 +125,8 @@ class ServedHeads:
         num_layers, placement, too_diffuse = head_config.num_layers, self._placement, []
         assert num_layers is not None
         # What a search gave a head was measured by it.
-        self._drops = settings.sparse() == "faster" and head_config.provenance.how != "search"
-        if shares is not None and self._drops:
+        self._may_drop = settings.sparse() == "faster" and head_config.provenance.how != "search"
+        if shares is not None and self._may_drop:
             kinds = placement.executor, placement.head_dim, placement.dense_on_stock
             too_diffuse = shares.above(head_config, largest_share(shares.rule, *kinds))
         if too_diffuse:
@@ -175,7 +175,7 @@ class ServedHeads:
         if self.shares is None or (not self.too_diffuse and self.shares.mean(self.head_config) is None):
             return None
         mean = self.shares.mean(self.head_config)
-        if not self._drops:
+        if not self._may_drop:
             return f"heads that choose visit {mean:.0%} of the keys between sink and window"
         dense = f"{self.too_diffuse} of {self.shares.of_heads.numel()} heads are too diffuse to choose and see all keys"
         if self.all_dense:
@@ -198,8 +198,7 @@ class ServedHeads:
         patterns = tuple(self.head_config.patterns(layer_id)[first : first + count])
         dense = None
         if self._placement.dense_on_stock:
-            always = settings.dense_heads_on_stock(str(device)) == "always"
-            limit = math.inf if always else MOST_REPEATED
+            limit = math.inf if settings.dense_heads_on_stock(str(device)) == "always" else MOST_REPEATED
             dense = dense_heads(patterns, num_kv_heads, device, limit)
         on_stock = dense.heads if dense is not None else ()
         planned = tuple(None if head in on_stock else pattern for head, pattern in enumerate(patterns))

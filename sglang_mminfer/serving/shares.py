@@ -23,7 +23,7 @@ from sglang_mminfer.planning.tiles import BLOCK_K
 from sglang_mminfer.serving.observe import LayerView, RequestView
 
 TILES = 4
-"""Query tiles of a conversation that are looked at."""
+"""Query tiles of a conversation that are looked at. For 28 heads of 128 dimensions their rows take 1.8 MiB a layer."""
 
 LEAST = 512
 """Keys between sink and window that such a tile has, at least. Of fewer a larger share is chosen: they are nearer."""
@@ -50,7 +50,7 @@ class LayerSample:
     Attributes:
         rule: how rows choose.
         stretches: where the tiles are.
-        q: the queries of each, [rows, Hq, D] for each chunk that has some: copies on the device, 4 tiles in all.
+        q: the queries of each, [rows, Hq, D] for each chunk that has some: copies on the device.
         view, request: of the last chunk. Its keys stay where they are until the batch is done.
     """
 

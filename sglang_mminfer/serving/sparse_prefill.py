@@ -114,8 +114,7 @@ class SparsePrefill:
             )
         placement = Placement(self.rank, self.device, head_dim, self.executor, dense_backend)
         self.served = ServedHeads(head_config, placement)
-        if self.leads and (words := self.served.words_of_shares()):
-            logger.info("mminfer: %s.", words)
+        self._log_shares()
         self.second_instance = None if self.served.all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
@@ -161,7 +160,11 @@ class SparsePrefill:
             logger.info("mminfer: heads choose keys by %s.", how)
         if rule is not None:
             self.served.know(KnownShares(rule, calibration.shares_of_all_ranks(place, bases or {})))
-        if self.leads and (words := self.served.words_of_shares()):
+        self._log_shares()
+
+    def _log_shares(self) -> None:
+        words = self.served.words_of_shares()
+        if self.leads and words is not None:
             logger.info("mminfer: %s.", words)
 
     # ---- a batch -------------------------------------------------------------------------------------------
