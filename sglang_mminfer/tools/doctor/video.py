@@ -307,7 +307,7 @@ def _density(prompt: Prompt, model: Any, server_args: Any, device: str) -> Findi
     from sglang_mminfer.families.maps import GeometryError
     from sglang_mminfer.kernels import executors
     from sglang_mminfer.planning.tiles import BLOCK_K
-    from sglang_mminfer.serving.choice import Choice
+    from sglang_mminfer.serving.served_heads import Placement, ServedHeads
 
     head_config, named = head_config_choice.load_for_model(server_args, model.hf_config)
     layers, name = model.num_hidden_layers, f"{named.name}  [{named.source}]"
@@ -315,14 +315,15 @@ def _density(prompt: Prompt, model: Any, server_args: Any, device: str) -> Findi
         modality_map = map_of(prompt, model)
     except GeometryError as error:
         return Finding(SECTION, "density", "note", f"1 ({error.reason}: runs dense), {name}")
-    if all(head_config.is_dense(layer) for layer in range(layers)):
-        return Finding(SECTION, "density", "note", f"1 (dense_config), {name}")
     executor = executors.name_for(settings.executor(), torch.device(device), model.head_dim, BLOCK_K, model.dtype)
     backend = dense_backend.dense_backend_name(server_args, device)
-    choice = Choice(head_config, layers, executor, backend, model.head_dim)
+    served = ServedHeads(head_config, Placement(0, torch.device(device), model.head_dim, executor, backend))
+    if served.all_dense:
+        return Finding(SECTION, "density", "note", f"1 (dense_config), {name}")
+    choice = served.choice
     reason = choice.why_dense(modality_map, 0, modality_map.length, modality_map.length)
     if reason is not None:
         why = f"short: dense up to {choice.dense_below:,} tokens" if reason == "short" else reason
         return Finding(SECTION, "density", "note", f"1 ({why}), {name}")
-    density = expected_density(modality_map, head_config, layers)
+    density = expected_density(modality_map, served.head_config, layers)
     return Finding(SECTION, "density", "ok", f"{density:.3f} of what dense attention computes, {name}")
