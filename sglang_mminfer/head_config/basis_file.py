@@ -94,9 +94,9 @@ class ModelBasis:
 
     @cached_property
     def digest(self) -> str:
-        """Of the numbers: what rows see, and so what is cached, follows from them. Shares say which heads see all."""
+        """Of the numbers by which rows choose: what rows see, and so what is cached, follows from them."""
         content = hashlib.sha256()
-        for part in (self.queries, self.keys, *([] if self.shares is None else [self.shares])):
+        for part in (self.queries, self.keys):
             content.update(str(tuple(part.shape)).encode())
             content.update(np.ascontiguousarray(part.numpy()).tobytes())
         return content.hexdigest()[:12]

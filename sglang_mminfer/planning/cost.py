@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sglang_mminfer.modality.runs import Ints, Runs, expand
 from sglang_mminfer.modality.segment_table import SegmentTable, codes_of
 from sglang_mminfer.modality.segments import Modality, ModalityMap
-from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, row_classes
+from sglang_mminfer.patterns.boundary import UNNAMED, HeadPattern, patterns_of, row_classes
 from sglang_mminfer.patterns.estimated import Estimated
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.planning.lines import room_for_frames
@@ -29,15 +29,16 @@ On a GPU: TFLOP/s of the best dense kernel on an H100, over those that are model
 CPU: measured in the server at 5,120 to 8,192 tokens, beside `torch_native` (benchmarks/results/cpu_prefill*.json). An
 executor without a figure counts as 1."""
 
+CHOSEN_PAIR_COST = {"torch": lambda head_dim: 2.2 + 56 / head_dim}
+"""The same for pairs of heads that choose their keys, where it differs: on a CPU each head gathers its own keys, tile
+by tile. By processor time at 4,096 to 16,384 tokens: 3.6 to 4.0 at 32 dimensions a head, 3.2 at 64, 2.5 to 2.8 at 128."""
+
 COMPUTES_THE_PREFIX_AGAIN = frozenset({"torch_native"})
 """Dense backends that compute the rows of the prefix once more with every chunk."""
 
 MARGIN = 1.1
 """By so much sparse attention must be faster by the estimate, for what the estimate leaves out: planning, launches, the
 last programs of a layer."""
-
-LONG = 1 << 24
-"""Tokens of a prompt beside which windows do not count."""
 
 SAMPLE = 12
 """The most patterns of a model that are looked at; if it has more, these are spread over all, by how many heads each
@@ -48,17 +49,6 @@ def dense_pairs(start: int, stop: int, dense_backend: str) -> int:
     """The (row, key) pairs up to the diagonal that a dense backend computes for rows [start, stop)."""
     first = 0 if dense_backend in COMPUTES_THE_PREFIX_AGAIN else start
     return (first + 1 + stop) * (stop - first) // 2
-
-
-def largest_share(pattern: Estimated, executor: str, head_dim: int, dense_on_stock: bool) -> float:
-    """The share of its keys up to which choosing them pays in prompts of any length: a head that visits more is slower
-    than a dense one, which visits all and chooses nothing.
-
-    Args:
-        dense_on_stock: whether the dense backend runs dense heads beside sparse ones; else the executor does.
-    """
-    dense = 1 / PAIR_COST.get(executor, 1.0) if dense_on_stock else 1.0
-    return dense / MARGIN - pattern.looks_at(LONG, LONG, head_dim) / dense_pairs(0, LONG, "")
 
 
 class Comparison:
@@ -90,6 +80,8 @@ class Comparison:
         counts = heads.most_common()
         self._sample = counts[:: -(-len(counts) // SAMPLE) or 1]
         self._pair_cost = PAIR_COST.get(executor, 1.0)
+        chosen = CHOSEN_PAIR_COST.get(executor)
+        self._chosen_cost = 1.0 if chosen is None else chosen(head_dim) / self._pair_cost
         self._dense_backend, self._dense_below, self._head_dim = dense_backend, dense_below, head_dim
         self._shares = shares or {}
         # As many dense heads of the executor's own as there are for each head of the sample.
@@ -105,6 +97,7 @@ class Comparison:
         allowance = remaining * dense / MARGIN + self._own_dense * (dense - pairs)
         for head, count in self._sample:
             visited = rows.visited_pairs(head, self._shares.get(head))
+            visited *= self._chosen_cost if any(pattern.basis_rank for pattern in patterns_of(head)) else 1
             allowance -= count * (visited + rows.estimate_pairs(head, self._head_dim))
             remaining -= count
             if allowance <= 0:

@@ -1,9 +1,8 @@
-"""Which heads choose too many keys for it to pay, and how many the others choose: see `shares.py`."""
+"""How many keys the heads of a model choose, as far as it is known: see `shares.py`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -34,17 +33,12 @@ class KnownShares:
         by_layer = (basis.shares_of(layer) for layer in range(basis.model.layers))
         return cls(basis.rule, torch.stack([unknown if shares is None else shares for shares in by_layer]))
 
-    def above(self, head_config: HeadConfig, most: float) -> list[tuple[int, int]]:
-        """(layer, head) of the heads that visit a larger share than `most`."""
-        return [(layer, head) for layer, head, share in self._known(head_config) if share > most]
-
     def mean(self, head_config: HeadConfig) -> float | None:
         """Of the heads that choose by the rule; None: none does whose share is known."""
-        shares = [share for _, _, share in self._known(head_config)]
-        return fmean(shares) if shares else None
-
-    def _known(self, head_config: HeadConfig) -> Iterator[tuple[int, int, float]]:
-        for layer, shares in enumerate(self.of_heads.tolist()):
-            for head, (pattern, share) in enumerate(zip(head_config.patterns(layer), shares, strict=True)):
-                if pattern == self.rule and not math.isnan(share):
-                    yield layer, head, share
+        by_head = (
+            (pattern, share)
+            for layer, shares in enumerate(self.of_heads.tolist())
+            for pattern, share in zip(head_config.patterns(layer), shares, strict=True)
+        )
+        known = [share for pattern, share in by_head if pattern == self.rule and not math.isnan(share)]
+        return fmean(known) if known else None

@@ -1,8 +1,7 @@
 """What the heads of a model do for a request, from its first chunk to its last.
 
-It is what the head config says, except where a head is known to choose so many keys that choosing does not pay: it is
-dense from the start. The guard may make more heads dense. Requests that began before keep what they began with, so a
-batch may hold requests of both kinds: see `together`.
+It is what the head config says, until the guard makes a head dense. Requests that began before keep what they began
+with, so a batch may hold requests of both kinds: see `together`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern
-from sglang_mminfer.planning.cost import largest_share
 from sglang_mminfer.planning.planner import Heads, is_static
 from sglang_mminfer.serving.choice import Choice
 from sglang_mminfer.serving.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
@@ -104,8 +102,6 @@ class ServedHeads:
         shares: how many keys heads choose. None: what the config's basis tells of it.
 
     Attributes:
-        head_config: with heads dense that choose too many keys.
-        too_diffuse: how many these are.
         choice: decides which of their chunks run sparse.
         all_dense: whether every head of every layer is dense.
         bases: low-rank forms of q . k of this rank's heads, by layer, as far as they are known.
@@ -114,36 +110,32 @@ class ServedHeads:
     def __init__(
         self, head_config: HeadConfig, placement: Placement, guarded: int = 0, shares: KnownShares | None = None
     ) -> None:
-        self.guarded = guarded
+        assert head_config.num_layers is not None
+        self.head_config, self.guarded = head_config, guarded
         self._placement = placement
         self._layers: dict[LayerShape, LayerHeads] = {}
         self.bases: dict[int, Basis] = {}
-        self._begin_with(head_config, shares or KnownShares.of(head_config))
+        self.shares = shares or KnownShares.of(head_config)
+        self.all_dense = all(map(head_config.is_dense, range(head_config.num_layers)))
+        self.choice = self._choice()
 
-    def _begin_with(self, head_config: HeadConfig, shares: KnownShares | None) -> None:
-        """Decides which heads are dense, and makes the choice."""
-        num_layers, placement, too_diffuse = head_config.num_layers, self._placement, []
-        assert num_layers is not None
-        # What a search gave a head was measured by it.
-        self._may_drop = settings.sparse() == "faster" and head_config.provenance.how != "search"
-        if shares is not None and self._may_drop:
-            kinds = placement.executor, placement.head_dim, placement.dense_on_stock
-            too_diffuse = shares.above(head_config, largest_share(shares.rule, *kinds))
-        if too_diffuse:
-            head_config = head_config.with_dense(too_diffuse)
-        mean = None if shares is None else shares.mean(head_config)
-        self.head_config, self.shares, self.too_diffuse = head_config, shares, len(too_diffuse)
-        self.choice = Choice(
-            head_config,
-            num_layers,
+    def _choice(self) -> Choice:
+        config, placement, mean = self.head_config, self._placement, self.mean_share
+        assert config.num_layers is not None
+        return Choice(
+            config,
+            config.num_layers,
             placement.executor,
             placement.dense_backend,
             placement.head_dim,
-            {} if shares is None or mean is None else {shares.rule: mean},
+            {} if self.shares is None or mean is None else {self.shares.rule: mean},
             placement.dense_on_stock,
         )
-        self.all_dense = all(map(head_config.is_dense, range(num_layers)))
-        self._layers.clear()
+
+    @property
+    def mean_share(self) -> float | None:
+        """Of the keys between sink and window, that heads visit which choose; None: it is not known."""
+        return None if self.shares is None else self.shares.mean(self.head_config)
 
     def with_dense(self, heads: Sequence[tuple[int, int]]) -> ServedHeads:
         """The same with some heads dense, for requests that begin from now on.
@@ -166,21 +158,9 @@ class ServedHeads:
 
     def know(self, shares: KnownShares) -> None:
         """Takes what the basis of `choose_by` tells of the heads of all ranks. Once, before any request runs sparse."""
-        lacks_basis = self.choice.lacks_basis
-        self._begin_with(self.head_config, shares)
+        lacks_basis, self.shares = self.choice.lacks_basis, shares
+        self.choice = self._choice()
         self.choice.lacks_basis = lacks_basis
-
-    def words_of_shares(self) -> str | None:
-        """What is known of how many keys heads choose, for the log; None: nothing."""
-        if self.shares is None or (not self.too_diffuse and self.shares.mean(self.head_config) is None):
-            return None
-        mean = self.shares.mean(self.head_config)
-        if not self._may_drop:
-            return f"heads that choose visit {mean:.0%} of the keys between sink and window"
-        dense = f"{self.too_diffuse} of {self.shares.of_heads.numel()} heads are too diffuse to choose and see all keys"
-        if self.all_dense:
-            return f"{dense}, so all requests run dense"
-        return dense if mean is None else f"{dense}; the others visit {mean:.0%} of those between sink and window"
 
     def is_dense(self, layer_id: int) -> bool:
         """Whether no head of the layer leaves anything out, on any rank. A rank knows only its own guarded heads."""

@@ -115,7 +115,7 @@ class SparsePrefill:
         placement = Placement(self.rank, self.device, head_dim, self.executor, dense_backend)
         self.served = ServedHeads(head_config, placement)
         self._log_shares()
-        self.second_instance = None if self.served.all_dense or self.unfit else second_instance()
+        self.second_instance = None if all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
@@ -163,9 +163,8 @@ class SparsePrefill:
         self._log_shares()
 
     def _log_shares(self) -> None:
-        words = self.served.words_of_shares()
-        if self.leads and words is not None:
-            logger.info("mminfer: %s.", words)
+        if self.leads and (mean := self.served.mean_share) is not None:
+            logger.info("mminfer: heads that choose visit %.0f%% of the keys between sink and window.", 100 * mean)
 
     # ---- a batch -------------------------------------------------------------------------------------------
 

@@ -65,8 +65,7 @@ def test_shares_are_read_back_with_their_rule(tmp_path: Path) -> None:
     written.save(tmp_path / "mine.basis.npz")
     read = ModelBasis.load(tmp_path / "mine.basis.npz")
     assert read.shares is not None and torch.equal(read.shares, shares()) and read.rule == RULE
-    assert read.digest == written.digest and read.digest != drawn().digest
-    assert drawn().with_shares(shares(1), RULE).digest != written.digest
+    assert read.digest == written.digest == drawn().digest, "rows choose by the forms alone"
     own = read.layer(1, 2, 4, torch.device("cpu"))
     assert own.shares is not None and torch.equal(own.shares, shares()[1, 2:6])
 

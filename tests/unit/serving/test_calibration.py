@@ -15,7 +15,7 @@ import torch
 
 import observed
 from observed import HEADS, KV_HEADS, LENGTH, D
-from sglang_mminfer import Adaptive, Dense, HeadConfig, ModalityMap, settings
+from sglang_mminfer import Adaptive, HeadConfig, ModalityMap, settings
 from sglang_mminfer.head_config import Provenance
 from sglang_mminfer.patterns.basis import Basis, basis_of, second_moments
 from sglang_mminfer.serving import basis_cache, basis_choice, calibration
@@ -161,7 +161,7 @@ def test_shares_that_fail_leave_the_basis(
     with monkeypatch.context() as broken:
         broken.setattr("sglang_mminfer.serving.shares.shares", lambda *_: 1 / 0)
         send(found, (0, LENGTH, f"{CLIP_RID}-0-0"))
-    assert "Calibration failed" in caplog.text and found.served.words_of_shares() is None
+    assert "Calibration failed" in caplog.text and found.served.mean_share is None
     assert send(found, (0, LENGTH, "user")) == [None] and found.served.bases[0].shares is None
 
 
@@ -219,38 +219,23 @@ def test_a_clip_that_is_too_short_gives_a_basis_without_shares(
     found = prefill(config, monkeypatch, model_path=str(model), **AWAITED)
     with caplog.at_level(logging.INFO):
         send(found, (0, LENGTH, f"{CLIP_RID}-0-0"))
-    assert found.served.bases[0].shares is None and "diffuse" not in caplog.text
+    assert found.served.bases[0].shares is None and "heads that choose visit" not in caplog.text
     later = prefill(config, monkeypatch, model_path=str(model))
     assert later.served.head_config.basis.shares is None and later.served.shares is None
 
 
-def test_diffuse_heads_are_dense_now_and_at_later_starts(
+def test_later_starts_know_what_the_clip_said(
     config: str, model: Path, short: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sglang_mminfer.planning.cost.Comparison.sparse_is_faster", lambda *_: True)
-    faster = {"model_path": str(model), "sparse": "faster"}
+    caplog.set_level(logging.INFO)
     first = prefill(config, monkeypatch, model_path=str(model), **AWAITED)
     send(first, (0, LENGTH, f"{CLIP_RID}-0-0"))
-    of_heads = first.served.shares.of_heads
-    limit = float(of_heads.median())
-    monkeypatch.setattr("sglang_mminfer.serving.served_heads.largest_share", lambda *_: limit)
-    expected = [[Dense() if share > limit else RULE for share in layer] for layer in of_heads.tolist()]
-    (cached,) = (Path(os.environ["XDG_CACHE_HOME"]) / "sglang_mminfer" / "basis").iterdir()
-    cached.rename(cached.with_suffix(".away"))
-    caplog.set_level(logging.INFO)
-    again = prefill(config, monkeypatch, **faster, **AWAITED)
-    send(again, (0, LENGTH, f"{CLIP_RID}-0-0"))
-    later = prefill(config, monkeypatch, **faster)
-    for served in (again.served, later.served):
-        assert [served.head_config.patterns(layer) for layer in range(observed.LAYERS)] == expected
-    of_again, of_later = [record.message for record in caplog.records if "too diffuse" in record.message][-2:]
-    assert of_again == of_later and of_again.startswith("mminfer: 8 of 16 heads") and not again.served.all_dense
-    for own, before in zip(observed.run(later, observed.batch()), observed.run(again, observed.batch())):
+    later = prefill(config, monkeypatch, model_path=str(model))
+    assert later.served.mean_share == pytest.approx(first.served.mean_share)
+    of_first, of_later = [record.message for record in caplog.records if "heads that choose visit" in record.message]
+    assert of_first == of_later
+    for own, before in zip(observed.run(later, observed.batch()), observed.run(first, observed.batch())):
         assert torch.equal(own, before)
-    monkeypatch.setattr("sglang_mminfer.serving.served_heads.largest_share", lambda *_: -1.0)
-    none = prefill(config, monkeypatch, **faster)
-    assert none.served.all_dense and "so all requests run dense" in caplog.text
-    assert send(none, (0, LENGTH, "user")) == ["dense_config"]
 
 
 def test_ranks_tell_each_other_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from sglang_mminfer import Adaptive, Dense, HeadConfig, settings
+from sglang_mminfer import Adaptive, HeadConfig, settings
 from sglang_mminfer.head_config import ModelBasis, ModelFingerprint, Provenance
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.serving.known_shares import KnownShares
@@ -65,58 +65,35 @@ def with_shares(config: HeadConfig, shares: list[list[float]]) -> HeadConfig:
     return dataclasses.replace(config, basis=basis)
 
 
-def dense(heads: ServedHeads) -> list[tuple[int, int]]:
-    rows = [heads.head_config.patterns(layer) for layer in range(LAYERS)]
-    return [(layer, head) for layer, row in enumerate(rows) for head, pattern in enumerate(row) if pattern == Dense()]
-
-
-def test_diffuse_heads_are_dense_from_the_start() -> None:
-    heads = served(with_shares(CONFIG, [[0.1, 0.95, 0.2, 0.1], [0.9, 0.1, 0.1, 0.1]]))
-    assert dense(heads) == [(0, 1), (1, 0)] and heads.guarded == 0 and heads.head_config.basis is not None
-    assert heads.words_of_shares() == (
-        "2 of 8 heads are too diffuse to choose and see all keys; the others visit 12% of those between sink and window"
-    )
-    assert why_dense(heads) is None
-    guarded = heads.with_dense([(1, 3)])
-    assert dense(guarded) == [(0, 1), (1, 0), (1, 3)] and guarded.guarded == 1 and why_dense(guarded) is None
-
-
-def test_a_model_of_diffuse_heads_is_all_dense() -> None:
-    heads = served(with_shares(CONFIG, [[0.95] * HEADS] * LAYERS))
-    assert heads.all_dense and heads.words_of_shares() == (
-        "8 of 8 heads are too diffuse to choose and see all keys, so all requests run dense"
-    )
-
-
-def test_heads_that_choose_much_but_not_too_much_are_dense_in_short_prompts() -> None:
-    heads = served(with_shares(CONFIG, [[0.7] * HEADS] * LAYERS))
-    assert not dense(heads) and why_dense(heads) == "not_faster"
+def test_heads_that_choose_many_keys_are_dense_in_short_prompts() -> None:
+    for share, reason in ((0.05, None), (0.7, "not_faster")):
+        heads = served(with_shares(CONFIG, [[share] * HEADS] * LAYERS))
+        assert heads.mean_share == pytest.approx(share) and why_dense(heads) == reason
+        assert heads.with_dense([(1, 3)]).mean_share == pytest.approx(share), "known of the others still"
 
 
 def test_what_the_clip_says_is_as_what_a_file_says() -> None:
-    of_heads = [[0.1, 0.95, 0.2, 0.1], [0.9, 0.1, 0.1, 0.1]]
-    by_clip, by_file = served(CONFIG), served(with_shares(CONFIG, of_heads))
-    by_clip.choose_by({layer: BASIS for layer in range(LAYERS)})
-    by_clip.know(KnownShares(RULE, torch.tensor(of_heads)))
-    assert dense(by_clip) == dense(by_file) and by_clip.words_of_shares() == by_file.words_of_shares()
-    assert why_dense(by_clip) is None
+    for of_heads, reason in (
+        ([[0.1, 0.02, 0.03, 0.1]] * LAYERS, None),
+        ([[0.1, 0.95, 0.9, 0.1]] * LAYERS, "not_faster"),
+    ):
+        by_clip, by_file = served(CONFIG), served(with_shares(CONFIG, of_heads))
+        by_clip.choose_by({layer: BASIS for layer in range(LAYERS)})
+        by_clip.know(KnownShares(RULE, torch.tensor(of_heads)))
+        assert by_clip.mean_share == by_file.mean_share
+        assert why_dense(by_clip) == why_dense(by_file) == reason
     unknown = served(CONFIG)
     unknown.choose_by({})
     unknown.know(KnownShares(RULE, torch.full((LAYERS, HEADS), torch.nan)))
-    assert unknown.words_of_shares() is None and not dense(unknown) and why_dense(unknown) == "not_faster"
+    assert unknown.mean_share is None and why_dense(unknown) == "not_faster", "there is no basis"
 
 
-def test_shares_say_nothing_of_other_patterns_and_change_nothing_that_a_search_gave() -> None:
+def test_shares_say_nothing_of_other_patterns() -> None:
     other = dataclasses.replace(CONFIG, rows=((dataclasses.replace(RULE, alpha=0.3),),))
     heads = served(with_shares(other, [[0.95] * HEADS] * LAYERS))
-    assert not dense(heads) and heads.words_of_shares() is None and why_dense(heads) is None
-    by_search = Provenance("search", "of a test", "one clip", "-", "2026-11-26")
-    searched = served(with_shares(dataclasses.replace(CONFIG, provenance=by_search), [[0.95] * HEADS] * LAYERS))
-    assert not dense(searched) and why_dense(searched) == "not_faster"
+    assert heads.mean_share is None and why_dense(heads) is None
 
 
-def test_with_sparse_always_no_head_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_sparse_always_shares_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.SPARSE.variable, "always")
-    heads = served(with_shares(CONFIG, [[0.95] * HEADS] * LAYERS))
-    assert not dense(heads) and why_dense(heads) is None
-    assert heads.words_of_shares() == "heads that choose visit 95% of the keys between sink and window"
+    assert why_dense(served(with_shares(CONFIG, [[0.95] * HEADS] * LAYERS))) is None
