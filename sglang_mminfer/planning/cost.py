@@ -31,7 +31,8 @@ executor without a figure counts as 1."""
 
 CHOSEN_PAIR_COST = {"torch": lambda head_dim: 2.2 + 56 / head_dim}
 """The same for pairs of heads that choose their keys, where it differs: on a CPU each head gathers its own keys, tile
-by tile. By processor time at 4,096 to 16,384 tokens: 3.6 to 4.0 at 32 dimensions a head, 3.2 at 64, 2.5 to 2.8 at 128."""
+by tile. By processor time at 4,096 to 16,384 tokens: 3.6 to 4.0 with 32 dimensions a head, 3.2 with 64, 2.5 to 2.8 with
+128."""
 
 COMPUTES_THE_PREFIX_AGAIN = frozenset({"torch_native"})
 """Dense backends that compute the rows of the prefix once more with every chunk."""
