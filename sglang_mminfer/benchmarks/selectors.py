@@ -11,9 +11,9 @@ executor computes it, and low-rank forms of q . k come from another draw of the 
     choosing   processor time of the plan, over that of dense attention by the same executor
 
 Mean correction is computed in plain torch from what the plan leaves out, because plans have no keys that stand for
-others. Densities are those of query tiles of 128 rows, or 64 of `adaptive`; a curve ends where it gets dense. "at_density" has each
-selector's error at the same densities, read off its curve; null where it cannot be that sparse. Curves that are in FILE
-already are kept.
+others. Densities are those of query tiles of 128 rows, or 64 of `adaptive`; a curve ends where it gets dense.
+"at_density" has each selector's error at the same densities, read off its curve; null where it cannot be that sparse.
+Curves that are in FILE already are kept.
 """
 
 from __future__ import annotations
