@@ -69,10 +69,10 @@ def test_builds_of_the_choice_spill_nothing_fit_and_use_the_tensor_cores(capabil
 
 
 def test_the_scan_has_few_instructions_for_a_score():
-    """Four warps decide 64 keys for 2 heads of 128 rows, 128 scores a lane: less than one minimum for each."""
+    """Four warps decide 64 keys for 4 heads of 64 rows, 128 scores a lane: less than one minimum for each."""
     loop = ahead_of_time.scan_loop(8)
     assert loop["HGMMA"] == 2 and loop["VIMNMX"] + loop["VIMNMX3"] < 100
-    assert sum(loop.values()) < 1.6 * 128
+    assert sum(loop.values()) < 1.8 * 128
 
 
 def test_the_loop_that_multiplies_is_found():

@@ -67,9 +67,9 @@ def test_the_choice_is_compiled_once_for_all_chunks(builds: Builds) -> None:
     k, basis = bf16(5000, 2, 128), (torch.zeros(2, 16, 128), torch.zeros(2, 16, 128))
     shared, own = [(0, 0), (1, 1)], [range(7), range(7, 14)]
     for rows, keys, at, forms, heads in (
-        ((128,) * 8, 4096, 0, shared, own),
+        ((64,) * 8, 4096, 0, shared, own),
         ((1,), 1700, 3, shared, own),
-        ((16, 128, 16), 333, 1, shared[1:], [[8]]),
+        ((16, 64, 16), 333, 1, shared[1:], [[8]]),
         ((5,), 16, 2, shared, [[0], [7, 9]]),
     ):
         slots = torch.zeros(keys + at, dtype=torch.int32)[at:]
