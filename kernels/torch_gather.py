@@ -109,10 +109,7 @@ class _HeadLayout:
         self.num_heads = num_heads
         self.all_q = len(heads) == num_heads
         self.q_heads = torch.tensor(heads, device=device)
-        self.kv_numbers = distinct
-        self.kv_heads = (
-            None if len(distinct) == num_heads // group and per_kv == group else torch.tensor(distinct, device=device)
-        )
+        self.kv_heads = None if len(distinct) == num_heads // group and per_kv == group else distinct
 
     def index(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [B, m] -> int64 [B, kv, per_kv * m], rows of q viewed as [tokens * heads, D].
@@ -130,8 +127,8 @@ class _HeadLayout:
         slots = tiles.kv_slots if tiles.kv_slots.dim() == 2 else tiles.kv_slots[None]
         if self.kv_heads is None:
             return cache.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
-        taken = cache.new_empty(len(self.kv_numbers), slots.numel(), cache.shape[2])
-        for own, head in zip(taken, self.kv_numbers):  # whole rows, which an index over slots and heads does not copy
+        taken = cache.new_empty(len(self.kv_heads), slots.numel(), cache.shape[2])
+        for own, head in zip(taken, self.kv_heads):  # whole rows, which an index over slots and heads does not copy
             torch.index_select(cache[:, head], 0, slots.flatten(), out=own)
         return taken.unflatten(1, slots.shape).transpose(0, 1)
 

@@ -265,8 +265,8 @@ def log_mass_on_host(
     q: torch.Tensor, sink_keys: torch.Tensor, keys: torch.Tensor, local: int, keys_of_row: torch.Tensor
 ) -> torch.Tensor:
     """What `log_mass_on_device` gives."""
-    rows, out = q.transpose(1, 2), torch.empty(q.shape[:2])
-    log_masses((sink_keys @ rows).numpy(), (keys @ rows).numpy(), keys_of_row.numpy(), local, out.numpy())
+    scores, out = torch.cat([sink_keys, keys]) @ q.transpose(1, 2), torch.empty(q.shape[:2])
+    log_masses(scores.numpy(), len(sink_keys), keys_of_row.numpy(), local, out.numpy())
     return out
 
 

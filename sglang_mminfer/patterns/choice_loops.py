@@ -78,8 +78,8 @@ def any_row_above(
 
 @compiled
 def log_masses(
-    in_sink: NDArray[np.float32],
-    in_window: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    sink: int,
     keys_of_row: NDArray[np.int32],
     local: int,
     out: NDArray[np.float32],
@@ -89,39 +89,34 @@ def log_masses(
     The exponential is a series, which vectorizes as calls of a library do not. Rows stand side by side.
 
     Args:
-        in_sink: [heads, sink, m], scores. in_window: [heads, n, m], of keys that hold the windows of all rows.
+        scores: [heads, sink + n, m], of the sink, and of n keys that hold the windows of all rows. Overwritten.
         keys_of_row: [m], how many of the n keys come up to each row, at least one.
         out: [heads, m].
     """
-    heads, keys, rows = in_window.shape
-    sink = in_sink.shape[1]
+    heads, keys, rows = scores.shape
     largest, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    score, exponent = np.empty(rows, np.float32), np.empty(rows, np.int32)
+    weight, exponent = np.empty(rows, np.float32), np.empty(rows, np.int32)
     power = exponent.view(np.float32)
     for h in range(heads):
         for row in range(rows):
             largest[row], total[row] = LOWEST, 0
-        for key in range(sink):
-            for row in range(rows):
-                largest[row] = max(largest[row], in_sink[h, key, row])
         for key in range(keys):
+            score = scores[h, key]
+            if key >= sink:
+                for row in range(rows):
+                    seen = (key - sink < keys_of_row[row]) & (key - sink >= keys_of_row[row] - local)
+                    score[row] = score[row] if seen else LOWEST
             for row in range(rows):
-                seen = (key < keys_of_row[row]) & (key >= keys_of_row[row] - local)
-                largest[row] = max(largest[row], in_window[h, key, row] if seen else LOWEST)
-        for key in range(-sink, keys):
-            for row in range(rows):
-                if key < 0:
-                    score[row] = in_sink[h, key + sink, row]
-                else:
-                    seen = (key < keys_of_row[row]) & (key >= keys_of_row[row] - local)
-                    score[row] = in_window[h, key, row] if seen else LOWEST
+                largest[row] = max(largest[row], score[row])
+        for key in range(keys):
+            score = scores[h, key]
             for row in range(rows):
                 x = max((score[row] - largest[row]) * LOG2_E, SMALLEST)
                 whole = np.floor(x + HALF)
                 x -= whole
                 exponent[row] = (np.int32(whole) + np.int32(127)) << np.int32(23)  # the bits of 2^whole
-                score[row] = ONE + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * (C5 + x * C6)))))
+                weight[row] = ONE + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * (C5 + x * C6)))))
             for row in range(rows):
-                total[row] += score[row] * power[row]
+                total[row] += weight[row] * power[row]
         for row in range(rows):
             out[h, row] = np.log(total[row]) + largest[row]

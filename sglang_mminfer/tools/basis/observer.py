@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class MomentsObserver:
         fresh.replace(self._path)
 
 
+@cache
 def default_rule() -> Adaptive:
     """How heads of the built-in config choose: the rule of shares where no config is known."""
     rule = HeadConfig.load("default").rule
