@@ -145,6 +145,20 @@ HOOKS: tuple[Hook, ...] = (
         "The one way in that reads a picture before it makes a request of it.",
     ),
     Hook(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        "before",
+        "sglang_mminfer.serving.telemetry_http:add_routes",
+        "The app is there, serves nothing yet, and gets the middleware of the API key inside. SGLang has no way for a "
+        "plugin to add a route.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        "around",
+        "sglang_mminfer.serving.telemetry:get_internal_state",
+        "What prefills did is known to the schedulers, and HTTP is served by another process. This is the question "
+        "that SGLang already has between them and that every data-parallel replica answers.",
+    ),
+    Hook(
         "sglang.srt.session.session_controller.Session.create_req",
         "around",
         "sglang_mminfer.mends.sessions:create_request",

@@ -364,7 +364,10 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
             logger.info("mminfer: the page size is %d, as %s needs, which SGLang takes by default here.", size, backend)
             declare_resolution(server_args, __name__, page_size=size)
         if cfg.tokenizer_worker_num > 1:
-            logger.warning("mminfer: tokenizer workers load no plugins, so no mend of this package acts on media.")
+            logger.warning(
+                "mminfer: tokenizer workers load no plugins, so no mend of this package acts on media, and there is no "
+                "GET /mminfer."
+            )
         model = model_config_of(server_args)
         head_config, _ = head_config_choice.load_for_model(server_args, model.hf_config)
         basis_choice.settle(server_args, head_config, model)
