@@ -167,6 +167,6 @@ async def ask(manager: Any, rid: str, seconds: float | None = None) -> list[Answ
     done, _ = await asyncio.wait({task}, timeout=seconds)
     if not done:
         raise Busy(
-            f"the schedulers did not answer within {seconds:g} s, as they do between two batches; ask again later"
+            f"no answer within {seconds:g} s from the schedulers, which answer between two batches; ask again later"
         )
     return telemetry.answers_in(output.internal_state for output in task.result())
