@@ -82,7 +82,7 @@ def add_routes(server_args: Any, *args: Any, **kwargs: Any) -> None:
 async def report_server() -> Any:
     """How this server serves with mminfer, and what it has done since it started."""
     answers = await _asked("")
-    return _json(
+    return _response(
         ServerReport(
             versions={"sglang_mminfer": __version__, "sglang": version("sglang"), "torch": version("torch")},
             replicas=len(answers),
@@ -106,10 +106,10 @@ async def report_request(rid: str) -> Any:
             f"than {telemetry.MOST_SECONDS / 60:.0f} minutes or the latest {telemetry.MOST_RECORDS} prefills of its "
             "replica",
         )
-    return _json(RequestReport(rid=rid, records=records))
+    return _response(RequestReport(rid=rid, records=records))
 
 
-def _json(report: msgspec.Struct) -> Any:
+def _response(report: msgspec.Struct) -> Any:
     from starlette.responses import Response
 
     return Response(msgspec.json.encode(report), media_type="application/json")

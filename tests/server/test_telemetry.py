@@ -63,15 +63,15 @@ def limited(
 
 def test_records_over_http_are_those_of_the_file(limited: Limited, media: Media) -> None:
     parts = (video(media.videos[0]), text("What do you see?"))
-    for expected_prefix, rid in ((False, None), (True, "own/id ä?")):
+    for again, rid in ((False, None), (True, "own/id ä?")):
         answer = limited.ask(*parts, extra_body={"rid": rid} if rid else {})
         assert rid is None or answer.id == rid
         records = limited.telemetry.records(answer.id)
         assert records == limited.traced(answer.id) and records
-        assert (records[0].prefix_len > 0) == expected_prefix
+        assert (records[0].prefix_len > 100) == again  # what is before the media is cached anyway
         assert records[-1].map and records[-1].seq_len == answer.usage.prompt_tokens
         assert answer.usage.prompt_tokens_details.cached_tokens == records[0].prefix_len
-        if not expected_prefix:
+        if not again:
             assert len(records) > 2 and {record.sparse_layers for record in records} >= {2}
 
 
