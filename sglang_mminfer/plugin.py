@@ -145,6 +145,13 @@ HOOKS: tuple[Hook, ...] = (
         "The one way in that reads a picture before it makes a request of it.",
     ),
     Hook(
+        "sglang.srt.multimodal.audio_from_video.is_audio_container",
+        "before",
+        "sglang_mminfer.serving.media_root:before_audio",
+        "Here SGLang looks at the first bytes of a sound, wherever it came from, and the next to open it is a decoder, "
+        "which would open the files that a playlist names.",
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
         "before",
         "sglang_mminfer.serving.telemetry_http:add_routes",

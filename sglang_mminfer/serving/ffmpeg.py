@@ -16,14 +16,14 @@ def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, 
     video.
 
     Raises:
-        ForbiddenFile: as `media_root.check_content`.
+        ForbiddenFile: as `media_root.before_video`.
     """
     from sglang.srt.utils import video_decoder
 
     from sglang_mminfer.mends import asked
     from sglang_mminfer.serving import cpu_platform, media_root
 
-    media_root.check_content(args[0] if args else kwargs["source"])
+    media_root.before_video(args[0] if args else kwargs["source"])
     if not asked.for_mminfer() and not cpu_platform.selected():
         return original(self, *args, **kwargs)
     try:

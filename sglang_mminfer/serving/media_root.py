@@ -1,8 +1,8 @@
 """Which local files a client may name as media: those in one directory, if the operator names one.
 
 SGLang opens whatever file a request names. All requests come through TokenizerManager.generate_request, so names are
-checked there, before anything is opened. A client could also send a playlist, a text that names files which a video
-decoder then opens, so with a directory playlists are refused as well.
+checked there, before anything is opened. A client could also send a playlist, a text that names files which a decoder
+then opens, so with a directory playlists are refused as well.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<")
 """How files begin that name other files and that FFmpeg recognises by their content: HLS, concat, and XML (DASH, IMF).
 """
 
-_BLANKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"
-"""Byte order marks and white space, which may stand before them."""
+_BLANKS = b"\xef\xbb\xbf \t\r\n"
+"""A byte order mark and white space, which may stand before them."""
 
 
 class ForbiddenFile(ValueError):
@@ -77,7 +77,7 @@ def before_decision(index: int, image: Any) -> None:
         check("image", image, root)
 
 
-def check_content(source: Any) -> None:
+def before_video(source: Any) -> None:
     """Checks what a video decoder is about to open, in a server with a media root.
 
     Args:
@@ -89,18 +89,31 @@ def check_content(source: Any) -> None:
     if not asked.for_mminfer() or not flags.media_root(asked.server_args()):
         return
     if isinstance(source, bytes):
-        head = source[:_MOST_BYTES]
+        _check_head("video", source[:_MOST_BYTES])
     elif isinstance(source, str):
         try:
             with open(source, "rb") as file:
                 head = file.read(_MOST_BYTES)
         except (OSError, ValueError):
             return  # the decoder says what is wrong
-    else:
-        return
-    if head.lstrip(_BLANKS).startswith(_PLAYLISTS):
+        _check_head("video", head)
+
+
+def before_audio(data: bytes) -> None:
+    """BEFORE audio_from_video.is_audio_container, to which SGLang shows the first bytes of each sound.
+
+    Raises:
+        ForbiddenFile: if they begin a playlist, in a server with a media root.
+    """
+    if asked.for_mminfer() and flags.media_root(asked.server_args()):
+        _check_head("audio", bytes(data))
+
+
+def _check_head(kind: str, head: bytes) -> None:
+    text = head.lstrip(_BLANKS)
+    if text.startswith(_PLAYLISTS) or (head and not text):
         raise ForbiddenFile(
-            f"video: it is a playlist or another text that may name files, and with {settings.MEDIA_ROOT.flag} this "
+            f"{kind}: it is a playlist or another text that may name files, and with {settings.MEDIA_ROOT.flag} this "
             "server takes none"
         )
 

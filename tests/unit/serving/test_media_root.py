@@ -17,10 +17,11 @@ import pytest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.plugins import load_plugins
 from sglang.srt.utils import ImageData, VideoData, common
+from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from sglang_mminfer import settings
 from sglang_mminfer.mends import asked, pictures, videos
-from sglang_mminfer.serving import clip_sender, flags, media_root
+from sglang_mminfer.serving import clip_sender, flags, hooks, media_root
 from sglang_mminfer.serving.media_root import ForbiddenFile, check
 from sglang_mminfer.tools.media import make_image, make_video
 
@@ -260,7 +261,7 @@ def test_an_array_is_no_name(in_root: Path) -> None:
 @pytest.fixture
 def server_with_a_root(in_root: Path) -> Iterator[None]:
     before = asked.server_args()
-    asked.note(Manager(str(in_root)).server_args)
+    hooks.note(Manager(str(in_root)).server_args)  # as SGLang's own call, which installs the hooks
     yield
     asked.note(before or SimpleNamespace(attention_backend=None))
 
@@ -288,20 +289,28 @@ def test_a_playlist_is_no_video(playlist: bytes, disk: Path, tmp_path: Path) -> 
     path = tmp_path / "a.mp4"
     path.write_bytes(content)
     for source in (content, str(path)):
-        with pytest.raises(ForbiddenFile, match="playlist"):
-            media_root.check_content(source)
+        with pytest.raises(ForbiddenFile, match="video: it is a playlist"):
+            VideoDecoderWrapper(source)
+    for source in (f"data:audio/wav;base64,{base64.b64encode(content).decode()}", str(path), content):
+        with pytest.raises(ForbiddenFile, match="audio: it is a playlist"):
+            common.load_audio(source)
 
 
 @pytest.mark.usefixtures("server_with_a_root")
 def test_videos_are_no_playlists(disk: Path) -> None:
     path = disk / "root/deep/c.mp4"
     for source in (str(path), path.read_bytes(), b"", "/nowhere", "\0", 3):
-        media_root.check_content(source)
+        media_root.before_video(source)
+    media_root.before_video(b"\0\0\0<ftypisom")  # a box of 60 bytes, no XML
+    for head in (b"RIFF....WAVEfmt ", b"\xff\xfbabc", b"ID3abc", b"OggS", b""):
+        media_root.before_audio(head)
+    assert len(VideoDecoderWrapper(path.read_bytes())) == 4
 
 
-def test_without_a_root_a_playlist_is_sglang_s_matter(disk: Path) -> None:
+def test_without_a_root_a_playlist_is_sglangs_matter() -> None:
     asked.note(SimpleNamespace(attention_backend="mminfer"))
-    media_root.check_content(PLAYLISTS[0])
+    media_root.before_video(PLAYLISTS[0])
+    media_root.before_audio(PLAYLISTS[0])
 
 
 # ---- the flag ----------------------------------------------------------------------------------------------
