@@ -27,7 +27,8 @@ _JPEG = "/9j/"
 """How the base64 of a JPEG file begins, which looks like a path."""
 
 _MOST_BYTES = 4096
-"""A path has fewer bytes on Linux, and base64 of a file mostly has more. A text that is longer is not looked up."""
+"""A path has fewer bytes on Linux, and base64 of a file mostly has more. A text that is longer is looked up only if it
+has a scheme, which base64 has not."""
 
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<")
 """How files begin that name other files and that FFmpeg recognises by their content: HLS, concat, and XML (DASH, IMF).
@@ -168,7 +169,8 @@ def _paths(text: str) -> list[str]:
     path that looks like one gets the same answer whether it exists or not.
     """
     is_file_url = text[: len(_FILE)].lower() == _FILE
-    if text.startswith(_URLS) or (len(text) >= _MOST_BYTES and not is_file_url):
+    is_long = len(text) >= _MOST_BYTES and ":" not in text[:64]
+    if text.startswith(_URLS) or is_long:
         return []
     try:
         parsed = unquote(urlparse(text).path)  # SGLang looks for a video there, whatever the scheme

@@ -208,6 +208,8 @@ def test_null_bytes_and_endless_names_are_refused_or_read_by_nobody(in_root: Pat
             check("image", name, str(in_root))
         assert len(str(refused.value)) < 800
     check("image", "/etc/" + "a" * 5000, str(in_root))  # longer than any path, so base64 for SGLang
+    with pytest.raises(ForbiddenFile):
+        check("video", f"cache:{in_root.parent}/secret/x.mp4?{'a' * 5000}", str(in_root))
 
 
 # ---- requests ----------------------------------------------------------------------------------------------
