@@ -667,8 +667,12 @@ def test_guard_flag_arrives_and_a_bad_one_is_a_usage_error(
     assert "argument --mminfer-guard: expected a relative output error from 0" in capsys.readouterr().err
 
 
-def test_media_root_arrives_and_is_never_without_effect(
-    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_media_root_arrives_and_is_never_without_effect_unseen(
+    models: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     limited = parse(models, "--mminfer-media-root", str(tmp_path))
     assert flags.media_root(pickle.loads(pickle.dumps(limited))) == str(tmp_path)
@@ -678,6 +682,10 @@ def test_media_root_arrives_and_is_never_without_effect(
     stock = parse(models, "--mminfer-media-root", str(tmp_path), "--attention-backend", "triton", "--device", "cpu")
     with pytest.raises(hooks.UnsupportedLaunch, match="nothing would hold --mminfer-media-root"):
         stock.resolve_once()
+    monkeypatch.setenv(settings.MEDIA_ROOT.variable, str(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="sglang_mminfer"):
+        arguments(models, attention_backend="torch_native", device="cpu").resolve_once()
+    assert "SGLANG_MMINFER_MEDIA_ROOT has no effect without --attention-backend mminfer" in caplog.text
 
 
 def test_text_model_is_served_with_a_warning(models: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
