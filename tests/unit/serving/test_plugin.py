@@ -667,12 +667,8 @@ def test_guard_flag_arrives_and_a_bad_one_is_a_usage_error(
     assert "argument --mminfer-guard: expected a relative output error from 0" in capsys.readouterr().err
 
 
-def test_media_root_arrives_and_is_never_without_effect_unseen(
-    models: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+def test_media_root_arrives_and_is_refused_without_mminfer(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limited = parse(models, "--mminfer-media-root", str(tmp_path))
     assert flags.media_root(pickle.loads(pickle.dumps(limited))) == str(tmp_path)
@@ -682,7 +678,12 @@ def test_media_root_arrives_and_is_never_without_effect_unseen(
     stock = parse(models, "--mminfer-media-root", str(tmp_path), "--attention-backend", "triton", "--device", "cpu")
     with pytest.raises(hooks.UnsupportedLaunch, match="nothing would hold --mminfer-media-root"):
         stock.resolve_once()
-    monkeypatch.setenv(settings.MEDIA_ROOT.variable, str(tmp_path))
+
+
+def test_the_variable_of_the_media_root_warns_without_mminfer(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(settings.MEDIA_ROOT.variable, "/")
     with caplog.at_level(logging.WARNING, logger="sglang_mminfer"):
         arguments(models, attention_backend="torch_native", device="cpu").resolve_once()
     assert "SGLANG_MMINFER_MEDIA_ROOT has no effect without --attention-backend mminfer" in caplog.text
