@@ -147,11 +147,17 @@ class BlockPlan:
         )
         return TileSizes(rows, visits, group, np.zeros_like(rows), np.full(len(rows), len(self.pass_indptr) == 2))
 
-    def visited_area(self, num_requests: int) -> NDArray[np.int64]:
-        """int64 [num_requests]: (row, key, query head) triples in visited tiles, a bound as `TileSizes.visits` is. More
-        than what the rows see by the keys of partial tiles that they do not see."""
+    def visited_area(self, num_requests: int, counted: bool = False) -> NDArray[np.int64]:
+        """int64 [num_requests]: (row, key, query head) triples in visited tiles. More than what the rows see by the
+        keys of partial tiles that they do not see.
+
+        Args:
+            counted: count the visits on the device, which waits for it. Otherwise they are what the host knows: a
+                bound, as `TileSizes.visits` is.
+        """
         heads = np.array([len(group) for group in self.head_groups], dtype=np.int64)
-        area = self.sizes.rows * self.sizes.visits * heads[self.sizes.group] * self.block_k
+        visits = self.block_indptr.diff().cpu().numpy().astype(np.int64) if counted else self.sizes.visits
+        area = self.sizes.rows * visits * heads[self.sizes.group] * self.block_k
         return np.bincount(self.sizes.request, area, minlength=num_requests).astype(np.int64)
 
     @cached_property

@@ -135,7 +135,35 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.serving.clip_sender:generate_request",
         "Every way into a server ends here, so here the built-in clip can go before the first request; SGLang's own "
         "warm-up is one of HTTP servers only. And what a request brings for one prompt can be told from what it brings "
-        "for many only before SGLang makes a batch of a request that wants several answers.",
+        "for many only before SGLang makes a batch of a request that wants several answers. And the files that a "
+        "request names can be checked here before any is opened.",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.systemone.serving._read_image",
+        "before",
+        "sglang_mminfer.serving.media_root:before_decision",
+        "The one way in that reads a picture before it makes a request of it.",
+    ),
+    Hook(
+        "sglang.srt.multimodal.audio_from_video.is_audio_container",
+        "before",
+        "sglang_mminfer.serving.media_root:before_audio",
+        "Here SGLang looks at the first bytes of a sound, wherever it came from, and the next to open it is a decoder, "
+        "which would open the files that a playlist names.",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        "before",
+        "sglang_mminfer.serving.telemetry_http:add_routes",
+        "The app is there, serves nothing yet, and gets the middleware of the API key inside. SGLang has no way for a "
+        "plugin to add a route.",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        "around",
+        "sglang_mminfer.serving.telemetry:get_internal_state",
+        "What prefills did is known to the schedulers, and HTTP is served by another process. This is the question "
+        "that SGLang already has between them and that every data-parallel replica answers.",
     ),
     Hook(
         "sglang.srt.session.session_controller.Session.create_req",
@@ -197,7 +225,8 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         "sglang_mminfer.serving.ffmpeg:decode_without_ffmpeg",
         "SGLang takes decord if torchcodec cannot be imported, but torchcodec looks for FFmpeg's libraries "
-        "only with the first video: without them every video request fails.",
+        "only with the first video: without them every video request fails. And every video passes here, so that a "
+        "playlist, which names files of its own, is seen where a media root forbids that.",
         when=("mminfer", "cpu"),
     ),
     Hook(

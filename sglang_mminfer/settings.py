@@ -122,6 +122,14 @@ MAX_MEGAPIXELS = Setting(
     "The most megapixels of a picture or a frame, checked before it is decoded; at most 178. A larger one is the "
     "client's error.",
 )
+MEDIA_ROOT = Setting(
+    "SGLANG_MMINFER_MEDIA_ROOT",
+    "",
+    "The only directory from which clients may name local files as media, by path or `file://`; symbolic links and "
+    "`..` count as where they lead. URLs and `data:` are not affected. Without it a client may name any file that the "
+    "server's user can read.",
+    flag="--mminfer-media-root",
+)
 TRACE = Setting(
     "SGLANG_MMINFER_TRACE",
     "",
@@ -154,6 +162,7 @@ SETTINGS: tuple[Setting, ...] = (
     PLAN_BUDGET_MB,
     MENDS,
     MAX_MEGAPIXELS,
+    MEDIA_ROOT,
     TRACE,
     OBSERVERS,
     SPLIT_VIDEOS,
@@ -279,6 +288,27 @@ def _positive(setting: Setting, environ: Mapping[str, str] | None) -> float:
     if not value > 0:
         raise ValueError(f"{setting.variable}: expected a number above 0 (inf: no limit), got {text!r}")
     return value
+
+
+def directory(path: str) -> str:
+    """The argparse type of the media root: the absolute path of a directory that exists, with no symbolic link in it.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"expected a directory that exists, got {path!r}")
+    return os.path.realpath(path)
+
+
+def media_root(environ: Mapping[str, str] | None = None) -> str | None:
+    """The directory of local media that the environment names, as `directory` gives it; None if it names none.
+
+    Raises:
+        argparse.ArgumentTypeError: if there is no such directory.
+    """
+    path = MEDIA_ROOT.read(environ)
+    return directory(path) if path else None
 
 
 def is_bad(read: Any) -> bool:

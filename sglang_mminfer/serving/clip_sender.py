@@ -18,7 +18,7 @@ from typing import Any
 
 from sglang_mminfer import settings
 from sglang_mminfer.mends import batches
-from sglang_mminfer.serving import basis_choice
+from sglang_mminfer.serving import basis_choice, media_root
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,11 @@ _sending: weakref.WeakKeyDictionary[Any, _Sending] = weakref.WeakKeyDictionary()
 
 
 def generate_request(original: Any, self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND TokenizerManager.generate_request: the clip goes before the first request, and the media of a request that
-    wants several answers are kept together (`mends.batches`)."""
+    """AROUND TokenizerManager.generate_request: a request that names a forbidden file is refused (`media_root`), the
+    clip goes before the first request, and the media of a request that wants several answers are kept together
+    (`mends.batches`)."""
+    if refusal := media_root.refused(self.server_args, obj):
+        return refusal
     responses = batches.generate_request(original, self, obj, *args, **kwargs)
     sending = _sending.get(self)
     is_done = sending is not None and sending.done.done()

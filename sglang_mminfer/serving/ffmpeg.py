@@ -1,4 +1,4 @@
-"""Decodes video with decord where FFmpeg's libraries are missing."""
+"""Decodes video with decord where FFmpeg's libraries are missing, and no playlist where clients may not name files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, 
 
     SGLang has this fallback for an import of torchcodec that fails, but torchcodec looks for FFmpeg only with the first
     video.
+
+    Raises:
+        ForbiddenFile: as `media_root.before_video`.
     """
     from sglang.srt.utils import video_decoder
 
     from sglang_mminfer.mends import asked
-    from sglang_mminfer.serving import cpu_platform
+    from sglang_mminfer.serving import cpu_platform, media_root
 
+    media_root.before_video(args[0] if args else kwargs["source"])
     if not asked.for_mminfer() and not cpu_platform.selected():
         return original(self, *args, **kwargs)
     try:

@@ -11,6 +11,7 @@ from sglang_mminfer import settings
 CONFIG_ATTRIBUTE = "_mminfer_config"
 AUDIT_ATTRIBUTE = "_mminfer_audit"
 GUARD_ATTRIBUTE = "_mminfer_guard"
+MEDIA_ROOT_ATTRIBUTE = "_mminfer_media_root"
 """Attributes of ServerArgs that hold the flags' values. A plugin cannot add a dataclass field, but SGLang pickles
 attributes with an underscore into its child processes too."""
 
@@ -46,6 +47,14 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         "audited requests. One that exceeds it in several of them in a row runs dense for requests that begin "
         f"afterwards. Overrides {settings.GUARD.variable}. Default: 0, off.",
     )
+    parser.add_argument(
+        settings.MEDIA_ROOT.flag,
+        type=settings.directory,
+        default=None,
+        metavar="DIR",
+        help="The only directory from which clients of --attention-backend mminfer may name local files as media. URLs "
+        f"and data: are not affected. Overrides {settings.MEDIA_ROOT.variable}. Default: any file.",
+    )
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
@@ -54,6 +63,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
     setattr(server_args, CONFIG_ATTRIBUTE, getattr(args, "mminfer_config", None))
     setattr(server_args, AUDIT_ATTRIBUTE, getattr(args, "mminfer_audit", None))
     setattr(server_args, GUARD_ATTRIBUTE, getattr(args, "mminfer_guard", None))
+    setattr(server_args, MEDIA_ROOT_ATTRIBUTE, getattr(args, "mminfer_media_root", None))
     return server_args
 
 
@@ -94,6 +104,15 @@ def guard_error(server_args: Any, environ: Mapping[str, str] | None = None) -> f
     """
     error = getattr(server_args, GUARD_ATTRIBUTE, None)
     return settings.guard_error(environ) if error is None else error
+
+
+def media_root(server_args: Any, environ: Mapping[str, str] | None = None) -> str | None:
+    """The only directory of local media: the flag's value, else the environment's; None: any file.
+
+    Raises:
+        argparse.ArgumentTypeError: if the environment names no directory.
+    """
+    return getattr(server_args, MEDIA_ROOT_ATTRIBUTE, None) or settings.media_root(environ)
 
 
 def without_effect(server_args: Any) -> list[str]:

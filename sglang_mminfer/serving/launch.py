@@ -95,6 +95,16 @@ def _guard_sees_nothing(cfg: Any) -> bool:
     return flags.guard_error(cfg) > 0 and flags.audit_rate(cfg) == 0
 
 
+def _media_root_is_passed_by(cfg: Any) -> bool:
+    """Whether there is a media root, and requests or media come in where nothing of ours runs."""
+    from sglang.srt.environ import envs
+
+    if settings.is_bad(settings.media_root) or flags.media_root(cfg) is None:
+        return False
+    other_programs = cfg.grpc_mode or cfg.smg_grpc_mode or cfg.language_only or cfg.encoder_only
+    return other_programs or cfg.tokenizer_worker_num > 1 or envs.SGLANG_RUST_SERVER.get()
+
+
 def _media_are_ours(cfg: Any) -> bool:
     """Whether this package has a family for the model, so that it reads or mends the model's media."""
     from sglang_mminfer.families import family_of
@@ -159,6 +169,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "max_megapixels",
         lambda cfg: settings.is_bad(settings.max_megapixels),
         f"{settings.MAX_MEGAPIXELS.variable}: expected megapixels, a number above 0.",
+    ),
+    Refusal(
+        "media_root",
+        lambda cfg: settings.is_bad(settings.media_root),
+        f"{settings.MEDIA_ROOT.variable}: expected a directory that exists.",
+    ),
+    Refusal(
+        "media_root_passed_by",
+        _media_root_is_passed_by,
+        f"{settings.MEDIA_ROOT.flag} is held in SGLang's own tokenizer process, and with --tokenizer-worker-num above "
+        "1, --grpc-mode, --smg-grpc-mode, --language-only, --encoder-only or SGLANG_RUST_SERVER media are read "
+        "elsewhere; drop one of the two.",
     ),
     Refusal(
         "decode_only",
@@ -319,7 +341,8 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
         previous: SGLang's own step, which runs afterwards.
 
     Raises:
-        UnsupportedLaunch: if SGLang lacks what is hooked, or a refusal applies.
+        UnsupportedLaunch: if SGLang lacks what is hooked, a refusal applies, or a server without mminfer has a media
+            root.
         HeadConfigError: if the head config cannot be used with this model.
     """
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
@@ -341,13 +364,23 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
             logger.info("mminfer: the page size is %d, as %s needs, which SGLang takes by default here.", size, backend)
             declare_resolution(server_args, __name__, page_size=size)
         if cfg.tokenizer_worker_num > 1:
-            logger.warning("mminfer: tokenizer workers load no plugins, so no mend of this package acts on media.")
+            logger.warning(
+                "mminfer: tokenizer workers load no plugins, so no mend of this package acts on media, and there is no "
+                "GET /mminfer."
+            )
         model = model_config_of(server_args)
         head_config, _ = head_config_choice.load_for_model(server_args, model.hf_config)
         basis_choice.settle(server_args, head_config, model)
         if not model.is_multimodal:
             logger.warning("mminfer: this model takes no images or video, so every request will run dense.")
     else:
+        if getattr(server_args, flags.MEDIA_ROOT_ATTRIBUTE, None):
+            raise UnsupportedLaunch(
+                f"mminfer: without --attention-backend mminfer nothing would hold {settings.MEDIA_ROOT.flag}, and "
+                "clients could name any file; use both, or drop the directory."
+            )
+        if settings.MEDIA_ROOT.read():
+            logger.warning("%s has no effect without --attention-backend mminfer.", settings.MEDIA_ROOT.variable)
         for flag in flags.without_effect(server_args):
             logger.warning(
                 "%s has no effect without --attention-backend mminfer or --prefill-attention-backend mminfer.", flag

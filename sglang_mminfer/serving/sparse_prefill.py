@@ -29,6 +29,7 @@ from sglang_mminfer.serving import (
     observe,
     prompts,
     self_check,
+    telemetry,
 )
 from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
@@ -73,7 +74,7 @@ class SparsePrefill:
         from sglang.srt.runtime_context import get_parallel
 
         hf_config = runner.model_config.hf_config
-        head_config, _ = head_config_choice.load_for_model(runner.server_args, hf_config)
+        head_config, self._config_choice = head_config_choice.load_for_model(runner.server_args, hf_config)
         self.reader = reader_of(hf_config)
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.kv_pool = runner.token_to_kv_pool
@@ -89,6 +90,9 @@ class SparsePrefill:
         if self.leads or (audit_rate and self.rank):
             self.trace = TraceFile.from_environment(self.rank, data_rank)
         self.metrics = metrics.prefill_metrics() if runner.server_args.enable_metrics and self.leads else None
+        self.telemetry = telemetry.of_process() if self.leads else None
+        if self.telemetry is not None:
+            self.telemetry.serving = self.serving
         self.failures = 0
         prompts.watch()
         # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
@@ -114,6 +118,7 @@ class SparsePrefill:
             )
         placement = Placement(self.rank, self.device, head_dim, self.executor, dense_backend)
         self.served = ServedHeads(head_config, placement)
+        self.dense_backend = dense_backend
         self._log_shares()
         self.second_instance = None if all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
@@ -166,6 +171,22 @@ class SparsePrefill:
         if self.leads and (mean := self.served.mean_share) is not None:
             logger.info("mminfer: heads that choose visit %.0f%% of the keys between sink and window.", 100 * mean)
 
+    def serving(self) -> telemetry.Serving:
+        """How this backend serves now."""
+        head_config = self.served.head_config
+        without_basis = "no basis yet" if self._calibration is not None else "no basis: by q . k"
+        all_dense = self.unfit or ("dense_config" if self.served.all_dense else None)
+        return telemetry.Serving(
+            head_config=self._config_choice.name,
+            named_by=self._config_choice.source,
+            description=head_config.describe(without_basis),
+            provenance=head_config.provenance.note,
+            executor=self.executor,
+            dense_backend=self.dense_backend,
+            dense_reason=all_dense or ("no_basis" if self._calibration is not None else None),
+            guarded_heads=self.guard.served.guarded if self.guard is not None else 0,
+        )
+
     # ---- a batch -------------------------------------------------------------------------------------------
 
     def begin(self, forward_batch: Any) -> None:
@@ -192,12 +213,14 @@ class SparsePrefill:
         if batch is None:
             return
         encoded_again = self._encoder.take()
-        if self.trace.enabled or self.metrics is not None or self.observers:
+        if self.trace.enabled or self.metrics is not None or self.telemetry is not None or self.observers:
             records = batch.records(encoded_again, self.waits)
             self.observers.batch_done(records)
             self.trace.append(records if self.leads else [r for r in records if r.audit or r.guard])
             if self.metrics is not None:
                 self.metrics.add(records)
+            if self.telemetry is not None:
+                self.telemetry.add(records)
 
     def _failed(self, what: str) -> None:
         """Counts a failure of ours; called in the handler of its exception.
@@ -394,7 +417,7 @@ class SparsePrefill:
             return None
         batch.sparse_layers += 1
         batch.ran = plan, lse
-        if self.trace.enabled or self.metrics is not None:
+        if self.trace.enabled or self.metrics is not None or self.telemetry is not None:
             self._note_density(batch, plan, heads)
         return out.flatten(1)
 
@@ -454,11 +477,13 @@ class SparsePrefill:
 
     def _note_density(self, batch: PrefillBatch, plan: BlockPlan, heads: LayerHeads) -> None:
         """Notes the density of a layer in each sparse request. If the host does not wait for the device, it is that of
-        the tiles by their area, where the host knows them."""
+        the tiles by their area, where the host knows them. So it is, too, if only the telemetry wants it, because to
+        count what each row sees takes longer."""
         if batch.planner is None or not (self.waits or heads.static):
             return
         stock_heads = heads.planned.count(None)
-        area = None if self.waits else plan.visited_area(len(batch.planned))
+        by_row = self.waits and (self.trace.enabled or self.metrics is not None)
+        area = None if by_row else plan.visited_area(len(batch.planned), counted=self.waits)
         for number, (request, chunk) in enumerate(zip(batch.planned, batch.planner.requests)):
             if chunk.map is None:
                 continue

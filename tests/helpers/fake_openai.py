@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
 class FakeOpenAI:
-    """`reply(messages)` gives an answer's text, or a number: the HTTP status of a failure."""
+    """`reply(messages)` gives an answer's text, or a number: the HTTP status of a failure. `pages` are what else can be
+    read, by path. The ids of its answers are request-1, request-2 and so on."""
 
-    def __init__(self, reply: Callable[[list[dict[str, Any]]], str | int], model: str = "fake") -> None:
+    def __init__(
+        self,
+        reply: Callable[[list[dict[str, Any]]], str | int],
+        model: str = "fake",
+        pages: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model, self.prompts = model, []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._send(200, {"object": "list", "data": [{"id": outer.model, "object": "model"}]})
+                models = {"object": "list", "data": [{"id": outer.model, "object": "model"}]}
+                self._send(200, (pages or {}).get(self.path, models))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

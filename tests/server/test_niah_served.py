@@ -24,4 +24,5 @@ def test_a_needle_model_finds_its_needles(tmp_path: Path) -> None:
     # Second turns have a cached prefix.
     assert all(answer["cached_tokens"] > 1000 for answer in found["answers"] if answer["turn"])
     assert [cell["answered"] for cell in found["over_cached_prefix"]["v-niah"].values()] == [3, 3]
+    assert set(found["density"]) == {"1024", "2048"} and all(0 < value <= 1 for value in found["density"].values())
     assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")

@@ -7,6 +7,7 @@ use it. Conversations are a function of the seed, so every server gets the same 
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import json
 import mimetypes
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from sglang_mminfer.tools.needles.kits import Kit
 from sglang_mminfer.tools.needles.placed import MAX_DEPTHS, SHORTEST, Placed, mixed_needles, video_needles
+from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
 
 TASKS: dict[str, tuple[Callable[..., Placed], bool]] = {
     "v-niah": (video_needles, False),
@@ -107,7 +109,8 @@ class Case:
 
 @dataclass
 class Answer:
-    """A server's answer to one question. `seconds`: how long the request took."""
+    """A server's answer to one question. `seconds`: how long the request took. `density`: visited over causal pairs of
+    the tokens that were new; None if the server does not tell it. `dense_reasons`: why chunks of it ran dense."""
 
     task: str
     length: int
@@ -123,6 +126,8 @@ class Answer:
     cached_tokens: int = 0
     seconds: float = 0.0
     request_id: str = ""
+    density: float | None = None
+    dense_reasons: list[str] = field(default_factory=list)
 
     @property
     def mostly_cached(self) -> bool:
@@ -132,11 +137,12 @@ class Answer:
 
 @dataclass
 class Target:
-    """A server to ask, and its label in tables."""
+    """A server to ask, and its label in tables. `telemetry`: None for a server that has none."""
 
     label: str
     client: Any
     model: str
+    telemetry: Telemetry | None = None
 
 
 class Media:
@@ -242,6 +248,13 @@ def _ask(target: Target, media: Media, case: Case, answer: Answer) -> None:
             details = response.usage.prompt_tokens_details
             answer.cached_tokens = int(details.cached_tokens or 0) if details else 0
     answer.seconds = round(time.perf_counter() - begun, 3)
+    if target.telemetry is not None and answer.error is None:
+        from sglang_mminfer.tools.figures import density_of_records  # imports torch
+
+        with contextlib.suppress(NoTelemetry):  # of a request whose prompt was cached as a whole, for example
+            records = target.telemetry.records(answer.request_id)
+            answer.density = density_of_records(records)
+            answer.dense_reasons = sorted({record.dense_reason for record in records if record.dense_reason})
 
 
 def _first_line(text: str) -> str:
@@ -287,7 +300,9 @@ def cells(answers: Sequence[Answer], settings: Settings) -> dict[str, list[list[
 
 
 def report(answers: Sequence[Answer], settings: Settings) -> dict[str, Any]:
-    """The figures of one server for a result file. `over_cached_prefix` counts only prompts that were mostly cached."""
+    """The figures of one server for a result file. `over_cached_prefix` counts only prompts that were mostly cached;
+    `density` is there where the server told it."""
+    densities = {str(n): density([a for a in answers if a.length == n]) for n in settings.lengths}
     return {
         "accuracy": {
             task: {
@@ -306,9 +321,21 @@ def report(answers: Sequence[Answer], settings: Settings) -> dict[str, Any]:
             task: [[asdict(cell) for cell in row] for row in rows] for task, rows in cells(answers, settings).items()
         },
         "prompt_tokens": {str(n): _mean([a.prompt_tokens for a in answers if a.length == n]) for n in settings.lengths},
+        **({"density": densities} if any(densities.values()) else {}),
         "errors": sorted({a.error for a in answers if a.error}),
         "answers": [asdict(a) for a in answers],
     }
+
+
+def density(answers: Sequence[Answer]) -> float | None:
+    """Visited over causal pairs of all new tokens of some answers; None where no server told it."""
+    visited = causal = 0.0
+    for answer in answers:
+        if answer.density is not None:
+            pairs = (answer.prompt_tokens**2 - answer.cached_tokens**2) / 2
+            causal += pairs
+            visited += pairs * answer.density
+    return round(visited / causal, 4) if causal else None
 
 
 def _mean(values: Sequence[int]) -> int | None:

@@ -25,6 +25,7 @@ from sglang_mminfer.tools.niah import ask as niah
 from sglang_mminfer.tools.niah.ask import Answer, Cell, Media, Settings, Target
 from sglang_mminfer.tools.niah.figure import TITLES, draw
 from sglang_mminfer.tools.server import Server, ServerError, shown_wait
+from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
 
 DESCRIPTION = (
     "Hides needles in long videos (v-niah) and in conversations of text, images and videos over several turns "
@@ -141,7 +142,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
                 with shown_wait(f"{label}: server starts") as wait:
                     log = options.out / f"{label}.log"
                     server = stack.enter_context(Server(options.model_path, *flags, progress=wait, log=log))
-                target = Target(label, server.client(options.timeout), server.model)
+                target = Target(label, server.client(options.timeout), server.model, telemetry_of(server.url))
                 answers_of[label] = ask_with_progress(target, media, options.concurrency, console)
     else:
         for target in running:
@@ -240,7 +241,17 @@ def target_of(url: str, model: str | None, timeout: float) -> Target:
         raise Refused(f"--url: {base} is no OpenAI-compatible server: {type(error).__name__}") from None
     if not model and not listed:
         raise Refused(f"--url: {base} lists no models; name one with --model")
-    return Target(urlsplit(base).netloc, client, model or listed[0])
+    return Target(urlsplit(base).netloc, client, model or listed[0], telemetry_of(base))
+
+
+def telemetry_of(url: str) -> Telemetry | None:
+    """The telemetry of a running server; None if it has none, as a server without mminfer."""
+    found = Telemetry(url, os.environ.get("OPENAI_API_KEY"))
+    try:
+        found.server()
+    except NoTelemetry:
+        return None
+    return found
 
 
 def unique(label: str, labels: dict[str, Any]) -> str:
@@ -294,6 +305,9 @@ def table(answers_of: dict[str, list[Answer]], settings: Settings) -> Table:
     for task in settings.tasks:
         for length in settings.lengths:
             rows.add_column(f"{TITLES[task]}\n{length:,}", justify="right", no_wrap=True)
+    densities = {name: niah.density(answers) for name, answers in answers_of.items()}
+    if told := any(value is not None for value in densities.values()):
+        rows.add_column("density", justify="right")
     rows.add_column("errors", justify="right")
     for name, answers in answers_of.items():
         row = [
@@ -301,6 +315,8 @@ def table(answers_of: dict[str, list[Answer]], settings: Settings) -> Table:
             for task in settings.tasks
             for length in settings.lengths
         ]
+        if told:
+            row.append("–" if densities[name] is None else f"{densities[name]:.3f}")
         rows.add_row(name, *row, str(sum(a.error is not None for a in answers)))
     return rows
 

@@ -83,6 +83,9 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
         "sglang.srt.mem_cache.multimodal_cache.MultiModalStaticCache.combine_hashes",
         ("mm_hashes",),
     ),
+    ("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req")),
+    ("sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop", ("self",)),
+    ("sglang.srt.entrypoints.http_server.get_global_state", ()),
     ("sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state", ("self", "obj")),
     (
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
@@ -169,6 +172,7 @@ ATTRIBUTES: list[tuple[str, type]] = [
     (f"{ARGS}.choices.ATTENTION_BACKEND_CHOICES", list),
     (f"{ARGS}.choices.DRAFT_ATTENTION_BACKEND_CHOICES", list),
     ("sglang.srt.constants.HEALTH_CHECK_RID_PREFIX", str),
+    ("sglang.srt.entrypoints.http_server.app", object),
     ("sglang.srt.environ.envs.SGLANG_WARMUP_TIMEOUT", object),
     ("sglang.srt.utils.video_decoder._BACKEND", str),
     ("sglang.srt.managers.multimodal_processor.PROCESSOR_MAPPING", dict),
@@ -198,6 +202,8 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
     ),
     (f"{SCHEDULE}.MultimodalInputs", ("mm_items", "mrope_positions")),
     ("sglang.srt.managers.io_struct.GenerateReqInput", ("rid", "input_ids", "sampling_params", "routed_dp_rank")),
+    ("sglang.srt.managers.io_struct.GetInternalStateReq", ("rid",)),
+    ("sglang.srt.managers.io_struct.GetInternalStateReqOutput", ("internal_state",)),
     (
         f"{SCHEDULE}.MultimodalProcessorOutput",
         ("input_ids", "mm_items", "im_token_id", "video_token_id"),

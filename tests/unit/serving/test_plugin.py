@@ -507,6 +507,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "mends": {"environ": {"SGLANG_MMINFER_MENDS": "no_such_mend"}},
     "plan_budget": {"environ": {"SGLANG_MMINFER_PLAN_BUDGET_MS": "0"}},
     "max_megapixels": {"environ": {"SGLANG_MMINFER_MAX_MEGAPIXELS": "large"}},
+    "media_root": {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/no such directory"}},
+    "media_root_passed_by": {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"}, "language_only": True},
     "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
     "ray": {"use_ray": True},
     "deterministic": {"enable_deterministic_inference": True},
@@ -541,6 +543,12 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("deterministic", {"rl_on_policy_target": "fsdp"}),
+    ("media_root_passed_by", {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"}, "grpc_mode": True}),
+    (
+        "media_root_passed_by",
+        {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"}, "tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
+    ),
+    ("media_root_passed_by", {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/", "SGLANG_RUST_SERVER": "1"}}),
     ("unified_memory", {"enable_page_major_kv_layout": True}),
     ("block_scaled_kv", {"kv_cache_dtype": "mxfp8"}),
     ("prefill_context_parallel", {"enable_prefill_cp": True}),
@@ -553,6 +561,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"environ": {"SGLANG_MMINFER_EXECUTOR": "flashinfer", "SGLANG_MMINFER_DENSE_HEADS": "stock"}},
     {"environ": {"SGLANG_MMINFER_EXECUTOR": "", "SGLANG_MMINFER_DENSE_HEADS": ""}},
     {"environ": {"SGLANG_MMINFER_GUARD": "0.1"}},
+    {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"}},
     {"environ": {"SGLANG_MMINFER_GUARD": "0", "SGLANG_MMINFER_AUDIT": "0"}},
     {"attention_backend": None, "prefill_attention_backend": "mminfer"},
     {"attention_backend": "triton", "prefill_attention_backend": "mminfer"},
@@ -656,6 +665,28 @@ def test_guard_flag_arrives_and_a_bad_one_is_a_usage_error(
     with pytest.raises(SystemExit):
         parse(models, "--mminfer-guard", "2")
     assert "argument --mminfer-guard: expected a relative output error from 0" in capsys.readouterr().err
+
+
+def test_media_root_arrives_and_is_refused_without_mminfer(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = parse(models, "--mminfer-media-root", str(tmp_path))
+    assert flags.media_root(pickle.loads(pickle.dumps(limited))) == str(tmp_path)
+    with pytest.raises(SystemExit):
+        parse(models, "--mminfer-media-root", str(tmp_path / "nowhere"))
+    assert "argument --mminfer-media-root: expected a directory that exists" in capsys.readouterr().err
+    stock = parse(models, "--mminfer-media-root", str(tmp_path), "--attention-backend", "triton", "--device", "cpu")
+    with pytest.raises(hooks.UnsupportedLaunch, match="nothing would hold --mminfer-media-root"):
+        stock.resolve_once()
+
+
+def test_the_variable_of_the_media_root_warns_without_mminfer(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(settings.MEDIA_ROOT.variable, "/")
+    with caplog.at_level(logging.WARNING, logger="sglang_mminfer"):
+        arguments(models, attention_backend="torch_native", device="cpu").resolve_once()
+    assert "SGLANG_MMINFER_MEDIA_ROOT has no effect without --attention-backend mminfer" in caplog.text
 
 
 def test_text_model_is_served_with_a_warning(models: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:

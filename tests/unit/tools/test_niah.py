@@ -173,6 +173,29 @@ def test_servers_side_by_side(tmp_path, capsys):
     assert "100.0 %" in capsys.readouterr().out
 
 
+def test_a_server_with_mminfer_tells_its_density(tmp_path, capsys):
+    """By HTTP; a server without it stands beside it and has none. One question's records are forgotten."""
+    chunk = {"rid": "request-1", "prefix_len": 0, "chunk_len": 50, "seq_len": 50, "segments": 2, "sparse_layers": 2}
+    chunk |= {"density": 0.25, "dense_reason": None, "plan_ms": 1.0, "attn_ms": 1.0, "forward_ms": 1.0}
+    later = chunk | {"prefix_len": 50, "seq_len": 100, "density": None, "dense_reason": "short", "sparse_layers": 0}
+    kept = {"records": 2, "most": 4096, "seconds": 3600.0}
+    report = {"versions": {}, "replicas": 1, "serving": None, "counters": {}, "kept": kept, "mends": []}
+    pages = {
+        "/mminfer": report,
+        "/mminfer/requests/request-1": {"rid": "request-1", "records": [chunk, later]},
+        "/mminfer/requests/request-2": {"message": "forgotten"},
+    }
+    common = ("--needles", "glyphs", "--tasks", "v-niah", "--lengths", "512", "--depths", "2", "--seeds", "1")
+    with FakeOpenAI(lambda messages: "0", pages=pages) as server, FakeOpenAI(lambda messages: "0") as stock:
+        assert _niah("--url", server.url, "--url", stock.url, *common, "--out", str(tmp_path)) == 0
+    told, silent = json.loads((tmp_path / "niah.json").read_text())["servers"].values()
+    density = (51 * 25 * 0.25 + 151 * 25) / (51 * 25 + 151 * 25)
+    assert told["density"] == {"512": pytest.approx(density, abs=1e-4)} and "density" not in silent
+    assert [answer["dense_reasons"] for answer in told["answers"]] == [["short"], []]
+    assert [answer["density"] is None for answer in told["answers"]] == [False, True]
+    assert f"{density:.3f}" in capsys.readouterr().out
+
+
 def test_media_can_go_with_the_request(tmp_path):
     with FakeOpenAI(lambda messages: "0") as server:
         common = ("--needles", "glyphs", "--tasks", "v-niah", "--lengths", "512", "--depths", "2", "--seeds", "1")
