@@ -153,8 +153,8 @@ class MediaBackend(RuntimeEndpoint):
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{medium.name}: num_frames={medium.num_frames} is left out: a request cannot tell this server how many "
-                "frames to look at. Start the server with --mm-process-config, and write num_frames=-1.",
+                f"{medium.name}: num_frames={medium.num_frames} is left out: no request can tell this server how "
+                "many frames to look at. Start the server with --mm-process-config, and write num_frames=-1.",
                 stacklevel=2,
             )
         return url

@@ -15,7 +15,7 @@ from typing import Any
 from sglang.lang.interpreter import ProgramState, StreamExecutor
 
 from sglang_mminfer.frontend.backend import MediaBackend
-from sglang_mminfer.frontend.media import Kind
+from sglang_mminfer.frontend.media import Kind, MediaError
 
 
 class MediaExecutor(StreamExecutor):
@@ -37,6 +37,16 @@ class MediaExecutor(StreamExecutor):
         """
         self.sync()
         return super().fork(size, position_ids_offset)
+
+    def submit(self, expr: Any) -> None:
+        """Execute an expression after those before it.
+
+        Raises:
+            MediaError: the program has ended. SGLang takes the expression, and who waits for it waits forever.
+        """
+        if self._ended:
+            raise MediaError("the program has ended: nothing can be added to it")
+        super().submit(expr)
 
     def sync(self) -> None:
         """Wait until all that was submitted is done.

@@ -181,5 +181,3 @@ def _data_url(kind: Kind, content: bytes, file_name: str = "") -> str:
     guessed = mimetypes.guess_type(file_name)[0] or ""
     mime = guessed if guessed.startswith(f"{kind}/") else _USUAL_TYPE[kind]
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
-
-

@@ -7,7 +7,6 @@ words are the template. Nothing is known of any model.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,11 +88,11 @@ def served_template(name: str, render: Render) -> ServedTemplate:
     if (answered, asked) != (answered_again, asked_again):
         raise MediaError(f"the chat template of {name} writes a turn differently in another place of a chat")
     try:  # a Jinja template can be asked for a chat that ends with a message
-        after_answer = os.path.commonprefix([asked, cut([first, answer], False)[-1]])
+        after_answer = _common(asked, cut([first, answer], False)[-1])
         after_user = cut([first], False)[-1]
         before_user = asked[len(after_answer) :]
     except MediaError:  # one of SGLang's own ends with the next prefix: where it is cut matters little
-        after_answer = _whole_words(os.path.commonprefix([asked, cut([first, answer])[-1]]))
+        after_answer = _whole_words(_common(asked, cut([first, answer])[-1]))
         before_user = asked[len(after_answer) :]
         after_user = cut([first, second])[1].removesuffix(before_user)
     if not end.startswith(after_user):
@@ -145,6 +144,12 @@ def _assistant(words: str) -> dict[str, Any]:
 def _words(message: dict[str, Any]) -> str:
     content = message["content"]
     return content if isinstance(content, str) else content[-1]["text"]
+
+
+def _common(one: str, other: str) -> str:
+    """How two texts begin."""
+    end = next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return one[:end]
 
 
 def _whole_words(text: str) -> str:

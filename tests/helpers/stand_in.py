@@ -56,7 +56,7 @@ class StandIn:
         logprobs = []
         for text in texts if many else [texts]:
             words = text.rsplit("\n", 1)[-1] if isinstance(text, str) else ""
-            logprobs.append([[None, 0, "\n"], *([-float(len(words)), ord(word), word] for word in words)])
+            logprobs.append([[-1.0, 0, "\n"], *([-float(len(words)), ord(word), word] for word in words)])
         count = body["sampling_params"].get("n") or 1
         made = [
             {
@@ -68,7 +68,7 @@ class StandIn:
         ]
         return made if many else made[0]
 
-    def _handler(stand_in) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's
+    def _handler(stand_in) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_: Any) -> None: ...
 

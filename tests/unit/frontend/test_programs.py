@@ -23,7 +23,7 @@ from stand_in import StandIn, rendered
 NO_FILE = "An exception occurred while loading VIDEO data at index 1: Error while loading data {}: no moov atom"
 TOO_LONG = "The input (70000 tokens) is longer than the model's context length (32768 tokens)."
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -326,6 +326,13 @@ def test_a_batch_keeps_the_answers_of_programs_that_did_not_fail(server: StandIn
         states[1]["x"]
 
 
+def test_an_ended_program_takes_nothing_more(server: StandIn) -> None:
+    state = chat_of_text.run(backend=MediaEndpoint(server.url))
+    with pytest.raises(MediaError, match="the program has ended"):
+        state += "more"
+    assert state["y"] == " answer 2"
+
+
 def test_no_server_is_one_sentence() -> None:
     with pytest.raises(MediaError, match=r"^no answer from http://127\.0\.0\.1:9: .*Connection refused$"):
         MediaEndpoint("http://127.0.0.1:9")
@@ -345,10 +352,17 @@ def test_the_stock_endpoint_is_as_before(server: StandIn, files: dict[str, str])
     mine = video_chat.run(files["v"], -1, backend=ours)
     assert mine["x"] and type(mine) is MediaState and type(mine.stream_executor) is MediaExecutor
     server.bodies.clear()
-    state = chat_of_text.run(backend=stock)
-    assert state["y"] == " answer 2"
-    assert type(state) is ProgramState and type(state.stream_executor) is StreamExecutor
-    assert type(state.fork(2)[0].stream_executor) is StreamExecutor
+    kinds = []
+
+    @sgl.function
+    def program(s: Any) -> None:
+        s += sgl.user("What?") + sgl.assistant(sgl.gen("x"))
+        s.sync()
+        kinds.extend(type(state.stream_executor) for state in (s, *s.fork(2)))
+
+    state = program.run(backend=stock)
+    assert state["x"] == " answer 1" and type(state) is ProgramState
+    assert kinds == [StreamExecutor] * 3
     assert server.bodies[0]["text"] == "USER:What?\nASSISTANT:" and "video_data" not in server.bodies[0]
     server.refuse = lambda body: TOO_LONG
     with pytest.warns(UserWarning, match="Error in stream_executor"):
