@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from sglang_mminfer.frontend import executor
 from sglang_mminfer.frontend.endpoint import MediaEndpoint
+from sglang_mminfer.frontend.engine import EngineEndpoint
 from sglang_mminfer.frontend.media import MediaError
 
 executor.install()
 
-__all__ = ["MediaEndpoint", "MediaError"]
+__all__ = ["EngineEndpoint", "MediaEndpoint", "MediaError"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from abc import abstractmethod
@@ -26,7 +27,7 @@ _NO_FRAMES = "num_frames: this model takes"
 """How a server with this plugin refuses a number of frames."""
 
 
-class Refused(Exception):
+class Refused(MediaError):
     """The server's own words on why it does not answer."""
 
 
@@ -65,7 +66,7 @@ class MediaBackend(RuntimeEndpoint):
             The answer, a list of answers for several prompts, or with `stream` an iterator of answers.
 
         Raises:
-            Refused: the server does.
+            Refused: the server does; with `stream` perhaps only when the first answer is asked for.
             MediaError: it cannot be reached.
         """
 
@@ -87,7 +88,11 @@ class MediaBackend(RuntimeEndpoint):
         as_files = self._as_files
         while True:
             try:
-                return self.send(data | self._fields(media, as_files, data.get("text")))
+                answer = self.send(data | self._fields(media, as_files, data.get("text")))
+                if not data.get("stream"):
+                    return answer
+                first = list(itertools.islice(answer, 1))  # a prompt that the server refuses is refused here
+                return itertools.chain(first, answer)
             except Refused as refused:
                 message = str(refused)
             about = _medium_of(message, media)
@@ -107,6 +112,8 @@ class MediaBackend(RuntimeEndpoint):
 
     def generate_stream(self, s: Any, sampling_params: Any) -> Iterator[tuple[str, Any]]:
         """A program's `gen` in pieces, each with the meta information so far."""
+        if (sampling_params.n or 1) > 1:
+            raise MediaError(f"a stream has one answer, and n={sampling_params.n} asks for more")
         given = 0
         for answer in self.ask(s, {**self._body(s, sampling_params), "stream": True}):
             piece = answer["text"][given:]

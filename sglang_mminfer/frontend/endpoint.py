@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -60,22 +59,15 @@ class MediaEndpoint(MediaBackend):
     def send(self, data: dict[str, Any]) -> Any:
         """As `MediaBackend.send`."""
         response = self._request("POST", "/generate", data, stream=bool(data.get("stream")))
-        if not data.get("stream"):
-            return response.json()
-        answers = _answers(response)
-        first = next(answers, None)  # a prompt that the server refuses is refused here
-        return answers if first is None else itertools.chain([first], answers)
+        return _answers(response) if data.get("stream") else response.json()
 
     def _rendered(self, chat: Sequence[dict[str, Any]], add_generation_prompt: bool | None) -> str:
         body: dict[str, Any] = {"model": "default", "messages": list(chat)}
         if add_generation_prompt is not None:
             body["add_generation_prompt"] = add_generation_prompt
-        try:
-            tokens = self._request("POST", "/v1/tokenize", body).json()["tokens"]
-            body = {"model": "default", "tokens": tokens, "skip_special_tokens": False}
-            return self._request("POST", "/v1/detokenize", body).json()["text"]
-        except Refused as refused:
-            raise MediaError(str(refused)) from None
+        tokens = self._request("POST", "/v1/tokenize", body).json()["tokens"]
+        body = {"model": "default", "tokens": tokens, "skip_special_tokens": False}
+        return self._request("POST", "/v1/detokenize", body).json()["text"]
 
     def _get(self, path: str) -> dict[str, Any]:
         try:
