@@ -87,16 +87,18 @@ class MediaBackend(RuntimeEndpoint):
         self._check_places(s.text_, media)
         as_files = self._as_files
         while True:
+            with_frames = self._takes_num_frames
             try:
                 answer = self.send(data | self._fields(media, as_files, data.get("text")))
-                if not data.get("stream"):
-                    return answer
-                first = list(itertools.islice(answer, 1))  # a prompt that the server refuses is refused here
-                return itertools.chain(first, answer)
+                if data.get("stream"):  # a prompt that the server refuses is refused here
+                    answer = itertools.chain(list(itertools.islice(answer, 1)), answer)
+                if self._guessed:
+                    self._as_files = as_files
+                return answer
             except Refused as refused:
                 message = str(refused)
             about = _medium_of(message, media)
-            if _NO_FRAMES in message and self._takes_num_frames:
+            if _NO_FRAMES in message and with_frames:
                 self._takes_num_frames = False
             elif as_files and self._guessed and about is not None and about.file is not None:
                 as_files = False  # the server may be behind a tunnel, or may not look into this folder
@@ -119,6 +121,10 @@ class MediaBackend(RuntimeEndpoint):
             piece = answer["text"][given:]
             given += len(piece)
             yield piece, answer["meta_info"]
+
+    def cache_prefix(self, prefix_str: str) -> None:
+        """Prefill what the programs of a batch begin with."""
+        self.send({"text": prefix_str, "sampling_params": {"max_new_tokens": 0}})
 
     def commit_lazy_operations(self, s: Any) -> None:
         """Prefill a program's text, so that all that follows finds it in the cache."""

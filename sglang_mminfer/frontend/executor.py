@@ -25,6 +25,8 @@ class MediaExecutor(StreamExecutor):
         images_: the media of the text, in their order.
     """
 
+    error_: Exception | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ended = False
         self._failed: set[str] = set()
@@ -198,7 +200,7 @@ def install() -> None:
     """Apply `PATCHES`; again changes nothing."""
     for patch in PATCHES:
         if "__new__" not in vars(patch.target):
-            patch.target.__new__ = staticmethod(_maker(patch))  # type: ignore[assignment]
+            patch.target.__new__ = staticmethod(_maker(patch))  # type: ignore[method-assign]
 
 
 def _maker(patch: Patch) -> Any:

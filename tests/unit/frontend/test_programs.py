@@ -177,8 +177,12 @@ def test_a_server_behind_a_tunnel_gets_the_content(server: StandIn, files: dict[
 
     server.refuse = refuse
     for stream in (False, True):
-        state = video_chat.run(files["v"], -1, backend=MediaEndpoint(server.url), stream=stream)
-        assert state["x"].startswith(" answer")
+        backend = MediaEndpoint(server.url)
+        for run in (1, 2):
+            state = video_chat.run(files["v"], -1, backend=backend, stream=stream)
+            assert state["x"].startswith(" answer")
+            assert server.paths.count("/generate") == (2, 3)[run - 1]  # a path is tried once
+        server.paths.clear()
     with pytest.raises(MediaError, match="no moov atom"):
         video_chat.run(files["v"], -1, backend=MediaEndpoint(server.url, media="path"))["x"]
 
@@ -313,15 +317,17 @@ def test_words_that_look_like_media_are_refused(server: StandIn, files: dict[str
 
 
 def test_a_batch_keeps_the_answers_of_programs_that_did_not_fail(server: StandIn, files: dict[str, str]) -> None:
-    server.refuse = lambda body: TOO_LONG if len(body["text"]) > 400 else None
+    server.refuse = lambda body: TOO_LONG if len(body["text"]) > 600 else None
 
     @sgl.function
     def program(s: Any, question: str) -> None:
+        s += sgl.system("Be brief. " * 10)
         s += sgl.user(sgl.image(files["a"]) + question) + sgl.assistant(sgl.gen("x"))
 
     questions = [{"question": words} for words in ("a", "b" * 500, "c")]
     states = program.run_batch(questions, backend=MediaEndpoint(server.url), num_threads=2)
     assert states[0]["x"] and states[2]["x"]
+    assert server.bodies[0]["sampling_params"] == {"max_new_tokens": 0} and "Be brief." in server.bodies[0]["text"]
     with pytest.raises(MediaError, match="context length"):
         states[1]["x"]
 
