@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from sglang.lang.backend.base_backend import BaseBackend
@@ -63,7 +64,7 @@ class MediaBackend(RuntimeEndpoint):
         """Send a body of /generate.
 
         Returns:
-            The answer, a list of answers for several prompts, or with `stream` an iterator of answers.
+            The answer, a list of answers for several prompts, or with `stream` a generator of answers.
 
         Raises:
             Refused: the server does; with `stream` perhaps only when the first answer is asked for.
@@ -91,7 +92,7 @@ class MediaBackend(RuntimeEndpoint):
             try:
                 answer = self.send(data | self._fields(media, as_files, data.get("text")))
                 if data.get("stream"):  # a prompt that the server refuses is refused here
-                    answer = itertools.chain(list(itertools.islice(answer, 1)), answer)
+                    answer = _resumed(list(itertools.islice(answer, 1)), answer)
                 if self._guessed:
                     self._as_files = as_files
                 return answer
@@ -117,10 +118,11 @@ class MediaBackend(RuntimeEndpoint):
         if (sampling_params.n or 1) > 1:
             raise MediaError(f"a stream has one answer, and n={sampling_params.n} asks for more")
         given = 0
-        for answer in self.ask(s, {**self._body(s, sampling_params), "stream": True}):
-            piece = answer["text"][given:]
-            given += len(piece)
-            yield piece, answer["meta_info"]
+        with contextlib.closing(self.ask(s, {**self._body(s, sampling_params), "stream": True})) as answers:
+            for answer in answers:
+                piece = answer["text"][given:]
+                given += len(piece)
+                yield piece, answer["meta_info"]
 
     def cache_prefix(self, prefix_str: str) -> None:
         """Prefill what the programs of a batch begin with."""
@@ -182,6 +184,13 @@ class MediaBackend(RuntimeEndpoint):
                     f"the text holds {place!r}, which stands for a medium, {found} times, and the program has "
                     f"{expected} of them: write these words differently"
                 )
+
+
+def _resumed(first: list[Any], answers: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """A stream whose first answer has been taken. Closing it closes the stream, and the server stops."""
+    with contextlib.closing(answers):
+        yield from first
+        yield from answers
 
 
 def _medium_of(message: str, media: Sequence[Medium]) -> Medium | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Literal
 from urllib.parse import urlparse
 
@@ -94,7 +94,7 @@ class MediaEndpoint(MediaBackend):
         return response
 
 
-def _answers(response: requests.Response) -> Iterator[dict[str, Any]]:
+def _answers(response: requests.Response) -> Generator[dict[str, Any], None, None]:
     """The events of a stream. The connection closes, and the server stops, when nobody reads on."""
     with response:
         try:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from sglang_mminfer.frontend.backend import MediaBackend, Refused
@@ -48,7 +48,10 @@ class EngineEndpoint(MediaBackend):
     def send(self, data: dict[str, Any]) -> Any:
         """As `MediaBackend.send`."""
         answers = self._answers(data)
-        return answers if data.get("stream") else next(answers)
+        if data.get("stream"):
+            return answers
+        with contextlib.closing(answers):
+            return next(answers)
 
     def flush_cache(self) -> Any:
         """Empty the engine's radix cache."""
@@ -59,7 +62,7 @@ class EngineEndpoint(MediaBackend):
         """The engine's arguments and state."""
         return self.engine.get_server_info()
 
-    def _answers(self, data: dict[str, Any]) -> Iterator[Any]:
+    def _answers(self, data: dict[str, Any]) -> Generator[Any, None, None]:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         manager = self.engine.tokenizer_manager
@@ -103,6 +106,8 @@ class EngineEndpoint(MediaBackend):
         other times nobody runs it, as the engine's own methods expect."""
         with self._lock:
             if not self._users:
+                if self.engine.loop.is_running():
+                    raise MediaError("the engine's event loop is in use: run programs when no other call of it runs")
                 self._thread = threading.Thread(target=self.engine.loop.run_forever, daemon=True)
                 self._thread.start()
             self._users += 1

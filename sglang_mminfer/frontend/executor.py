@@ -204,10 +204,11 @@ def install() -> None:
 
 
 def _maker(patch: Patch) -> Any:
-    def make(kind: type, first: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # An executor's first argument is the backend, a state's is the executor.
-        backend = getattr(first, "backend", first)
-        ours = kind is patch.target and isinstance(backend, MediaBackend)
+    def make(kind: type, *args: Any, **kwargs: Any) -> Any:
+        # An executor is given the backend, a state is given the executor.
+        ours = kind is patch.target and any(
+            isinstance(getattr(given, "backend", given), MediaBackend) for given in (*args, *kwargs.values())
+        )
         return object.__new__(patch.replacement if ours else kind)
 
     return make
