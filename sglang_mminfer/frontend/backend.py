@@ -135,7 +135,14 @@ class MediaBackend(RuntimeEndpoint):
     fill_image = commit_lazy_operations
 
     def _generate_http_request(self, s: Any, data: dict[str, Any]) -> Any:
-        """What RuntimeEndpoint.select calls."""
+        """What RuntimeEndpoint.select calls.
+
+        It means to start at the prompt's last token, which may merge with a choice, and to drop it where it did not.
+        SGLang 0.5.23 counts from the token itself, so select starts one too early, never drops anything, and a choice's
+        mean holds two tokens of the prompt, which favours long choices.
+        """
+        if data.get("logprob_start_len"):
+            data = data | {"logprob_start_len": data["logprob_start_len"] + 1}
         return self.ask(s, data)
 
     def _body(self, s: Any, sampling_params: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ before. `PATCHES` lists both.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -84,8 +85,15 @@ class MediaExecutor(StreamExecutor):
             raise self.error_
 
     def end(self) -> None:
-        """No expression follows."""
+        """No expression follows.
+
+        SGLang runs a program that streams in a thread, and calls this while an exception ends the program. Nobody but
+        the streams can tell the user.
+        """
+        failure, first_end, is_fork = sys.exc_info()[1], not self._ended, self.fork_start_text_pos is not None
         self._ended = True
+        if isinstance(failure, Exception) and first_end and self.stream and self.use_thread and not is_fork:
+            self.queue.put(failure)  # behind all that was submitted before it
         super().end()
 
     def _thread_worker_func(self) -> None:
@@ -94,6 +102,8 @@ class MediaExecutor(StreamExecutor):
         while (expression := self.queue.get()) is not None:
             if self.error_ is None:
                 try:
+                    if isinstance(expression, Exception):
+                        raise expression
                     self._execute(expression)
                 except Exception as error:
                     warnings.warn(f"a program failed: {error}", stacklevel=2)

@@ -97,6 +97,7 @@ def test_a_program_sends_what_a_chat_would(server: StandIn, files: dict[str, str
     assert (second["image_data"], second["video_data"]) == (images, videos)
     assert selected[1]["text"] == [selected[0]["text"] + choice for choice in ("one", "seven")]
     assert (selected[1]["image_data"], selected[1]["video_data"]) == ([images] * 2, [videos] * 2)
+    assert selected[1]["logprob_start_len"] == 100 - 1, "the last token of the prompt"
     assert first["sampling_params"]["max_new_tokens"] == 4
 
 
@@ -236,6 +237,24 @@ def test_a_failed_child_raises_in_join(server: StandIn, files: dict[str, str]) -
     server.refuse = lambda body: TOO_LONG if "question 1" in body["text"] else None
     program.run(backend=MediaEndpoint(server.url)).sync()
     assert seen == [(TOO_LONG, " answer 1", " answer 3")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_ends_a_program_that_streams_is_raised_in_the_streams(server: StandIn) -> None:
+    @sgl.function
+    def program(s: Any) -> None:
+        s += sgl.user("What?") + sgl.assistant(sgl.gen("first"))
+        forks = s.fork(2)
+        forks += lambda i: sgl.user(f"question {i}") + sgl.assistant(sgl.gen("x"))
+        forks.join()
+        s += sgl.user("Why?") + sgl.assistant(sgl.gen("last"))
+
+    server.refuse = lambda body: TOO_LONG if "question 1" in body["text"] else None
+    state = program.run(backend=MediaEndpoint(server.url), stream=True)
+    assert "".join(state.text_iter("first")) == " answer 1"
+    for name in ("last", None):
+        with pytest.raises(MediaError, match="context length"):
+            list(state.text_iter(name))
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
