@@ -139,7 +139,7 @@ class MediaBackend(RuntimeEndpoint):
 
         It means to start at the prompt's last token, which may merge with a choice, and to drop it where it did not.
         SGLang 0.5.23 counts from the token itself, so select starts one too early, never drops anything, and a choice's
-        mean holds two tokens of the prompt, which favours long choices.
+        mean holds two tokens of the prompt, which count the more the shorter the choice is.
         """
         if data.get("logprob_start_len"):
             data = data | {"logprob_start_len": data["logprob_start_len"] + 1}
