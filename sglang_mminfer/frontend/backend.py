@@ -137,13 +137,15 @@ class MediaBackend(RuntimeEndpoint):
     def _generate_http_request(self, s: Any, data: dict[str, Any]) -> Any:
         """What RuntimeEndpoint.select calls.
 
-        It means to start at the prompt's last token, which may merge with a choice, and to drop it where it did not.
-        SGLang 0.5.23 counts from the token itself, so select starts one too early, never drops anything, and a choice's
-        mean holds two tokens of the prompt, which count the more the shorter the choice is.
+        It takes the first log-probability for that of the prompt's last token, which may merge with a choice, and drops
+        it where it did not. But the first is of the token before, and None; so nothing is ever dropped, and a choice's
+        mean holds a token of the prompt, which counts the more the shorter the choice is.
         """
-        if data.get("logprob_start_len"):
-            data = data | {"logprob_start_len": data["logprob_start_len"] + 1}
-        return self.ask(s, data)
+        answer = self.ask(s, data)
+        for one in answer if isinstance(answer, list) and "logprob_start_len" in data else ():
+            logprobs = one["meta_info"]["input_token_logprobs"]
+            one["meta_info"]["input_token_logprobs"] = logprobs[1:] if logprobs[0][0] is None else logprobs
+        return answer
 
     def _body(self, s: Any, sampling_params: Any) -> dict[str, Any]:
         self._handle_dtype_to_regex(sampling_params)

@@ -56,7 +56,9 @@ class StandIn:
         logprobs = []
         for text in texts if many else [texts]:
             words = text.rsplit("\n", 1)[-1] if isinstance(text, str) else ""
-            logprobs.append([[-1.0, 0, "\n"], *([-float(len(words)), ord(word), word] for word in words)])
+            logprobs.append(
+                [[None, 0, "t"], [-1.0, 0, "\n"], *([-float(len(words)), ord(word), word] for word in words)]
+            )
         count = body["sampling_params"].get("n") or 1
         made = [
             {

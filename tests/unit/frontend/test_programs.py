@@ -97,7 +97,8 @@ def test_a_program_sends_what_a_chat_would(server: StandIn, files: dict[str, str
     assert (second["image_data"], second["video_data"]) == (images, videos)
     assert selected[1]["text"] == [selected[0]["text"] + choice for choice in ("one", "seven")]
     assert (selected[1]["image_data"], selected[1]["video_data"]) == ([images] * 2, [videos] * 2)
-    assert selected[1]["logprob_start_len"] == 100 - 1, "the last token of the prompt"
+    (three, _, _), (five, *_) = (one[:3] for one in state.get_meta_info("third")["input_token_logprobs"])
+    assert three[0] == -3 and five[0] == -5, "no token of the prompt is among them"
     assert first["sampling_params"]["max_new_tokens"] == 4
 
 
