@@ -36,6 +36,7 @@ def main():
     state = program.run(video, image, **asked)
     streamed = program.run(video, image, stream=True, **asked)
     pieces = list(streamed.text_iter("second"))
+    list(streamed.text_iter())  # until the program has ended: a variable of forks is there when they are joined
     seen = {name: [state[name], streamed[name]] for name in ("first", "second", "third", "forked")}
     cached = state.get_meta_info("second")["cached_tokens"], state.get_meta_info("first")["prompt_tokens"]
     direct = engine.generate(prompt="And now?", sampling_params={"max_new_tokens": 2})["text"]
