@@ -157,18 +157,23 @@ class Running:
         )  # only the record of the prompt's last chunk has a map
         return [entry.modality for entry in found if entry.grid is not None]
 
-    @cached_property
-    def turns(self) -> Dialogue:
-        """Four turns of a conversation with the oracle's answers. Each answer is part of the next turn's prompt."""
+    @property
+    def questions(self) -> list[Message]:
+        """The user's messages of a conversation of four turns."""
         (first, second), (one, other) = self.files.videos, self.files.images
-        messages: list[Message] = []
-        dialogue = []
-        for turn in (
+        return [
             user(video(first) if self.family.video else image(other), text("What do you see?")),
             user(text("And now?")),
             user(text("Is that so?"), image(one)),
             user(text("Tell me more."), *([video(second)] if self.family.several_videos else [image(other)])),
-        ):
+        ]
+
+    @cached_property
+    def turns(self) -> Dialogue:
+        """The turns of the conversation with the oracle's answers. Each answer is part of the next turn's prompt."""
+        messages: list[Message] = []
+        dialogue = []
+        for turn in self.questions:
             messages = [*messages, turn]
             answer = self.oracle.answer(messages)
             dialogue.append((messages, answer))

@@ -28,7 +28,7 @@ def run(program: str, *arguments: str, keyboard: str = "", timeout: float = 300)
     )
 
 
-@pytest.mark.parametrize("program", ["video_chat.py", "engine_offline.py"])
+@pytest.mark.parametrize("program", ["video_chat.py", "engine_offline.py", "frontend_program.py"])
 def test_help(program: str) -> None:
     done = run(program, "--help")
     assert done.returncode == 0
@@ -39,6 +39,13 @@ def test_chat_says_that_no_server_is_there() -> None:
     done = run("video_chat.py", "--url", NOWHERE, "--question", "And now?")
     assert done.returncode == 1
     assert done.stderr == f"error: no server at {NOWHERE}; start one with `sglang serve`, or name it with --url\n"
+
+
+def test_program_says_that_no_server_is_there() -> None:
+    url = NOWHERE.removesuffix("/v1")
+    done = run("frontend_program.py", "--url", url, "--video", "a.mp4", "--image", "a.png")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no answer from {url}: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -97,6 +104,16 @@ def test_chat_with_a_server(model: Path, media: Media) -> None:
         assert typed.returncode == 0, typed.stderr
         assert "error: nothing.mp4: cannot be read" in typed.stdout
         assert typed.stdout.count("prompt tokens") == 1
+
+        asked_by_program = ("--url", server.url, "--max-tokens", "4", "--image", image, "--video")
+        program = run("frontend_program.py", *asked_by_program, video)
+        assert program.returncode == 0, program.stderr
+        costs = [line for line in program.stdout.splitlines() if "prompt tokens" in line]
+        first, cached = (int(costs[turn].split()[at].strip("[").replace(",", "")) for turn, at in ((0, 0), (1, 3)))
+        assert cached >= first - 1 and program.stdout.count("?") == 2
+        wrong = run("frontend_program.py", *asked_by_program, "nothing.mp4")
+        assert wrong.returncode == 1
+        assert wrong.stderr.endswith("error: nothing.mp4: cannot be read: No such file or directory\n")
 
         missing = run("video_chat.py", *common, "--model", "no-such", "--video", video, "--question", "Why?")
         assert missing.returncode in (0, 1)  # SGLang may answer whatever model is named

@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from families_served import EVERY_SERVER, FAMILY_SERVERS, Files, Running, make_files
+from programs import Recording, chats, conversation
 from serving import LAYERS, Message, Served, assistant, image, same, text, user, video
 from sglang_mminfer.serving.clip_sender import CLIP_RID
 from sglang_mminfer.tools.media import make_video
@@ -94,6 +95,32 @@ def test_every_turn_of_a_conversation(running: Running) -> None:
             known = len(got.prompt_ids)
         else:
             assert not got.cached_tokens
+
+
+def test_a_program_is_the_same_chat(running: Running) -> None:
+    """A program of SGLang's frontend has the token ids of the chat in every turn, and each finds the other's prefix."""
+    served, questions = running.served, running.questions
+
+    def program() -> tuple[Recording, list[str], list[int]]:
+        backend = Recording(served.server.url)
+        state = conversation.run(questions, 4, backend=backend)
+        answers = [state[str(turn)] for turn in range(len(questions))]
+        cached = [state.get_meta_info(str(turn))["cached_tokens"] for turn in range(len(questions))]
+        return backend, answers, cached
+
+    served.server.flush_cache()
+    backend, answers, _ = program()
+    asked = [served.ask(chat, 4) for chat in chats(questions, answers)]
+    assert [answer.text for answer in asked] == answers
+    assert [answer.prompt_ids for answer in asked] == backend.prompt_ids
+    if running.family.cached_turns:
+        assert [answer.cached_tokens for answer in asked] == [len(ids) - 1 for ids in backend.prompt_ids]
+    served.server.flush_cache()
+    again = [served.ask(chat, 4) for chat in chats(questions, answers)]
+    _, same_answers, cached = program()
+    assert same_answers == answers == [answer.text for answer in again]
+    if running.family.cached_turns:
+        assert cached == [len(answer.prompt_ids) - 1 for answer in again]
 
 
 def test_all_turns_at_once(running: Running) -> None:

@@ -17,7 +17,7 @@ LINES = (
     ("cli", "benchmarks"),
     ("testing",),
     ("tools",),
-    ("plugin",),
+    ("plugin", "frontend"),
     ("serving",),
     ("prefill", "head_config"),
     ("planning", "families"),
@@ -34,7 +34,7 @@ LINE_OF = {room: number for number, rooms in enumerate(LINES) for room in rooms}
 LIGHT = ("plugin", "settings", "serving.flags", "serving.hooks", "serving.cpu_platform", "families", "mends")
 """Modules that every process of every server imports: Python's own modules alone, before anything is asked of them."""
 
-KNOW_SGLANG = {"serving", "families", "mends", "tools", "benchmarks"}
+KNOW_SGLANG = {"serving", "families", "mends", "frontend", "tools", "benchmarks"}
 
 DOTTED = re.compile(rf"^{PACKAGE}(\.\w+)+")
 

@@ -28,9 +28,9 @@ FROM_SGLANG = {"flashinfer", "flash_attn", "flash_attn_interface", "cutlass", "q
 
 SERVE = {
     *("settings", "kernels", "modality", "patterns", "planning", "families", "mends"),
-    *("prefill", "head_config", "serving", "plugin", "cli", "__init__"),
+    *("prefill", "head_config", "serving", "plugin", "frontend", "cli", "__init__"),
 }
-"""Rooms whose imports a serving process has. Those of the others come with the extra [tools]."""
+"""Rooms whose imports a serving process has, or a frontend program. Those of the others come with the extra [tools]."""
 
 
 @pytest.fixture(scope="module")
