@@ -141,6 +141,12 @@ class HeadConfig:
         return list(self.rows[layer])
 
     @property
+    def layers(self) -> list[list[HeadPattern]]:
+        """The patterns of every layer of the model that this config is bound to."""
+        assert self.num_layers is not None
+        return [self.patterns(layer) for layer in range(self.num_layers)]
+
+    @property
     def basis_rank(self) -> int:
         """The largest rank that a pattern asks of a basis; 0: none chooses keys by a basis."""
         return max(pattern.basis_rank for row in self.rows for head in row for pattern in patterns_of(head))
@@ -155,6 +161,12 @@ class HeadConfig:
         """True if no head of the layer leaves anything out."""
         row = self.rows[layer] if self.form == "layers" else self.rows[0]
         return all(isinstance(pattern, Dense) for head in row for pattern in patterns_of(head))
+
+    @property
+    def all_dense(self) -> bool:
+        """True if no head of any layer leaves anything out."""
+        layers = len(self.rows) if self.form == "layers" else 1
+        return all(map(self.is_dense, range(layers)))
 
     def bind(self, hf_config: Any) -> HeadConfig:
         """This config for one model: checked against the model, and with its numbers of layers and heads.
@@ -173,8 +185,7 @@ class HeadConfig:
         Args:
             heads: (layer, head) of each.
         """
-        assert self.num_layers is not None
-        rows = [self.patterns(layer) for layer in range(self.num_layers)]
+        rows = self.layers
         for layer, head in heads:
             rows[layer][head] = Dense()
         return dataclasses.replace(self, form="layers", rows=tuple(map(tuple, rows)))

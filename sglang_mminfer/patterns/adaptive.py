@@ -70,13 +70,12 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
             a, b = (part[: self.rank].double() for part in pair.basis)
             scores = (q @ a.T) @ (k @ b.T).T * scale
         mask = window | (scores > (mass + math.log(self.alpha))[:, None])
-        return mask | pair.text_after_vision[:, None] if pair.text_rule else mask
+        return mask | pair.sees_all[:, None]
 
     # ---- for planning --------------------------------------------------------------------------------------
 
     def index(self, scope: Scope) -> PairIndex:
-        whole = {TEXT_AFTER_VISION: scope.text_after_vision} if scope.text_rule else {}
-        return PairIndex(sink=self.sink, local=self.local, whole=whole, estimated=self, query_rows=QUERY_ROWS)
+        return PairIndex(sink=self.sink, local=self.local, whole=scope.sees_all, estimated=self, query_rows=QUERY_ROWS)
 
     def picks(self, tokens: int) -> int:
         return math.ceil(self.budget * tokens)

@@ -45,11 +45,9 @@ class Grid(Pattern, kind="grid", colour="#54a24b"):
         mask = pair.window(self.sink, self.local)
         cells = pair.map.cells(self.stride)
         q_cell, k_cell = cells[pair.q_pos], cells[pair.k_pos]
-        whole = torch.zeros(len(pair.q_pos), dtype=torch.bool)
-        if pair.text_rule:
-            whole |= pair.text_after_vision
+        whole = pair.sees_all
         if self.h:
-            whole |= q_cell == self.phase
+            whole = whole | (q_cell == self.phase)
         if self.v:
             mask = mask | (k_cell == self.phase)[None, :]
         if self.s:
@@ -63,9 +61,7 @@ class Grid(Pattern, kind="grid", colour="#54a24b"):
         needs_phase = self.v or self.h
         on_phase = scope.map.on_phase(self.stride, self.phase) if needs_phase else Runs.span(0, 0)
         # A row cannot be placed on a raster that nobody knows, nor can it pick that raster's keys: see all of it.
-        whole = {NO_RASTER: Runs.span(_first_without_cells(self.stride, scope), scope.kv_len)}
-        if scope.text_rule:
-            whole[TEXT_AFTER_VISION] = scope.text_after_vision
+        whole = {NO_RASTER: Runs.span(_first_without_cells(self.stride, scope), scope.kv_len), **scope.sees_all}
         if self.h:
             whole[ON_PHASE] = on_phase
         skip = self.phase if needs_phase else None

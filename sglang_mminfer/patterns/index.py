@@ -42,6 +42,11 @@ class Scope:
         return self.map.runs(Modality.TEXT).clip(self.map.first_vision, self.kv_len)
 
     @cached_property
+    def sees_all(self) -> Mapping[str, Runs]:
+        """Text rows that have vision before them, for `PairIndex.whole`, unless a boundary says what they see."""
+        return {TEXT_AFTER_VISION: self.text_after_vision} if self.text_rule else {}
+
+    @cached_property
     def row_members(self) -> Runs:
         """Positions that belong to the row class."""
         return self._members(self.rows)

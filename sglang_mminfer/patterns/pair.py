@@ -66,6 +66,11 @@ class Pair:
         """bool [Lq]: text rows that have an image or a video before them."""
         return self.map.members(Modality.TEXT)[self.q_pos] & (self.q_pos > self.map.first_vision)
 
+    @cached_property
+    def sees_all(self) -> torch.Tensor:
+        """bool [Lq]: text rows that have vision before them, unless a boundary says what they see."""
+        return self.text_after_vision if self.text_rule else torch.zeros_like(self.text_after_vision)
+
     def queries_and_keys(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [Lq, D] and [Lk, D], for a pattern of this kind.
 

@@ -55,7 +55,7 @@ class PooledBlocks(Estimated, kind="pooled_blocks", colour="#8c564b"):
         q, k = pair.queries_and_keys(self.kind)
         scale = pair.scale_of(q)
         mask = torch.zeros_like(pair.causal)
-        chooses = pair.rows & ~pair.text_after_vision if pair.text_rule else pair.rows
+        chooses = pair.rows & ~pair.sees_all
         group_of_row, block_of_key = pair.q_pos // self.group, pair.key_rank.div(self.block, rounding_mode="floor")
         for group in group_of_row[chooses].unique():
             rows = chooses & (group_of_row == group)
@@ -69,13 +69,12 @@ class PooledBlocks(Estimated, kind="pooled_blocks", colour="#8c564b"):
                 for number in (weight >= weight.max() + math.log(self.alpha)).nonzero().flatten().tolist():
                     seen |= blocks[number]
             mask[rows] = seen
-        return mask | pair.text_after_vision[:, None] if pair.text_rule else mask
+        return mask | pair.sees_all[:, None]
 
     # ---- for planning --------------------------------------------------------------------------------------
 
     def index(self, scope: Scope) -> PairIndex:
-        whole = {TEXT_AFTER_VISION: scope.text_after_vision} if scope.text_rule else {}
-        return PairIndex(sink=self.sink, local=self.local, whole=whole, estimated=self)
+        return PairIndex(sink=self.sink, local=self.local, whole=scope.sees_all, estimated=self)
 
     def picks(self, tokens: int) -> int:
         return tokens

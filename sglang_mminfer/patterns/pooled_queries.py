@@ -53,7 +53,7 @@ class PooledQueries(Estimated, kind="pooled_queries", colour="#e377c2"):
         q, k = pair.queries_and_keys(self.kind)
         scale = pair.scale_of(q)
         mask = torch.zeros_like(pair.causal)
-        chooses = pair.rows & ~pair.text_after_vision if pair.text_rule else pair.rows
+        chooses = pair.rows & ~pair.sees_all
         group_of_row = pair.q_pos // self.group
         for group in group_of_row[chooses].unique():
             rows = chooses & (group_of_row == group)
@@ -64,13 +64,12 @@ class PooledQueries(Estimated, kind="pooled_queries", colour="#e377c2"):
                 span = earlier & (pair.key_rank >= first) & (pair.key_rank < first + self.span)
                 seen |= span & (score >= score[span].max() + math.log(self.alpha))
             mask[rows] = seen
-        return mask | pair.text_after_vision[:, None] if pair.text_rule else mask
+        return mask | pair.sees_all[:, None]
 
     # ---- for planning --------------------------------------------------------------------------------------
 
     def index(self, scope: Scope) -> PairIndex:
-        whole = {TEXT_AFTER_VISION: scope.text_after_vision} if scope.text_rule else {}
-        return PairIndex(sink=self.sink, local=self.local, whole=whole, estimated=self)
+        return PairIndex(sink=self.sink, local=self.local, whole=scope.sees_all, estimated=self)
 
     def picks(self, tokens: int) -> int:
         return tokens

@@ -66,14 +66,7 @@ class VerticalSlash(Estimated, kind="vertical_slash", colour="#e45756"):
         last = pair.rows.nonzero().flatten()[-self.last_q :]
         if len(last) == 0 or not bool(pair.keys.any()):
             return columns, diagonals
-        if pair.q is None or pair.k is None:
-            raise ValueError("pattern_mask: vertical_slash is estimated, so it needs q [rows, D] and k [kv_stop, D]")
-        q, k = pair.q.flatten(1).float(), pair.k.flatten(1).float()
-        if q.shape[0] != len(pair.q_pos) or k.shape[0] != pair.kv_stop or q.shape[1] != k.shape[1]:
-            raise ValueError(
-                f"pattern_mask: expected q [{len(pair.q_pos)}, D] and k [{pair.kv_stop}, D] of one head, "
-                f"got {list(q.shape)} and {list(k.shape)}"
-            )
+        q, k = (x.float() for x in pair.queries_and_keys(self.kind))
         scale = pair.scale_of(q)
         scores = (q[last] @ k.T) * scale
         weights = torch.softmax(scores.masked_fill(~pair.causal[last], -torch.inf), dim=-1)

@@ -9,12 +9,9 @@ ask for and more. Where a prompt is cut may decide which of its rows do, which i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from sglang_mminfer import settings
 from sglang_mminfer.head_config.config import HeadConfig
 from sglang_mminfer.modality.segments import ModalityMap
-from sglang_mminfer.patterns.boundary import HeadPattern
 from sglang_mminfer.planning.budget import PlanBudget, line_strides
 from sglang_mminfer.planning.cost import Comparison
 from sglang_mminfer.planning.coverage import lacks_raster, leaves_out
@@ -25,32 +22,17 @@ class Choice:
 
     Args:
         head_config: of the whole model, so that ranks with different heads decide alike.
-        num_layers: layers of the model.
-        executor, dense_backend: the names of what runs sparse and dense attention.
-        head_dim: dimensions of a head.
-        shares, dense_on_stock: as for `Comparison`.
+        comparison: of these heads with dense attention.
 
     Attributes:
         lacks_basis: whether heads choose keys by q . k itself, which takes as long as dense attention.
     """
 
-    def __init__(
-        self,
-        head_config: HeadConfig,
-        num_layers: int,
-        executor: str,
-        dense_backend: str,
-        head_dim: int,
-        shares: Mapping[HeadPattern, float] | None = None,
-        dense_on_stock: bool = True,
-    ) -> None:
-        layers = [head_config.patterns(layer) for layer in range(num_layers)]
+    def __init__(self, head_config: HeadConfig, comparison: Comparison) -> None:
         self.dense_below = head_config.defaults.dense_below
         self.budget = PlanBudget(*settings.plan_budget())
-        self.comparison = Comparison(
-            layers, executor, dense_backend, self.dense_below, head_dim, shares, dense_on_stock
-        )
-        self._patterns = {head for layer in layers for head in layer}
+        self.comparison = comparison
+        self._patterns = {head for layer in head_config.layers for head in layer}
         self._line_strides = line_strides(self._patterns)
         self.only_if_faster = settings.sparse() == "faster"
         self.lacks_basis = head_config.basis_rank > 0 and head_config.basis is None

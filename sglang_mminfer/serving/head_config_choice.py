@@ -138,7 +138,7 @@ def storage_model_name(name: str | None, *args: Any, **kwargs: Any) -> str | Non
 
     model = model_config_of(asked.server_args())
     head_config, _ = load_for_model(asked.server_args(), model.hf_config)
-    if all(head_config.is_dense(layer) for layer in range(model.num_hidden_layers)):
+    if head_config.all_dense:
         return None
     content = json.loads(head_config.to_json())
     del content["provenance"]

@@ -18,6 +18,7 @@ from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern
+from sglang_mminfer.planning.cost import Comparison
 from sglang_mminfer.planning.planner import Heads, is_static
 from sglang_mminfer.serving.choice import Choice
 from sglang_mminfer.serving.dense_heads import BACKENDS, MOST_REPEATED, DenseHeads, dense_heads
@@ -110,27 +111,26 @@ class ServedHeads:
     def __init__(
         self, head_config: HeadConfig, placement: Placement, guarded: int = 0, shares: KnownShares | None = None
     ) -> None:
-        assert head_config.num_layers is not None
         self.head_config, self.guarded = head_config, guarded
         self._placement = placement
         self._layers: dict[LayerShape, LayerHeads] = {}
         self.bases: dict[int, Basis] = {}
         self.shares = shares or KnownShares.of(head_config)
-        self.all_dense = all(map(head_config.is_dense, range(head_config.num_layers)))
+        self.all_dense = head_config.all_dense
         self.choice = self._choice()
 
     def _choice(self) -> Choice:
         config, placement, mean = self.head_config, self._placement, self.mean_share
-        assert config.num_layers is not None
-        return Choice(
-            config,
-            config.num_layers,
+        comparison = Comparison(
+            config.layers,
             placement.executor,
             placement.dense_backend,
+            config.defaults.dense_below,
             placement.head_dim,
             {} if self.shares is None or mean is None else {self.shares.rule: mean},
             placement.dense_on_stock,
         )
+        return Choice(config, comparison)
 
     @property
     def mean_share(self) -> float | None:
@@ -149,18 +149,19 @@ class ServedHeads:
         denser.bases, denser.choice.lacks_basis = self.bases, self.choice.lacks_basis
         return denser
 
-    def choose_by(self, bases: Mapping[int, Basis]) -> None:
-        """Takes the bases of this rank's heads, by layer, where the head config brings none. Once, before any request
-        runs sparse."""
+    def settle_basis(self, bases: Mapping[int, Basis], shares: KnownShares | None = None) -> None:
+        """Takes the basis by which heads choose keys, where the head config brings none. Once, before any request runs
+        sparse.
+
+        Args:
+            bases: of this rank's heads, by layer; empty: heads choose by q . k itself.
+            shares: what the basis tells of the heads of all ranks; None: nothing.
+        """
         self.bases |= {layer_id: basis.to(self._placement.device) for layer_id, basis in bases.items()}
+        self.shares = shares or self.shares
+        self.choice = self._choice()
         self.choice.lacks_basis = not self.bases
         self._layers.clear()
-
-    def know(self, shares: KnownShares) -> None:
-        """Takes what the basis of `choose_by` tells of the heads of all ranks. Once, before any request runs sparse."""
-        lacks_basis, self.shares = self.choice.lacks_basis, shares
-        self.choice = self._choice()
-        self.choice.lacks_basis = lacks_basis
 
     def is_dense(self, layer_id: int) -> bool:
         """Whether no head of the layer leaves anything out, on any rank. A rank knows only its own guarded heads."""

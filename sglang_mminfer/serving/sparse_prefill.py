@@ -103,16 +103,14 @@ class SparsePrefill:
         self.num_layers = runner.model_config.num_hidden_layers
         stage = getattr(runner, "layer_info", None)
         self._layers = (stage.start_layer, stage.end_layer) if stage is not None else (0, self.num_layers)
-        all_dense = all(map(head_config.is_dense, range(self.num_layers)))
         self._shapes: set[LayerShape] = set()
         head_dim = runner.model_config.head_dim
         case = self.device, head_dim, BLOCK_K, runner.dtype
         names = executors.names_for(settings.executor(), *case)
         self.executor, self.unfit = names[0], None
-        if not all_dense:
+        if not head_config.all_dense:
             self_check.compile_ahead()
-            heads = (head for layer in range(self.num_layers) for head in head_config.patterns(layer))
-            estimates = not all(is_static(head) for head in set(heads))
+            estimates = not all(is_static(head) for layer in head_config.layers for head in set(layer))
             self.executor, self.unfit = self_check.first_fit(
                 runner, names, self.device, self.ranks, dense_backend, estimates
             )
@@ -120,7 +118,7 @@ class SparsePrefill:
         self.served = ServedHeads(head_config, placement)
         self.dense_backend = dense_backend
         self._log_shares()
-        self.second_instance = None if all_dense or self.unfit else second_instance()
+        self.second_instance = None if self.served.all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
         self.observers = observe.from_environment(
             observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
@@ -158,13 +156,14 @@ class SparsePrefill:
         if self._calibration is not None:
             self.observers.remove(self._calibration)
             self._calibration = None
-        self.served.choose_by(bases or {})
+        shares = None
+        if rule is not None:
+            shares = KnownShares(rule, calibration.shares_of_all_ranks(place, bases or {}))
+        self.served.settle_basis(bases or {}, shares)
         if self.leads:
             rank = self.served.head_config.basis_rank
             how = f"a basis of rank {rank} from the built-in clip" if bases else "q . k itself"
             logger.info("mminfer: heads choose keys by %s.", how)
-        if rule is not None:
-            self.served.know(KnownShares(rule, calibration.shares_of_all_ranks(place, bases or {})))
         self._log_shares()
 
     def _log_shares(self) -> None:

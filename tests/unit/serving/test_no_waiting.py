@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import observed
 from observed import LENGTH
+from sglang_mminfer.planning.cost import Comparison
 from sglang_mminfer.planning.planner import is_static
 from sglang_mminfer.serving import observe, prompts
 from sglang_mminfer.serving.choice import Choice
@@ -83,7 +84,8 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: 
     monkeypatch.setattr(prefill, "waits", False)  # as on a GPU without a trace
     monkeypatch.setattr(prefill, "executor", "triton")
     config = prefill.served.head_config
-    monkeypatch.setattr(prefill.served, "choice", Choice(config, observed.LAYERS, "triton", "fa3", observed.D))
+    comparison = Comparison(config.layers, "triton", "fa3", config.defaults.dense_below, observed.D)
+    monkeypatch.setattr(prefill.served, "choice", Choice(config, comparison))
     monkeypatch.setattr(prefill, "second_instance", Stock())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("triton.runtime.jit.KernelInterface.__getitem__", lambda kernel, grid: lambda *a, **k: None)

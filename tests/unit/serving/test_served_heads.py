@@ -41,9 +41,9 @@ def test_sparse_with_a_basis_and_dense_without() -> None:
     assert why_dense(served(dataclasses.replace(CONFIG, basis=whole))) is None
     heads = served(CONFIG)
     assert why_dense(heads) == "not_faster"
-    heads.choose_by({})
+    heads.settle_basis({})
     assert why_dense(heads) == "not_faster"
-    heads.choose_by({layer: BASIS for layer in range(LAYERS)})
+    heads.settle_basis({layer: BASIS for layer in range(LAYERS)})
     assert why_dense(heads) is None
     assert why_dense(heads.with_dense([(0, 1)])) is None
 
@@ -78,13 +78,11 @@ def test_what_the_clip_says_is_as_what_a_file_says() -> None:
         ([[0.1, 0.95, 0.9, 0.1]] * LAYERS, "not_faster"),
     ):
         by_clip, by_file = served(CONFIG), served(with_shares(CONFIG, of_heads))
-        by_clip.choose_by({layer: BASIS for layer in range(LAYERS)})
-        by_clip.know(KnownShares(RULE, torch.tensor(of_heads)))
+        by_clip.settle_basis({layer: BASIS for layer in range(LAYERS)}, KnownShares(RULE, torch.tensor(of_heads)))
         assert by_clip.mean_share == by_file.mean_share
         assert why_dense(by_clip) == why_dense(by_file) == reason
     unknown = served(CONFIG)
-    unknown.choose_by({})
-    unknown.know(KnownShares(RULE, torch.full((LAYERS, HEADS), torch.nan)))
+    unknown.settle_basis({}, KnownShares(RULE, torch.full((LAYERS, HEADS), torch.nan)))
     assert unknown.mean_share is None and why_dense(unknown) == "not_faster", "there is no basis"
 
 
