@@ -74,12 +74,16 @@ def media(names: list[str]) -> list[str]:
 
 
 def head_config(name: str | None) -> str | None:
-    """A head config's name or path, as far as that can be told without reading it.
+    """A head config's name, path or place on the hub, as far as that can be told without reading it.
 
     Raises:
         typer.BadParameter: no such file, or no built-in config of this name.
     """
-    if name is None or "://" in name:
+    if name is None:
+        return name
+    if "://" in name:
+        if not re.fullmatch(settings.HUB_NAME, name):
+            raise bad(f"{name}: expected hf://owner/repo[@revision]/path/file.json")
         return name
     if "/" in name or name.endswith(".json"):
         file(Path(name).expanduser())
@@ -143,7 +147,10 @@ ModelPath = Annotated[
 HeadConfigName = Annotated[
     str | None,
     typer.Option(
-        settings.CONFIG.flag, metavar="NAME|PATH", callback=head_config, help="head config, as for the server"
+        settings.CONFIG.flag,
+        metavar="NAME|PATH",
+        callback=head_config,
+        help="head config, as for the server: a name, a file, hf://...",
     ),
 ]
 

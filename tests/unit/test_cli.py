@@ -216,3 +216,36 @@ def test_env_tells_what_is_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert set(rows) == {setting.variable for setting in settings.SETTINGS if not setting.internal}
     assert cli.main(["env"]) == 0
     assert f"{settings.CONFIG.variable}=dense, or --mminfer-config" in capsys.readouterr().out
+
+
+def test_documents_have_the_exit_statuses_and_the_old_names() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    for status, meaning in parsing.EXIT_STATUSES.items():
+        assert f"| {status} | {meaning} |" in page
+    for name in (*parsing.OLD_NAMES, parsing.OLD_REST):
+        assert f"`{name}`" in page or f"`{name} " in page
+
+
+def test_the_death_of_a_server_is_no_progress(tmp_path: Path) -> None:
+    """SGLang's last words, as it wrote them into a log, stand behind the last step of the start."""
+    from sglang_mminfer.tools.server import Server
+
+    (log := tmp_path / "log").write_text(
+        "[2026-11-25 10:00:00] Load weight begin.\n"
+        "[2026-11-25 10:00:01] Scheduler hit an exception: Traceback (most recent call last):\n"
+        "[2026-11-25 10:00:02] kill_process_tree called: parent_pid=7\n"
+        "[2026-11-25 10:00:02] Received sigquit from a child process. It usually means the child failed.\n"
+    )
+    assert Server("model", log=log).last_line() == "Load weight begin."
+
+
+def test_the_quick_doctor_leaves_sglang_out() -> None:
+    """Versions and settings, in a process of its own."""
+    program = (
+        "import sys\nfrom sglang_mminfer import cli\nstatus = cli.main(['doctor', '--quick', '--json'])\n"
+        "print([m for m in ('sglang', 'torch', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert {finding["section"] for finding in found["findings"]} == {"installed", "settings"}
+    assert "[]" in done.stderr.splitlines(), done.stderr

@@ -30,12 +30,18 @@ def run(options: SimpleNamespace) -> int:
     """
     from rich.console import Console
 
+    from sglang_mminfer.tools.search import publish
     from sglang_mminfer.tools.search.report import page, rows_of
 
+    if options.push_to_hub:
+        publish.check_login(options.push_to_hub)
     result = _search(options, Console(stderr=True))
     result.config.save(options.out)
     report = options.out.with_suffix(".html")
     report.write_text(page(result))
+    files = {"config": str(options.out), "report": str(report)}
+    if options.push_to_hub:
+        files["hub"] = publish.push(result, options.out, report, options.push_to_hub)
     if options.json:
         scores = {"calibration": result.calibration, "held_out": result.held_out}
         columns = ("config", "density", "error", "ms")
@@ -44,11 +50,10 @@ def run(options: SimpleNamespace) -> int:
             for name, score in scores.items()
             if score is not None
         }
-        files = {"config": str(options.out), "report": str(report)}
         print(json.dumps({**files, **tables, "cost": result.cost_words, "doubts": list(result.doubts)}, indent=1))
         return 0
     _print(result)
-    print(f"Head config: {options.out}   report: {report}")
+    print("   ".join(f"{name}: {file}" for name, file in files.items()))
     return 0
 
 
