@@ -32,9 +32,7 @@ def check_login(repo: str) -> None:
         HfApi(library_name=LIBRARY).whoami()
     except (OSError, ValueError, httpx.HTTPError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Refused(
-            f"--push-to-hub {repo}: the hub does not let us in: {why}. `hf auth login`, or HF_TOKEN"
-        ) from None
+        raise Refused(f"--push-to-hub {repo}: the hub does not know us: {why}. `hf auth login`, or HF_TOKEN") from None
 
 
 def push(result: SearchResult, config: Path, report: Path, repo: str) -> str:
@@ -98,9 +96,7 @@ def card(result: SearchResult, config: str, report: str, repo: str) -> str:
     ]
     for title, scores in (("On the calibration input", result.calibration), ("On the held-out input", result.held_out)):
         if scores is not None:
-            rows = [
-                [name, f"{density:.1%}", f"{error:.4f}", f"{ms:,.0f}"] for name, density, error, ms in rows_of(scores)
-            ]
+            rows = [[name, f"{share:.1%}", f"{error:.4f}", f"{ms:,.0f}"] for name, share, error, ms in rows_of(scores)]
             lines += [f"## {title}\n", *_table(["config", "density", "error", "ms"], rows)]
     lines += [f"{result.cost_words} The pictures are in [the report]({report}).\n"]
     lines += [f"* Mind: {doubt}" for doubt in result.doubts]
