@@ -65,9 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/api/whoami-v2":
             known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-            self._json(
-                {"name": "someone", "type": "user"} if known else {"error": "Invalid token"}, 200 if known else 401
-            )
+            answer = {"name": "someone", "type": "user"} if known else {"error": "Invalid token"}
+            self._json(answer, 200 if known else 401)
         else:
             self._read(with_body=True)
 
@@ -85,16 +84,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.repos.setdefault(repo, [])
             self._json({"url": f"{self.hub.url}/{repo}"}, 409 if exists else 200)
         elif found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/preupload/main", self.path):
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            self._json({"files": files})
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            self._json({"files": [{"path": file["path"], **how} for file in json.loads(body)["files"]]})
         elif found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", self.path):
             lines = [json.loads(line) for line in body.splitlines()]
-            files = {
-                v["path"]: base64.b64decode(v["content"]) for v in (x["value"] for x in lines if x["key"] == "file")
-            }
-            commit = self.hub.commit(found[1], files)
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            commit = self.hub.commit(found[1], {file["path"]: base64.b64decode(file["content"]) for file in files})
             url = f"{self.hub.url}/{found[1]}/commit/{commit}"
             self._json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
         else:
@@ -113,9 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         content = by_name[found[2]].get(found[3])
         if content is None:
             return self._refuse("EntryNotFound", 404, commit)
-        self._answer(content if with_body else b"", 200, {
-            "X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Content-Length": str(len(content)),
-        })  # fmt: skip
+        tag = f'"{hashlib.sha1(content).hexdigest()}"'
+        headers = {"X-Repo-Commit": commit, "ETag": tag, "Content-Length": str(len(content))}
+        self._answer(content if with_body else b"", 200, headers)
 
     def _refuse(self, why: str, status: int, commit: str | None = None) -> None:
         headers = {"X-Error-Code": why, "X-Error-Message": why, **({"X-Repo-Commit": commit} if commit else {})}
