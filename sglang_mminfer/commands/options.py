@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
 from sglang_mminfer import settings
-from sglang_mminfer.commands.parsing import bad
+from sglang_mminfer.commands.parsing import Failed, bad
 
 SERVERS = "Servers"
 QUESTIONS = "Questions"
@@ -106,6 +108,20 @@ def built_in_configs() -> list[str]:
     """Names of the built-in head configs, in order."""
     folder = resources.files("sglang_mminfer.head_configs")
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def reachable(url: str) -> None:
+    """Whether anything listens at a URL of this machine; what lies behind a proxy only a real request can tell.
+
+    Raises:
+        Failed: nothing does.
+    """
+    parts = urlsplit(url)
+    if parts.hostname in ("127.0.0.1", "localhost", "::1"):
+        try:
+            socket.create_connection((parts.hostname, parts.port or 80), timeout=5).close()
+        except OSError:
+            raise Failed(f"--url {url}: no server there; start one with `sglang serve`") from None
 
 
 def words(text: str) -> str:

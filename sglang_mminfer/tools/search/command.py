@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from sglang_mminfer import settings
 
@@ -42,6 +42,7 @@ def run(options: SimpleNamespace) -> int:
     files = {"config": str(options.out), "report": str(report)}
     if options.push_to_hub:
         files["hub"] = publish.push(result, options.out, report, options.push_to_hub)
+    _print(result, files, sys.stderr if options.json else sys.stdout)
     if options.json:
         scores = {"calibration": result.calibration, "held_out": result.held_out}
         columns = ("config", "density", "error", "ms")
@@ -51,9 +52,6 @@ def run(options: SimpleNamespace) -> int:
             if score is not None
         }
         print(json.dumps({**files, **tables, "cost": result.cost_words, "doubts": list(result.doubts)}, indent=1))
-        return 0
-    _print(result)
-    print("   ".join(f"{name}: {file}" for name, file in files.items()))
     return 0
 
 
@@ -108,7 +106,8 @@ def _search(options: SimpleNamespace, console: Console) -> SearchResult:
             server.stop()
 
 
-def _print(result: SearchResult) -> None:
+def _print(result: SearchResult, files: dict[str, str], stream: TextIO) -> None:
+    """Tables, doubts and the names of what was written, in words."""
     from rich.console import Console
     from rich.table import Table as RichTable
 
@@ -122,7 +121,8 @@ def _print(result: SearchResult) -> None:
             table.add_column(column, justify="left" if column == "config" else "right")
         for name, density, error, ms in rows_of(scores):
             table.add_row(name, f"{density:.1%}", f"{error:.4f}", f"{ms:,.0f}")
-        Console(file=sys.stdout).print(table)
-    print(result.cost_words)
+        Console(file=stream).print(table)
+    print(result.cost_words, file=stream)
     for doubt in result.doubts:
-        print(f"Mind: {doubt}")
+        print(f"Mind: {doubt}", file=stream)
+    print("   ".join(f"{name}: {file}" for name, file in files.items()), file=stream)
