@@ -29,6 +29,7 @@ import httpx
 import psutil
 
 from sglang_mminfer import settings
+from sglang_mminfer.tools.errors import Failed
 
 Progress = Callable[[float, str], None]
 """Called while the server starts, with the seconds since its start and the last line of its log."""
@@ -45,14 +46,14 @@ QUIET_ENVIRONMENT = {
 # The watcher kills a process group as soon as the watcher's standard input closes: when this process dies.
 WATCHER = 'read _; kill -s KILL -- "-$0" 2>/dev/null'
 
-# Log lines that say nothing about the progress of the start.
-_NOISE = re.compile(r"GET /health|deprecat|warn", re.IGNORECASE)
+# Log lines that say nothing about the progress of the start: a server that dies, say, is not getting on.
+_NOISE = re.compile(r"GET /health|deprecat|warn|kill_process_tree|sigquit|exception|error", re.IGNORECASE)
 _STAMP = re.compile(r"^\[20\d\d-\d\d-\d\d [\d:]+[^\]]*\] (?:INFO: *)?")
 _PORT_TAKEN = re.compile(r"^.*ERROR.*address already in use", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
-class ServerError(RuntimeError):
+class ServerError(Failed):
     """The server died or did not answer in time. The message ends with the tail of the server's log."""
 
 
