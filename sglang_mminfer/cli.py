@@ -127,7 +127,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 """Each adds its own arguments and the default `run`, which takes the arguments and returns the exit status. Only the
 command that was asked for does so: the doctor must run where the others cannot even be imported."""
 
-TOOLS = ("httpx", "imageio_ffmpeg", "jinja2", "matplotlib", "openai", "rich", "safetensors", "tokenizers")
+TOOLS = ("httpx", "imageio_ffmpeg", "jinja2", "matplotlib", "openai", "rich", "safetensors", "scipy", "tokenizers")
 """Modules that the extra [tools] brings. Every command but the doctor uses some of them, and most only late: a search
 that has run for an hour must not find out then that it cannot draw."""
 
