@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_mminfer.tools.errors import Failed
 from sglang_mminfer.tools.evaluation.tasks import Task, score_of
 
 VERSION = "0.7.3"
@@ -25,7 +26,7 @@ KEY = "MMINFER_EVAL_API_KEY"
 """The environment variable that hands the server's API key to the client."""
 
 
-class LmmsError(RuntimeError):
+class LmmsError(Failed):
     """lmms-eval is missing, or gave no result that can be trusted; the message says why."""
 
 

@@ -19,13 +19,22 @@ from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.tools import paired, verdicts
 from sglang_mminfer.tools.compare import Entry, entries_of
+from sglang_mminfer.tools.errors import Refused
 from sglang_mminfer.tools.evaluation import figure, lmms, measured, needle_tasks
 from sglang_mminfer.tools.evaluation.lmms import LmmsError
 from sglang_mminfer.tools.evaluation.tasks import JUDGE_KEYS, NEEDLES, NoScore, Task, task_of
 from sglang_mminfer.tools.needles.kits import KITS, Kit
 from sglang_mminfer.tools.niah.ask import Settings
-from sglang_mminfer.tools.niah.command import Refused, kit_of, progress_of, provenance, telemetry_of, write_json
-from sglang_mminfer.tools.server import Server, ServerError, shown_wait
+from sglang_mminfer.tools.niah.command import (
+    check_config,
+    kit_of,
+    provenance,
+    target_of,
+    telemetry_of,
+    wide_console,
+    write_json,
+)
+from sglang_mminfer.tools.server import Server, shown_wait
 from sglang_mminfer.tools.telemetry import LOCAL, NoTelemetry, Telemetry
 
 
@@ -45,6 +54,7 @@ class Options:
         concurrency: requests side by side. timeout: seconds for an answer.
         needles: of our own tasks; kit: `cards`, `glyphs`, or None for what the model is.
         lmms_eval: the program; None: what is found.
+        api_key: of running servers. json: print the result as one JSON document.
     """
 
     tasks: tuple[str, ...]
@@ -67,6 +77,18 @@ class Options:
     seed: int = 1
     kit: str | None = None
     lmms_eval: str | None = None
+    api_key: str | None = None
+    json: bool = False
+
+
+def run(options: Options) -> int:
+    """Evaluate, and write eval.json, eval.md and eval.png. Returns exit status 0.
+
+    Raises:
+        Failed: as `Evaluation` and its `run`.
+    """
+    Evaluation(options, wide_console(options.json)).run()
+    return 0
 
 
 @dataclass
@@ -90,9 +112,10 @@ class Evaluation:
         self.options, self.console, self.out = options, console, options.out
         _check(options)
         self.tasks = [task_of(name) for name in options.tasks]
-        self.entries = {entry.name: entry for entry in entries_of(_with_dense(options), [], None)}
-        if not options.model_path:
-            self.entries = {}
+        chosen = entries_of(_with_dense(options), [], None) if options.model_path else []
+        self.entries = {entry.name: entry for entry in chosen}
+        for entry in chosen:
+            check_config(entry.config)
         self.program = lmms.find(options.lmms_eval)
         self.version = lmms.version_of(self.program)
         self.kit = self._kit()
@@ -108,7 +131,7 @@ class Evaluation:
         """Ask every server, and write eval.json, eval.md and eval.png.
 
         Raises:
-            LmmsError, ServerError: a config gave no answers that can be trusted. Those before it are in the file.
+            Failed: a config gave no answers that can be trusted. Those before it are in the file.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         if self.version != lmms.VERSION:
@@ -130,7 +153,7 @@ class Evaluation:
             cache = self.out / "cache" / f"{name}-{digest}"
             cache.mkdir(parents=True, exist_ok=True)
             answers, prefills = cache / "answers.jsonl", cache / "prefills.jsonl"
-            with progress_of(self.console, name) as heard:
+            with measured.progress(self.console, name) as heard:
                 watch = measured.Watch(answers, prefills, target.telemetry, heard)
                 try:
                     scores = lmms.run(
@@ -148,13 +171,11 @@ class Evaluation:
                         self.out / "logs" / name,
                         include=include,
                         limit=self.options.limit,
-                        api_key=os.environ.get("OPENAI_API_KEY") if name in self.options.urls else None,
+                        api_key=self.options.api_key if name in self.options.urls else None,
                         offline=all(task in NEEDLES.values() for task in self.tasks),
                         waiting=watch.look,
                     )
-                except NoScore as error:
-                    raise LmmsError(f"{name}: {error}") from None
-                except LmmsError as error:
+                except (LmmsError, NoScore) as error:
                     raise LmmsError(f"{name}: {error}") from None
                 finally:
                     watch.look()
@@ -169,8 +190,10 @@ class Evaluation:
         """A server, and what decides its answers."""
         asked = {"conversation": self.options.conversation, "lmms_eval": self.version}
         if name in self.options.urls:
-            target = _running(name, self.options.urls[name], self.options.model)
-            yield target, {**asked, **_description(target)}
+            url = self.options.urls[name].rstrip("/").removesuffix("/v1")
+            found = target_of(url, self.options.model, 60.0, self.options.api_key)
+            target = Target(f"{url}/v1", found.model, found.telemetry)
+            yield target, {**asked, **_description(target, self.options.api_key)}
             return
         entry = self.entries[name]
         flags = [*self._flags(), *shlex.split(self.options.server_flags)]
@@ -246,7 +269,8 @@ class Evaluation:
     def _report(self) -> None:
         configs = {name: self.result["configs"][name] for name in self.names}
         baseline, found = compared(configs, self.tasks, self.options.margin / 100)
-        write_json(self.file, {**self.result, "compared": verdicts.to_json(found, baseline)})
+        self.result["compared"] = verdicts.to_json(found, baseline)
+        write_json(self.file, self.result)
         rows = table_of(configs, self.tasks)
         page = self.out / "eval.md"
         page.write_text(verdicts.markdown(rows) + verdicts.markdown_section(found, baseline))
@@ -256,6 +280,8 @@ class Evaluation:
         if any(found.values()):
             written.append(str(figure.draw(found, baseline, self.out / "eval.png")))
         self.console.print(f"written: {', '.join(written)}", highlight=False)
+        if self.options.json:
+            print(json.dumps(self.result, indent=1, ensure_ascii=False))
 
 
 def compared(
@@ -306,25 +332,16 @@ def _check(options: Options) -> None:
     if bool(options.urls) == bool(options.model_path):
         raise Refused("name running servers with --url, or a model to serve with --model-path; one of the two")
     if options.configs and not options.model_path:
-        raise Refused("--config is for servers that are started: give --model-path, too")
+        raise Refused("--mminfer-config is for servers that are started: give --model-path, too")
     if options.frames is not None and not options.model_path:
         raise Refused("--frames is for servers that are started; a running one has --mm-process-config")
     if not options.tasks or len(set(options.tasks)) != len(options.tasks):
         raise Refused(f"--tasks: expected at least one, and none twice, got {', '.join(options.tasks) or 'none'}")
-    for name, value in (
-        ("--limit", options.limit),
-        ("--frames", options.frames),
-        ("--concurrency", options.concurrency),
-    ):
-        if value is not None and value < 1:
-            raise Refused(f"{name}: expected 1 or more, got {value}")
-    if not 0 < options.margin < 100:
-        raise Refused(f"--margin: expected points between 0 and 100, got {options.margin:g}")
     judged = [name for name in options.tasks if task_of(name).judge]
     if judged and not any(os.environ.get(key) for key in JUDGE_KEYS):
         raise Refused(
-            f"--tasks: a language model judges the answers of {', '.join(judged)}, and without one lmms-eval counts them "
-            f"as wrong; set {' or '.join(JUDGE_KEYS[:2])} for it"
+            f"--tasks: a language model judges the answers of {', '.join(judged)}, and without one lmms-eval counts "
+            f"them as wrong; set {' or '.join(JUDGE_KEYS[:2])} for it"
         )
     for path in options.include:
         if not path.is_dir():
@@ -340,25 +357,16 @@ def _config_of(entry: Entry) -> dict[str, Any]:
     return {"head_config": json.loads(HeadConfig.load(entry.config).to_json())}
 
 
-def _running(name: str, url: str, model: str | None) -> Target:
-    from sglang_mminfer.tools.niah.command import target_of
-
-    target = target_of(url, model, 60.0)
-    base = url.rstrip("/").removesuffix("/v1")
-    return Target(f"{base}/v1", target.model, target.telemetry)
-
-
-def _description(target: Target) -> dict[str, Any]:
+def _description(target: Target, api_key: str | None) -> dict[str, Any]:
     """What decides the answers of a running server, as far as it tells."""
     import httpx
 
     base = target.url.removesuffix("/v1")
     told: dict[str, Any] = {"model": target.model}
-    key = os.environ.get("OPENAI_API_KEY")
     with contextlib.suppress(httpx.HTTPError, ValueError):
         answer = httpx.get(
             f"{base}/server_info",
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=60,
             trust_env=urlsplit(base).hostname not in LOCAL,
         )
@@ -376,5 +384,3 @@ DECIDING = (
     *("quantization", "kv_cache_dtype", "context_length", "chunked_prefill_size", "page_size", "version"),
 )
 """Arguments of a server that decide its answers. A server that is started again on another port is the same."""
-
-__all__ = ["Evaluation", "LmmsError", "Options", "ServerError", "compared", "table_of"]

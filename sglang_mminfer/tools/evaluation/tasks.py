@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_mminfer.tools.errors import Failed
+
 
 @dataclass(frozen=True)
 class Task:
@@ -56,7 +58,7 @@ def task_of(name: str) -> Task:
     return {**PAPER, **NEEDLES}.get(name) or Task(name, name)
 
 
-class NoScore(ValueError):
+class NoScore(Failed):
     """A sample has no score; the message says of which question."""
 
 
