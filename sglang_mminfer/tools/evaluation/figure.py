@@ -9,15 +9,19 @@ from sglang_mminfer.tools.verdicts import Verdicts
 COLOURS = {"yes": "#1b7837", "no": "#b2182b", "not enough questions": "#7f7f7f"}
 """By verdict. The marker tells it, too."""
 MARKERS = {"yes": "o", "no": "X", "not enough questions": "s"}
-WORDS = {"yes": "not worse by more", "no": "worse by more", "not enough questions": "not enough questions"}
+WORDS = {
+    "yes": "not worse by more than the margin",
+    "no": "worse by more than the margin",
+    "not enough questions": "not enough questions",
+}
 
 
 def draw(verdicts: Verdicts, baseline: str, path: Path) -> Path:
     """Write a PNG file and return its path."""
     from matplotlib.figure import Figure
 
-    rows = [(name, found) for name, comparisons in verdicts.items() for found in comparisons]
-    rows.sort(key=lambda row: list(dict.fromkeys(found.task for _, found in rows)).index(row[1].task))
+    every = [(name, found) for name, comparisons in verdicts.items() for found in comparisons]
+    rows = [row for task in dict.fromkeys(found.task for _, found in every) for row in every if row[1].task == task]
     margin = 100 * rows[0][1].margin
     figure = Figure(figsize=(8.4, 1.5 + 0.42 * len(rows)), layout="constrained", dpi=130)
     ax = figure.subplots()
@@ -27,11 +31,7 @@ def draw(verdicts: Verdicts, baseline: str, path: Path) -> Path:
     drawn = set()
     for y, (_, found) in enumerate(rows):
         low, middle, high = (100 * value for value in (found.low, found.difference, found.high))
-        label = (
-            None
-            if found.verdict in drawn
-            else f"{WORDS[found.verdict]}{'' if 'not e' in found.verdict else ' than the margin'}"
-        )
+        label = None if found.verdict in drawn else WORDS[found.verdict]
         drawn.add(found.verdict)
         ax.errorbar(
             middle,
