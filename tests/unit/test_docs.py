@@ -25,7 +25,11 @@ from sglang_mminfer.serving import launch, reasons
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "head_configs/README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
+    [
+        *(ROOT / name for name in ("README.md", "head_configs/README.md", ".github/SECURITY.md")),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("examples/*/README.md"),
+    ]
 )
 FOLDERS = ("sglang_mminfer", "kernels", "head_configs", "examples", "tests", "docs")
 

@@ -86,6 +86,10 @@ def test_it_goes_on_where_it_was_stopped(stand_in, monkeypatch, tmp_path, capsys
     assert [line.split(" | ")[0] for line in table[10:12]] == ["| a_shape", "| swin"]
     assert result["compared"]["configs"].keys() == {"a_shape", "swin"}
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert _compare(tmp_path, *configs, "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == result and "dense: in " in said.err
     # Other questions need another result file.
     assert _compare(tmp_path, *configs, "--seed", "9") == 2
     assert "was made with other settings; name another --out" in " ".join(capsys.readouterr().err.split())
