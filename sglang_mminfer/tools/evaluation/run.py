@@ -188,7 +188,12 @@ class Evaluation:
     @contextlib.contextmanager
     def _served(self, name: str) -> Iterator[tuple[Target, dict[str, Any]]]:
         """A server, and what decides its answers."""
-        asked = {"conversation": self.options.conversation, "lmms_eval": self.version}
+        # Our videos have the same names whatever is in them.
+        asked = {
+            "conversation": self.options.conversation,
+            "lmms_eval": self.version,
+            "needles": self.result["needles"],
+        }
         if name in self.options.urls:
             url = self.options.urls[name].rstrip("/").removesuffix("/v1")
             found = target_of(url, self.options.model, 60.0, self.options.api_key)

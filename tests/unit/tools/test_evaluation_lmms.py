@@ -42,9 +42,7 @@ def test_failures_are_told_and_only_they_are_asked_again(tmp_path: Path) -> None
     broken = {"video": True}
 
     def reply(messages: list[dict[str, Any]]) -> str | int:
-        return (
-            503 if broken["video"] and len(messages) == 1 and messages[0]["content"][0]["type"] == "video_url" else "3"
-        )
+        return 503 if broken["video"] and "v-niah-512-2-" in json.dumps(messages[0]) else "3"
 
     with FakeOpenAI(reply) as fake:
         with pytest.raises(lmms.LmmsError, match="3 requests failed; none of them counts as a wrong answer"):
@@ -54,8 +52,6 @@ def test_failures_are_told_and_only_they_are_asked_again(tmp_path: Path) -> None
         broken["video"], before = False, len(fake.prompts)
         found = evaluated(fake, tmp_path)
         assert len(fake.prompts) - before == SETTINGS.questions - answered
-        after = len(fake.prompts)
-        assert evaluated(fake, tmp_path) == found and len(fake.prompts) == after
     assert {name: len(scores.score) for name, scores in found.items()} == {"mminfer_v_niah": 6, "mminfer_mm_niah": 6}
     documents = (tmp_path / "needles" / "tasks" / "mminfer_v_niah.jsonl").read_text().splitlines()
     right = [float(json.loads(line)["answer"] == "3") for line in documents]
