@@ -70,7 +70,8 @@ class Command(TyperCommand):
             text = str(error) or "every server that the command started is stopped"
             raise _of_command(Interrupted(f"interrupted; {text}"), ctx) from None
         except (Failed, OSError) as error:
-            raise _of_command(error, ctx) from error
+            _of_command(error, ctx)
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """The options, a section for each panel."""

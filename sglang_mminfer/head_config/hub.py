@@ -62,7 +62,6 @@ class _Absent(HeadConfigError):
 
 
 def _file(name: str, repo: str, revision: str | None, path: str) -> Path:
-    import httpx
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -77,7 +76,7 @@ def _file(name: str, repo: str, revision: str | None, path: str) -> Path:
         raise _Absent(f'head config "{name}": not in the cache, and the hub cannot be reached or asked') from None
     except errors.EntryNotFoundError:
         raise _Absent(f'head config "{name}": the repository has no file {path}') from None
-    except (OSError, ValueError, httpx.HTTPError) as error:  # a bad name, a full disk, an answer that is no hub's
+    except (OSError, ValueError, errors.HTTPError) as error:  # a bad name, a full disk, an answer that is no hub's
         why = str(error).splitlines()[0]
     raise HeadConfigError(f'head config "{name}": {why}')
 

@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2":
             known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             answer = {"name": "someone", "type": "user"} if known else {"error": "Invalid token"}
-            self._json(answer, 200 if known else 401)
+            self._answer_json(answer, 200 if known else 401)
         else:
             self._read(with_body=True)
 
@@ -74,26 +74,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"POST {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self._json({"error": "Invalid token"}, 401)
+            self._answer_json({"error": "Invalid token"}, 401)
         elif self.path == "/api/validate-yaml":
-            self._json({"errors": [], "warnings": []})
+            self._answer_json({"errors": [], "warnings": []})
         elif self.path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked.get('organization') or 'someone'}/{asked['name']}"
             exists = repo in self.hub.repos
             self.hub.repos.setdefault(repo, [])
-            self._json({"url": f"{self.hub.url}/{repo}"}, 409 if exists else 200)
+            self._answer_json({"url": f"{self.hub.url}/{repo}"}, 409 if exists else 200)
         elif found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/preupload/main", self.path):
             how = {"uploadMode": "regular", "shouldIgnore": False}
-            self._json({"files": [{"path": file["path"], **how} for file in json.loads(body)["files"]]})
+            self._answer_json({"files": [{"path": file["path"], **how} for file in json.loads(body)["files"]]})
         elif found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", self.path):
             lines = [json.loads(line) for line in body.splitlines()]
             files = [line["value"] for line in lines if line["key"] == "file"]
             commit = self.hub.commit(found[1], {file["path"]: base64.b64decode(file["content"]) for file in files})
             url = f"{self.hub.url}/{found[1]}/commit/{commit}"
-            self._json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+            self._answer_json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
         else:
-            self._json({"error": "Not found"}, 404)
+            self._answer_json({"error": "Not found"}, 404)
 
     def _read(self, with_body: bool) -> None:
         self.hub.requests.append(f"{self.command} {self.path}")
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Code": why, "X-Error-Message": why, **({"X-Repo-Commit": commit} if commit else {})}
         self._answer(b"", status, {**headers, "Content-Length": "0"})
 
-    def _json(self, value: Any, status: int = 200) -> None:
+    def _answer_json(self, value: Any, status: int = 200) -> None:
         content = json.dumps(value).encode()
         self._answer(content, status, {"Content-Type": "application/json", "Content-Length": str(len(content))})
 

@@ -193,7 +193,9 @@ def command_of(words: list[str]) -> tuple[Any, list[str]] | None:
 
 
 def parses(command: Any, words: list[str]) -> bool:
-    """Whether the words can be parsed; whether files are there is not looked at."""
+    """Whether the words can be parsed; whether files are there is not looked at, and nothing is installed."""
+    if {"--install-completion", "--show-completion"} & set(words):
+        return True
     try:
         command.make_context("mminfer", list(words))
     except typer.BadParameter as error:

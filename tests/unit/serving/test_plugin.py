@@ -34,6 +34,8 @@ from sglang_mminfer.tools.media import make_video
 
 load_plugins()
 
+DENSE_CONFIG = Path(__file__).parents[3] / "head_configs" / "dense.json"
+
 CHOOSES_BY_A_BASIS = config_file("test_covering_mixed")
 
 TEXT = {
@@ -233,6 +235,26 @@ def test_flag_from_a_yaml_file(models: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text("mminfer-config: dense\n")
     assert head_config_choice.resolve(parse(models, "--config", str(file))).name == "dense"
+
+
+def test_a_launch_pins_a_config_of_the_hub_to_its_commit(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the hub's cache as it lies on disk, offline; the branch moves between the launch and a rank's start."""
+    from huggingface_hub import constants
+
+    commit, repo = "c" * 40, tmp_path / "models--me--heads"
+    for path, text in (("refs/main", commit), (f"snapshots/{commit}/deep/mine.json", DENSE_CONFIG.read_text())):
+        (repo / path).parent.mkdir(parents=True)
+        (repo / path).write_text(text)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    server_args = parse(models, "--mminfer-config", "hf://me/heads/deep/mine.json", "--device", "cpu")
+    server_args.resolve_once()
+    (repo / "refs" / "main").write_text("d" * 40)
+    config, choice = head_config_choice.load_for_model(server_args, model_config_of(server_args).hf_config)
+    assert choice.name == config.path == f"hf://me/heads@{commit}/deep/mine.json"
+    assert choice.name in head_config_choice.describe(config, choice, "torch_native", server_args)
 
 
 @pytest.mark.parametrize(
