@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup ready demo test test-interpreted test-fast test-server test-wheel test-gpu test-gpu-sanitize check \
 	bench bench-plan bench-makespan bench-selectors bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz \
-	test-families test-wide support-matrix clean
+	test-families test-wide support-matrix setup-eval test-eval clean
 
 setup: $(VENV)/.ready
 
@@ -14,6 +14,18 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade --quiet pip
 	$(BIN)/python -m pip install --progress-bar off -e ".[dev]"
+	touch $@
+
+# lmms-eval for `mminfer eval`, in an environment of its own, which finds most of what it needs in the first one.
+EVAL := .venv-eval
+
+setup-eval: $(EVAL)/.ready
+
+$(EVAL)/.ready: sglang_mminfer/tools/evaluation/lmms_eval.txt | $(VENV)/.ready
+	$(PYTHON) -m venv $(EVAL)
+	$(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])" \
+		> $$($(EVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(EVAL)/bin/python -m pip install --progress-bar off --quiet --no-compile --no-deps -r $<
 	touch $@
 
 demo: setup
@@ -36,6 +48,10 @@ test-fast: setup
 # What needs servers, which keep the cores busy by themselves.
 test-server: setup
 	$(BIN)/python -m pytest --durations=20 tests/server
+
+# `mminfer eval` with lmms-eval itself: its client, and needle models on real servers from end to end.
+test-eval: setup setup-eval
+	$(BIN)/python -m pytest tests/unit/tools/test_evaluation_lmms.py tests/server/test_eval_command.py
 
 # The wheel in an environment of its own without the extras: the doctor, and a server. A minute or two, so it is no part
 # of `make test`, which holds what is in the wheel. FRESH=1 downloads all that it

@@ -24,7 +24,7 @@ EXIT_STATUSES = {
 }
 """What a command's exit status means."""
 
-TOOLS = ("httpx", "imageio_ffmpeg", "jinja2", "matplotlib", "openai", "rich", "safetensors", "tokenizers")
+TOOLS = ("httpx", "imageio_ffmpeg", "jinja2", "matplotlib", "openai", "rich", "safetensors", "scipy", "tokenizers")
 """Modules that the extra [tools] brings. Most are used late: a search that has run for an hour must not find out then
 that it cannot draw."""
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.serving.trace import PrefillRecord, read_trace
-from sglang_mminfer.tools import baselines
+from sglang_mminfer.tools import baselines, verdicts
 from sglang_mminfer.tools.errors import Refused
 from sglang_mminfer.tools.figures import density_of_records
 from sglang_mminfer.tools.needles import kits
 from sglang_mminfer.tools.niah import ask as niah
+from sglang_mminfer.tools.niah.against import compared
 from sglang_mminfer.tools.niah.ask import Answer, Cell, Media, Settings, Target
 from sglang_mminfer.tools.niah.command import (
     ask_with_progress,
@@ -106,12 +106,14 @@ class Comparison:
             write_json(self.file, self.result)
         results = {entry.name: self.result["configs"][entry.name] for entry in self.entries}
         rows = table_of(results, self.settings)
-        (self.out / "compare.md").write_text(markdown(rows))
-        self.console.print(rich_table(rows))
-        grids = {
-            name: niah.cells([Answer(**answer) for answer in figures["answers"]], self.settings)
-            for name, figures in results.items()
-        }
+        answers_of = answers_in(results)
+        baseline, comparisons = compared(answers_of)
+        self.result["compared"] = verdicts.to_json(comparisons, baseline)
+        write_json(self.file, self.result)
+        (self.out / "compare.md").write_text(verdicts.markdown(rows) + verdicts.markdown_section(comparisons, baseline))
+        self.console.print(verdicts.rich_table(rows, "Needles found, and what it took"))
+        verdicts.printed(self.console, comparisons, baseline)
+        grids = {name: niah.cells(answers, self.settings) for name, answers in answers_of.items()}
         picture = draw(grids, self.settings, self.out / "compare.png")
         self.console.print(f"written: {self.file}, {self.out / 'compare.md'}, {picture}", highlight=False)
         if self.options.json:
@@ -229,6 +231,11 @@ def entries_of(names: Sequence[str] | None, more: Sequence[str], density: float 
     return list(entries.values())
 
 
+def answers_in(configs: dict[str, Any]) -> dict[str, list[Answer]]:
+    """Every config's answers, from a result file."""
+    return {name: [Answer(**answer) for answer in figures["answers"]] for name, figures in configs.items()}
+
+
 def prefill_figures(answers: Sequence[Answer], records: Sequence[PrefillRecord], length: int) -> dict[str, Any]:
     """Figures of the conversations of one length.
 
@@ -289,20 +296,3 @@ def table_of(configs: dict[str, Any], settings: Settings) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """The rows of `table_of` as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
-    return "\n".join(lines) + "\n"
-
-
-def rich_table(rows: list[list[str]]) -> Table:
-    """The rows of `table_of` as a table for the terminal."""
-    table = Table(title="Needles found, and what it took", title_justify="left")
-    for i, name in enumerate(rows[0]):
-        table.add_column(name.replace(", ", "\n"), justify="right" if i else "left", no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*row)
-    return table

@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sglang_mminfer.tools import machine
+from sglang_mminfer.tools import machine, verdicts
 from sglang_mminfer.tools.errors import Failed, Refused
 from sglang_mminfer.tools.needles import kits
 from sglang_mminfer.tools.niah import ask as niah
+from sglang_mminfer.tools.niah.against import compared
 from sglang_mminfer.tools.niah.ask import Answer, Cell, Media, Settings, Target
 from sglang_mminfer.tools.niah.figure import TITLES, draw
 from sglang_mminfer.tools.server import Server, shown_wait
@@ -79,6 +80,8 @@ def run(options: SimpleNamespace) -> int:
             target.label = unique(target.label, answers_of)
             answers_of[target.label] = ask_with_progress(target, media, options.concurrency, console)
     console.print(table(answers_of, settings))
+    baseline, comparisons = compared(answers_of)
+    verdicts.printed(console, comparisons, baseline)
     picture = draw(
         {name: niah.cells(answers, settings) for name, answers in answers_of.items()},
         settings,
@@ -91,6 +94,7 @@ def run(options: SimpleNamespace) -> int:
         "needles": kit.name,
         "settings": asdict(settings),
         "servers": {name: niah.report(answers, settings) for name, answers in answers_of.items()},
+        "compared": verdicts.to_json(comparisons, baseline),
     }
     write_json(result, content)
     if options.json:

@@ -82,7 +82,9 @@ def test_it_goes_on_where_it_was_stopped(stand_in, monkeypatch, tmp_path, capsys
     }
     table = (tmp_path / "compare.md").read_text().splitlines()
     assert table[0] == "| config | density, 512 | V-NIAH, 512 | prefill ms, 512 | errors |"
-    assert len(table) == 5 and table[2].startswith("| dense | 0.333 | ")
+    assert table[2].startswith("| dense | 0.333 | ") and table[5:7] == ["", "Compared with dense:"]
+    assert [line.split(" | ")[0] for line in table[10:12]] == ["| a_shape", "| swin"]
+    assert result["compared"]["configs"].keys() == {"a_shape", "swin"}
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     assert _compare(tmp_path, *configs, "--json") == 0

@@ -1,0 +1,63 @@
+"""Makes the tables beside the result files of `results/` again from the single answers that they hold.
+
+    python examples/needle_vlm/tables.py
+
+Where a file has no dense answers of its own, those of another file to the same questions stand in.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sglang_mminfer.tools import verdicts
+from sglang_mminfer.tools.compare import answers_in, table_of
+from sglang_mminfer.tools.niah.against import compared, question_of
+from sglang_mminfer.tools.niah.ask import Answer, Settings
+
+RESULTS = Path(__file__).parent / "results"
+
+DENSE_OF = {
+    "baselines_video": "compare_video",
+    "chunks_512_video": "compare_video",
+    "chunks_2048_video": "compare_video",
+    "chunks_512_mixed": "compare_mixed",
+    "clip_video_8192": "chosen_video_8192",
+}
+"""Result file -> the file with the dense answers to its questions, of the same model and of the same day."""
+
+
+def main() -> None:
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        if "configs" in result:
+            path.with_suffix(".md").write_text(page_of(path.stem, result))
+
+
+def page_of(name: str, result: dict[str, Any]) -> str:
+    """The table of a result file, and its comparison with dense."""
+    answers_of = answers_in(result["configs"])
+    if name in DENSE_OF:
+        other = json.loads((RESULTS / f"{DENSE_OF[name]}.json").read_text())
+        answers_of = {"dense": same_questions(answers_in(other["configs"])["dense"], answers_of), **answers_of}
+    settings = Settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in result["settings"].items()})
+    baseline, comparisons = compared(answers_of)
+    return verdicts.markdown(table_of(result["configs"], settings)) + verdicts.markdown_section(comparisons, baseline)
+
+
+def same_questions(dense: list[Answer], answers_of: dict[str, list[Answer]]) -> list[Answer]:
+    """The dense answers to the questions of the others.
+
+    Raises:
+        ValueError: they are not the same questions, because another answer is expected.
+    """
+    expected = {question_of(answer): answer.expected for answers in answers_of.values() for answer in answers}
+    kept = [answer for answer in dense if question_of(answer) in expected]
+    if {question_of(answer): answer.expected for answer in kept} != expected:
+        raise ValueError("the dense answers are to other questions")
+    return kept
+
+
+if __name__ == "__main__":
+    main()
