@@ -1,7 +1,7 @@
 """A server for the chat: what it can do, and its answers as they come.
 
-The client is asynchronous to the core. When a task that waits for an answer is cancelled, its connection closes at once,
-and SGLang ends the request, in the middle of a long prefill, too.
+The client is asynchronous to the core. When a task that waits for an answer is cancelled, its connection closes, and
+SGLang ends the request, in the middle of a long prefill, too.
 """
 
 from __future__ import annotations

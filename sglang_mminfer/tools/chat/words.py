@@ -10,7 +10,7 @@ from sglang_mminfer.tools.chat.conversation import Conversation, Turn
 from sglang_mminfer.tools.chat.endpoint import Facts
 from sglang_mminfer.tools.chat.reply import Phase, Reply
 from sglang_mminfer.tools.chat.strip import COLOURS, strip
-from sglang_mminfer.tools.chat.uploads import MB
+from sglang_mminfer.tools.chat.uploads import MB, Upload
 
 
 def waiting(reply: Reply, now: float | None = None) -> str:
@@ -72,6 +72,12 @@ def ended_without_answer(turn: Turn) -> str:
         return _bubble("failed", f"No answer: {reply.error}", "The question is in the box again.")
     read = f" after {reply.tokens_read:,} tokens were read" if reply.tokens_read else " before the first word"
     return _bubble("stopped", f"Stopped{read}.", "The question is in the box again.")
+
+
+def files(uploads: Sequence[Upload]) -> str:
+    """What the files of a question are."""
+    names = "<br>".join(escape(f"{upload.name} · {upload.about} · {upload.size / MB:.2f} MB") for upload in uploads)
+    return f'<div class="mminfer-files">{names}</div>'
 
 
 def problem(text: str) -> str:
