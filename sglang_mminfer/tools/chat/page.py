@@ -101,37 +101,41 @@ class Page:
                 max_plain_text_length=1_000_000,  # a long text is a text, and no file
                 autofocus=True,
             )
+            _only_uploads(box)
             outputs, sampling = [chat, box, notice, panel], [most, temperature]
             common: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             answering = {**common, "concurrency_limit": None}
             at_once = {**common, "queue": False}
-            blocks.load(self._load, [key], [key, *outputs], **answering)
-            box.submit(self._submit, [box, key, *sampling], outputs, **answering)
-            chat.retry(self._retry, [key, *sampling], outputs, **answering)
-            chat.edit(self._edit, [key, *sampling], outputs, **answering)
-            chat.undo(self._undo, [key], outputs, **at_once)
-            chat.clear(self._clear, [key], outputs, **at_once)
-            new.click(self._clear, [key], outputs, **at_once)
-            box.stop(self._stop, [key], None, **at_once)
-            save.click(self._save, [key], [saved], **at_once).success(
+            blocks.load(self.load, [key], [key, *outputs], **answering)
+            box.submit(self.submit, [box, key, *sampling], outputs, **answering)
+            chat.retry(self.retry, [key, *sampling], outputs, **answering)
+            chat.edit(self.edit, [key, *sampling], outputs, **answering)
+            chat.undo(self.undo, [key], outputs, **at_once)
+            chat.clear(self.clear, [key], outputs, **at_once)
+            new.click(self.clear, [key], outputs, **at_once)
+            box.stop(self.stop, [key], None, **at_once)
+            save.click(self.save, [key], [saved], **at_once).success(
                 None, None, None, js="() => document.querySelector('#saved').click()", api_visibility="private"
             )
+        # gradio checks that a client names uploads alone, and no other file of this machine, but only in an application
+        # that its own `launch` started.
+        blocks.has_launched = True
         return blocks
 
     # ---- what the user does --------------------------------------------------------------------------------------
 
-    async def _load(self, key: str | None) -> AsyncIterator[Update]:
+    async def load(self, key: str | None) -> AsyncIterator[Update]:
         """A page that was opened, or opened again: shows the conversation, and follows an answer that is coming."""
         name = key or secrets.token_urlsafe(16)
         conversation = self.conversation(name)
-        yield name, *self._shown(conversation)
+        yield name, *self.shown(conversation)
         if conversation.busy:
             while conversation.busy:
                 await asyncio.sleep(2 * TICK)
-                yield name, self._messages(conversation), gr.skip(), gr.skip(), gr.skip()
-            yield name, *self._shown(conversation)
+                yield name, self.messages(conversation), gr.skip(), gr.skip(), gr.skip()
+            yield name, *self.shown(conversation)
 
-    async def _submit(
+    async def submit(
         self, value: dict[str, Any], key: str | None, most: float | None, temperature: float | None
     ) -> AsyncIterator[Update]:
         conversation = self.conversation(key)
@@ -155,13 +159,13 @@ class Page:
         async for update in self._answered(conversation, Question(text, tuple(uploads)), most, temperature):
             yield update
 
-    async def _retry(
+    async def retry(
         self, key: str | None, most: float | None, temperature: float | None, data: gr.RetryData
     ) -> AsyncIterator[Update]:
         async for update in self._again(key, data, None, most, temperature):
             yield update
 
-    async def _edit(
+    async def edit(
         self, key: str | None, most: float | None, temperature: float | None, data: gr.EditData
     ) -> AsyncIterator[Update]:
         async for update in self._again(key, data, str(data.value), most, temperature):
@@ -175,30 +179,30 @@ class Page:
         try:
             question = conversation.cut(_turn_of(data))
         except (Busy, IndexError) as error:
-            yield self._messages(conversation), gr.skip(), words.problem(str(error)), gr.skip()
+            yield self.messages(conversation), gr.skip(), words.problem(str(error)), gr.skip()
             return
         if text is not None:
             question = Question(text, question.uploads)
         async for update in self._answered(conversation, question, most, temperature):
             yield update
 
-    async def _undo(self, key: str | None, data: gr.UndoData) -> Update:
+    async def undo(self, key: str | None, data: gr.UndoData) -> Update:
         conversation = self.conversation(key)
         try:
             question = conversation.cut(_turn_of(data))
         except (Busy, IndexError) as error:
-            return self._messages(conversation), gr.skip(), words.problem(str(error)), gr.skip()
-        return self._shown(conversation, question)
+            return self.messages(conversation), gr.skip(), words.problem(str(error)), gr.skip()
+        return self.shown(conversation, question)
 
-    async def _clear(self, key: str | None) -> Update:
+    async def clear(self, key: str | None) -> Update:
         conversation = self.conversation(key)
         conversation.clear()
-        return self._shown(conversation)
+        return self.shown(conversation)
 
-    async def _stop(self, key: str | None) -> None:
+    async def stop(self, key: str | None) -> None:
         self.conversation(key).stop()
 
-    async def _save(self, key: str | None) -> Any:
+    async def save(self, key: str | None) -> Any:
         """Writes the conversation into a file, for the browser to download."""
         messages = await asyncio.to_thread(self.conversation(key).saved)
         folder = self._folder / secrets.token_hex(32)
@@ -221,12 +225,12 @@ class Page:
             state = (turn.reply.text, words.waiting(turn.reply))
             if state != before:
                 box = gr.MultimodalTextbox(EMPTY, submit_btn=False, stop_btn=True) if before is None else shown
-                yield self._messages(conversation), box, "" if before is None else gr.skip(), gr.skip()
+                yield self.messages(conversation), box, "" if before is None else gr.skip(), gr.skip()
             before = state
         current = conversation.current
-        yield self._shown(conversation, current.question if current is not None and not conversation.busy else None)
+        yield self.shown(conversation, current.question if current is not None and not conversation.busy else None)
 
-    def _shown(self, conversation: Conversation, question: Question | None = None) -> Update:
+    def shown(self, conversation: Conversation, question: Question | None = None) -> Update:
         """Everything as it is; with a question that goes back into the box."""
         button = {"submit_btn": not conversation.busy, "stop_btn": conversation.busy}
         if question is None:
@@ -235,9 +239,9 @@ class Page:
             files = [str(upload.path) for upload in question.uploads]
             box = gr.MultimodalTextbox({"text": question.text, "files": files}, **button)
         panel = words.panel(self._facts, self._url, conversation.turns)
-        return self._messages(conversation), box, "", panel
+        return self.messages(conversation), box, "", panel
 
-    def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+    def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """Two messages for each turn; see `_turn_of`."""
         messages: list[dict[str, Any]] = []
         for index, turn in enumerate(conversation.turns):
@@ -263,6 +267,18 @@ def _asked(turn: Turn) -> dict[str, Any]:
     files = [{"path": str(upload.path), "alt_text": f"{upload.name}: {upload.about}"} for upload in question.uploads]
     names = [gr.HTML(words.files(question.uploads), padding=False)] if files else []
     return {"role": "user", "content": [*files, *names, question.text]}
+
+
+def _only_uploads(box: gr.MultimodalTextbox) -> None:
+    """gradio would fetch a URL that a client names in place of a file."""
+    move = box.move_resource_to_block_cache
+
+    def moved(path: Any) -> str | None:
+        if "://" in str(path):
+            raise gr.Error("only uploaded files can be sent")
+        return move(path)
+
+    box.move_resource_to_block_cache = moved  # type: ignore[method-assign]
 
 
 def _turn_of(data: Any) -> int:

@@ -53,12 +53,12 @@ def ask(conversation: Conversation, question: Question, stop_after: int | None =
     """Asks, and stops when the turn has been seen `stop_after` times."""
 
     async def asked() -> Turn:
-        seen = 0
+        seen = []
         async for turn in conversation.ask(question):
-            seen += 1
-            if seen == stop_after:
+            seen.append(turn)
+            if len(seen) == stop_after:
                 conversation.stop()
-        return turn
+        return seen[-1]
 
     return asyncio.run(asked())
 
@@ -330,6 +330,6 @@ def test_what_must_not_be_sent(limits: Limits, tmp_path: Path) -> None:
     with pytest.raises(UploadError, match="1 of earlier turns and 2 new ones"):
         check(images[:2], limits, [Upload("image", images[2], "x", "", 1)])
     blind = Limits("llm", frozenset({"image"}), {}, 1_000_000, limits.folder)
-    with pytest.raises(UploadError, match="a.mp4: llm takes no videos"):
+    with pytest.raises(UploadError, match=r"a\.mp4: llm takes no videos"):
         check([make_video(limits.folder / "a.mp4", 2, 56, 56, 2)], blind)
     assert "&lt;" in problem("<b>") and problem("") == ""
