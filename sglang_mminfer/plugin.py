@@ -1,8 +1,8 @@
 """The entry point, and every place where this package reaches into SGLang.
 
-`HOOKS` lists each of those places with its reason; nothing else in the package changes SGLang. Importing this module
-costs nothing: SGLang does so in every process, and hides a plugin that fails to import behind "invalid choice:
-'mminfer'".
+`HOOKS` lists each of those places with its reason. Nothing else in the package changes SGLang, but for a client that
+imports `sglang_mminfer.frontend`, whose `PATCHES` are its own. Importing this module costs nothing: SGLang does so in
+every process, and hides a plugin that fails to import behind "invalid choice: 'mminfer'".
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ async def report_request(rid: str) -> Any:
 
 
 def _response(report: msgspec.Struct) -> Any:
-    from starlette.responses import Response
+    from fastapi import Response
 
     return Response(msgspec.json.encode(report), media_type="application/json")
 

@@ -8,12 +8,12 @@ was stopped.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,12 @@ from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
 from sglang_mminfer.serving.trace import PrefillRecord, read_trace
 from sglang_mminfer.tools import baselines
+from sglang_mminfer.tools.errors import Refused
 from sglang_mminfer.tools.figures import density_of_records
 from sglang_mminfer.tools.needles import kits
 from sglang_mminfer.tools.niah import ask as niah
 from sglang_mminfer.tools.niah.ask import Answer, Cell, Media, Settings, Target
 from sglang_mminfer.tools.niah.command import (
-    Refused,
-    add_question_options,
     ask_with_progress,
     check_config,
     kit_of,
@@ -38,19 +37,12 @@ from sglang_mminfer.tools.niah.command import (
     provenance,
     server_flags,
     settings_of,
-    status_of,
     unique,
     wide_console,
     write_json,
 )
 from sglang_mminfer.tools.niah.figure import TITLES, draw
 from sglang_mminfer.tools.server import Server, ServerError, shown_wait
-
-DESCRIPTION = (
-    "Serves a model with one head config after the other (dense, the default, the baselines of the paper's comparison, "
-    "yours) and prints which share of the needles each finds, at which density and prefill time. Resumable. With "
-    "--density the baselines get windows of that density; without it they have their published sizes."
-)
 
 CLOSE = 0.1
 """The relative error up to which an estimated pattern's density fits. Only a server can tell what it visits."""
@@ -71,44 +63,21 @@ class Entry:
     baseline: str | None = None
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options to `parser`."""
-    parser.add_argument("--model-path", metavar="P", required=True, help="a folder, or a name on the hub")
-    parser.add_argument(
-        "--configs",
-        nargs="+",
-        metavar="NAME|PATH",
-        help=f"head configs, or baselines: {', '.join(baselines.NAMES)}. Default: dense, default and all baselines",
-    )
-    parser.add_argument("--add", nargs="+", metavar="NAME|PATH", default=[], help="further head configs")
-    parser.add_argument(
-        "--density", type=float, metavar="D", help="0 to 1: of the baselines, for prompts of the greatest length"
-    )
-    parser.add_argument(
-        "--server-flags", default="--chunked-prefill-size -1", metavar="'FLAGS'", help="of every server; %(default)s"
-    )
-    parser.add_argument("--no-relays", dest="relays", action="store_false", help="plain needles only")
-    parser.add_argument(
-        "--concurrency",
-        type=int,
-        default=1,
-        metavar="N",
-        help="conversations side by side; above 1, prefill times are those of a busy server; 1",
-    )
-    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds for an answer; 1800")
-    parser.add_argument("--out", type=Path, default=Path("compare-out"), help="folder for compare.json, .md and .png")
-    add_question_options(parser)
+def run(options: SimpleNamespace) -> int:
+    """Serve each config, and write table, picture and file. Returns exit status 0.
 
+    Args:
+        options: what `commands.compare` read, attributes of the options' names.
 
-def run(options: argparse.Namespace) -> int:
-    """Run the command. Returns exit status 0; 1 if a server did not start or did not answer; 2 for wrong arguments."""
-    console = wide_console()
-
-    def work() -> int:
-        Comparison(options, console).run()
-        return 0
-
-    return status_of(work, console, "the same command goes on from here")
+    Raises:
+        Failed: a server did not start or did not answer.
+        Refused: the options do not make sense, or the result file belongs to others.
+    """
+    try:
+        Comparison(options, wide_console(options.json)).run()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from here") from None
+    return 0
 
 
 class Comparison:
@@ -118,15 +87,11 @@ class Comparison:
         Refused: the arguments do not make sense, or the result file belongs to other arguments.
     """
 
-    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+    def __init__(self, options: SimpleNamespace, console: Console) -> None:
         self.options, self.console, self.out = options, console, options.out
         self.kit = kit_of(options.needles, [options.model_path])
         self.settings = settings_of(options, self.kit, options.model_path, options.relays)
-        if options.density is not None and not 0 < options.density < 1:
-            raise Refused(f"--density: expected a number between 0 and 1, got {options.density:g}")
-        if options.concurrency < 1:
-            raise Refused(f"--concurrency: expected 1 or more, got {options.concurrency}")
-        self.entries = entries_of(options.configs, options.add, options.density)
+        self.entries = entries_of(options.mminfer_config, options.add, options.density)
         self.media = Media(self.settings, self.kit, self.out / "media")
         self.file = self.out / "compare.json"
         self.result = self._begin()
@@ -149,6 +114,8 @@ class Comparison:
         }
         picture = draw(grids, self.settings, self.out / "compare.png")
         self.console.print(f"written: {self.file}, {self.out / 'compare.md'}, {picture}", highlight=False)
+        if self.options.json:
+            print(json.dumps(self.result, indent=1, ensure_ascii=False))
 
     def _begin(self) -> dict[str, Any]:
         question = {
@@ -258,7 +225,7 @@ def entries_of(names: Sequence[str] | None, more: Sequence[str], density: float 
         elif name in baselines.PUBLISHED:
             entries[label] = Entry(label, f"baseline_{name}")
         else:
-            raise Refused(f"--configs: {name} has no published sizes; give --density")
+            raise Refused(f"--mminfer-config: {name} has no published sizes; give --density")
     return list(entries.values())
 
 

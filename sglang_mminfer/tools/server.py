@@ -29,6 +29,7 @@ import httpx
 import psutil
 
 from sglang_mminfer import settings
+from sglang_mminfer.tools.errors import Failed
 
 Progress = Callable[[float, str], None]
 """Called while the server starts, with the seconds since its start and the last line of its log."""
@@ -52,7 +53,7 @@ _PORT_TAKEN = re.compile(r"^.*ERROR.*address already in use", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
-class ServerError(RuntimeError):
+class ServerError(Failed):
     """The server died or did not answer in time. The message ends with the tail of the server's log."""
 
 

@@ -12,7 +12,10 @@ VIDEO = Path(__file__).parents[2] / "examples" / "needle_vlm" / "video"
 
 def test_a_needle_model_finds_its_needles(tmp_path: Path) -> None:
     grid = ("--lengths", "1024", "2048", "--depths", "2", "--seeds", "3", "--concurrency", "3")
-    assert cli.main(["niah", "--model-path", str(VIDEO), "--config", "default", *grid, "--out", str(tmp_path)]) == 0
+    assert (
+        cli.main(["niah", "--model-path", str(VIDEO), "--mminfer-config", "default", *grid, "--out", str(tmp_path)])
+        == 0
+    )
     result = json.loads((tmp_path / "niah.json").read_text())
     found = result["servers"]["default"]
     assert result["settings"]["tasks"] == ["v-niah"]

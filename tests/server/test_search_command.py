@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +49,10 @@ def searched(folder: Path, *more: str, name: str = "found", server: tuple[str, .
     with contextlib.redirect_stdout(said):
         code = cli.main(
             [
-                *("search", str(MODEL), "--conversation", str(conversation(folder, 1)), "--out", str(out)),
+                *("search", "--model-path", str(MODEL), "--out", str(out)),
+                *("--conversation", str(conversation(folder, 1))),
                 *("--held-out", str(conversation(folder, 2)), "--density", "0.7", *more),
-                *("--server-args", "--mm-process-config", json.dumps(MM_PROCESS_CONFIG), *server),
+                *("--server-flags", shlex.join(["--mm-process-config", json.dumps(MM_PROCESS_CONFIG), *server])),
             ]
         )
     return Search(code, out, said.getvalue())
@@ -126,20 +128,20 @@ def test_too_little_memory_is_said_and_leaves_no_result(first: Search, capsys: p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "words", "status"),
     [
-        (["--video", "nowhere.mp4"], "nowhere.mp4: no such file"),
-        ([], "expected at least one --video or --conversation"),
-        (["--conversation", "{broken}"], "expected a JSON file with a list of OpenAI messages"),
-        (["--conversation", "{good}", "--tile-times", "{broken}"], "broken.json: expected times of tile visits"),
-        (["--conversation", "{good}", "--tile-times", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (["--video", "nowhere.mp4"], "--video: nowhere.mp4: no such file", 2),
+        ([], "expected at least one --video or --conversation", 2),
+        (["--conversation", "{broken}"], "expected a JSON file with a list of OpenAI messages", 1),
+        (["--conversation", "{good}", "--tile-times", "{broken}"], "broken.json: expected times of tile visits", 1),
+        (["--conversation", "{good}", "--tile-times", "nowhere.json"], "--tile-times: nowhere.json: no such file", 2),
     ],
 )
 def test_wrong_input_is_said_before_any_server_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str, status: int
 ) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{not json")
     (good := tmp_path / "good.json").write_text("[]")
-    code = cli.main(["search", str(MODEL), *(a.format(broken=broken, good=good) for a in arguments)])
-    assert code == 1 and words in " ".join(capsys.readouterr().err.split())
+    code = cli.main(["search", "--model-path", str(MODEL), *(a.format(broken=broken, good=good) for a in arguments)])
+    assert code == status and words in " ".join(capsys.readouterr().err.split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import email
 import functools
@@ -15,8 +14,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from sglang_mminfer import cli, mends, settings
 from sglang_mminfer.patterns import __main__ as patterns_page
@@ -173,10 +174,29 @@ def lines_of(text: str) -> Iterator[list[str]]:
 
 
 @functools.cache
-def parser_of(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
-    cli.COMMANDS[command][1](parser)
-    return parser
+def app() -> Any:
+    return typer.main.get_command(cli.app)
+
+
+def command_of(words: list[str]) -> tuple[Any, list[str]] | None:
+    """The command that the words name, which may lie in a group, and its own words; None if there is none."""
+    command = app()
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        command, words = command.commands.get(words[0]), words[1:]
+        if command is None:
+            return None
+    return command, words
+
+
+def parses(command: Any, words: list[str]) -> bool:
+    """Whether the words can be parsed; whether files are there is not looked at."""
+    try:
+        command.make_context("mminfer", list(words))
+    except typer.BadParameter as error:
+        return "no such file" in error.message or "no such folder" in error.message
+    except (typer.exceptions.TyperException, typer.Exit) as error:
+        return isinstance(error, typer.Exit)
+    return True
 
 
 def has_module(name: str) -> bool:
@@ -187,15 +207,12 @@ def what_is_wrong(words: list[str], complete: bool) -> str | None:
     """Why a command cannot be given so. `complete`: with all that it needs, as a block has it."""
     name, rest = words[0], words[1:]
     if name == "mminfer" and rest:
-        if rest[0] not in cli.COMMANDS:
+        if (named := command_of(rest)) is None:
             return "no such command"
-        if complete:
-            try:
-                parser_of(rest[0]).parse_args(rest[1:])
-            except SystemExit:
-                return "does not parse"
-        flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
-        known = set(re.findall(r"--[\w-]+", parser_of(rest[0]).format_help()))
+        if complete and not parses(*named):
+            return "does not parse"
+        flags = [word.partition("=")[0] for word in named[1] if word.startswith("--")]
+        known = {"--help", *(name for option in named[0].params for name in option.opts)}
         return None if complete or set(flags) <= known else f"no such options: {set(flags) - known}"
     if name == "make":
         wrong = [word for word in rest if "=" not in word and word not in TARGETS]
@@ -220,7 +237,8 @@ def test_commands_exist(page: Path) -> None:
     [
         ("mminfer dance", False),
         ("mminfer niah --no-such-option", False),
-        ("mminfer inspect --out x", True),
+        ("mminfer inspect --rows many", True),
+        ("mminfer config chekc", False),
         ("make nothing", True),
         ("python -m sglang_mminfer.nothing", True),
         ("python examples/nothing.py", True),

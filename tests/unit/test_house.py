@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "sglang_mminfer"
 
 LINES = (
+    ("__main__",),
     ("cli", "benchmarks"),
+    ("commands",),
     ("testing",),
     ("tools",),
     ("plugin", "frontend"),

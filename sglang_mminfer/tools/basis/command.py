@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import sys
+import json
+import shlex
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_mminfer import settings
-from sglang_mminfer.head_config.basis_file import ENDING
 from sglang_mminfer.patterns.basis import held
+from sglang_mminfer.tools.errors import Failed
 
 if TYPE_CHECKING:
     from sglang_mminfer.head_config import ModelFingerprint
-
-DESCRIPTION = (
-    "Computes calibration conversations densely, in a real server, and writes the low-rank forms of q . k by which "
-    "`adaptive` heads choose keys. Put the file beside a head config, or name it in SGLANG_MMINFER_BASIS."
-)
 
 RANK = 32
 """The usual rank of a file: patterns that ask for less use the first rows."""
@@ -44,52 +40,24 @@ SERVER_FLAGS = (
 Messages = list[dict[str, Any]]
 
 
-class BasisError(RuntimeError):
+class BasisError(Failed):
     """The command cannot go on; the message says why and what to do."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to `parser`."""
-    parser.description = DESCRIPTION
-    parser.add_argument("--model-path", required=True, metavar="P", help="a model directory, or its name on the hub")
-    parser.add_argument("--video", type=Path, action="append", default=[], help="a calibration video; may be repeated")
-    parser.add_argument(
-        "--conversation",
-        type=Path,
-        action="append",
-        default=[],
-        help="a JSON list of OpenAI messages; may be repeated. Default: the clip that a server sends itself",
-    )
-    parser.add_argument("--out", type=Path, default=Path(f"model{ENDING}"), help=f"where the basis goes: NAME{ENDING}")
-    parser.add_argument("--rank", type=int, help=f"dimensions of a form (default: {RANK}, at most the head's)")
-    parser.add_argument(
-        "--server-args", nargs=argparse.REMAINDER, default=[], help="further flags of the SGLang server"
-    )
+def run(options: SimpleNamespace) -> int:
+    """Calibrate, and write the basis. Returns exit status 0.
 
+    Args:
+        options: what `commands.basis` read, attributes of the options' names.
 
-def run(options: argparse.Namespace) -> int:
-    """Run the command. Returns the exit status: 1 if it cannot go on, else 0."""
-    from sglang_mminfer.tools.search.run import SearchError
-
-    try:
-        _run(options)
-    except (BasisError, SearchError) as error:
-        print(f"mminfer basis: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _run(options: argparse.Namespace) -> None:
+    Raises:
+        BasisError, SearchError: it cannot go on; the message says why.
+    """
     from transformers import AutoConfig
 
     from sglang_mminfer.head_config import HeadConfigError, ModelBasis, Provenance, fingerprint_of
     from sglang_mminfer.tools.basis import observer
 
-    if not options.out.name.endswith(ENDING):
-        raise BasisError(f"--out: expected a name that ends in {ENDING}, got {options.out.name}")
-    for path in (*options.video, *options.conversation):
-        if not path.is_file():
-            raise BasisError(f"{path}: no such file")
     try:
         model = fingerprint_of(AutoConfig.from_pretrained(options.model_path))
     except (OSError, ValueError, HeadConfigError) as error:
@@ -110,15 +78,19 @@ def _run(options: argparse.Namespace) -> None:
     basis = ModelBasis.of_moments(model, how, q, k, rank).with_shares(shares, observer.default_rule())
     options.out.parent.mkdir(parents=True, exist_ok=True)
     basis.save(options.out)
+    if options.json:
+        print(json.dumps({"basis": str(options.out), "rank": rank, "tokens": rows, "calibration": names}, indent=1))
+        return 0
     print(table(q, k, model))
     print(WHAT_IT_IS)
     if basis.shares is not None:
         mean = shares[q.flatten(1).any(dim=1)].mean()
         print(f"Query tiles of `default` visit {mean:.0%} of the keys between sink and window, mean over heads.")
     print(f"Basis: {options.out}   rank {rank}, {rows:,} tokens")
+    return 0
 
 
-def _calibrate(options: argparse.Namespace, folder: Path) -> list[str]:
+def _calibrate(options: SimpleNamespace, folder: Path) -> list[str]:
     """Computes the conversations densely; moments go to the folder. Returns the conversations' names."""
     import openai
 
@@ -129,13 +101,12 @@ def _calibrate(options: argparse.Namespace, folder: Path) -> list[str]:
     given = [Calibration.of_video(path) for path in options.video]
     given += [Calibration.of_file(path) for path in options.conversation]
     env = {settings.OBSERVERS.variable: f"{observer.OBSERVER}={folder}"}
+    flags = (*SERVER_FLAGS, *shlex.split(options.server_flags))
     names = []
     try:
         with (
             shown_wait("the server starts:") as progress,
-            Server(
-                options.model_path, *SERVER_FLAGS, *options.server_args, env=env, timeout=3600, progress=progress
-            ) as server,
+            Server(options.model_path, *flags, env=env, timeout=3600, progress=progress) as server,
         ):
             client = server.client(timeout=86400)
 

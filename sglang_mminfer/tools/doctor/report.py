@@ -53,6 +53,7 @@ def run(
     as_json: bool = False,
     video: VideoOptions | None = None,
     trust_remote_code: bool = False,
+    quick: bool = False,
 ) -> int:
     """Print the report. Returns the exit status: 1 if there is an error, else 0.
 
@@ -62,9 +63,13 @@ def run(
         as_json: print the findings as one JSON object.
         video: a video to examine; needs a model.
         trust_remote_code: as SGLang's --trust-remote-code.
+        quick: versions and settings alone; SGLang and torch are not imported.
     """
-    with _waiting("Asking SGLang ..."), _quiet() as problems:
-        findings = list(examine(model_path, config_name, problems, video, trust_remote_code))
+    if quick:
+        findings = [*examine_versions(), *_settings()]
+    else:
+        with _waiting() as show_section, _quiet() as problems:
+            findings = list(examine(model_path, config_name, problems, video, trust_remote_code, show_section))
     ok = all(finding.status != "error" for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
@@ -79,8 +84,10 @@ def examine(
     problems: list[str] | None = None,
     video: VideoOptions | None = None,
     trust_remote_code: bool = False,
+    show_section: Callable[[str], None] = lambda section: None,
 ) -> Iterator[Finding]:
-    """All findings, section by section. `problems` receives the errors that SGLang logs meanwhile; see `_quiet`."""
+    """All findings, section by section. `problems` receives the errors that SGLang logs meanwhile; see `_quiet`.
+    `show_section` is called with the name of each section before its checks."""
     problems = [] if problems is None else problems
     sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("installed", examine_versions),
@@ -102,6 +109,7 @@ def examine(
             )
         )
     for section, check in sections:
+        show_section(section)
         try:
             yield from check()
         except Exception as error:  # a report that stops half-way helps nobody
@@ -574,13 +582,22 @@ def _quiet() -> Iterator[list[str]]:
 _MARKS = {"ok": "[green]✓[/]", "note": "[dim]·[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
 
 
-def _waiting(words: str) -> contextlib.AbstractContextManager[Any]:
-    """A spinner beside the words, if `rich` is installed."""
+@contextlib.contextmanager
+def _waiting() -> Iterator[Callable[[str], None]]:
+    """Yields a function that shows on standard error which section is being checked: beside a spinner on a terminal, if
+    `rich` is installed, else as a line each."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:
-        return contextlib.nullcontext()
-    return Console(stderr=True).status(words)
+        console = None
+    else:
+        console = Console(stderr=True)
+    stream = sys.stderr
+    if console is None or not console.is_terminal:
+        yield lambda section: print(f"checking: {section} ...", file=stream, flush=True)
+        return
+    with console.status("Asking SGLang ...") as status:
+        yield lambda section: status.update(f"Checking: {section} ...")
 
 
 def _print(findings: list[Finding], ok: bool) -> None:

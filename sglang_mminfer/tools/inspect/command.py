@@ -6,69 +6,50 @@ Inside the server, `inspect/capture.py` records what is drawn here.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from sglang_mminfer.serving.trace import LayerAudit, MapEntry, PrefillRecord, map_of_entries, read_trace
+from sglang_mminfer.tools.errors import Failed
 
 RID = "mminfer-inspect"
 MOST_HEADS = 6
 
 
-class InspectError(Exception):
+class InspectError(Failed):
     """An error that the user can mend. The message says how."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to `parser`."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model-path", metavar="P", help="a model directory or hub name: a server is started with it")
-    source.add_argument("--trace", metavar="FILE", type=Path, help="what SGLANG_MMINFER_TRACE of a server wrote")
-    parser.add_argument("--messages", metavar="JSON", type=Path, help="a conversation: a file of OpenAI messages")
-    parser.add_argument("--video", metavar="FILE", action="append", default=[], help="may be given several times")
-    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="may be given several times")
-    parser.add_argument("--text", default="What do you see?", help="the question about --video and --image")
-    parser.add_argument("--mminfer-config", metavar="NAME|PATH", default="default", help="head config")
-    parser.add_argument(
-        "--heads", metavar="L:H", nargs="+", type=_head, help="layer and head to draw; default: one of each pattern"
-    )
-    parser.add_argument("--rows", metavar="N", type=int, default=2048, help="rows to sample of each head, at most")
-    parser.add_argument("--rid", help="with --trace: one request only")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("inspect-out"))
-    parser.add_argument(
-        "--server-flags", metavar="FLAGS", default="", help='for the server, as one word: --server-flags="--tp-size 2"'
-    )
+def run(options: SimpleNamespace) -> int:
+    """Draw, and print the page's path. Returns exit status 0.
 
+    Args:
+        options: what `commands.inspect` read, attributes of the options' names.
 
-def run(options: argparse.Namespace) -> int:
-    """Run the command. Returns the exit status."""
+    Raises:
+        InspectError: it cannot be drawn; the message says why.
+    """
     try:
         page = from_trace(options) if options.trace else from_model(options)
-    except (InspectError, OSError, ValueError) as error:
-        print(f"mminfer inspect: {error}", file=sys.stderr)
-        return 1
-    print(page)
+    except ValueError as error:  # a trace or a head config that holds something else
+        raise InspectError(str(error)) from None
+    print(
+        json.dumps({"page": str(page), "pictures": sorted(map(str, page.parent.glob("*.png")))}, indent=1)
+        if options.json
+        else page
+    )
     return 0
 
 
-def _head(text: str) -> tuple[int, int]:
-    try:
-        layer, head = (int(part) for part in text.split(":"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected LAYER:HEAD, like 0:3, got {text!r}") from None
-    return layer, head
-
-
-def conversation(options: argparse.Namespace) -> list[dict[str, Any]]:
+def conversation(options: SimpleNamespace) -> list[dict[str, Any]]:
     """The OpenAI messages that the options name.
 
     Raises:
@@ -114,7 +95,7 @@ def default_heads(patterns: Sequence[Sequence[Any]], most: int = MOST_HEADS) -> 
 # ---- a model ---------------------------------------------------------------------------------------------------
 
 
-def from_model(options: argparse.Namespace) -> Path:
+def from_model(options: SimpleNamespace) -> Path:
     """Start a server, send one prompt, and draw. Returns the path of the page.
 
     Raises:
@@ -140,7 +121,7 @@ def from_model(options: argparse.Namespace) -> Path:
         return draw(folder, config, heads, options.out, f"{Path(options.model_path).name}, {config.name}")
 
 
-def _ask(options: argparse.Namespace, messages: list[dict[str, Any]], folder: Path) -> None:
+def _ask(options: SimpleNamespace, messages: list[dict[str, Any]], folder: Path) -> None:
     """Prefill the prompt once in a real server, which writes its record and its trace to `folder`."""
     import shlex
 
@@ -287,7 +268,7 @@ def _chunks(page: Any, records: Sequence[PrefillRecord]) -> None:
 # ---- a trace ---------------------------------------------------------------------------------------------------
 
 
-def from_trace(options: argparse.Namespace) -> Path:
+def from_trace(options: SimpleNamespace) -> Path:
     """Draw maps, chunks, density, dense reasons and audits of a trace, which has no attention. Returns the page's path.
 
     Raises:

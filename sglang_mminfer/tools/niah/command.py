@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,46 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_mminfer.tools import machine
+from sglang_mminfer.tools.errors import Failed, Refused
 from sglang_mminfer.tools.needles import kits
 from sglang_mminfer.tools.niah import ask as niah
 from sglang_mminfer.tools.niah.ask import Answer, Cell, Media, Settings, Target
 from sglang_mminfer.tools.niah.figure import TITLES, draw
-from sglang_mminfer.tools.server import Server, ServerError, shown_wait
+from sglang_mminfer.tools.server import Server, shown_wait
 from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
 
-DESCRIPTION = (
-    "Hides needles in long videos (v-niah) and in conversations of text, images and videos over several turns "
-    "(mm-niah), asks for them, and draws which are found, by length and depth. With --url it asks any running "
-    "OpenAI-compatible server; with --model-path it starts SGLang servers with the plugin, one after another for each "
-    "--config. All are asked the same and stand side by side in one table, one picture and one JSON file."
-)
 
-
-class Refused(Exception):
-    """The command cannot do this; the message tells the user why."""
-
-
-def add_question_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for questions, which niah and compare share."""
-    group = parser.add_argument_group("questions")
-    group.add_argument(
-        "--tasks", nargs="+", metavar="TASK", choices=("v-niah", "mm-niah"), help="v-niah, mm-niah; default: what fits"
-    )
-    group.add_argument(
-        "--lengths", nargs="+", type=int, metavar="TOKENS", default=[4096, 8192], help="about; %(default)s"
-    )
-    group.add_argument("--depths", type=int, metavar="N", default=5, help="needles asked for, from start to end; 5")
-    group.add_argument("--seeds", type=int, metavar="N", default=2, help="conversations of each task and length; 2")
-    group.add_argument("--seed", type=int, default=1, help="the first of them; 1")
-    group.add_argument(
-        "--needles",
-        choices=("cards", "glyphs"),
-        help="cards: sentences that a real model reads; glyphs: for the needle models of examples/needle_vlm. Default: "
-        "what the model is",
-    )
-
-
-def settings_of(options: argparse.Namespace, kit: kits.Kit, model: str, relays: bool) -> Settings:
+def settings_of(options: SimpleNamespace, kit: kits.Kit, model: str, relays: bool) -> Settings:
     """The questions that the options name.
 
     Raises:
@@ -76,66 +46,26 @@ def settings_of(options: argparse.Namespace, kit: kits.Kit, model: str, relays: 
         raise Refused(f"--{error}") from None
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options to `parser`."""
-    servers = parser.add_argument_group("servers")
-    servers.add_argument("--url", action="append", default=[], help="of a running server; may be given several times")
-    servers.add_argument("--model", help="name to ask those servers for; default: the first that each lists")
-    servers.add_argument(
-        "--model-path", metavar="P", help="start SGLang with this model: a folder, or a name on the hub"
-    )
-    servers.add_argument("--config", action="append", metavar="NAME|PATH", help="head config, several times; default")
-    servers.add_argument(
-        "--server-flags", default="", metavar="'FLAGS'", help="further flags for servers that are started"
-    )
-    servers.add_argument(
-        "--inline-media", action="store_true", help="send media in the requests, to servers that cannot read files here"
-    )
-    add_question_options(parser)
-    parser.add_argument("--relays", action="store_true", help="ask for relays, too: needles that name an earlier one")
-    parser.add_argument("--concurrency", type=int, default=2, metavar="N", help="conversations side by side; 2")
-    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="seconds for an answer; 1800")
-    parser.add_argument("--out", type=Path, default=Path("niah-out"), help="folder for niah.json, niah.png and media")
+def run(options: SimpleNamespace) -> int:
+    """Ask servers, and write table, picture and file. Returns exit status 0; 1 if a server gave no answer at all.
 
+    Args:
+        options: what `commands.niah` read, attributes of the options' names.
 
-def run(options: argparse.Namespace) -> int:
-    """Run the command. Returns exit status 0; 1 if a server gave no answer at all; 2 for wrong arguments."""
-    console = wide_console()
-    return status_of(lambda: _run(options, console), console, "every server that was started is stopped")
-
-
-def status_of(work: Callable[[], int], console: Console, if_interrupted: str) -> int:
-    """Run `work` and return its exit status. If an error or Ctrl-C ends it, say so in one line."""
-    try:
-        return work()
-    except Refused as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    except (ServerError, OSError) as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        console.print(f"interrupted; {if_interrupted}", style="bold")
-        return 130
-
-
-def _run(options: argparse.Namespace, console: Console) -> int:
-    if bool(options.url) == bool(options.model_path):
-        raise Refused("name running servers with --url, or a model to serve with --model-path; one of the two")
-    if options.config and not options.model_path:
-        raise Refused("--config is for servers that are started: give --model-path, too")
-    for name in options.config or ():
+    Raises:
+        Failed: the questions cannot be asked; the message says why.
+    """
+    console = wide_console(options.json)
+    for name in options.mminfer_config:
         check_config(name)
-    if options.concurrency < 1:
-        raise Refused(f"--concurrency: expected 1 or more, got {options.concurrency}")
-    running = [target_of(url, options.model, options.timeout) for url in options.url]
+    running = [target_of(url, options.model, options.timeout, options.api_key) for url in options.url]
     models = [options.model_path] if options.model_path else [target.model for target in running]
     kit = kit_of(options.needles, models)
     settings = settings_of(options, kit, models[0], options.relays)
     media = Media(settings, kit, options.out / "media", options.inline_media)
     answers_of: dict[str, list[Answer]] = {}
     if options.model_path:
-        for name in options.config or ["default"]:
+        for name in options.mminfer_config or ["default"]:
             label = unique(Path(name).stem, answers_of)
             flags = ["--attention-backend", "mminfer", "--mminfer-config", name, *server_flags(options, kit)]
             with contextlib.ExitStack() as stack:
@@ -155,29 +85,31 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         options.out / "niah.png",
     )
     result = options.out / "niah.json"
-    write_json(
-        result,
-        {
-            **provenance("niah"),
-            "models": [Path(model).name if Path(model).exists() else model for model in models],
-            "needles": kit.name,
-            "settings": asdict(settings),
-            "servers": {name: niah.report(answers, settings) for name, answers in answers_of.items()},
-        },
-    )
+    content = {
+        **provenance("niah"),
+        "models": [Path(model).name if Path(model).exists() else model for model in models],
+        "needles": kit.name,
+        "settings": asdict(settings),
+        "servers": {name: niah.report(answers, settings) for name, answers in answers_of.items()},
+    }
+    write_json(result, content)
+    if options.json:
+        print(json.dumps(content, indent=1, ensure_ascii=False))
     console.print(f"written: {result}, {picture}", highlight=False)
     silent = [name for name, answers in answers_of.items() if all(answer.error for answer in answers)]
-    for name in silent:
-        console.print(f"error: {name} answered nothing: {answers_of[name][0].error}", style="bold red", markup=False)
-    return 1 if silent else 0
+    if silent:
+        raise Failed("; ".join(f"{name} answered nothing: {answers_of[name][0].error}" for name in silent))
+    return 0
 
 
-def wide_console() -> Console:
-    """A console that has room for a table even if the output is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 180)
+def wide_console(as_json: bool = False) -> Console:
+    """A console that has room for a table even if the output is no terminal. `as_json`: on standard error, because
+    standard output is for the result alone."""
+    stream = sys.stderr if as_json else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 180)
 
 
-def server_flags(options: argparse.Namespace, kit: kits.Kit) -> list[str]:
+def server_flags(options: SimpleNamespace, kit: kits.Kit) -> list[str]:
     """The flags of a server that the command starts: to see every frame of the kit's videos, and the user's own."""
     return [*niah.mm_process_flags(kit), "--enable-cache-report", *shlex.split(options.server_flags)]
 
@@ -193,7 +125,7 @@ def check_config(name: str) -> None:
     try:
         HeadConfig.load(name)
     except HeadConfigError as error:
-        raise Refused(f"--config: {error}") from None
+        raise Refused(f"--mminfer-config: {error}") from None
 
 
 def kit_of(name: str | None, models: Sequence[str]) -> kits.Kit:
@@ -210,23 +142,20 @@ def kit_of(name: str | None, models: Sequence[str]) -> kits.Kit:
     return kits.GLYPHS if are_needle_models == {True} else kits.CARDS
 
 
-def target_of(url: str, model: str | None, timeout: float) -> Target:
+def target_of(url: str, model: str | None, timeout: float, api_key: str | None = None) -> Target:
     """The running server at a URL.
 
     Raises:
-        Refused: nothing answers there, or what answers is no OpenAI-compatible server.
+        Failed: nothing answers there, or what answers is no OpenAI-compatible server.
     """
     import openai
 
     base = url.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
-    host = urlsplit(base).hostname
-    if host is None or urlsplit(base).scheme not in ("http", "https"):
-        raise Refused(f"--url: expected something like http://127.0.0.1:30000, got {url}")
-    is_local = host in ("127.0.0.1", "localhost", "::1")
+    is_local = urlsplit(base).hostname in ("127.0.0.1", "localhost", "::1")
     client = openai.OpenAI(
         base_url=base,
-        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        api_key=api_key or "none",
         timeout=timeout,
         max_retries=0,
         http_client=openai.DefaultHttpxClient(trust_env=not is_local, timeout=timeout),
@@ -234,19 +163,19 @@ def target_of(url: str, model: str | None, timeout: float) -> Target:
     try:
         listed = [entry.id for entry in client.with_options(timeout=20).models.list().data]
     except openai.APIStatusError as error:
-        raise Refused(f"--url: {base}/models answers with an error: {error}") from None
+        raise Failed(f"--url {url}: {base}/models answers with an error: {error}") from None
     except openai.APIConnectionError:
-        raise Refused(f"--url: no server at {base}; start one with `sglang serve`") from None
+        raise Failed(f"--url {url}: no server there; start one with `sglang serve`") from None
     except Exception as error:  # a web page, for example, for which the client has no error type
-        raise Refused(f"--url: {base} is no OpenAI-compatible server: {type(error).__name__}") from None
+        raise Failed(f"--url {url}: no OpenAI-compatible server: {type(error).__name__}") from None
     if not model and not listed:
-        raise Refused(f"--url: {base} lists no models; name one with --model")
-    return Target(urlsplit(base).netloc, client, model or listed[0], telemetry_of(base))
+        raise Failed(f"--url {url}: the server lists no models; name one with --model")
+    return Target(urlsplit(base).netloc, client, model or listed[0], telemetry_of(base, api_key))
 
 
-def telemetry_of(url: str) -> Telemetry | None:
+def telemetry_of(url: str, api_key: str | None = None) -> Telemetry | None:
     """The telemetry of a running server; None if it has none, as a server without mminfer."""
-    found = Telemetry(url, os.environ.get("OPENAI_API_KEY"))
+    found = Telemetry(url, api_key)
     try:
         found.server()
     except NoTelemetry:

@@ -25,6 +25,7 @@ from sglang_mminfer.patterns.grid import Grid
 from sglang_mminfer.patterns.ladder import RANKS
 from sglang_mminfer.patterns.tri_shape import TriShape
 from sglang_mminfer.tools.basis.observer import default_rule
+from sglang_mminfer.tools.errors import Failed
 from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search import tile_times
 from sglang_mminfer.tools.search.allocate import Allocation, Table, equal_budget, frontier, within_density, within_error
@@ -45,7 +46,7 @@ SERVER_FLAGS = (
 """The server answers densely and prefills every prompt in one chunk; the search looks into every layer beside that."""
 
 
-class SearchError(RuntimeError):
+class SearchError(Failed):
     """The search cannot go on; the message says why and what to do."""
 
 

@@ -116,9 +116,9 @@ def test_the_table_has_the_share_that_ranks_hold() -> None:
     [
         (["--out", "basis.npz"], "--out: expected a name that ends in .basis.npz, got basis.npz"),
         (["--conversation", "nothing.json"], "nothing.json: no such file"),
-        ([], "nowhere: expected a model"),
+        ([], "--model-path: ./nowhere: no such folder"),
     ],
 )
 def test_bad_input_is_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["basis", "--model-path", "./nowhere", *arguments]) == 1
+    assert cli.main(["basis", "--model-path", "./nowhere", *arguments]) == 2
     assert words in capsys.readouterr().err

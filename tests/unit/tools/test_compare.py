@@ -65,10 +65,10 @@ def _compare(out, *arguments):
 
 
 def test_it_goes_on_where_it_was_stopped(stand_in, monkeypatch, tmp_path, capsys):
-    configs = ("--configs", "dense", "a_shape", "swin")
+    configs = ("--mminfer-config", "dense", "a_shape", "swin")
     monkeypatch.setattr(stand_in, "dies_at", "baseline_swin")
     assert _compare(tmp_path, *configs) == 1
-    assert "the server died" in capsys.readouterr().out
+    assert "the server died" in capsys.readouterr().err
     monkeypatch.setattr(stand_in, "dies_at", None)
     assert _compare(tmp_path, *configs) == 0
     assert stand_in.started == ["dense", "baseline_a_shape", "baseline_swin"]
@@ -86,34 +86,35 @@ def test_it_goes_on_where_it_was_stopped(stand_in, monkeypatch, tmp_path, capsys
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     # Other questions need another result file.
     assert _compare(tmp_path, *configs, "--seed", "9") == 2
-    assert "was made with other settings; name another --out" in " ".join(capsys.readouterr().out.split())
+    assert "was made with other settings; name another --out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_estimated_baseline_is_fitted_by_what_a_server_visits(stand_in, monkeypatch, tmp_path):
     monkeypatch.setattr(stand_in, "density", 0.1)
-    assert _compare(tmp_path, "--configs", "minference", "tri_shape", "--density", "0.3") == 0
+    assert _compare(tmp_path, "--mminfer-config", "minference", "tri_shape", "--density", "0.3") == 0
     assert stand_in.started == ["baseline_minference"] * compare.FITS + ["baseline_tri_shape"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--configs", "wrong_phase"), "wrong_phase has no published sizes; give --density"),
-        (("--configs", "swan"), "no built-in config has this name"),
+        (("--mminfer-config", "wrong_phase"), "wrong_phase has no published sizes; give --density"),
+        (("--mminfer-config", "swan"), "no built-in config has this name"),
         (("--density", "2"), "--density: expected a number between 0 and 1, got 2"),
-        (("--concurrency", "0"), "--concurrency: expected 1 or more, got 0"),
-        (("--seeds", "0"), "--seeds: expected 1 to"),
+        (("--concurrency", "0"), "--concurrency: expected a number greater than or equal to 1"),
+        (("--seeds", "0"), "--seeds: expected a number greater than or equal to 1"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, words, stand_in, tmp_path, capsys):
     assert _compare(tmp_path, *arguments) == 2
-    assert words in " ".join(capsys.readouterr().out.split())
+    captured = capsys.readouterr()
+    assert words in " ".join(captured.err.split()) and not captured.out
     assert not stand_in.started
 
 
 def test_a_file_that_is_something_else_is_left_alone(stand_in, tmp_path):
     (tmp_path / "compare.json").write_text("[1]")
-    assert _compare(tmp_path, "--configs", "dense") == 2
+    assert _compare(tmp_path, "--mminfer-config", "dense") == 2
     assert (tmp_path / "compare.json").read_text() == "[1]" and not stand_in.started
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,7 +14,7 @@ import torch
 
 import observed
 from config_files import config_file
-from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, QBoundary, settings
+from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, QBoundary, cli, settings
 from sglang_mminfer.kernels import reference
 from sglang_mminfer.kernels.rows import dense_rows
 from sglang_mminfer.patterns import dense, grid
@@ -164,12 +162,6 @@ def test_page_and_pictures_of_a_model(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
-def options(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(arguments)
-
-
 def test_page_of_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.jsonl"
     monkeypatch.setenv(settings.TRACE.variable, str(trace))
@@ -177,32 +169,31 @@ def test_page_of_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for start, stop in ((0, 300), (300, observed.LENGTH)):
         observed.run(prefill, observed.batch(start, stop, "first"))
     observed.run(observed.prefill("dense", monkeypatch), observed.batch(rid="second"))
-    assert command.run(options("--trace", str(trace), "--out", str(tmp_path / "out"))) == 0
+    assert cli.main(["inspect", "--trace", str(trace), "--out", str(tmp_path / "out")]) == 0
     text = embedded_only(Path(capsys.readouterr().out.strip()))
     assert text.count("<img ") == 1  # of the sparse one; a dense config makes no map
     assert "dense_config" in text and "error, mean" in text
-    assert command.run(options("--trace", str(trace), "--rid", "third", "--out", str(tmp_path / "out"))) == 1
+    assert cli.main(["inspect", "--trace", str(trace), "--rid", "third", "--out", str(tmp_path / "out")]) == 1
     assert "no request third; the last ones are: first, second" in capsys.readouterr().err
 
 
 BAD: list[tuple[list[str], str]] = [
-    (["--video", "nothing.mp4"], "--video nothing.mp4: no such file"),
+    (["--video", "nothing.mp4"], "--video: nothing.mp4: no such file"),
     ([], "nothing to look at: give --video, --image or --messages"),
-    (["--messages", "nothing.json"], "--messages nothing.json: "),
+    (["--messages", "nothing.json"], "--messages: nothing.json: no such file"),
+    (["--heads", "1:2", "3"], "--heads: expected LAYER:HEAD, like 0:3, got '3'"),
 ]
 
 
 @pytest.mark.parametrize("arguments, words", BAD)
 def test_bad_input_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.run(options("--model-path", "m", *arguments)) == 1
+    assert cli.main(["inspect", "--model-path", "m", *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
 def test_messages_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     path.write_text(json.dumps({"role": "user"}))
-    arguments: Any = options("--model-path", "m", "--messages", str(path))
+    arguments = SimpleNamespace(messages=path)
     with pytest.raises(command.InspectError, match="expected a list of messages"):
         command.conversation(arguments)
-    with pytest.raises(SystemExit):
-        options("--model-path", "m", "--heads", "3")

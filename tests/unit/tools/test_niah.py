@@ -208,25 +208,33 @@ def test_a_server_that_only_fails_is_an_error(tmp_path, capsys):
     with FakeOpenAI(lambda messages: 500) as server:
         common = ("--needles", "glyphs", "--tasks", "v-niah", "--lengths", "512", "--depths", "2", "--seeds", "1")
         assert _niah("--url", server.url, *common, "--out", str(tmp_path)) == 1
-    assert "answered nothing: 500" in capsys.readouterr().out
+    assert "answered nothing: 500" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), "--url, or a model to serve with --model-path"),
-        (("--url", "http://127.0.0.1:9"), "no server at http://127.0.0.1:9/v1"),
         (("--url", "nowhere"), "expected something like http://"),
-        (("--url", "http://127.0.0.1:9", "--config", "dense"), "--config is for servers that are started"),
-        (("--model-path", "x", "--config", "defualt"), "no built-in config has this name"),
-        (("--model-path", "x", "--lengths", "10"), "--lengths: expected 512 to"),
-        (("--model-path", "x", "--depths", "40"), "--depths: expected 2 to 8, got 40"),
-        (("--model-path", "x", "--concurrency", "0"), "--concurrency: expected 1 or more"),
+        (
+            ("--url", "http://127.0.0.1:9", "--mminfer-config", "dense"),
+            "--mminfer-config is for servers that are started",
+        ),
+        (("--model-path", "x", "--mminfer-config", "defualt"), "no built-in config has this name"),
+        (("--model-path", "x", "--lengths", "10"), "--lengths: expected a number greater than or equal to 512"),
+        (("--model-path", "x", "--depths", "40"), "--depths: expected a number less than or equal to 8"),
+        (("--model-path", "x", "--concurrency", "0"), "--concurrency: expected a number greater than or equal to 1"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, words, tmp_path, capsys):
     assert _niah(*arguments, "--out", str(tmp_path)) == 2
-    assert words in " ".join(capsys.readouterr().out.split())
+    captured = capsys.readouterr()
+    assert words in " ".join(captured.err.split()) and not captured.out
+
+
+def test_a_server_that_is_not_there_is_named_as_it_was_typed(capsys):
+    assert _niah("--url", "http://127.0.0.1:9") == 1
+    assert "--url http://127.0.0.1:9: no server there" in capsys.readouterr().err
 
 
 def test_an_unknown_model_name_and_a_web_page(capsys):
@@ -238,8 +246,8 @@ def test_an_unknown_model_name_and_a_web_page(capsys):
     page = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(EXAMPLES)))
     threading.Thread(target=page.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        assert _niah("--url", f"http://127.0.0.1:{page.server_address[1]}") == 2
+        assert _niah("--url", f"http://127.0.0.1:{page.server_address[1]}") == 1
     finally:
         page.shutdown()
         page.server_close()
-    assert "/v1/models answers with an error" in " ".join(capsys.readouterr().out.split())
+    assert "/v1/models answers with an error" in " ".join(capsys.readouterr().err.split())

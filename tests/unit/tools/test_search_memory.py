@@ -1,6 +1,5 @@
 """Measuring in bounded memory: the same scores, and a process that stays below the limit."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 import search_in_process as process
-from sglang_mminfer import AShape, VerticalSlash
+from sglang_mminfer import AShape, VerticalSlash, cli
 from sglang_mminfer.tools.search import command, memory
 from sglang_mminfer.tools.search import job as jobs
 
@@ -81,9 +80,11 @@ def test_a_limit_for_less_than_one_head_is_refused_in_words(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("text", ["0", "-1", "much", "nan", "inf"])
 def test_a_limit_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["model", "--max-memory", text])
+    assert cli.main(["search", "model", "--max-memory", text]) == 2
     assert f"--max-memory: expected a number of GiB above 0, got '{text}'" in capsys.readouterr().err
-    assert parser.parse_args(["model", "--max-memory", "1.5"]).max_memory == 3 * 2**29
+
+
+def test_a_limit_is_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (conversation := tmp_path / "talk.json").write_text("[]")
+    monkeypatch.setattr(command, "run", lambda options: options.max_memory)
+    assert cli.main(["search", "model", "--conversation", str(conversation), "--max-memory", "1.5"]) == 3 * 2**29
