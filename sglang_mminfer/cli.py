@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sglang_mminfer import __version__
-from sglang_mminfer.commands import basis, compare, config, doctor, env, inspect, niah, parsing, search
+from sglang_mminfer.commands import basis, chat, compare, config, doctor, env, inspect, niah, parsing, search
 from sglang_mminfer.commands.parsing import EXIT_STATUSES, TOOLS
 
 __all__ = ["COMMANDS", "TOOLS", "app", "main"]
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., int] | typer.Typer] = {
     "niah": niah.niah,
     "compare": compare.compare,
     "inspect": inspect.inspect,
+    "chat": chat.chat,
     "config": config.app,
     "env": env.env,
 }

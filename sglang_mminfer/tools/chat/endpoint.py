@@ -23,6 +23,7 @@ from sglang_mminfer.serving.telemetry_http import ServerReport
 from sglang_mminfer.tools.chat.conversation import Messages, Question, Sampling, Turn, messages_of
 from sglang_mminfer.tools.chat.reply import Phase, Reply
 from sglang_mminfer.tools.chat.uploads import KINDS, Kind
+from sglang_mminfer.tools.errors import Failed
 from sglang_mminfer.tools.telemetry import LOCAL, NoTelemetry, Telemetry
 
 CONNECT_SECONDS = 30.0
@@ -38,7 +39,7 @@ MOST_WORDS = 600
 """Letters of a server's error that are shown."""
 
 
-class NoServer(Exception):
+class NoServer(Failed):
     """There is no server, or it is none that can chat. The message names it."""
 
 

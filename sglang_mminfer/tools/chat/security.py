@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sglang_mminfer.tools.errors import Refused
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -34,10 +36,6 @@ HEADERS = {
 }
 
 
-class Refusal(ValueError):
-    """The application must not be started like this. The message says why."""
-
-
 def is_loopback(host: str) -> bool:
     """Whether a host, without its port, is a name of this machine that no other machine can use."""
     try:
@@ -54,22 +52,22 @@ def credentials(host: str, auth_file: Path | None) -> list[tuple[str, str]] | No
         auth_file: a file with a line NAME:PASSWORD for each user.
 
     Raises:
-        Refusal: other machines reach the host and there is no file, or the file holds something else.
+        Refused: other machines reach the host and there is no file, or the file holds something else.
     """
     if auth_file is None:
         if is_loopback(host):
             return None
-        raise Refusal(
+        raise Refused(
             f"--host {host} lets other machines in: name a file of NAME:PASSWORD lines with --auth-file, and put a "
             "proxy with TLS before the application"
         )
     try:
         lines = [line.strip() for line in auth_file.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"--auth-file {auth_file}: {error}") from None
+        raise Refused(f"--auth-file {auth_file}: {error}") from None
     pairs = [tuple(line.split(":", 1)) for line in lines]
     if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise Refusal(f"--auth-file {auth_file}: expected lines NAME:PASSWORD")
+        raise Refused(f"--auth-file {auth_file}: expected lines NAME:PASSWORD")
     return pairs  # type: ignore[return-value]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shlex
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,8 @@ from sglang_mminfer import settings
 from sglang_mminfer.tools.chat.endpoint import Endpoint
 from sglang_mminfer.tools.chat.security import credentials
 from sglang_mminfer.tools.chat.uploads import MB
+from sglang_mminfer.tools.errors import Refused
 from sglang_mminfer.tools.server import Server, shown_wait
-
-
-class CannotChat(Exception):
-    """The application cannot start. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +46,23 @@ class Options:
     api_key: str | None = None
 
 
-def serve(options: Options, say: Callable[[str], None]) -> None:
-    """Serves until it is interrupted. What is wrong with the options is found before a server is started.
+def serve(options: Options, as_json: bool = False) -> int:
+    """Serves until it is interrupted. Returns exit status 0.
 
     Args:
-        say: shows a line to the user.
+        as_json: tell as a JSON document where the page is.
 
     Raises:
-        CannotChat: the port is taken.
-        Refusal: the options would let anybody in.
+        Refused: the port is taken, or the options would let anybody in; found before a server is started.
         NoServer: there is no server.
         ServerError: the server that was to be started was not.
+        KeyboardInterrupt: a server was interrupted while it started.
     """
-    import uvicorn
-
     auth = credentials(options.host, options.auth_file)
     _check_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="mminfer-chat-") as name, _server(options, Path(name)) as url:
+        import uvicorn
+
         from sglang_mminfer.tools.chat.application import application
 
         folder = Path(name)
@@ -79,8 +77,11 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             upload_bytes=options.max_upload_mb * MB,
             auth=auth,
         )
-        say(f"Chat with {facts.model}: http://{_shown(options.host)}:{options.port} (Ctrl-C ends it)")
+        page = f"http://{_shown(options.host)}:{options.port}"
+        told = json.dumps({"page": page, "server": url, "model": facts.model})
+        print(told if as_json else f"Chat with {facts.model}: {page} (Ctrl-C ends it)", flush=True)
         uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=2)
+    return 0
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise CannotChat(f"--port {port}: {error.strerror or error}; name another one") from None
+            raise Refused(f"--port {port}: {error.strerror or error}; name another one") from None
 
 
 def _shown(host: str) -> str:

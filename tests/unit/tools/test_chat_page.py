@@ -17,8 +17,9 @@ from sglang_mminfer.tools.chat.conversation import Question, Sampling, Turn
 from sglang_mminfer.tools.chat.endpoint import Facts
 from sglang_mminfer.tools.chat.page import Page
 from sglang_mminfer.tools.chat.reply import Phase, Reply
-from sglang_mminfer.tools.chat.security import Refusal, credentials
+from sglang_mminfer.tools.chat.security import credentials
 from sglang_mminfer.tools.chat.uploads import KINDS
+from sglang_mminfer.tools.errors import Refused
 from sglang_mminfer.tools.media import make_image, make_video
 
 FACTS = Facts("tiny", 4096, frozenset(KINDS), {"video": 1}, 1, None, "tells nothing")
@@ -255,10 +256,10 @@ def test_another_host_wants_credentials(tmp_path: Path, folder: Path) -> None:
         ("0.0.0.0", tmp_path / "gone", "gone"),
         ("0.0.0.0", tmp_path, "--auth-file"),
     ):
-        with pytest.raises(Refusal, match=says):
+        with pytest.raises(Refused, match=says):
             credentials(host, file)
     (tmp_path / "bad").write_text("ada")
-    with pytest.raises(Refusal, match="NAME:PASSWORD"):
+    with pytest.raises(Refused, match="NAME:PASSWORD"):
         credentials("127.0.0.1", tmp_path / "bad")
     auth = credentials("0.0.0.0", users)
     assert auth == [("ada", "count:ess"), ("bob", "b")]
