@@ -131,7 +131,7 @@ class Conversation:
             while not task.done():
                 yield turn
                 await asyncio.wait({task}, timeout=TICK)
-            if turn.reply.text:
+            if turn.reply.text or turn.reply.phase is Phase.DONE:
                 await self.server.settle(turn.reply)
         finally:
             await self._end(turn, task)
