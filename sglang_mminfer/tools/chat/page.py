@@ -247,15 +247,14 @@ class Page:
         for index, turn in enumerate(conversation.turns):
             under = gr.HTML(words.footer(conversation, index), padding=False)
             messages += [_asked(turn), {"role": "assistant", "content": [turn.reply.text or " ", under]}]
-        turn = conversation.current
-        if turn is not None:
-            if turn.reply.ended:
-                under = words.ended_without_answer(turn)
+        if (current := conversation.current) is not None:
+            if current.reply.ended:
+                told = words.ended_without_answer(current)
             else:
-                under = f'<div class="mminfer-wait">{words.waiting(turn.reply)}</div>'
-            text = [turn.reply.text] if turn.reply.text else []
-            content = [*text, gr.HTML(under, padding=False)]
-            messages += [_asked(turn), {"role": "assistant", "content": content}]
+                told = f'<div class="mminfer-wait">{words.waiting(current.reply)}</div>'
+            text = [current.reply.text] if current.reply.text else []
+            content = [*text, gr.HTML(told, padding=False)]
+            messages += [_asked(current), {"role": "assistant", "content": content}]
         return messages
 
     def _media(self) -> str:
@@ -278,7 +277,7 @@ def _only_uploads(box: gr.MultimodalTextbox) -> None:
             raise gr.Error("only uploaded files can be sent")
         return move(path)
 
-    box.move_resource_to_block_cache = moved  # type: ignore[method-assign]
+    box.move_resource_to_block_cache = moved
 
 
 def _turn_of(data: Any) -> int:
