@@ -39,7 +39,7 @@ test-server: setup browser
 
 # Chromium, for the test of the chat application: from Debian where that is allowed. Without one the test is skipped.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { apt-get update && \
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { apt-get update && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
 		|| echo "no Chromium here, and apt-get installs none: the browser test is skipped"
 
