@@ -34,7 +34,7 @@ def media_part(kind: str, source: str) -> dict[str, Any]:
         BadInput: the file cannot be read, or is no video (no image).
     """
     url = source
-    if not source.startswith(("http://", "https://", "data:")):
+    if not is_url(source):
         path = Path(source).expanduser()
         try:
             content = path.read_bytes()
@@ -45,6 +45,11 @@ def media_part(kind: str, source: str) -> dict[str, Any]:
         mime = mimetypes.guess_type(path.name)[0] or ("video/mp4" if kind == "video" else "image/png")
         url = f"data:{mime};base64,{base64.b64encode(content).decode()}"
     return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+
+
+def is_url(source: str) -> bool:
+    """Whether a video or image is named by a URL, and not a file here."""
+    return source.startswith(("http://", "https://", "data:"))
 
 
 def describe_video(path: Path) -> str:
@@ -160,6 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--api-key", default="none", help="where the server wants one")
     parser.set_defaults(given=[])
     options = parser.parse_args(arguments)
+    for kind, value in options.given:
+        if kind != "question" and not is_url(value) and not Path(value).expanduser().is_file():
+            parser.error(f"--{kind}: {value}: no such file")
 
     client = openai.OpenAI(base_url=options.url, api_key=options.api_key, timeout=options.timeout, max_retries=0)
     messages: list[Any] = []

@@ -15,6 +15,10 @@ from typing import Any, Literal
 
 BACKEND_NAME = "mminfer"
 
+HUB_SCHEME = "hf://"
+HUB_NAME = r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<path>[\w./ -]+\.json)"
+"""How a head config on the Hugging Face Hub is named, and what such a name looks like, as a regular expression."""
+
 PREFIX = "SGLANG_MMINFER_"
 """With which the name of every variable of ours begins."""
 
@@ -55,7 +59,8 @@ CONFIG = Setting(
     "SGLANG_MMINFER_CONFIG",
     "default",
     "What every head does: the name of a built-in head config (`default`, `dense`, `grid_static`, `baseline_*`) or the "
-    'path of a JSON file. `--json-model-override-args \'{"mminfer_config": "..."}\'` names one, too; flag and variable '
+    "path of a JSON file, here or on the Hugging Face Hub (`hf://owner/repo[@revision]/path/file.json`). "
+    '`--json-model-override-args \'{"mminfer_config": "..."}\'` names one, too; flag and variable '
     "win over it.",
     flag="--mminfer-config",
 )

@@ -83,6 +83,8 @@ def niah(
         raise Refused("name running servers with --url, or a model to serve with --model-path; one of the two")
     if mminfer_config and not model_path:
         raise Refused("--mminfer-config is for servers that are started: give --model-path, too")
+    for name in url:
+        options.reachable(name)
     from sglang_mminfer.tools.niah.command import run
 
     return run(words)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
 from sglang_mminfer import settings
-from sglang_mminfer.commands.parsing import bad
+from sglang_mminfer.commands.parsing import Failed, bad
 
 SERVERS = "Servers"
 QUESTIONS = "Questions"
@@ -74,12 +76,16 @@ def media(names: list[str]) -> list[str]:
 
 
 def head_config(name: str | None) -> str | None:
-    """A head config's name or path, as far as that can be told without reading it.
+    """A head config's name, path or place on the hub, as far as that can be told without reading it.
 
     Raises:
         typer.BadParameter: no such file, or no built-in config of this name.
     """
-    if name is None or "://" in name:
+    if name is None:
+        return name
+    if "://" in name:
+        if not re.fullmatch(settings.HUB_NAME, name):
+            raise bad(f"{name}: expected hf://owner/repo[@revision]/path/file.json")
         return name
     if "/" in name or name.endswith(".json"):
         file(Path(name).expanduser())
@@ -102,6 +108,20 @@ def built_in_configs() -> list[str]:
     """Names of the built-in head configs, in order."""
     folder = resources.files("sglang_mminfer.head_configs")
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def reachable(url: str) -> None:
+    """Whether anything listens at a URL of this machine; what lies behind a proxy only a real request can tell.
+
+    Raises:
+        Failed: nothing does.
+    """
+    parts = urlsplit(url)
+    if parts.hostname in ("127.0.0.1", "localhost", "::1"):
+        try:
+            socket.create_connection((parts.hostname, parts.port or 80), timeout=5).close()
+        except OSError:
+            raise Failed(f"--url {url}: no server there; start one with `sglang serve`") from None
 
 
 def words(text: str) -> str:
@@ -143,7 +163,10 @@ ModelPath = Annotated[
 HeadConfigName = Annotated[
     str | None,
     typer.Option(
-        settings.CONFIG.flag, metavar="NAME|PATH", callback=head_config, help="head config, as for the server"
+        settings.CONFIG.flag,
+        metavar="NAME|PATH",
+        callback=head_config,
+        help="head config, as for the server: a name, a file, hf://...",
     ),
 ]
 

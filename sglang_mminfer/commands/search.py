@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -37,6 +38,12 @@ def _boundaries(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in BOUNDARIES]:
         raise bad(f"expected some of {','.join(BOUNDARIES)}, got {unknown[0]!r}")
     return tuple(name for name in BOUNDARIES if name in names)
+
+
+def _repo(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise bad(f"expected OWNER/REPO, got {name}")
+    return name
 
 
 def search(
@@ -107,6 +114,14 @@ def search(
     out: Annotated[Path, typer.Option(metavar="FILE", help="where the config goes; the report beside it")] = Path(
         "head_config.json"
     ),
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/REPO",
+            callback=_repo,
+            help="put config, report and a card on the Hugging Face Hub, too; servers then take hf://OWNER/REPO/FILE",
+        ),
+    ] = None,
     json: options.AsJson = False,
 ) -> int:
     """Make a head config for a model from calibration videos or conversations.

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 import msgspec
 
 from sglang_mminfer.families.maps import reader_of
-from sglang_mminfer.head_config import json_format
+from sglang_mminfer.head_config import hub, json_format
 from sglang_mminfer.head_config.basis_file import ENDING, ModelBasis
 from sglang_mminfer.head_config.fingerprint import HeadConfigError, ModelFingerprint, fingerprint_of
 from sglang_mminfer.head_config.json_format import SCHEMA
@@ -35,7 +35,7 @@ class HeadConfig:
         form: how `rows` are spread over the model. "all": one head for everything. "cycle": one row of n heads, of
             which head h of layer l takes entry (l + h) % n. "layers": one row of heads for each layer.
         model: the model that the config was made for; None: any model.
-        path: the file that the config was read from; None: no file.
+        path: the file that the config was read from; on the hub `hf://owner/repo@commit/path/file.json`; None: no file.
         basis: the low-rank forms of the model's heads, for patterns that choose keys by them; None: these choose by
             q . k itself.
         num_layers, num_heads: those of the model that the config is bound to; None before `bind`.
@@ -75,13 +75,18 @@ class HeadConfig:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> HeadConfig:
-        """Read a built-in config by its name, or a file by its path (with a separator, or ending in .json). With a file
-        comes the basis that lies beside it, if there is one: see `basis_file`.
+        """Read a built-in config by its name, a file by its path (with a separator, or ending in .json), or a file on
+        the Hugging Face Hub by `hf://owner/repo[@revision]/path/file.json`. With a file comes the basis that lies
+        beside it, if there is one: see `basis_file`.
 
         Raises:
             HeadConfigError: if there is no such config, or anything in it is wrong.
         """
         text = str(name_or_path)
+        if hub.is_hub_name(text):
+            found = hub.download(text)
+            config = cls._parse(_read(found.config, found.name), found.config.stem, found.name)
+            return dataclasses.replace(config, basis=ModelBasis.load(found.basis)) if found.basis else config
         if isinstance(name_or_path, Path) or "/" in text or "\\" in text or text.endswith(".json"):
             path = Path(name_or_path).expanduser()
             config = cls._parse(_read(path, str(path)), path.stem, str(path))
@@ -251,7 +256,8 @@ class HeadConfig:
         basis = ""
         if self.basis_rank:
             basis = f"; keys are chosen by a basis of rank {self.basis.rank}" if self.basis else f"; {without_basis}"
-        return f"{self.name} ({model}, {self.provenance.how}): {heads}{dense}{basis}"
+        place = f" from {self.path}" if self.path and hub.is_hub_name(self.path) else ""
+        return f"{self.name}{place} ({model}, {self.provenance.how}): {heads}{dense}{basis}"
 
     # Writing
 

@@ -24,10 +24,10 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
         settings.CONFIG.flag,
         type=config_argument,
         default=None,
-        metavar="NAME|PATH",
-        help="Head config of --attention-backend mminfer: the name of a built-in one or the path of a JSON "
-        f"file. Overrides {settings.CONFIG.variable} and {settings.MODEL_KEY} in --json-model-override-args. "
-        f"Default: {settings.CONFIG.default}.",
+        metavar="NAME|PATH|hf://...",
+        help="Head config of --attention-backend mminfer: the name of a built-in one or the path of a JSON file, here "
+        f"or on the hub (hf://owner/repo[@revision]/path/file.json). Overrides {settings.CONFIG.variable} and "
+        f"{settings.MODEL_KEY} in --json-model-override-args. Default: {settings.CONFIG.default}.",
     )
     parser.add_argument(
         settings.AUDIT.flag,

@@ -91,6 +91,12 @@ def load_for_model(
         raise HeadConfigError(f"{choice.source}: {error}") from None
 
 
+def pin(server_args: Any, head_config: HeadConfig) -> None:
+    """Name a config of the hub by its commit, so that all ranks load the same one even if a branch moves meanwhile."""
+    if head_config.path and head_config.path.startswith(settings.HUB_SCHEME):
+        setattr(server_args, flags.CONFIG_ATTRIBUTE, head_config.path)
+
+
 def describe(head_config: HeadConfig, choice: ConfigChoice, dense_backend: str, server_args: Any) -> str:
     """The line that a scheduler logs about its head config."""
     return (

@@ -370,6 +370,7 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
             )
         model = model_config_of(server_args)
         head_config, _ = head_config_choice.load_for_model(server_args, model.hf_config)
+        head_config_choice.pin(server_args, head_config)
         basis_choice.settle(server_args, head_config, model)
         if not model.is_multimodal:
             logger.warning("mminfer: this model takes no images or video, so every request will run dense.")

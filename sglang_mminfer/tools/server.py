@@ -46,8 +46,8 @@ QUIET_ENVIRONMENT = {
 # The watcher kills a process group as soon as the watcher's standard input closes: when this process dies.
 WATCHER = 'read _; kill -s KILL -- "-$0" 2>/dev/null'
 
-# Log lines that say nothing about the progress of the start.
-_NOISE = re.compile(r"GET /health|deprecat|warn", re.IGNORECASE)
+# Log lines that say nothing about the progress of the start: a server that dies, say, is not getting on.
+_NOISE = re.compile(r"GET /health|deprecat|warn|kill_process_tree|sigquit|exception|error", re.IGNORECASE)
 _STAMP = re.compile(r"^\[20\d\d-\d\d-\d\d [\d:]+[^\]]*\] (?:INFO: *)?")
 _PORT_TAKEN = re.compile(r"^.*ERROR.*address already in use", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")

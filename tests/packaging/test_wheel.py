@@ -88,9 +88,11 @@ def test_the_doctor_without_colour(python: Path) -> None:
 
 
 def test_a_command_of_the_extra_says_what_to_install(python: Path) -> None:
-    done = run(python.with_name("mminfer"), "inspect", "--help")
+    assert run(python.with_name("mminfer"), "inspect", "--help").returncode == 0
+    done = run(python.with_name("mminfer"), "inspect", "--trace", "x")
     assert done.returncode == 1 and done.stderr == (
-        "mminfer inspect: needs imageio_ffmpeg, matplotlib, not installed here: pip install 'sglang-mminfer[tools]'\n"
+        "mminfer inspect: error: needs imageio_ffmpeg, matplotlib, not installed here: "
+        "pip install 'sglang-mminfer[tools]'\n"
     )
 
 

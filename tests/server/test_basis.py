@@ -193,8 +193,11 @@ def test_the_command_makes_a_file_that_a_config_takes(
     conversation, out = tmp_path / "talk.json", tmp_path / "mine.basis.npz"
     conversation.write_text(json.dumps(scripted(media.six_turns())[-1]))
     command = ["basis", "--model-path", str(model), "--conversation", str(conversation), "--out", str(out)]
-    assert cli.main([*command, "--rank", "6"]) == 0
-    said = capsys.readouterr().out
+    assert cli.main([*command, "--rank", "6", "--json"]) == 0
+    result, said = capsys.readouterr()
+    assert json.loads(result) | {"tokens": 0, "calibration": []} == {
+        **{"basis": str(out), "rank": 6, "tokens": 0, "calibration": []},
+    }
     assert (
         re.search(r"^ +1 ( +\d+\.\d% +\d+\.\d%){4}$", said, re.MULTILINE) and "It tells nothing of single keys" in said
     )

@@ -48,10 +48,15 @@ def test_program_says_that_no_server_is_there() -> None:
     assert done.stderr.startswith(f"error: no answer from {url}: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--video", "--image"])
+def test_chat_looks_for_files_before_it_looks_for_a_server(option: str) -> None:
+    done = run("video_chat.py", "--url", NOWHERE, option, "/nope", "--question", "hi")
+    assert done.returncode == 2 and done.stderr.endswith(f"video_chat.py: error: {option}: /nope: no such file\n")
+
+
 @pytest.mark.parametrize(
     ("option", "name", "message"),
     [
-        ("--video", "nothing.mp4", "nothing.mp4: cannot be read: No such file or directory"),
         ("--video", "text.mp4", "text.mp4: not a video that FFmpeg can decode"),
         ("--image", "text.mp4", "text.mp4: not an image that can be read"),
     ],

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
 from serving import Media, Served, scripted, text, user
 
 FIGURE = re.compile(r'^sglang:mminfer_(\w+?)_total(?:\{ran="([\w,]+)"\})? ([\d.e+-]+)$', re.MULTILINE)
+
+DASHBOARD = Path(__file__).parents[2] / "examples" / "monitoring" / "grafana" / "mminfer-dashboard.json"
 
 pytestmark = pytest.mark.server("main")
 
@@ -80,3 +84,21 @@ def test_every_figure_explains_itself(worked: Served) -> None:
     ):
         assert re.search(rf"^# HELP sglang:mminfer_{name}(_total)? \w", page, re.MULTILINE), name
         assert re.search(rf"^# TYPE sglang:mminfer_{name}(_total)? counter$", page, re.MULTILINE), name
+
+
+def test_the_dashboard_asks_for_what_is_there(worked: Served) -> None:
+    """Every metric and every label of its queries, in the scrape of a server; what only a guard tells is left out."""
+    page = worked.get("/metrics").decode()
+    samples = {
+        name: set(re.findall(r'(\w+)="', labels))
+        for name, labels in re.findall(r"^([\w:]+)(\{[^}]*\})? [\d.e+-]+$", page, re.MULTILINE)
+    }
+    asked = [target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
+    names = {name for query in asked for name in re.findall(r"sglang:\w+", query)}
+    assert names - set(samples) == {"sglang:mminfer_guarded_heads_total"}
+    for query in asked:
+        metrics = re.findall(r"sglang:\w+", query)
+        for label in re.findall(r"by \((\w+)\)", query) + re.findall(r'(\w+)="', query):
+            assert all(label in samples[name] for name in metrics if name in samples and label != "ran"), query
+    assert "ran" in samples["sglang:mminfer_prefill_tokens_total"]
+    assert {name for name in samples if name.startswith("sglang:mminfer_") and name.endswith("_total")} <= names

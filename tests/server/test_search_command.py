@@ -87,8 +87,10 @@ def test_a_second_run_measures_nothing_again(first: Search, monkeypatch: pytest.
     assert len(measured) == 3 * (1 + 1 + 1 + 1)
     times = {path: path.stat().st_mtime_ns for path in measured}
     monkeypatch.setattr(Server, "start", lambda server: pytest.fail("a server was started for nothing"))
-    again = searched(folder)
+    again = searched(folder, "--json")
     assert again.code == 0 and again.out.read_bytes() == config, "the same measurements gave another config"
+    told = json.loads(again.said)
+    assert told["config"] == str(again.out) and len(told["calibration"]) == len(told["held_out"]) == 5
     assert {path: path.stat().st_mtime_ns for path in measured} == times
     # The same tile times give the same config.
     kept = (first.work / "tile_times.json").rename(folder / "other.json")

@@ -22,6 +22,33 @@ MODEL = ROOT / "examples" / "needle_vlm" / "video"
 
 HEAVY = ("sglang", "torch", "transformers", "numpy", "rich", "matplotlib", "openai", "httpx", "triton", "numba")
 
+FINDINGS = {
+    1: "test_the_quick_doctor_leaves_sglang_out",
+    **dict.fromkeys((2, 3, 7, 8, 9, 11, 13, 14), "test_words_are_answered_within_a_second_and_without_heavy_modules"),
+    **dict.fromkeys((4, 5), "test_one_form_of_errors_and_one_table_of_statuses"),
+    6: "test_an_option_has_one_name_and_one_meaning",
+    10: "test_a_server_that_is_not_there_is_named_as_it_was_typed",
+    12: "test_help_has_defaults_and_sections",
+    **dict.fromkeys((15, 22), "test_python_m_and_completion"),
+    16: "test_the_version_names_what_it_runs_with",
+    17: "test_a_server_with_mminfer_tells_its_density",
+    18: "test_the_configs_of_the_wheel_can_be_checked",
+    19: "test_the_doctor_says_which_check_runs",
+    20: "test_the_death_of_a_server_is_no_progress",
+    21: "test_env_tells_what_is_set",
+    23: "test_chat_looks_for_files_before_it_looks_for_a_server",
+}
+"""What a newcomer stumbled over, and the test that holds each:
+
+1 help that does not show the server's flags; 2 a model that is not there, told after a minute; 3 errors on standard
+output; 4 a status for the same fault that differs from command to command; 5 four forms of errors; 6 four names for one
+thing; 7 an error that names an option which the command does not have; 8 a trace that is not there; 9 a path called the
+name of a repository; 10 a URL that nobody typed; 11 help that takes seconds; 12 help without defaults; 13 no help
+without a command; 14 no "did you mean"; 15 no `python -m`; 16 a version without those of SGLang and torch; 17 JSON from
+the doctor only; 18 a minute for the check of a file; 19 a minute without a word; 20 a server's death shown as progress;
+21 variables that no help lists; 22 no completion; 23 a missing file, told when a server is there.
+"""
+
 CPU_SECONDS = 1.0
 """What the words of a command may cost, from the start of Python to the answer."""
 
@@ -37,6 +64,7 @@ QUICK: dict[str, tuple[str, int]] = {
     "niah": ("mminfer niah: error: name running servers with --url, or a model to serve with --model-path", 2),
     "niah --lenghts 4096": ("mminfer niah: error: no such option: --lenghts. Did you mean --lengths?", 2),
     "niah --model-path /nonexistent": ("mminfer niah: error: --model-path: /nonexistent: no such folder", 2),
+    "niah --url http://127.0.0.1:1": ("--url http://127.0.0.1:1: no server there; start one with `sglang serve`", 1),
     "niah --url http://127.0.0.1:1 --depths many": ("--depths: expected a valid integer", 2),
     "compare --model-path /nonexistent": ("mminfer compare: error: --model-path: /nonexistent: no such folder", 2),
     "compare --model-path m --configs nope": ('--mminfer-config: head config "nope": no built-in config has', 2),
@@ -78,6 +106,23 @@ def test_words_are_answered_within_a_second_and_without_heavy_modules() -> None:
         assert text in " ".join(stream.split()), (words, stream)
         assert status == 0 or not done.stdout, words
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_SECONDS, words
+
+
+def test_the_version_names_what_it_runs_with(capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib import metadata
+
+    assert cli.main(["--version"]) == 0
+    said = capsys.readouterr().out
+    for name in ("sglang", "torch", "transformers"):
+        assert f"{name} {metadata.version(name)}" in said
+    assert said.startswith("mminfer 0.") and f"Python {sys.version.split()[0]}" in said
+
+
+def test_every_finding_has_a_test() -> None:
+    assert list(FINDINGS) and set(FINDINGS) == set(range(1, 24))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for number, name in FINDINGS.items():
+        assert f"\ndef {name}(" in tests, number
 
 
 def test_help_has_defaults_and_sections(capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,3 +265,37 @@ def test_env_tells_what_is_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert set(rows) == {setting.variable for setting in settings.SETTINGS if not setting.internal}
     assert cli.main(["env"]) == 0
     assert f"{settings.CONFIG.variable}=dense, or --mminfer-config" in capsys.readouterr().out
+
+
+def test_documents_have_the_exit_statuses_and_the_old_names() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    for status, meaning in parsing.EXIT_STATUSES.items():
+        assert f"| {status} | {meaning} |" in page
+    for name in (*parsing.OLD_NAMES, parsing.OLD_REST):
+        assert f"`{name}`" in page or f"`{name} " in page
+
+
+def test_the_death_of_a_server_is_no_progress(tmp_path: Path) -> None:
+    """SGLang's last words, as it wrote them into a log, stand behind the last step of the start."""
+    from sglang_mminfer.tools.server import Server
+
+    (log := tmp_path / "log").write_text(
+        "[2026-11-25 10:00:00] Load weight begin.\n"
+        "[2026-11-25 10:00:01] Scheduler hit an exception: Traceback (most recent call last):\n"
+        "[2026-11-25 10:00:02] kill_process_tree called: parent_pid=7\n"
+        "[2026-11-25 10:00:02] Received sigquit from a child process. It usually means the child failed.\n"
+    )
+    assert Server("model", log=log).last_line() == "Load weight begin."
+
+
+def test_the_quick_doctor_leaves_sglang_out() -> None:
+    """Versions and settings, in a process of its own."""
+    program = (
+        "import sys\nfrom sglang_mminfer import cli\nstatus = cli.main(['doctor', '--quick', '--json'])\n"
+        "print([m for m in ('sglang', 'torch', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert {finding["section"] for finding in found["findings"]} == {"installed", "settings"}
+    assert any("sglang.launch_server --help" in finding["text"] for finding in found["findings"])
+    assert "[]" in done.stderr.splitlines(), done.stderr

@@ -25,7 +25,11 @@ from sglang_mminfer.serving import launch, reasons
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "head_configs/README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
+    [
+        *(ROOT / name for name in ("README.md", "head_configs/README.md", ".github/SECURITY.md")),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("examples/*/README.md"),
+    ]
 )
 FOLDERS = ("sglang_mminfer", "kernels", "head_configs", "examples", "tests", "docs")
 
@@ -189,7 +193,9 @@ def command_of(words: list[str]) -> tuple[Any, list[str]] | None:
 
 
 def parses(command: Any, words: list[str]) -> bool:
-    """Whether the words can be parsed; whether files are there is not looked at."""
+    """Whether the words can be parsed; whether files are there is not looked at, and nothing is installed."""
+    if {"--install-completion", "--show-completion"} & set(words):
+        return True
     try:
         command.make_context("mminfer", list(words))
     except typer.BadParameter as error:

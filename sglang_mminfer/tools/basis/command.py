@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -78,15 +79,14 @@ def run(options: SimpleNamespace) -> int:
     basis = ModelBasis.of_moments(model, how, q, k, rank).with_shares(shares, observer.default_rule())
     options.out.parent.mkdir(parents=True, exist_ok=True)
     basis.save(options.out)
-    if options.json:
-        print(json.dumps({"basis": str(options.out), "rank": rank, "tokens": rows, "calibration": names}, indent=1))
-        return 0
-    print(table(q, k, model))
-    print(WHAT_IT_IS)
+    words = [table(q, k, model), WHAT_IT_IS]
     if basis.shares is not None:
         mean = shares[q.flatten(1).any(dim=1)].mean()
-        print(f"Query tiles of `default` visit {mean:.0%} of the keys between sink and window, mean over heads.")
-    print(f"Basis: {options.out}   rank {rank}, {rows:,} tokens")
+        words.append(f"Query tiles of `default` visit {mean:.0%} of the keys between sink and window, mean over heads.")
+    words.append(f"Basis: {options.out}   rank {rank}, {rows:,} tokens")
+    print("\n".join(words), file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps({"basis": str(options.out), "rank": rank, "tokens": rows, "calibration": names}, indent=1))
     return 0
 
 

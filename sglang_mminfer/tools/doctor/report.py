@@ -281,6 +281,12 @@ def _settings() -> Iterator[Finding]:
             defaults.append(f"{setting.variable.removeprefix(settings.PREFIX)}={setting.default}")
     if defaults:
         yield Finding("settings", f"{settings.PREFIX}*", "note", f"not set, so default: {', '.join(defaults)}")
+    yield Finding(
+        "settings",
+        "flags of a server",
+        "note",
+        "shown by `python -m sglang.launch_server --help`; `sglang serve --help` prints before it loads plugins",
+    )
 
 
 def _mends() -> Iterator[Finding]:

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from sglang_mminfer import settings
 
@@ -30,12 +30,19 @@ def run(options: SimpleNamespace) -> int:
     """
     from rich.console import Console
 
+    from sglang_mminfer.tools.search import publish
     from sglang_mminfer.tools.search.report import page, rows_of
 
+    if options.push_to_hub:
+        publish.check_login(options.push_to_hub)
     result = _search(options, Console(stderr=True))
     result.config.save(options.out)
     report = options.out.with_suffix(".html")
     report.write_text(page(result))
+    files = {"config": str(options.out), "report": str(report)}
+    if options.push_to_hub:
+        files["hub"] = publish.push(result, options.out, report, options.push_to_hub)
+    _print(result, files, sys.stderr if options.json else sys.stdout)
     if options.json:
         scores = {"calibration": result.calibration, "held_out": result.held_out}
         columns = ("config", "density", "error", "ms")
@@ -44,11 +51,7 @@ def run(options: SimpleNamespace) -> int:
             for name, score in scores.items()
             if score is not None
         }
-        files = {"config": str(options.out), "report": str(report)}
         print(json.dumps({**files, **tables, "cost": result.cost_words, "doubts": list(result.doubts)}, indent=1))
-        return 0
-    _print(result)
-    print(f"Head config: {options.out}   report: {report}")
     return 0
 
 
@@ -103,7 +106,8 @@ def _search(options: SimpleNamespace, console: Console) -> SearchResult:
             server.stop()
 
 
-def _print(result: SearchResult) -> None:
+def _print(result: SearchResult, files: dict[str, str], stream: TextIO) -> None:
+    """Tables, doubts and the names of what was written, in words."""
     from rich.console import Console
     from rich.table import Table as RichTable
 
@@ -117,7 +121,8 @@ def _print(result: SearchResult) -> None:
             table.add_column(column, justify="left" if column == "config" else "right")
         for name, density, error, ms in rows_of(scores):
             table.add_row(name, f"{density:.1%}", f"{error:.4f}", f"{ms:,.0f}")
-        Console(file=sys.stdout).print(table)
-    print(result.cost_words)
+        Console(file=stream).print(table)
+    print(result.cost_words, file=stream)
     for doubt in result.doubts:
-        print(f"Mind: {doubt}")
+        print(f"Mind: {doubt}", file=stream)
+    print("   ".join(f"{name}: {file}" for name, file in files.items()), file=stream)

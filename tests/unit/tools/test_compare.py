@@ -84,6 +84,10 @@ def test_it_goes_on_where_it_was_stopped(stand_in, monkeypatch, tmp_path, capsys
     assert table[0] == "| config | density, 512 | V-NIAH, 512 | prefill ms, 512 | errors |"
     assert len(table) == 5 and table[2].startswith("| dense | 0.333 | ")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert _compare(tmp_path, *configs, "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == result and "dense: in " in said.err
     # Other questions need another result file.
     assert _compare(tmp_path, *configs, "--seed", "9") == 2
     assert "was made with other settings; name another --out" in " ".join(capsys.readouterr().err.split())

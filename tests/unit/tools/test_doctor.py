@@ -214,3 +214,9 @@ def test_a_process_that_hides_the_plugin() -> None:
 def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+def test_the_doctor_says_which_check_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    findings = list(doctor.examine(show_section=seen.append))
+    assert seen == list(dict.fromkeys(finding.section for finding in findings))

@@ -171,6 +171,9 @@ def test_page_of_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     observed.run(observed.prefill("dense", monkeypatch), observed.batch(rid="second"))
     assert cli.main(["inspect", "--trace", str(trace), "--out", str(tmp_path / "out")]) == 0
     text = embedded_only(Path(capsys.readouterr().out.strip()))
+    assert cli.main(["inspect", "--trace", str(trace), "--out", str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"page": str(tmp_path / "out" / "inspect.html"), "pictures": [str(tmp_path / "out" / "map-0.png")]}
     assert text.count("<img ") == 1  # of the sparse one; a dense config makes no map
     assert "dense_config" in text and "error, mean" in text
     assert cli.main(["inspect", "--trace", str(trace), "--rid", "third", "--out", str(tmp_path / "out")]) == 1

@@ -187,13 +187,15 @@ def test_a_server_with_mminfer_tells_its_density(tmp_path, capsys):
     }
     common = ("--needles", "glyphs", "--tasks", "v-niah", "--lengths", "512", "--depths", "2", "--seeds", "1")
     with FakeOpenAI(lambda messages: "0", pages=pages) as server, FakeOpenAI(lambda messages: "0") as stock:
-        assert _niah("--url", server.url, "--url", stock.url, *common, "--out", str(tmp_path)) == 0
+        assert _niah("--url", server.url, "--url", stock.url, *common, "--out", str(tmp_path), "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads((tmp_path / "niah.json").read_text())
     told, silent = json.loads((tmp_path / "niah.json").read_text())["servers"].values()
     density = (51 * 25 * 0.25 + 151 * 25) / (51 * 25 + 151 * 25)
     assert told["density"] == {"512": pytest.approx(density, abs=1e-4)} and "density" not in silent
     assert [answer["dense_reasons"] for answer in told["answers"]] == [["short"], []]
     assert [answer["density"] is None for answer in told["answers"]] == [False, True]
-    assert f"{density:.3f}" in capsys.readouterr().out
+    assert f"{density:.3f}" in said.err
 
 
 def test_media_can_go_with_the_request(tmp_path):
