@@ -7,8 +7,8 @@ license: Apache-2.0
 A filter function for Open WebUI, which keeps an attached video and never sends it. Paste it under Admin Panel,
 Functions, and switch it on for the models that SGLang serves.
 
-Each video stays with the question that it was attached to, in every later turn. If it moved, the prompt would change, and
-the server's radix cache would find nothing.
+Each video stays with the question that it was attached to, in every later turn. If it moved, the prompt would change,
+and the server's radix cache would find nothing.
 """
 
 from __future__ import annotations

@@ -181,10 +181,10 @@ class Endpoint:
             try:
                 stream = await client.chat.completions.create(
                     model=self._model,
-                    messages=messages,  # type: ignore[arg-type]
+                    messages=messages,
                     max_tokens=sampling.max_tokens,
                     stream=True,
-                    stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+                    stream_options={"include_usage": True, "continuous_usage_stats": True},
                     extra_body={"rid": reply.rid},
                     **extra,
                 )
