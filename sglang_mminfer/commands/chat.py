@@ -15,7 +15,7 @@ from sglang_mminfer.commands.parsing import Failed, Refused, bad
 PAGE = "The page"
 
 
-def _url(url: str | None) -> str | None:
+def _server_url(url: str | None) -> str | None:
     if url is not None and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
         raise bad(f"expected something like http://127.0.0.1:30000, got {url}")
     return url
@@ -26,7 +26,7 @@ def chat(
         str | None,
         typer.Option(
             metavar="URL",
-            callback=_url,
+            callback=_server_url,
             help="a running server (default: http://127.0.0.1:30000)",
             rich_help_panel=options.SERVERS,
         ),

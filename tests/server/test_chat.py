@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serving import Media, Served, wait_for
+from serving import LONG_TOKENS, Media, Served, wait_for
 from sglang_mminfer.tools.chat.conversation import Conversation, Question, Sampling, Turn
 from sglang_mminfer.tools.chat.endpoint import Endpoint, Facts
 from sglang_mminfer.tools.chat.reply import Phase
@@ -48,6 +49,13 @@ class Chat:
 @pytest.fixture
 def chat(main: Served, media: Media) -> Chat:
     return Chat(main, media)
+
+
+def has_ended(served: Served, rid: str) -> bool:
+    """Whether nothing more of a request is computed. SGLang looks every 4 seconds for clients that have left."""
+    before = served.records(rid)
+    time.sleep(3)
+    return served.records(rid) == before
 
 
 def six_turns(media: Media) -> list[tuple[str, list[Path]]]:
@@ -108,11 +116,11 @@ def test_stop_in_the_middle_of_a_prefill_ends_the_request(chat: Chat, main: Serv
     turn = chat.ask("What happens?", media.long_video, stop_when=lambda turn: turn.reply.tokens_read > 0)
     assert turn.reply.phase is Phase.STOPPED and not turn.reply.text and chat.conversation.current is turn
     assert [turn.question.text for turn in chat.conversation.turns] == ["Hello."]
-    wait_for(lambda: json.loads(main.get("/v1/loads"))["loads"][0]["num_running_reqs"] == 0)
-    ended = main.records(turn.reply.rid)
     again = chat.ask("And without it?")
     assert again.reply.phase is Phase.DONE and (again.reply.cached_tokens or 0) > 10
-    assert main.records(turn.reply.rid) == ended and ended[-1].map is None  # the last chunk has the map
+    wait_for(lambda: has_ended(main, turn.reply.rid))
+    last = main.records(turn.reply.rid)[-1]
+    assert last.map is None and last.seq_len < LONG_TOKENS / 2  # the last chunk of a prompt has the map
 
 
 @pytest.mark.server("main")

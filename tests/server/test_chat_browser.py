@@ -132,7 +132,6 @@ def test_a_conversation_in_a_browser(page: Any, main: Served, media: Media) -> N
     page.click("#box .stop-button")
     page.wait_for_selector(".mminfer-stopped")
     assert page.input_value("#box textarea") == "What happens in this one?"
-    wait_for(lambda: json.loads(main.get("/v1/loads"))["loads"][0]["num_running_reqs"] == 0)
     picture(page, "stopped")
     page.click("#box .thumbnail-item button")
 
