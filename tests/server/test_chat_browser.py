@@ -105,6 +105,7 @@ def answered(page: Any, turns: int) -> list[str]:
 def test_a_conversation_in_a_browser(page: Any, main: Served, media: Media) -> None:
     page.click("#side button:has-text('Answers')")
     page.fill("#side input[type=number] >> nth=0", "8")  # tokens of an answer
+    page.fill("#side .block textarea, #side .block input[type=text]", "0")
     # Two videos and a question.
     say(page, "What do both have in common?", media.videos[0], media.videos[1])
     (line,) = answered(page, 1)

@@ -72,7 +72,7 @@ class Page:
                 panel = gr.HTML(elem_id="panel")
                 with gr.Accordion("Answers", open=False):
                     most = gr.Number(1024, label="most tokens", minimum=1, precision=0)
-                    temperature = gr.Number(None, label="temperature (empty: the model's)", minimum=0, maximum=2)
+                    temperature = gr.Textbox("", label="temperature", placeholder="the model's own")
                 new = gr.Button("New conversation", elem_id="new", size="sm")
                 save = gr.Button("Save conversation", elem_id="save", size="sm")
                 saved = gr.DownloadButton("conversation.json", elem_id="saved", visible="hidden")
@@ -136,7 +136,7 @@ class Page:
             yield name, *self.shown(conversation)
 
     async def submit(
-        self, value: dict[str, Any], key: str | None, most: float | None, temperature: float | None
+        self, value: dict[str, Any], key: str | None, most: float | None, temperature: str | None
     ) -> AsyncIterator[Update]:
         conversation = self.conversation(key)
         paths, text = value.get("files") or [], value.get("text") or ""
@@ -145,6 +145,7 @@ class Page:
         try:
             if conversation.busy:
                 raise Busy
+            sampling = _sampling(most, temperature)
             if paths:
                 yield (
                     gr.skip(),
@@ -156,34 +157,35 @@ class Page:
         except (UploadError, Busy) as error:
             yield gr.skip(), gr.skip(), words.problem(str(error)), gr.skip()
             return
-        async for update in self._answered(conversation, Question(text, tuple(uploads)), most, temperature):
+        async for update in self._answered(conversation, Question(text, tuple(uploads)), sampling):
             yield update
 
     async def retry(
-        self, key: str | None, most: float | None, temperature: float | None, data: gr.RetryData
+        self, key: str | None, most: float | None, temperature: str | None, data: gr.RetryData
     ) -> AsyncIterator[Update]:
         async for update in self._again(key, data, None, most, temperature):
             yield update
 
     async def edit(
-        self, key: str | None, most: float | None, temperature: float | None, data: gr.EditData
+        self, key: str | None, most: float | None, temperature: str | None, data: gr.EditData
     ) -> AsyncIterator[Update]:
         async for update in self._again(key, data, str(data.value), most, temperature):
             yield update
 
     async def _again(
-        self, key: str | None, data: Any, text: str | None, most: float | None, temperature: float | None
+        self, key: str | None, data: Any, text: str | None, most: float | None, temperature: str | None
     ) -> AsyncIterator[Update]:
         """Asks the question of a turn again, with other words if there are some, and drops what followed."""
         conversation = self.conversation(key)
         try:
+            sampling = _sampling(most, temperature)
             question = conversation.cut(_turn_of(data))
-        except (Busy, IndexError) as error:
+        except (Busy, IndexError, UploadError) as error:
             yield self.messages(conversation), gr.skip(), words.problem(str(error)), gr.skip()
             return
         if text is not None:
             question = Question(text, question.uploads)
-        async for update in self._answered(conversation, question, most, temperature):
+        async for update in self._answered(conversation, question, sampling):
             yield update
 
     async def undo(self, key: str | None, data: gr.UndoData) -> Update:
@@ -214,10 +216,9 @@ class Page:
     # ---- what is shown -------------------------------------------------------------------------------------------
 
     async def _answered(
-        self, conversation: Conversation, question: Question, most: float | None, temperature: float | None
+        self, conversation: Conversation, question: Question, sampling: Sampling
     ) -> AsyncIterator[Update]:
         """Asks, and shows the answer as it comes."""
-        sampling = Sampling(int(most or Sampling.max_tokens), temperature)
         before, shown = None, gr.skip()
         async for turn in conversation.ask(question, sampling):
             if turn.reply.ended:
@@ -278,6 +279,21 @@ def _only_uploads(box: gr.MultimodalTextbox) -> None:
         return move(path)
 
     box.move_resource_to_block_cache = moved
+
+
+def _sampling(most: float | None, temperature: str | None) -> Sampling:
+    """What the fields say.
+
+    Raises:
+        UploadError: naming a field that holds something else than a number.
+    """
+    try:
+        value = float(temperature) if temperature and temperature.strip() else None
+    except ValueError:
+        value = -1.0
+    if value is not None and not 0 <= value <= 2:
+        raise UploadError(f"temperature: expected a number from 0 to 2, got {temperature!r}")
+    return Sampling(int(most or Sampling.max_tokens), value)
 
 
 def _turn_of(data: Any) -> int:

@@ -114,6 +114,27 @@ def test_a_refused_question_comes_back(page: Page, folder: Path) -> None:
     assert texts(shown) == ["one", "0: one", "two", "1: two"]
 
 
+def test_the_fields_of_an_answer(page: Page) -> None:
+    seen: list[Sampling] = []
+    server = page.conversation("k").server
+    answer = server.answer
+
+    async def noted(turns: Any, question: Any, reply: Any, sampling: Sampling) -> None:
+        seen.append(sampling)
+        await answer(turns, question, reply, sampling)
+
+    server.answer = noted  # type: ignore[method-assign]
+    for most, temperature in ((8, " 0.5"), (None, ""), (1, "0")):
+        updates(page.submit({"text": "one", "files": []}, "k", most, temperature))
+    assert seen == [Sampling(8, 0.5), Sampling(1024, None), Sampling(1, 0.0)]
+    for bad in ("hot", "3", "nan"):
+        (update,) = updates(page.submit({"text": "one", "files": []}, "k", 8, bad))
+        assert "temperature: expected a number from 0 to 2" in update[2]
+        update = updates(page.retry("k", 8, bad, at(0)))[-1]
+        assert "temperature: expected" in update[2] and len(page.conversation("k").turns) == 3
+    assert len(seen) == 3
+
+
 def test_nothing_is_asked_with_nothing(page: Page) -> None:
     assert updates(page.submit({"text": "  \n", "files": []}, "k", None, None)) == []
 
