@@ -47,7 +47,7 @@ class Page:
     """
 
     def __init__(self, server: Answering, facts: Facts, url: str, upload_bytes: int, folder: Path) -> None:
-        self._server, self._facts, self._url, self._folder = server, facts, url, folder
+        self._server, self._facts, self._shown_url, self._folder = server, facts, url, folder
         self.limits = Limits(facts.model, facts.takes, facts.most, upload_bytes, folder)
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
 
@@ -239,7 +239,7 @@ class Page:
         else:
             files = [str(upload.path) for upload in question.uploads]
             box = gr.MultimodalTextbox({"text": question.text, "files": files}, **button)
-        panel = words.panel(self._facts, self._url, conversation.turns)
+        panel = words.panel(self._facts, self._shown_url, conversation.turns)
         return self.messages(conversation), box, "", panel
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
