@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup ready demo test test-interpreted test-fast test-server test-wheel test-gpu test-gpu-sanitize check \
+.PHONY: setup ready demo test test-interpreted test-fast test-server browser test-wheel test-gpu test-gpu-sanitize check \
 	bench bench-plan bench-makespan bench-selectors bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz \
 	test-families test-wide support-matrix setup-eval test-eval clean
 
@@ -46,12 +46,18 @@ test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --durations=20 tests/unit tests/properties
 
 # What needs servers, which keep the cores busy by themselves.
-test-server: setup
+test-server: setup browser
 	$(BIN)/python -m pytest --durations=20 tests/server
 
 # `mminfer eval` with lmms-eval itself: its client, and needle models on real servers from end to end.
 test-eval: setup setup-eval
 	$(BIN)/python -m pytest tests/unit/tools/test_evaluation_lmms.py tests/server/test_eval_command.py
+
+# Chromium, for the test of the chat application: from Debian where that is allowed. Without one the test is skipped.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { apt-get update && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo "no Chromium here, and apt-get installs none: the browser test is skipped"
 
 # The wheel in an environment of its own without the extras: the doctor, and a server. A minute or two, so it is no part
 # of `make test`, which holds what is in the wheel. FRESH=1 downloads all that it

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sglang_mminfer import __version__
-from sglang_mminfer.commands import basis, compare, config, doctor, env, eval, inspect, niah, parsing, search
+from sglang_mminfer.commands import basis, chat, compare, config, doctor, env, eval, inspect, niah, parsing, search
 from sglang_mminfer.commands.parsing import EXIT_STATUSES, TOOLS
 
 __all__ = ["COMMANDS", "TOOLS", "app", "main"]
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., int] | typer.Typer] = {
     "compare": compare.compare,
     "eval": eval.evaluate,
     "inspect": inspect.inspect,
+    "chat": chat.chat,
     "config": config.app,
     "env": env.env,
 }

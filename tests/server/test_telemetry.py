@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
 from collections.abc import Iterator
@@ -228,6 +229,33 @@ def test_a_playlist_opens_nothing(limited: Limited, secret: Path) -> None:
     url = f"data:video/mp4;base64,{base64.b64encode(playlist.encode()).decode()}"
     with pytest.raises(openai.BadRequestError, match="playlist"):
         limited.ask({"type": "video_url", "video_url": {"url": url}}, text("Why?"))
+
+
+def test_a_chat_sends_what_the_server_may_not_read(limited: Limited, secret: Path) -> None:
+    """The chat application names the files of this machine, and sends them where that does not work."""
+    from sglang_mminfer.tools.chat.conversation import Conversation, Question, Sampling
+    from sglang_mminfer.tools.chat.endpoint import Endpoint, NoServer
+    from sglang_mminfer.tools.chat.reply import Phase
+    from sglang_mminfer.tools.chat.uploads import KINDS, Limits, check
+
+    with pytest.raises(NoServer, match="API key"):
+        asyncio.run(Endpoint(limited.server.url).facts())
+    endpoint = Endpoint(limited.server.url, KEY)
+    facts = asyncio.run(endpoint.facts())
+    limits = Limits(facts.model, frozenset(KINDS), {}, 1 << 30, secret)
+    conversation = Conversation(endpoint)
+    assert endpoint.as_files
+
+    async def asked(question: Question) -> None:
+        async for turn in conversation.ask(question, Sampling(max_tokens=2)):
+            assert turn.reply.phase is not Phase.FAILED, turn.reply.error
+
+    asyncio.run(asked(Question("Why?", tuple(check([secret / "x.mp4", secret / "x.png"], limits)))))
+    assert not endpoint.as_files
+    asyncio.run(asked(Question("And now?")))
+    first, second = (turn.reply for turn in conversation.turns)
+    assert (second.cached_tokens or 0) >= (first.prompt_tokens or 0) > 10
+    assert first.sent_bytes > (secret / "x.mp4").stat().st_size
 
 
 def test_the_server_still_answers(limited: Limited) -> None:

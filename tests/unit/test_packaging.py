@@ -79,7 +79,7 @@ def test_what_a_page_of_a_package_index_shows(wheel: Path) -> None:
     described = wheels.metadata_of(wheel)
     assert described["License-Expression"] == "Apache-2.0" and described.get_all("License-File") == ["LICENSE"]
     assert described["Keywords"] and described.get_all("Classifier") and described.get_all("Project-URL")
-    assert set(described.get_all("Provides-Extra", [])) == {"tools", "dev"}
+    assert set(described.get_all("Provides-Extra", [])) == {"tools", "chat", "dev"}
 
 
 def test_whoever_serves_declares_what_is_imported() -> None:
@@ -95,10 +95,13 @@ def test_commands_declare_what_they_import() -> None:
     found = imported([ROOT / "sglang_mminfer", ROOT / "examples" / "demo"])
     extras = PROJECT["optional-dependencies"]
     tools = names_of(extras["tools"])
-    undeclared = set(found) - names_of(PROJECT["dependencies"]) - tools
+    chat = names_of(extras["chat"]) - {"sglang-mminfer"}
+    undeclared = set(found) - names_of(PROJECT["dependencies"]) - tools - chat
     assert undeclared == {"av", "lmms-eval"}, "the oracle's, which is for tests, and what runs inside lmms-eval"
-    assert not tools - set(found)
-    assert undeclared - {"lmms-eval"} <= names_of(extras["dev"]) and "sglang-mminfer[tools]" in extras["dev"]
+    assert not (tools | chat) - set(found)
+    assert all("chat" in found[name].parts for name in chat)
+    assert "sglang-mminfer[tools]" in extras["chat"] and "sglang-mminfer[chat]" in extras["dev"]
+    assert undeclared - {"lmms-eval"} <= names_of(extras["dev"])
 
 
 def test_the_command_line_knows_what_the_extra_brings() -> None:
