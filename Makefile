@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup ready demo test test-interpreted test-fast test-server test-wheel test-gpu test-gpu-sanitize check \
+.PHONY: setup ready demo chat test test-interpreted test-fast test-server test-wheel test-gpu test-gpu-sanitize check \
 	bench bench-plan bench-makespan bench-selectors bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz \
 	test-families test-wide support-matrix clean
 
@@ -16,8 +16,13 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --progress-bar off -e ".[dev]"
 	touch $@
 
+# A conversation with right answers, asked of stock SGLang, of mminfer and of a baseline that fails: a few minutes.
 demo: setup
 	$(BIN)/python examples/demo/demo.py --out demo-out
+
+# Talk to the demo's model yourself, in a browser: it knows letters and digits, and demo-out/media has what to show it.
+chat: setup
+	$(BIN)/mminfer chat --model-path examples/needle_vlm/mixed
 
 test: check test-interpreted test-fast test-server
 

@@ -89,6 +89,8 @@ class Demo:
     def run(self) -> int:
         """Hold the conversation with every server, and report. Returns the exit status."""
         together = 2 if psutil.virtual_memory().available > 2 * BYTES_PER_SERVER else 1
+        if together == 1:
+            self.console.print("Memory for two servers is not free, so they run one by one, which takes longer.")
         waits = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self.console)
         with Live(get_renderable=lambda: Group(*self._tables(), waits), console=self.console, refresh_per_second=4):
             for first in range(0, len(self.names), together):
@@ -125,7 +127,7 @@ class Demo:
                 stack.callback(server.stop)  # a start that still waits ends, too
                 environment = "" if name == STOCK else " ".join(f"{k}={v}" for k, v in ENVIRONMENT.items()) + " "
                 self.console.print(f"{name}:\n  {environment}{_typed(server.command)}", style="dim", highlight=False)
-            with _waiting(waits, f"starting the servers {' and '.join(group)}"):
+            with _waiting(waits, f"starting {' and '.join(group)}"):
                 list(pool.map(Server.start, [self.servers[name] for name in group]))
             yield
 
@@ -141,8 +143,12 @@ class Demo:
                 self.servers[name].flush_cache()
         for number, question in enumerate(self.questions, 1):
             for name in group:
-                with _waiting(waits, f"{name}: question {number} of {len(self.questions)}"):
-                    self.answers[name].append(ask(clients[name], question, telemetry.get(name)))
+                with _waiting(waits, f"{name}: question {number} of {len(self.questions)}", quiet=True):
+                    answer = ask(clients[name], question, telemetry.get(name))
+                self.answers[name].append(answer)
+                if not self.console.is_terminal:
+                    verdict = "right" if answer.right else "WRONG"
+                    self.console.print(f"  {name}, turn {number}: {answer.text}, {verdict}", highlight=False)
 
     # Results
 
@@ -257,9 +263,9 @@ def _typed(command: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _waiting(waits: Progress, what: str) -> Iterator[None]:
-    """Show what is being waited for. Output that is no terminal gets a line for it."""
-    if not waits.console.is_terminal:
+def _waiting(waits: Progress, what: str, quiet: bool = False) -> Iterator[None]:
+    """Show what is being waited for. Output that is no terminal gets a line for it, if not `quiet`."""
+    if not waits.console.is_terminal and not quiet:
         waits.console.print(f"{what} …", highlight=False)
     task = waits.add_task(what)
     try:
