@@ -8,9 +8,9 @@ two at a time, through the official OpenAI client:
 * searched:  mminfer with a config that `mminfer search` made for this model from other conversations;
 * a_shape:   a baseline that sees the first keys and the nearest, at about the same density.
 
-Two tables grow while the servers answer. Figures, a picture, the conversation with its media and the servers' logs go
-to the output folder. The exit status is 0 only if stock, default and searched answer everything right and the baseline
-does not: questions that it could answer would show nothing.
+A table of right and wrong grows while the servers answer; another has tokens, density and times. Figures, a picture,
+the conversation with its media and the servers' logs go to the output folder. The exit status is 0 only if stock,
+default and searched answer everything right and the baseline does not: if it did, the questions would show nothing.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from conversation import Answer, NoAnswer, Question, ask, questions
 from sglang_mminfer import HeadConfig, settings
 from sglang_mminfer.modality.segments import ModalityMap
+from sglang_mminfer.planning.planner import is_static
 from sglang_mminfer.tools import baselines, machine
 from sglang_mminfer.tools.needles.kits import GLYPHS, prompt_map
 from sglang_mminfer.tools.niah.ask import mm_process_flags
 from sglang_mminfer.tools.server import Server, ServerError
 from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
-from tables import answers_table, costs_table, seconds_of
+from tables import answers_table, costs, seconds_of
 
 STOCK, DEFAULT, SEARCHED, A_SHAPE = "stock", "default", "searched", "a_shape"
 NAMES = (STOCK, DEFAULT, SEARCHED, A_SHAPE)
@@ -65,8 +66,8 @@ FLAGS = (
 )
 
 ENVIRONMENT = {settings.SPARSE.variable: "always"}
-"""Of the servers with mminfer. By itself a server runs a chunk dense where that is estimated to be faster, which most
-of these short prompts are on a CPU; the tables would then show stock's attention under another name."""
+"""Of the servers with mminfer. By itself a server runs a chunk dense where that is estimated to be faster, as for short
+prompts on a CPU. The tables would then show stock's attention under other names."""
 
 BYTES_PER_SERVER = 4 << 30
 """What a server may need, with some to spare. With less free memory than for two, the servers run one by one."""
@@ -92,17 +93,15 @@ class Demo:
         if together == 1:
             self.console.print("Memory for two servers is not free, so they run one by one, which takes longer.")
         waits = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self.console)
-        with Live(get_renderable=lambda: Group(*self._tables(), waits), console=self.console, refresh_per_second=4):
+        with Live(get_renderable=lambda: Group(*self._table(), waits), console=self.console, refresh_per_second=4):
             for first in range(0, len(self.names), together):
                 group = self.names[first : first + together]
                 with self._started(group, waits):
                     self._converse(group, waits)
         return self._report()
 
-    def _tables(self) -> list[Any]:
-        if not any(self.answers.values()):
-            return []
-        return [answers_table(self.questions, self.answers), costs_table(self.answers, STOCK)]
+    def _table(self) -> list[Any]:
+        return [answers_table(self.questions, self.answers)] if any(self.answers.values()) else []
 
     # Servers
 
@@ -154,6 +153,9 @@ class Demo:
 
     def _report(self) -> int:
         say = self.console.print
+        if not self.console.is_terminal:
+            say()  # Live ends without a line break there
+        say(costs(self.answers, STOCK))
         failures = failures_of(self.questions, self.answers)
         picture = self._draw()
         (self.out / "conversation.json").write_text(json.dumps(self._whole_conversation(), indent=1) + "\n")
@@ -169,7 +171,7 @@ class Demo:
         return 1 if failures else 0
 
     def _draw(self) -> Path | None:
-        """Draw what was cached and what was new in each turn, and what a head of the baseline visits."""
+        """Draw what was cached and what was new in each turn, and what heads of the baseline and of searched visit."""
         from sglang_mminfer.serving.trace import map_of_entries
         from sglang_mminfer.tools.figures import conversation_figure, save, turn_of_records
 
@@ -179,7 +181,10 @@ class Demo:
             return None
         modality_map: ModalityMap = map_of_entries(entries)
         turns = [turn_of_records(f"turn {n}", answer.records) for n, answer in enumerate(served, 1)]
-        heads = [("every head of a_shape: the first keys and the nearest", self.a_shape.rows[0][0])]
+        heads = [("a_shape, every head:\nthe first keys and the nearest", self.a_shape.rows[0][0])]
+        for number, pattern in enumerate(HeadConfig.load(SEARCHED_CONFIG).rows[0]):
+            if is_static(pattern):  # others choose keys by what they see, which only the server knows
+                heads.append((f"searched, layer 0, head {number}:\nby the row's modality", pattern))
         title = f"{len(turns)} turns, {modality_map.length:,} tokens"
         return save(conversation_figure(modality_map, turns, heads, title=title), self.out / "conversation.png")
 
@@ -195,6 +200,7 @@ class Demo:
 
         return {
             **machine.describe(),
+            "command": shlex.join(["python", "examples/demo/demo.py", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self.begin, 1),
             "failures": list(failures),
@@ -213,12 +219,13 @@ class Demo:
 
 NOTES = """\
 right: every question has one right answer, a digit; a guess is right once in ten times.
-density: the share of (query, key) pairs that attention visits, of those that dense attention visits; 1 is dense.
-first token: from the request to the first text, with decoding and encoding of the media, in one run. Servers answer one
-  at a time, and all get the same messages with the right answers to the questions before.
 new, stock: stock SGLang keeps all videos of a prompt under one hash, so a further video makes it compute all again.
-SGLANG_MMINFER_SPARSE=always: by itself a server runs on stock's attention what would be slower sparse. Without the
-  variable the table would show stock's attention under other names."""
+density: the share of (query, key) pairs that attention visits, of those that dense attention visits; 1 is dense. In
+  default rows of text see everything, so turns that only ask are dense; they have few rows.
+TTFT: seconds from the request to the first text, with decoding and encoding of the media. Servers answer one at a time,
+  and all get the same messages. Stock's torch_native computes rows of cached tokens again, which later turns wait for.
+SGLANG_MMINFER_SPARSE=always: by itself a server runs a chunk on stock's attention where that is estimated to be faster,
+  as for short prompts on a CPU. The tables would then show stock's attention under other names."""
 
 
 def speed_lines(answers: Mapping[str, Sequence[Answer]]) -> list[str]:
@@ -229,7 +236,9 @@ def speed_lines(answers: Mapping[str, Sequence[Answer]]) -> list[str]:
         if stock and name != STOCK:
             times = seconds_of(given) / stock
             verdict = "faster" if times < 1 else "NOT faster"
-            lines.append(f"{name}: first tokens took {times:.2f} times as long as stock's: {verdict} on this CPU")
+            lines.append(
+                f"{name}: first tokens took {times:.2f} times as long as stock's: {verdict} on this CPU, in this run"
+            )
     return lines
 
 

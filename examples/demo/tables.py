@@ -1,10 +1,11 @@
-"""The demo's two tables: who answers right, and what an answer takes."""
+"""The demo's tables: who answers right, and what an answer takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.columns import Columns
 from rich.table import Table
 from rich.text import Text
 
@@ -30,30 +31,35 @@ def answers_table(questions: Sequence[Question], answers: Answers) -> Table:
     return table
 
 
-def costs_table(answers: Answers, stock: str) -> Table:
+def costs(answers: Answers, stock: str) -> Columns:
     """Tokens, density and time to first token of each turn. `stock`: the server that runs without mminfer."""
-    table = _table("What an answer takes")
+    return Columns([_tokens_table(answers, stock), _times_table(answers)])
+
+
+def _tokens_table(answers: Answers, stock: str) -> Table:
     sparse = {name: given for name, given in answers.items() if name != stock}
+    table = _table("Tokens, and density")
     table.add_column("turn")
-    for name in ("prompt\ntokens", "= from\ncache", "+ new", "new,\nstock"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in sparse:
-        table.add_column(f"density\n{name}", justify="right", no_wrap=True)
+    for name in ("prompt", "= cached", "+ new", "new,\nstock", *(f"density\n{name}" for name in sparse)):
+        table.add_column(name, justify="right")
+    counted = next(iter(sparse.values()), answers.get(stock, ()))
+    for number, answer in enumerate(counted):
+        tokens = (answer.prompt_tokens, answer.cached_tokens, answer.new_tokens)
+        dense = f"{answers[stock][number].new_tokens:,}" if answers.get(stock) else ""
+        densities = [_density(given[number]) for given in sparse.values()]
+        table.add_row(str(number + 1), *(f"{n:,}" for n in tokens), dense, *densities)
+    return table
+
+
+def _times_table(answers: Answers) -> Table:
+    table = _table("Seconds to the first token (TTFT)")
+    table.add_column("\nturn")
     for name in answers:
-        table.add_column(f"first token\n{name}", justify="right", no_wrap=True)
-    counted = next(iter(sparse.values()), ())
-    for number, answer in enumerate(counted or answers[stock]):
-        tokens = (
-            [f"{n:,}" for n in (answer.prompt_tokens, answer.cached_tokens, answer.new_tokens)] if counted else [""] * 3
-        )
-        dense = answers.get(stock, ())
-        tokens.append(f"{dense[number].new_tokens:,}" if number < len(dense) else "")
-        densities = [_density(given, number) for given in sparse.values()]
-        times = [f"{given[number].first_token:.2f} s" if number < len(given) else "" for given in answers.values()]
-        table.add_row(str(number + 1), *tokens, *densities, *times)
+        table.add_column(f"\n{name}", justify="right")
+    for number, given in enumerate(zip(*answers.values(), strict=True), 1):
+        table.add_row(str(number), *(f"{answer.first_token:.2f}" for answer in given))
     table.add_section()
-    sums = [f"{seconds_of(given):.2f} s" if given else "" for given in answers.values()]
-    table.add_row("all", "", "", "", "", *["" for _ in sparse], *sums)
+    table.add_row("all", *(f"{seconds_of(given):.2f}" for given in answers.values()))
     return table
 
 
@@ -73,6 +79,5 @@ def _verdict(answer: Answer) -> Text:
     return Text(f"{said} right", style="green") if answer.right else Text(f"{said} WRONG", style="bold red")
 
 
-def _density(answers: Sequence[Answer], number: int) -> str:
-    density = answers[number].density if number < len(answers) else None
-    return "" if density is None else f"{density:.2f}"
+def _density(answer: Answer) -> str:
+    return "" if answer.density is None else f"{answer.density:.2f}"

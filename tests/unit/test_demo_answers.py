@@ -10,7 +10,7 @@ from rich.console import Console
 from conversation import Answer, Question, questions
 from demo import A_SHAPE, DEFAULT, SEARCHED, STOCK, as_json, failures_of, speed_lines
 from sglang_mminfer.serving.trace import LayerAudit, MapEntry, PrefillRecord
-from tables import answers_table, costs_table
+from tables import answers_table, costs
 
 ASKED = [Question("video", "A=B (video), B4 (video)", "4", []), Question("", "C7 (text)", "7", [])]
 
@@ -23,9 +23,9 @@ ALL_RIGHT = [answer("4", True), answer("7", True)]
 ONE_WRONG = [answer("4", True), answer("", False)]
 
 
-def shown(table) -> str:
+def shown(table, width: int) -> str:
     text = io.StringIO()
-    Console(file=text, width=160).print(table)
+    Console(file=text, width=width).print(table)
     return text.getvalue()
 
 
@@ -63,17 +63,24 @@ def test_who_is_faster_is_said_of_each_config():
     slow, fast = [answer("4", True, 3.0)], [answer("4", True, 0.5)]
     lines = speed_lines({STOCK: [answer("4", True, 1.0)], DEFAULT: slow, SEARCHED: fast})
     assert lines == [
-        "default: first tokens took 3.00 times as long as stock's: NOT faster on this CPU",
-        "searched: first tokens took 0.50 times as long as stock's: faster on this CPU",
+        "default: first tokens took 3.00 times as long as stock's: NOT faster on this CPU, in this run",
+        "searched: first tokens took 0.50 times as long as stock's: faster on this CPU, in this run",
     ]
     assert speed_lines({DEFAULT: slow}) == []
 
 
-def test_tables_have_verdicts_and_costs_of_answers_so_far():
-    answers = {STOCK: ALL_RIGHT, DEFAULT: [answer("5", False, density=0.25)], SEARCHED: []}
-    verdicts, costs = shown(answers_table(ASKED, answers)), shown(costs_table(answers, STOCK))
-    assert "5 WRONG" in verdicts and "2 of 2" in verdicts and "0 of 1" in verdicts and "0 of 0" in verdicts
-    assert "1,200" in costs and "1,000" in costs and "200" in costs and "0.25" in costs and "2.00 s" in costs
+def test_verdicts_of_answers_so_far():
+    text = shown(answers_table(ASKED, {STOCK: ALL_RIGHT, DEFAULT: [answer("5", False)], SEARCHED: []}), 160)
+    assert all(words in text for words in ("5 WRONG", "4 right", "2 of 2", "0 of 1", "0 of 0"))
+
+
+@pytest.mark.parametrize("width", [160, 80])
+def test_costs_are_shown_whole_in_any_terminal(width: int):
+    sparse = [answer("4", True, 0.5, density=0.25), answer("7", True, 0.75, density=1.0)]
+    text = shown(costs({STOCK: ALL_RIGHT, DEFAULT: sparse, SEARCHED: sparse, A_SHAPE: sparse}, STOCK), width)
+    assert all(words in text for words in ("1,200", "1,000", "200", "0.25", "1.00", "0.75", "2.00", "1.25"))
+    assert "…" not in text
+    assert shown(costs({STOCK: ALL_RIGHT}, STOCK), width) and shown(costs({DEFAULT: sparse}, STOCK), width)
 
 
 def test_an_answer_with_all_that_a_trace_may_hold_is_json():
