@@ -79,6 +79,7 @@ class Demo:
     def __init__(self, out: Path, tokens: int, seed: int, names: Sequence[str], console: Console) -> None:
         self.out, self.names, self.console = out, names, console
         self.begin = time.monotonic()
+        console.print("making videos, images and texts …")
         out.mkdir(parents=True, exist_ok=True)
         self.questions, conversation = questions(tokens, seed, out / "media")
         (self.warm_up, *_), _ = questions(tokens, seed + 1, out / "media")
