@@ -21,8 +21,11 @@ demo: setup
 	$(BIN)/python examples/demo/demo.py --out demo-out
 
 # Talk to the demo's model yourself, in a browser: it knows letters and digits, and demo-out/media has what to show it.
+# The flag is that of the demo's servers, which makes the model see every frame, each at its own size.
+EVERY_FRAME = {\"video\": {\"min_pixels\": 12544, \"max_pixels\": 50176, \"fps\": 2.0, \"max_frames\": 8192}}
+
 chat: setup
-	$(BIN)/mminfer chat --model-path examples/needle_vlm/mixed
+	$(BIN)/mminfer chat --model-path examples/needle_vlm/mixed --server-flags '--mm-process-config "$(EVERY_FRAME)"'
 
 test: check test-interpreted test-fast test-server
 

@@ -2,13 +2,15 @@
 
 import io
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from conversation import Answer, Question, questions
-from demo import A_SHAPE, DEFAULT, SEARCHED, STOCK, as_json, failures_of, speed_lines
+from demo import A_SHAPE, DEFAULT, FLAGS, SEARCHED, STOCK, as_json, failures_of, speed_lines
 from sglang_mminfer.serving.trace import LayerAudit, MapEntry, PrefillRecord
 from tables import answers_table, costs
 
@@ -104,3 +106,12 @@ def test_an_answer_with_all_that_a_trace_may_hold_is_json():
     (prefill,) = written["prefills"]
     assert prefill["density"] == 0.5 and prefill["map"][0]["grid"] == [1, 2, 2]
     assert written["new_tokens"] == 200 and written["right"] is True
+
+
+def test_make_chat_serves_the_model_as_the_demo_does():
+    root = Path(__file__).parents[2]
+    asked = ["make", "--dry-run", "--old-file=.venv/.ready", "chat"]
+    typed = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True).stdout
+    *_, option, flags = shlex.split(typed.splitlines()[-1])
+    name, value = shlex.split(flags)
+    assert option == "--server-flags" and name == FLAGS[0] and json.loads(value) == json.loads(FLAGS[1])
