@@ -79,7 +79,7 @@ class Demo:
     def __init__(self, out: Path, tokens: int, seed: int, names: Sequence[str], console: Console) -> None:
         self.out, self.names, self.console = out, names, console
         self.begin = time.monotonic()
-        console.print("making videos, images and texts …")
+        console.print(INTRODUCTION, highlight=False)
         out.mkdir(parents=True, exist_ok=True)
         self.questions, conversation = questions(tokens, seed, out / "media")
         (self.warm_up, *_), _ = questions(tokens, seed + 1, out / "media")
@@ -218,7 +218,13 @@ class Demo:
         }
 
 
+INTRODUCTION = """\
+A small trained model is asked about letters and digits that lie hidden in texts, images and videos. Stock SGLang, mminfer
+with two configs, and a sparse baseline that cannot do it answer the same questions. Making the files ...\
+"""
+
 NOTES = """\
+asked for: a letter. A needle is a letter with its digit, L3, or with another letter, J=L: J has L's digit, so J is 3.
 right: every question has one right answer, a digit; a guess is right once in ten times.
 new, stock: stock SGLang keeps all videos of a prompt under one hash, so a further video makes it compute all again.
 density: the share of (query, key) pairs that attention visits, of those that dense attention visits; 1 is dense. In
