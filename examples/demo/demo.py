@@ -219,8 +219,8 @@ class Demo:
 
 
 INTRODUCTION = """\
-A small trained model is asked about letters and digits that lie hidden in texts, images and videos. Stock SGLang, mminfer
-with two configs, and a sparse baseline that cannot do it answer the same questions. Making the files ...\
+A small trained model is asked about letters and digits that lie hidden in texts, images and videos. The same questions
+go to stock SGLang, to mminfer with two configs, and to a sparse baseline that sees too little. Making the files ...\
 """
 
 NOTES = """\
