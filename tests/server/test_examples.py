@@ -122,7 +122,7 @@ def test_chat_with_a_server(model: Path, media: Media) -> None:
 
 def test_the_demo_tells_a_good_config_from_a_bad_one(tmp_path: Path) -> None:
     # Two of its four servers, which start side by side: all four would add nothing but time.
-    done = run("demo/demo.py", "--servers", "searched", "a_shape", "--out", str(tmp_path), timeout=500)
+    done = run("demo/demo.py", "--servers", "searched", "a_shape", "--out", str(tmp_path), timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     asked = len(figures["turns"])
