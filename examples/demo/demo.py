@@ -226,7 +226,7 @@ go to stock SGLang, to mminfer with two configs, and to a sparse baseline that s
 NOTES = """\
 asked for: a letter. A needle is a letter with its digit, L3, or with another letter, J=L: J has L's digit, so J is 3.
 right: every question has one right answer, a digit; a guess is right once in ten times.
-new, stock: stock SGLang keeps all videos of a prompt under one hash, so with a further video it computes all from the first on.
+new, stock: stock SGLang keeps all videos of a prompt under one hash, so a further one voids what was cached of others.
 density: the share of (query, key) pairs that attention visits, of those that dense attention visits; 1 is dense. In
   default rows of text see everything, so turns that only ask are dense; they have few rows.
 TTFT: seconds from the request to the first text, with decoding and encoding of the media. Servers answer one at a time,
