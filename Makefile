@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup ready demo test test-interpreted test-fast test-server browser test-wheel test-gpu test-gpu-sanitize check \
-	bench bench-plan bench-makespan bench-selectors bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz \
+.PHONY: setup ready demo chat test test-interpreted test-fast test-server browser test-wheel test-gpu test-gpu-sanitize \
+	check bench bench-plan bench-makespan bench-selectors bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz \
 	test-families test-wide support-matrix setup-eval test-eval clean
 
 setup: $(VENV)/.ready
@@ -28,8 +28,16 @@ $(EVAL)/.ready: sglang_mminfer/tools/evaluation/lmms_eval.txt | $(VENV)/.ready
 	$(EVAL)/bin/python -m pip install --progress-bar off --quiet --no-compile --no-deps -r $<
 	touch $@
 
+# A conversation with right answers, asked of stock SGLang, of mminfer and of a baseline that fails: a few minutes.
 demo: setup
 	$(BIN)/python examples/demo/demo.py --out demo-out
+
+# Talk to the demo's model yourself, in a browser: it knows letters and digits, and demo-out/media has what to show it.
+# The flag is that of the demo's servers, which makes the model see every frame, each at its own size.
+EVERY_FRAME = {\"video\": {\"min_pixels\": 12544, \"max_pixels\": 50176, \"fps\": 2.0, \"max_frames\": 8192}}
+
+chat: setup
+	$(BIN)/mminfer chat --model-path examples/needle_vlm/mixed --server-flags '--mm-process-config "$(EVERY_FRAME)"'
 
 test: check test-interpreted test-fast test-server
 

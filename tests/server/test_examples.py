@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from demo import Agreement, Answer
 from serving import Media
 from sglang_mminfer.tools.server import Server
 
@@ -125,22 +125,26 @@ def test_chat_with_a_server(model: Path, media: Media) -> None:
         assert "Traceback" not in missing.stderr
 
 
-def answer(*token_ids: int, prompt: int = 1, logprob: float = -1.0) -> Answer:
-    logprobs = [logprob] * len(token_ids)
-    return Answer("", list(token_ids), logprobs, [prompt], prompt, 0, ttft=1.0, total=1.0, request_id="a")
+def test_the_demo_tells_a_good_config_from_a_bad_one(tmp_path: Path) -> None:
+    # Two of its four servers, which start side by side: all four would add nothing but time.
+    done = run("demo/demo.py", "--servers", "searched", "a_shape", "--out", str(tmp_path), timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    asked = len(figures["turns"])
+    assert figures["right"]["searched"] == asked > figures["right"]["a_shape"]
+    wrong = asked - figures["right"]["a_shape"]
+    assert done.stdout.count("WRONG") == 2 * wrong  # a line as soon as it is known, and a cell of the table
+    assert "FAILED" not in done.stdout
+    last = figures["turns"][-1]["answers"]["searched"]
+    assert last["prompt_tokens"] > 8000 and last["cached_tokens"] > 0.9 * last["prompt_tokens"]
+    assert all(0 < turn["answers"][name]["density"] < 0.9 for turn in figures["turns"] for name in figures["servers"])
+    conversation = json.loads((tmp_path / "conversation.json").read_text())
+    assert len(conversation) == 2 * asked and conversation[-1]["content"] == figures["turns"][-1]["right"]
+    assert (tmp_path / "conversation.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("other", "holds"),
-    [
-        (answer(1, 2), True),
-        (answer(1, 2, logprob=-1.00001), True),
-        (answer(1, 2, logprob=-1.1), False),
-        (answer(1, 3), False),
-        (answer(1), False),
-        (answer(1, 2, prompt=2), False),
-    ],
-)
-def test_the_demo_sees_another_answer(other: Answer, holds: bool) -> None:
-    assert Agreement.of(answer(1, 2), other).holds is holds
-    assert not Agreement.of(answer(), answer()).holds
+def test_the_demo_names_what_it_does_not_know(tmp_path: Path) -> None:
+    done = run("demo/demo.py", "--servers", "fast", "--out", str(tmp_path))
+    assert done.returncode == 2 and "--servers" in done.stderr and "a_shape" in done.stderr
+    done = run("demo/demo.py", "--tokens", "100", "--out", str(tmp_path))
+    assert done.returncode == 1 and "lengths: expected 512 to" in done.stdout and "Traceback" not in done.stderr
