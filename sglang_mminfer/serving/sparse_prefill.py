@@ -173,18 +173,25 @@ class SparsePrefill:
     def serving(self) -> telemetry.Serving:
         """How this backend serves now."""
         head_config = self.served.head_config
-        without_basis = "no basis yet" if self._calibration is not None else "no basis: by q . k"
         all_dense = self.unfit or ("dense_config" if self.served.all_dense else None)
         return telemetry.Serving(
             head_config=self._config_choice.name,
             named_by=self._config_choice.source,
-            description=head_config.describe(without_basis),
+            description=head_config.describe(self._without_basis()),
             provenance=head_config.provenance.note,
             executor=self.executor,
             dense_backend=self.dense_backend,
             dense_reason=all_dense or ("no_basis" if self._calibration is not None else None),
             guarded_heads=self.guard.served.guarded if self.guard is not None else 0,
         )
+
+    def _without_basis(self) -> str:
+        """How heads choose keys where the head config brings no basis."""
+        if self._calibration is not None:
+            return "no basis yet"
+        if self.served.bases:
+            return f"keys are chosen by a basis of rank {self.served.head_config.basis_rank} from the built-in clip"
+        return "no basis: by q . k"
 
     # ---- a batch -------------------------------------------------------------------------------------------
 

@@ -97,6 +97,7 @@ def test_dense_until_the_clip_is_complete(config: str, monkeypatch: pytest.Monke
     found = prefill(config, monkeypatch, **AWAITED)
     assert send(found, (0, LENGTH, "early"), *chunks(f"{CLIP_RID}-0-0", 300, 512, LENGTH)) == ["no_basis"] * 4
     assert send(found, (0, LENGTH, "user")) == [None]
+    assert found.serving().description.endswith(f"keys are chosen by a basis of rank {RANK} from the built-in clip")
     for number in range(observed.LAYERS):
         own, whole = found.served.bases[number], expected(found.kv_pool, number)
         torch.testing.assert_close(own.queries, whole.queries, atol=1e-5, rtol=1e-4)
@@ -136,9 +137,11 @@ def test_a_smaller_clip_begins_anew(config: str, monkeypatch: pytest.MonkeyPatch
 
 def test_without_a_clip_heads_choose_by_products(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found, other = prefill(config, monkeypatch, **AWAITED), prefill(config, monkeypatch)
+    assert found.serving().description.endswith("no basis yet")
     assert send(found, (0, LENGTH, "early"), (0, 1, f"{NO_CLIP_RID}-0"), (0, LENGTH, "user")) == ["no_basis"] * 2 + [
         None
     ]
+    assert found.serving().description.endswith("no basis: by q . k")
     for own, by_products in zip(observed.run(found, observed.batch()), observed.run(other, observed.batch())):
         assert torch.equal(own, by_products)
 

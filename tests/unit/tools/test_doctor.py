@@ -65,7 +65,8 @@ def test_settings_are_listed_with_what_is_set(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(settings.AUDIT.variable, "0.25")
     monkeypatch.setenv(settings.TRACE.variable, "/tmp/trace.jsonl")
     findings = [finding for finding in doctor.examine() if finding.section == "settings"]
-    *is_set, others = findings
+    *is_set, others, flags = findings
+    assert "sglang.launch_server --help" in flags.text
     assert [(finding.name, finding.status) for finding in is_set] == [
         (settings.AUDIT.variable, "ok"),
         (settings.TRACE.variable, "ok"),

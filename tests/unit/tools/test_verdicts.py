@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import tables
+import result_pages
 from sglang_mminfer.tools import verdicts
 from sglang_mminfer.tools.niah.against import compared
 from sglang_mminfer.tools.niah.ask import Answer
@@ -53,7 +53,7 @@ def test_a_config_that_answered_nothing_has_no_row() -> None:
     assert found == {"b": []}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in tables.RESULTS.glob("*.md")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in result_pages.RESULTS.glob("*.md")))
 def test_stored_tables_are_those_of_the_stored_answers(name: str) -> None:
-    result = json.loads((tables.RESULTS / f"{name}.json").read_text())
-    assert Path(tables.RESULTS / f"{name}.md").read_text() == tables.page_of(name, result)
+    result = json.loads((result_pages.RESULTS / f"{name}.json").read_text())
+    assert Path(result_pages.RESULTS / f"{name}.md").read_text() == result_pages.page_of(name, result)

@@ -1,6 +1,6 @@
 """Makes the tables beside the result files of `results/` again from the single answers that they hold.
 
-    python examples/needle_vlm/tables.py
+    python examples/needle_vlm/result_pages.py
 
 Where a file has no dense answers of its own, those of another file to the same questions stand in.
 """
