@@ -339,6 +339,15 @@ def test_fingerprints_of_real_configs():
         fingerprint_of(SimpleNamespace(model_type="other"))
 
 
+def test_the_fingerprint_of_an_original_llava_is_the_same_once_sglang_has_made_the_model():
+    config = Qwen2Config(
+        architectures=["LlavaQwenForCausalLM"], num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3
+    )
+    before = fingerprint_of(config)
+    config.text_config = Qwen2Config()  # as LlavaQwenForCausalLM does
+    assert fingerprint_of(config) == before and (before.heads, before.layers) == (8, 3)
+
+
 def test_the_right_model_passes(tmp_path):
     config = HeadConfig.load(write(tmp_path, document(model=TINY, heads=[[A] * 4] * 2)))
     config.check_model(tiny_model())
