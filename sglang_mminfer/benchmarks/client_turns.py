@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +76,8 @@ class Relay:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_connection(self._host, self._port)
-        await asyncio.gather(self._pass_on(reader, to_server, True), self._pass_on(from_server, writer, False))
+        with suppress(asyncio.CancelledError):  # asyncio would tell of it
+            await asyncio.gather(self._pass_on(reader, to_server, True), self._pass_on(from_server, writer, False))
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counted: bool) -> None:
         try:
