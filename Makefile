@@ -63,8 +63,9 @@ test-eval: setup setup-eval
 
 # Chromium, for the test of the chat application: from Debian where that is allowed. Without one the test is skipped.
 browser:
-	@command -v chromium || command -v chromium-browser || command -v google-chrome || { apt-get update && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || timeout 300 sh -c \
+		"apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium" \
+		>/dev/null 2>&1 </dev/null \
 		|| echo "no Chromium here, and apt-get installs none: the browser test is skipped"
 
 # The wheel in an environment of its own without the extras: the doctor, and a server. A minute or two, so it is no part
