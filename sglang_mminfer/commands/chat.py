@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import typer
 
@@ -16,7 +15,7 @@ PAGE = "The page"
 
 
 def _server_url(url: str | None) -> str | None:
-    if url is not None and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
+    if url is not None and not options.is_url(url):
         raise bad(f"expected something like http://127.0.0.1:30000, got {url}")
     return url
 
@@ -32,15 +31,7 @@ def chat(
         ),
     ] = None,
     api_key: options.ApiKey = None,
-    model_path: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH|NAME",
-            callback=options.model,
-            help="start SGLang with this model: its folder, or its hub name",
-            rich_help_panel=options.SERVERS,
-        ),
-    ] = None,
+    model_path: options.ServedModel = None,
     mminfer_config: options.HeadConfigName = None,
     server_flags: options.ServerFlags = "",
     host: Annotated[

@@ -22,7 +22,8 @@ def _density(value: float | None) -> float | None:
     return value
 
 
-def _configs(names: list[str]) -> list[str]:
+def configs_or_baselines(names: list[str]) -> list[str]:
+    """As `options.head_configs`, and names of baselines are taken, too."""
     options.head_configs([name for name in names if name not in BASELINES])
     return names
 
@@ -34,12 +35,12 @@ def compare(
         typer.Option(
             settings.CONFIG.flag,
             metavar="NAME|PATH...",
-            callback=_configs,
+            callback=configs_or_baselines,
             help=f"head configs, or baselines: {', '.join(BASELINES)} (default: dense, default and all baselines)",
         ),
     ] = [],
     add: Annotated[
-        list[str], typer.Option(metavar="NAME|PATH...", callback=_configs, help="further head configs")
+        list[str], typer.Option(metavar="NAME|PATH...", callback=configs_or_baselines, help="further head configs")
     ] = [],
     density: Annotated[
         float | None,

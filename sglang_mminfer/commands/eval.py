@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import typer
 
 from sglang_mminfer import settings
 from sglang_mminfer.commands import options
-from sglang_mminfer.commands.compare import BASELINES
+from sglang_mminfer.commands.compare import BASELINES, configs_or_baselines
 from sglang_mminfer.commands.parsing import Refused, bad
 
 PAPER = (
@@ -24,17 +23,12 @@ NEEDLES = ("v-niah", "v-relay", "mm-niah", "mm-relay")
 def _urls(named: list[str]) -> list[str]:
     for text in named:
         name, equals, url = text.partition("=")
-        if not name or not equals or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        if not name or not equals or not options.is_url(url):
             raise bad(f"expected NAME=URL, something like dense=http://127.0.0.1:30000, got {text}")
     names = [text.partition("=")[0] for text in named]
     if len(set(names)) < len(names):
         raise bad(f"expected different names, got {', '.join(names)}")
     return named
-
-
-def _configs(names: list[str]) -> list[str]:
-    options.head_configs([name for name in names if name not in BASELINES])
-    return names
 
 
 def _margin(points: float) -> float:
@@ -58,21 +52,13 @@ def evaluate(
             help=f"{', '.join(PAPER)}; needles: {', '.join(NEEDLES)}; or any task of lmms-eval",
         ),
     ],
-    model_path: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH|NAME",
-            callback=options.model,
-            help="start SGLang with this model: its folder, or its hub name",
-            rich_help_panel=options.SERVERS,
-        ),
-    ] = None,
+    model_path: options.ServedModel = None,
     mminfer_config: Annotated[
         list[str],
         typer.Option(
             settings.CONFIG.flag,
             metavar="NAME|PATH...",
-            callback=_configs,
+            callback=configs_or_baselines,
             help=f"head configs, or baselines: {', '.join(BASELINES)}; dense always comes with them (default: default)",
             rich_help_panel=options.SERVERS,
         ),
@@ -96,14 +82,7 @@ def evaluate(
             rich_help_panel=options.SERVERS,
         ),
     ] = [],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="name to ask those servers for (default: the first that each lists)",
-            rich_help_panel=options.SERVERS,
-        ),
-    ] = None,
+    model: options.NameToAskFor = None,
     api_key: options.ApiKey = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="questions of each task (default: all)")] = None,
     conversation: Annotated[

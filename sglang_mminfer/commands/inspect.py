@@ -32,6 +32,17 @@ def _heads(texts: list[str]) -> list[tuple[int, int]]:
     return heads
 
 
+Media = Annotated[
+    list[str],
+    typer.Option(
+        metavar="FILE",
+        callback=options.media,
+        help="a file or a URL; may be repeated",
+        rich_help_panel=options.INPUT,
+    ),
+]
+
+
 def inspect(
     model_path: Annotated[
         str | None,
@@ -54,24 +65,8 @@ def inspect(
             rich_help_panel=options.INPUT,
         ),
     ] = None,
-    video: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILE",
-            callback=options.media,
-            help="a file or a URL; may be repeated",
-            rich_help_panel=options.INPUT,
-        ),
-    ] = [],
-    image: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILE",
-            callback=options.media,
-            help="a file or a URL; may be repeated",
-            rich_help_panel=options.INPUT,
-        ),
-    ] = [],
+    video: Media = [],
+    image: Media = [],
     text: Annotated[
         str, typer.Option(metavar="TEXT", help="the question about them", rich_help_panel=options.INPUT)
     ] = "What do you see?",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import typer
 
@@ -15,7 +14,7 @@ from sglang_mminfer.commands.parsing import Refused, bad
 
 def _urls(urls: list[str]) -> list[str]:
     for url in urls:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        if not options.is_url(url):
             raise bad(f"expected something like http://127.0.0.1:30000, got {url}")
     return urls
 
@@ -27,24 +26,9 @@ def niah(
             metavar="URL", callback=_urls, help="a running server; may be repeated", rich_help_panel=options.SERVERS
         ),
     ] = [],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="name to ask those servers for (default: the first that each lists)",
-            rich_help_panel=options.SERVERS,
-        ),
-    ] = None,
+    model: options.NameToAskFor = None,
     api_key: options.ApiKey = None,
-    model_path: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH|NAME",
-            callback=options.model,
-            help="start SGLang with this model: its folder, or its hub name",
-            rich_help_panel=options.SERVERS,
-        ),
-    ] = None,
+    model_path: options.ServedModel = None,
     mminfer_config: options.HeadConfigNames = [],
     server_flags: options.ServerFlags = "",
     inline_media: Annotated[

@@ -124,6 +124,11 @@ def reachable(url: str) -> None:
             raise Failed(f"--url {url}: no server there; start one with `sglang serve`") from None
 
 
+def is_url(text: str) -> bool:
+    """Whether a text can be the address of a server."""
+    return urlsplit(text).scheme in ("http", "https") and bool(urlsplit(text).hostname)
+
+
 def words(text: str) -> str:
     """Flags of a server, as a shell would split them.
 
@@ -159,6 +164,28 @@ ModelPath = Annotated[
     typer.Option("--model-path", metavar="PATH|NAME", callback=model, help="a model: its folder, or its hub name"),
 ]
 """Without a default it is required."""
+
+ServedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model-path",
+        metavar="PATH|NAME",
+        callback=model,
+        help="start SGLang with this model: its folder, or its hub name",
+        rich_help_panel=SERVERS,
+    ),
+]
+"""For commands that may ask running servers in its place."""
+
+NameToAskFor = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="name to ask those servers for (default: the first that each lists)",
+        rich_help_panel=SERVERS,
+    ),
+]
 
 HeadConfigName = Annotated[
     str | None,
