@@ -43,10 +43,23 @@ EXECUTORS: dict[str, Executor] = {
 }
 CHOICES = ("auto", *EXECUTORS)
 
+WIDE = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes of a KV cache. Executors convert what they load from it to the dtype of q, so every fp8 number keeps its value."""
+
 ruled_out: set[str] = set()
 """Executors that "auto" no longer means in this process, because a check found that they do not run or are wrong."""
 
 _said: set[str] = set()
+
+
+def why_unread(kv_dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why executors cannot read a KV cache of this dtype on this device; None if they can."""
+    if kv_dtype not in (*WIDE, *FP8):
+        return f"expected one of {', '.join(str(dtype).removeprefix('torch.') for dtype in (*WIDE, *FP8))}"
+    if kv_dtype is torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "GPUs before sm_89 cannot convert fp8_e4m3"
+    return None
 
 
 def names_for(choice: str, device: torch.device, head_dim: int, block_k: int, dtype: torch.dtype) -> tuple[str, ...]:

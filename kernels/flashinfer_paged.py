@@ -58,12 +58,12 @@ def run(
     The first run of a plan waits for the device, because FlashInfer plans on the host.
 
     Args:
-        q: [tokens, Hq, D], float16 or bfloat16. k_cache, v_cache: [slots, Hkv, D] of q's dtype and of equal
-        strides. out: [tokens, Hq, D] of q's dtype, lse: float32 [tokens, Hq], base 2; both are contiguous and
+        q: [tokens, Hq, D], float16 or bfloat16. k_cache, v_cache: [slots, Hkv, D] of q's dtype or an fp8
+        dtype, and of equal strides. out: [tokens, Hq, D] of q's dtype, lse: float32 [tokens, Hq], base 2; both are contiguous and
         fully overwritten.
         sm_scale: factor on q . k.
         backend: FlashInfer's kernel for the batch without a mask: "fa2", "fa3" (Hopper only) or "auto" (fa3 on
-        Hopper, else fa2).
+        Hopper, else fa2). A cache of fp8 takes fa2, the only one that converts.
 
     Raises:
         ValueError: FlashInfer's kernels cannot run this: no GPU, a dtype or head dim that they lack, caches whose
@@ -72,6 +72,8 @@ def run(
     """
     _check_tensors(q, k_cache, v_cache)
     kernel = kernel_of(backend, q.device)
+    if k_cache.dtype != q.dtype:
+        kernel = "fa2"
     pages = KeyPages.of(k_cache, v_cache)
     q = q.contiguous()
     out.zero_()
@@ -420,20 +422,23 @@ def _planned(plan: BlockPlan, pages: KeyPages, q: torch.Tensor, sm_scale: float,
         pages.per_head,
         head_dim,
         q.dtype,
+        pages.k.dtype,
         sm_scale,
         kernel,
     )
     if key not in plan.derived:
         shared, masked = paged_visits(plan, num_heads, pages.num_heads, pages.per_slot, pages.per_head)
         plan.derived[key] = [
-            _Batch(_planned_wrapper(part, head_dim, q.dtype, sm_scale, name), part.q_index)
+            _Batch(_planned_wrapper(part, head_dim, (q.dtype, pages.k.dtype), sm_scale, name), part.q_index)
             for visits, name in ((shared, kernel), (masked, "fa2"))
             for part in visits.cut()
         ]
     return plan.derived[key]
 
 
-def _planned_wrapper(visits: PagedVisits, head_dim: int, dtype: torch.dtype, sm_scale: float, kernel: str) -> Any:
+def _planned_wrapper(
+    visits: PagedVisits, head_dim: int, dtypes: tuple[torch.dtype, torch.dtype], sm_scale: float, kernel: str
+) -> Any:
     import flashinfer
 
     workspace = _workspace(visits.q_index.device)
@@ -450,8 +455,8 @@ def _planned_wrapper(visits: PagedVisits, head_dim: int, dtype: torch.dtype, sm_
         custom_mask=visits.custom_mask(),
         causal=False,
         sm_scale=sm_scale,
-        q_data_type=dtype,
-        kv_data_type=dtype,
+        q_data_type=dtypes[0],
+        kv_data_type=dtypes[1],
     )
     return wrapper
 
@@ -476,7 +481,8 @@ def _check_tensors(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
     _expect(q.dtype in DTYPES, "q", "one of the dtypes " + ", ".join(map(str, DTYPES)), str(q.dtype))
     _expect(q.shape[-1] in HEAD_DIMS, "q", f"one of the head dims {HEAD_DIMS}", str(q.shape[-1]))
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _expect(cache.dtype == q.dtype, name, f"the dtype {q.dtype} of q", str(cache.dtype))
+        fits = cache.dtype == k_cache.dtype and cache.dtype in (q.dtype, torch.float8_e4m3fn, torch.float8_e5m2)
+        _expect(fits, name, f"the dtype {q.dtype} of q, or both of one fp8 dtype", str(cache.dtype))
 
 
 def _shape(tensor: torch.Tensor) -> str:

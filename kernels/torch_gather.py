@@ -33,8 +33,9 @@ def run(
     """Write the attention of `plan` into `out` and `lse`. Rows that no pass visits get 0 and -inf.
 
     Args:
-        q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D]. out: [tokens, Hq, D], lse: float32
-        [tokens, Hq], base 2; both are contiguous and fully overwritten.
+        q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D], of any float dtype; what is read of them is converted
+        to that of q. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2; both are contiguous and fully
+        overwritten.
         sm_scale: factor on q . k.
     """
     q = q.contiguous()

@@ -28,18 +28,21 @@ def run(
     What each item says is rounded to the dtype of q before it is joined with others.
 
     Args:
-        q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D], all float16 or all bfloat16; the last dimension of the
-        caches has stride 1, and their rows begin at multiples of 16 bytes. out: [tokens, Hq, D], lse: float32
+        q: [tokens, Hq, D], float16 or bfloat16. k_cache, v_cache: [slots, Hkv, D]. Where they have the dtype of q,
+        their last dimension has stride 1, and their rows begin at multiples of 16 bytes. out: [tokens, Hq, D], lse: float32
         [tokens, Hq], base 2; both are contiguous and fully overwritten.
         sm_scale: factor on q . k.
         most_visits: see `work_items`.
-        gathered: copy the visited key tiles first. Default: only where the kernel cannot read them from the cache.
+        gathered: copy the visited key tiles first, in the dtype of q. Default: only where the kernel cannot read them
+            from the cache.
 
     Raises:
         ValueError: the kernels do not support the tensors, their sizes, or the size of the key tiles.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
+    if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
+        gathered = True  # what the kernel reads from the cache it cannot convert
     kind = kind_for(q, plan.block_k, gathered)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _check(name, cache, kind)
@@ -51,7 +54,7 @@ def run(
         return
     arguments = call_arguments(plan, num_heads // num_kv_heads, num_kv_heads, kind.pairs, kind.gathered, most_visits)
     rows = queries_of(q, arguments)
-    k, v = (keys_of(cache, arguments, kind.gathered) for cache in (k_cache, v_cache))
+    k, v = (keys_of(cache, arguments, kind.gathered).to(q.dtype) for cache in (k_cache, v_cache))
     rows_out = torch.empty_like(rows)
     rows_lse = torch.empty(rows.shape[:2], dtype=torch.float32, device=q.device)
     call(kind, rows, k, v, arguments, sm_scale, rows_out, rows_lse)
@@ -70,8 +73,6 @@ def kind_for(q: torch.Tensor, block_k: int, gathered: bool | None = None) -> Kin
 
 
 def _check(name: str, cache: torch.Tensor, kind: Kind) -> None:
-    if cache.dtype != kind.dtype:
-        raise ValueError(f"{name}: expected {kind.dtype}, as q is, for the fa4 executor, got {cache.dtype}")
     if kind.gathered:
         return  # copied
     aligned = cache.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in cache.stride()[:2])

@@ -42,9 +42,9 @@ def run(
     """Write the attention of `plan` into `out` and `lse`. Rows that no pass visits get 0 and -inf.
 
     Args:
-        q: [tokens, Hq, D]. k_cache, v_cache: [slots, Hkv, D], float16, bfloat16 or float32; the last dimension
-        of each has stride 1. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2; both are contiguous and
-        fully overwritten.
+        q: [tokens, Hq, D], float16, bfloat16 or float32. k_cache, v_cache: [slots, Hkv, D], of these or an fp8
+        dtype; the last dimension of each has stride 1. out: [tokens, Hq, D], lse: float32 [tokens, Hq], base 2;
+        both are contiguous and fully overwritten.
         sm_scale: factor on q . k.
         chosen: how to compile the kernel. Default: what `configurations.py` has for the GPU.
         most_visits: see `work_items`.

@@ -79,6 +79,8 @@ def low_rank_keys(
     slot = tl.load(slots + key, mask=in_keys, other=0).to(tl.int64)
     offsets = k_cache + kv_head.to(tl.int64) * stride_k_head + slot[:, None] * stride_k + dims[None, :]
     k = tl.load(offsets, mask=in_keys[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    if k.dtype.is_fp8():
+        k = k.to(tl.float16)  # which has all of fp8's numbers
     ranks, columns = tl.arange(0, BLOCK_R), tl.arange(0, WIDTH)
     form = _form(basis_keys, number, stride_form, ranks, dims, RANK, HEAD_DIM)
     high, low = _halves(_product(k, form / _lengths(form)[:, None], PARTS))

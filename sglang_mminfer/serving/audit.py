@@ -122,6 +122,7 @@ def examine(view: LayerView, request: RequestView, positions: np.ndarray) -> Aud
     rows = row_positions - request.prefix_len + request.row_start
     slots = request.slots[: int(positions[-1]) + 1]
     o, lse = dense_rows(view.q[rows], row_positions, view.k_cache, view.v_cache, slots, view.sm_scale)
+    o *= view.v_scale
     norm = o.norm(dim=(0, 2)).clamp_min(torch.finfo(torch.float32).tiny)
     recall = torch.exp2(view.lse[rows] - lse).clamp_max(1.0).mean(dim=0)
     for head in view.stock_heads:  # the stock backend gives no LSE, and its heads are dense

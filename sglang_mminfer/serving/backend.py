@@ -61,7 +61,7 @@ def sparse_class(dense: Any) -> Any:
             masked = getattr(getattr(self, "forward_metadata", None), "custom_mask", None) is not None
             if sparse.takes(q, layer, kwargs, masked):
                 if save_kv_cache and k is not None and v is not None:
-                    sparse.save_kv(k, v, layer, forward_batch)
+                    sparse.save_kv(q, k, v, layer, forward_batch)
                     save_kv_cache = False
                 dense_forward = super().forward_extend
 

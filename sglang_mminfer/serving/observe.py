@@ -65,8 +65,8 @@ class LayerView:
     Attributes:
         first_head: the model's number of the rank's first head.
         q, out: [tokens, Hq, D].
-        k_cache, v_cache: [slots, Hkv, D]; they hold the batch's own keys and values too.
-        sm_scale: the factor on q . k.
+        k_cache, v_cache: [slots, Hkv, D], as stored; they hold the batch's own keys and values too.
+        sm_scale: the factor on q . k for stored keys. v_scale: the factor on sums of stored values; see `KVScales`.
         patterns: the pattern of each head. Where the guard made a head dense, a request that began before may still
             run it as it was.
         stock_heads: heads that the stock backend ran beside sparse ones. No pass of the plan has them, and their LSE
@@ -88,6 +88,7 @@ class LayerView:
     out: torch.Tensor
     plan: BlockPlan | None = None
     lse: torch.Tensor | None = None
+    v_scale: float = 1.0
 
     @property
     def num_heads(self) -> int:

@@ -101,6 +101,7 @@ class _Shapes:
     num_heads: int
     num_kv_heads: int
     runs: int
+    kv_dtype: torch.dtype
 
     @property
     def scale(self) -> float:
@@ -109,6 +110,10 @@ class _Shapes:
     def random(self, random: torch.Generator, *shape: int) -> torch.Tensor:
         """[*shape, head_dim] on the host."""
         return torch.randn(*shape, self.head_dim, generator=random).to(self.dtype)
+
+    def random_kv(self, random: torch.Generator, *shape: int) -> torch.Tensor:
+        """[*shape, head_dim] on the host, keys or values as the pool stores them."""
+        return self.random(random, *shape).to(self.kv_dtype)
 
     def compare(
         self, run: Callable[[], tuple[torch.Tensor, torch.Tensor]], exact: torch.Tensor, exact_other: torch.Tensor
@@ -146,6 +151,7 @@ def check(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     *,
+    kv_dtype: torch.dtype | None = None,
     pool_elements: int = 0,
     estimates: bool = False,
     thorough: bool | None = None,
@@ -154,7 +160,7 @@ def check(
 
     Args:
         run: the executor.
-        dtype: of q, K and V: a key of `TOLERANCE`.
+        dtype: of q: a key of `TOLERANCE`. kv_dtype: of K and V in the pool; None: that of q.
         head_dim, num_heads, num_kv_heads: the model's shapes, so that the kernels that requests need are compiled.
         pool_elements: elements of one layer's keys in the pool. The pool of the long case has as many if the GPU has
             the memory, or `FAR` if those are fewer.
@@ -163,7 +169,8 @@ def check(
     """
     device = torch.device(device)
     thorough = device.type == "cuda" if thorough is None else thorough
-    shapes = _Shapes(device, dtype, head_dim, num_heads, num_kv_heads, REPEATS if thorough else 2)
+    runs = REPEATS if thorough else 2
+    shapes = _Shapes(device, dtype, head_dim, num_heads, num_kv_heads, runs, kv_dtype or dtype)
     answer = _check_chunk(run, shapes)
     answer = answer.joined(_check_long_lists(run, shapes, LONG if thorough else LONG // 25, pool_elements))
     return answer.joined(_check_estimate(shapes)) if estimates else answer
@@ -181,7 +188,7 @@ def _check_chunk(run: Executor, shapes: _Shapes) -> Answer:
     random = torch.Generator().manual_seed(0)
     slots = torch.randperm(TOKENS + SPARE_SLOTS, generator=random)[:TOKENS]
     q = shapes.random(random, TOKENS - Q_START, shapes.num_heads)
-    k, v = (shapes.random(random, TOKENS + SPARE_SLOTS, shapes.num_kv_heads) for _ in range(2))
+    k, v = (shapes.random_kv(random, TOKENS + SPARE_SLOTS, shapes.num_kv_heads) for _ in range(2))
     heads = [PATTERNS[head % len(PATTERNS)] for head in range(shapes.num_heads)]
 
     def planned(target: torch.device | str) -> BlockPlan:
@@ -216,11 +223,11 @@ def _check_long_lists(run: Executor, shapes: _Shapes, tokens: int, pool_elements
     if device.type == "cuda":
         wished = max(min(pool_elements, FAR) // width, num_slots)
         free, _ = torch.cuda.mem_get_info(device)
-        num_slots = wished if 2 * wished * width * shapes.dtype.itemsize < free else num_slots
-    pool = torch.empty(num_slots, 2, shapes.num_kv_heads, shapes.head_dim, dtype=shapes.dtype, device=device)
+        num_slots = wished if 2 * wished * width * shapes.kv_dtype.itemsize < free else num_slots
+    pool = torch.empty(num_slots, 2, shapes.num_kv_heads, shapes.head_dim, dtype=shapes.kv_dtype, device=device)
     slots = num_slots - 1 - torch.randperm(tokens + SPARE_SLOTS, generator=random)[:tokens]
     slots = slots.to(device)
-    pool[slots] = shapes.random(random, tokens, 2, shapes.num_kv_heads).to(device)
+    pool[slots] = shapes.random_kv(random, tokens, 2, shapes.num_kv_heads).to(device)
     # Four times as large, so that a row's answer is that of a few keys: the mean over thousands would be about 0.
     q = 4 * shapes.random(random, rows, shapes.num_heads).to(device)
     k, v = pool.unbind(1)
@@ -240,9 +247,9 @@ def _check_estimate(shapes: _Shapes) -> Answer:
     from sglang_mminfer.kernels.triton.estimate import BLOCK, estimate
 
     random, device = torch.Generator().manual_seed(2), shapes.device
-    q, k = shapes.random(random, BLOCK, shapes.num_heads), shapes.random(random, TOKENS, shapes.num_kv_heads)
+    q, k = shapes.random(random, BLOCK, shapes.num_heads), shapes.random_kv(random, TOKENS, shapes.num_kv_heads)
     slots = torch.randperm(TOKENS + SPARE_SLOTS, generator=random)[:TOKENS].to(device)
-    pool = torch.full((TOKENS + SPARE_SLOTS, *k.shape[1:]), torch.nan, dtype=shapes.dtype, device=device)
+    pool = torch.full((TOKENS + SPARE_SLOTS, *k.shape[1:]), torch.nan, device=device).to(shapes.kv_dtype)
     pool[slots] = k.to(device)
     positions, heads = torch.arange(TOKENS - BLOCK, TOKENS), list(range(shapes.num_heads))
     exact = masses_of(q.float(), k.float(), heads, positions, (positions + 1).tolist(), shapes.scale)
@@ -300,13 +307,13 @@ def why_unfit(
     Returns:
         The dense_reason of every request if the check fails, else None.
     """
-    kv_dtype, model_dtype = getattr(runner, "kv_cache_dtype", None), getattr(runner, "dtype", None)
-    if kv_dtype is not None and model_dtype is not None and kv_dtype != model_dtype:
+    kv_dtype = getattr(runner, "kv_cache_dtype", None) or runner.dtype
+    if (why := executors.why_unread(kv_dtype, device)) is not None:
         logger.warning(
-            "mminfer: the KV cache stores %s and attention computes in %s, so every request runs dense, on %s. A "
+            "mminfer: the KV cache stores %s, which no executor reads here (%s), so every request runs dense, on %s. A "
             "checkpoint may ask for that; --kv-cache-dtype bfloat16 keeps the cache as wide as the model.",
             kv_dtype,
-            model_dtype,
+            why,
             dense_backend,
         )
         return "kv_cache_dtype"
@@ -322,6 +329,7 @@ def why_unfit(
             runner.dtype,
             model.head_dim,
             *heads,
+            kv_dtype=kv_dtype,
             pool_elements=runner.token_to_kv_pool.get_key_buffer(first_layer).numel(),
             estimates=estimates,
         )

@@ -35,6 +35,7 @@ from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
 from sglang_mminfer.serving.encoder_watch import EncoderWatch
 from sglang_mminfer.serving.guard import Guard
+from sglang_mminfer.serving.kv_scales import KVScales
 from sglang_mminfer.serving.known_shares import KnownShares
 from sglang_mminfer.serving.served_heads import (
     LayerHeads,
@@ -368,17 +369,32 @@ class SparsePrefill:
             return "layer_unknown"
         if batch.heads.is_dense(layer.layer_id):
             return "layer_dense_config"
-        if self.kv_pool.get_key_buffer(layer.layer_id).dtype != q.dtype:
+        if self._kv_scales(q, layer) is None:
             return "kv_cache_dtype"
         if q.shape[0] != batch.num_rows:
             return "padded_rows"
         return None
 
-    def save_kv(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+    def _kv_scales(self, q: torch.Tensor, layer: Any) -> KVScales | None:
+        """How the pool stores the layer's keys and values; None if the executors cannot read them."""
+        kv_dtype = self.kv_pool.get_key_buffer(layer.layer_id).dtype
+        if kv_dtype == q.dtype:
+            return KVScales()
+        if executors.why_unread(kv_dtype, self.device) is not None:
+            return None
+        return KVScales.of(layer, self.dense_backend)
+
+    def save_kv(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
         """Writes the batch's K and V of one layer into the KV pool."""
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-        self.kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+        scales = self._kv_scales(q, layer)
+        assert scales is not None
+        if scales.stored is not None:
+            k, v = k.clone(), v.clone()  # the pool divides them in place, and the stock rows may need them
+        self.kv_pool.set_kv_buffer(
+            layer, KVWriteLoc.for_layer(forward_batch, layer), k, v, *(scales.stored or (None, None))
+        )
 
     def run_layer(
         self,
@@ -405,12 +421,17 @@ class SparsePrefill:
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
         try:
+            scales = self._kv_scales(q, layer)
+            assert scales is not None
+            sm_scale = layer.scaling * scales.k
             start, heads = self.clock(), self._heads_of(layer, batch)
-            plan = batch.planner.plan(heads.planned, q, k_cache, layer.scaling, heads.basis)
+            plan = batch.planner.plan(heads.planned, q, k_cache, sm_scale, heads.basis)
             batch.plan_s += self.clock() - start
             out = q.new_empty(q.shape)
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-            executors.EXECUTORS[self.executor](q, k_cache, v_cache, plan, layer.scaling, out, lse)
+            executors.EXECUTORS[self.executor](q, k_cache, v_cache, plan, sm_scale, out, lse)
+            if scales.v != 1.0:
+                out *= scales.v
             if heads.dense is not None:
                 heads.dense.run(stock, q, layer, out)
             if batch.stock_rows is not None:
@@ -456,6 +477,8 @@ class SparsePrefill:
         if not requests:
             return None
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        scales = self._kv_scales(q, layer)
+        assert scales is not None  # else there is a reason
         count, heads = layer.tp_q_head_num, self._heads_of(layer, batch)
         plan, lse = batch.ran or (None, None)
         first_head = self.rank * count
@@ -466,7 +489,8 @@ class SparsePrefill:
             q=q,
             k_cache=k_cache,
             v_cache=v_cache,
-            sm_scale=layer.scaling,
+            sm_scale=layer.scaling * scales.k,
+            v_scale=scales.v,
             requests=requests,
             patterns=heads.patterns,
             stock_heads=tuple(h for h, pattern in enumerate(heads.planned) if pattern is None) if plan else (),

@@ -74,12 +74,13 @@ class Stock:
         start, stop = batch.extend_prefix_lens_cpu[0], batch.seq_len
         keys, values = (cache[self.pool.slots[:stop]] for cache in self.pool.get_kv_buffer(layer.layer_id))
         causal = torch.arange(stop) <= torch.arange(start, stop)[:, None]
+        k_scale, v_scale = (getattr(layer, f"{name}_scale_float", 1.0) for name in "kv")
         by_head, group = q.view(len(q), -1, D), layer.tp_q_head_num // KV_HEADS
         heads = [
-            masked_attention(by_head[:, h], keys[:, h // group], values[:, h // group], causal, SCALE)[0]
+            masked_attention(by_head[:, h], keys[:, h // group], values[:, h // group], causal, SCALE * k_scale)[0]
             for h in range(layer.tp_q_head_num)
         ]
-        return torch.stack(heads, dim=1).flatten(1).to(q.dtype)
+        return (torch.stack(heads, dim=1) * v_scale).flatten(1).to(q.dtype)
 
 
 def runner(

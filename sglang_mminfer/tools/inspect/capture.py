@@ -184,7 +184,7 @@ class Capture:
                 (side.causal, causal),
             ):
                 _add(sums, values, side.bin_of[position], side.bin_of[: request.seq_len])
-        o = weights @ v
+        o = weights @ v * view.v_scale
         record.position.append(position.cpu())
         record.recall.append((1 - lost.sum(dim=1)).clamp(0, 1).cpu())
         record.error.append((view.out[rows, head].float() - o).norm(dim=1).cpu())

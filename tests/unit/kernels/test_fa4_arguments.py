@@ -176,12 +176,16 @@ def test_triton_joins_items_of_16_bits(plan, limit):
 
 @interpreted
 @pytest.mark.skipif(fa4.why_not_installed() is not None, reason=str(fa4.why_not_installed()))
-@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
-def test_all_of_a_run_but_the_kernel_with_triton_joining(monkeypatch, capability):
-    """The kernel needs a GPU, so its emulation takes its place."""
+@pytest.mark.parametrize(
+    "capability, kv_dtype",
+    [((9, 0), torch.float16), ((10, 0), torch.float16), ((9, 0), torch.float8_e4m3fn), ((10, 0), torch.float8_e5m2)],
+)
+def test_all_of_a_run_but_the_kernel_with_triton_joining(monkeypatch, capability, kv_dtype):
+    """The kernel needs a GPU, so its emulation takes its place. It gets keys and values of the dtype of q only."""
     from sglang_mminfer.kernels.fa4 import launch
 
     def call(kind, q, k, v, arguments, sm_scale, out, lse):
+        assert k.dtype == v.dtype == q.dtype
         if not kind.gathered:
             k, v = (x[arguments.kv_slots.long(), 0][None] for x in (k, v))
         o, natural = forward(q, k[0], v[0], arguments, sm_scale, kind.blackwell)
@@ -192,6 +196,7 @@ def test_all_of_a_run_but_the_kernel_with_triton_joining(monkeypatch, capability
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     slots = torch.randperm(CHAT.length, generator=torch.Generator().manual_seed(0))
     q, k, v = (randn(CHAT.length, heads, 64, seed=seed).half() for seed, heads in enumerate((4, 2, 2)))
+    k, v = k.to(kv_dtype), v.to(kv_dtype)
     planner = BatchPlanner([RequestChunk(CHAT, 0, CHAT.length, 0, slots)], len(q))
     plan = planner.plan([PATTERNS[i] for i in (1, 4, 5, 7)])
     for scale in (0.125, -0.125):

@@ -44,6 +44,7 @@ class Case:
     scale_of_basis: float = 1.0
     scale_of_keys: float = 1.0
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
     seed: int = 0
     block_k: int = 8
 
@@ -56,6 +57,7 @@ class Case:
         slots = torch.randperm(self.num_keys + 30, generator=random)[: self.num_keys]
         self.k_cache = torch.full((self.num_keys + 30, self.kv_heads, self.dim), torch.nan, dtype=self.dtype)
         self.k_cache[slots], self.slots = keys, slots.int()
+        self.k_cache = self.k_cache.to(self.kv_dtype or self.dtype)
         number = self.kv_heads if self.shared else hq
         a, b = torch.randn(2, number, self.rank + 1, self.dim, generator=random) / self.rank**0.5
         self.basis = Basis(a * self.scale_of_basis, b / self.scale_of_basis)
@@ -142,6 +144,13 @@ def test_triton_any_rank_of_any_head_dim(dim, rank):
 def test_triton_any_scale_of_a_basis(dtype):
     for scale in (1e-6, 1e-3, 1e4):
         Case(scale_of_basis=scale, dtype=dtype).assert_right()
+
+
+@interpreted
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_keys_of_fp8(dtype, kv_dtype):
+    Case(dtype=dtype, kv_dtype=kv_dtype, group=3, kv_heads=2).assert_right()
 
 
 @interpreted

@@ -127,7 +127,7 @@ ELSEWHERE = {
     "layer_custom_mask": "test_a_mask_of_the_model_is_obeyed",
     "padded_rows": "test_rows_that_nobody_owns",
     "no_layer": "test_a_batch_without_attention",
-    "kv_cache_dtype": "test_an_fp8_cache_is_said_at_start",
+    "kv_cache_dtype": "test_a_cache_that_no_executor_reads_is_said_at_start",
 }
 
 
@@ -249,16 +249,16 @@ def test_a_batch_without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("at_start", [True, False])
-def test_an_fp8_cache_is_said_at_start(
+def test_a_cache_that_no_executor_reads_is_said_at_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_start: bool
 ) -> None:
     """No plan is made then. If only the pool's dtype differs, the first layer shows it."""
     if at_start:
-        monkeypatch.setattr(observed, "KV_DTYPE", torch.float8_e4m3fn)
+        monkeypatch.setattr(observed, "KV_DTYPE", torch.float8_e4m3fnuz)
     prefill = observed.prefill("test_a_shape", monkeypatch)
     assert ("every request runs dense" in caplog.text) == at_start
     if not at_start:
-        monkeypatch.setattr(prefill.kv_pool, "get_key_buffer", lambda layer: torch.empty(1, dtype=torch.float8_e4m3fn))
+        monkeypatch.setattr(prefill.kv_pool, "get_key_buffer", lambda layer: torch.empty(1, dtype=torch.float8_e4m3fnuz))
     prefill.begin(observed.batch())
     assert (prefill.batch.planner is None) == at_start
     prefill.batch = None

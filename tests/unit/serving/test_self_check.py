@@ -12,11 +12,34 @@ from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.serving.self_check import FAR, LONG_ROWS, REPEATS, check, compilers, first_fit, why_unfit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype, kv_dtype",
+    [
+        (torch.float32, None),
+        (torch.float16, None),
+        (torch.float32, torch.float8_e4m3fn),
+        (torch.float16, torch.float8_e5m2),
+        (torch.float32, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("name", support.EXECUTORS)
-def test_executors_are_found_right(name, dtype):
-    answer = check(EXECUTORS[name], "cpu", dtype, 32, num_heads=6, num_kv_heads=2)
+def test_executors_are_found_right(name, dtype, kv_dtype):
+    estimates = support.INTERPRETED and kv_dtype is not None
+    answer = check(
+        EXECUTORS[name], "cpu", dtype, 32, num_heads=6, num_kv_heads=2, kv_dtype=kv_dtype, estimates=estimates
+    )
     assert answer.good, str(answer)
+
+
+def test_a_cache_of_fp8_is_read_where_the_gpu_converts_it(monkeypatch):
+    wide = torch.float32, torch.bfloat16, torch.float16
+    assert all(executors.why_unread(dtype, CPU) is None for dtype in (*wide, torch.float8_e4m3fn, torch.float8_e5m2))
+    assert "expected one of float32" in executors.why_unread(torch.uint8, CPU)
+    for capability, words in (((8, 0), "before sm_89"), ((8, 9), None), ((9, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        found = executors.why_unread(torch.float8_e4m3fn, CUDA)
+        assert found is None if words is None else words in found
+        assert executors.why_unread(torch.float8_e5m2, CUDA) is None
 
 
 def wrong_once_in_a_while(q, k_cache, v_cache, plan, sm_scale, out, lse):
