@@ -45,7 +45,7 @@ CHOICES = ("auto", *EXECUTORS)
 
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Dtypes of a KV cache. Executors convert what they load from it to the dtype of q, so every fp8 number keeps its value."""
+"""Dtypes of a KV cache. Executors convert what they load to the dtype of q, which has every number of fp8."""
 
 ruled_out: set[str] = set()
 """Executors that "auto" no longer means in this process, because a check found that they do not run or are wrong."""

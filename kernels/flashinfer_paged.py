@@ -58,9 +58,9 @@ def run(
     The first run of a plan waits for the device, because FlashInfer plans on the host.
 
     Args:
-        q: [tokens, Hq, D], float16 or bfloat16. k_cache, v_cache: [slots, Hkv, D] of q's dtype or an fp8
-        dtype, and of equal strides. out: [tokens, Hq, D] of q's dtype, lse: float32 [tokens, Hq], base 2; both are contiguous and
-        fully overwritten.
+        q: [tokens, Hq, D], float16 or bfloat16. k_cache, v_cache: [slots, Hkv, D] of q's dtype or an fp8 dtype,
+        and of equal strides. out: [tokens, Hq, D] of q's dtype, lse: float32 [tokens, Hq], base 2; both are
+        contiguous and fully overwritten.
         sm_scale: factor on q . k.
         backend: FlashInfer's kernel for the batch without a mask: "fa2", "fa3" (Hopper only) or "auto" (fa3 on
         Hopper, else fa2). A cache of fp8 takes fa2, the only one that converts.

@@ -29,8 +29,8 @@ def run(
 
     Args:
         q: [tokens, Hq, D], float16 or bfloat16. k_cache, v_cache: [slots, Hkv, D]. Where they have the dtype of q,
-        their last dimension has stride 1, and their rows begin at multiples of 16 bytes. out: [tokens, Hq, D], lse: float32
-        [tokens, Hq], base 2; both are contiguous and fully overwritten.
+        their last dimension has stride 1, and their rows begin at multiples of 16 bytes. out: [tokens, Hq, D], lse:
+        float32 [tokens, Hq], base 2; both are contiguous and fully overwritten.
         sm_scale: factor on q . k.
         most_visits: see `work_items`.
         gathered: copy the visited key tiles first, in the dtype of q. Default: only where the kernel cannot read them

@@ -29,6 +29,8 @@ from .tile_attention import tile_attention
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = ("fp16", "bf16")
+FP8_CACHES = ((89, "fp8e4nv"), (90, "fp8e4nv"), (100, "fp8e4nv"), (80, "fp8e5"))
+"""Capabilities, and fp8 KV caches that they read. Other dtypes and capabilities differ in one conversion."""
 BLOCK_K = 64  # keys of a key tile; the planner's default
 RANK = 8  # of low-rank scores
 
@@ -37,6 +39,7 @@ RANK = 8  # of low-rank scores
 class Build:
     """One compiled kernel.
 
+    dtype, cache: of queries, and of keys and values.
     registers:    of a thread.
     spills:       bytes stored to and loaded from local memory.
     shared:       bytes of shared memory of a program.
@@ -49,6 +52,7 @@ class Build:
     kernel: str
     capability: int
     dtype: str
+    cache: str
     head_dim: int
     configuration: Configuration
     registers: int
@@ -61,15 +65,21 @@ class Build:
     def __str__(self) -> str:
         c = self.configuration
         return (
-            f"{self.kernel} sm_{self.capability} {self.dtype} head dim {self.head_dim:3d}: "
+            f"{self.kernel} sm_{self.capability} {'/'.join(dict.fromkeys((self.dtype, self.cache)))} head dim {self.head_dim:3d}: "
             f"{c.rows}x{BLOCK_K}, {c.num_warps} warps, {c.num_stages} stages: {self.registers} registers, "
             f"{self.spills} bytes spilled, {self.shared // 1024} KiB shared, {self.tensor_cores}"
             f"{', serialized' * self.serialized}{f', {self.unfenced} loops without a fence' * bool(self.unfenced)}"
         )
 
 
-def compile_build(capability: int, dtype: str, head_dim: int, chosen: Configuration | None = None) -> Build:
-    """Compile the attention kernel as the launcher would on a GPU of this capability, for 7 query heads a KV head."""
+def compile_build(
+    capability: int, dtype: str, head_dim: int, chosen: Configuration | None = None, cache: str | None = None
+) -> Build:
+    """Compile the attention kernel as the launcher would on a GPU of this capability, for 7 query heads a KV head.
+
+    Args:
+        cache: Triton's name of the dtype of keys and values. Default: that of the queries, as for all builds.
+    """
     chosen = chosen or configuration(head_dim, capability)
     constants = {
         "GROUP": 7,
@@ -81,7 +91,7 @@ def compile_build(capability: int, dtype: str, head_dim: int, chosen: Configurat
         "BLOCK_K": BLOCK_K,
         "WORDS": -(-BLOCK_K // 32),
     }
-    return _compiled(tile_attention, capability, dtype, head_dim, constants, chosen)
+    return _compiled(tile_attention, capability, dtype, head_dim, constants, chosen, cache)
 
 
 def compile_merge(capability: int, dtype: str, head_dim: int) -> Build:
@@ -97,7 +107,7 @@ def compile_merge(capability: int, dtype: str, head_dim: int) -> Build:
     return _compiled(merge.merge_slots, capability, dtype, head_dim, constants, chosen)
 
 
-def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
+def compile_estimate(capability: int, dtype: str, head_dim: int, cache: str | None = None) -> list[Build]:
     """Compile the two kernels of the estimate as their launcher would on a GPU of this capability."""
     chosen = estimate.configuration(head_dim, capability)
     constants = {
@@ -107,24 +117,25 @@ def compile_estimate(capability: int, dtype: str, head_dim: int) -> list[Build]:
         "BLOCK_N": estimate.BLOCK,
     }
     kernels = (estimate.row_lse, estimate.masses)
-    return [_compiled(kernel, capability, dtype, head_dim, constants, chosen) for kernel in kernels]
+    return [_compiled(kernel, capability, dtype, head_dim, constants, chosen, cache) for kernel in kernels]
 
 
-def compile_choice(capability: int, dtype: str, head_dim: int, rank: int) -> list[Build]:
+def compile_choice(capability: int, dtype: str, head_dim: int, rank: int, cache: str | None = None) -> list[Build]:
     """Compile the kernels that choose keys by scores of this rank, the scan itself first, as their launchers would on a
     GPU of this capability."""
     scan = low_rank_scan.configuration(capability)
     beside = Configuration(scan.rows, **low_rank_scan.OPTIONS)
     sizes = low_rank_scan.sizes_of(head_dim, rank)
-    parts, keys = {"fp16": 2, "bf16": 3}[dtype], low_rank_scan.KEYS
+    parts = {"fp16": 2, "bf16": 3, "fp8e4nv": 2, "fp8e5": 2}
+    keys = low_rank_scan.KEYS
     kernels: list[tuple[Any, dict[str, Any], Configuration]] = [
         (
             low_rank_scan.any_row_above,
             _scan_constants(scan, rank),
             Configuration(scan.rows, scan.num_warps, scan.num_stages),
         ),
-        (low_rank_scan.low_rank_keys, {**sizes, "PARTS": parts, "KEYS": keys}, beside),
-        (low_rank_scan.low_rank_queries, {**sizes, "PARTS": parts, "KEYS": keys, "ROWS": scan.rows}, beside),
+        (low_rank_scan.low_rank_keys, {**sizes, "PARTS": parts[cache or dtype], "KEYS": keys}, beside),
+        (low_rank_scan.low_rank_queries, {**sizes, "PARTS": parts[dtype], "KEYS": keys, "ROWS": scan.rows}, beside),
         (low_rank_scan.asked_side_by_side, {"SPAN": scan.span, "BLOCK": 1024}, Configuration(1, 4, 3)),
         (
             picked_keys.picked_keys,
@@ -132,7 +143,19 @@ def compile_choice(capability: int, dtype: str, head_dim: int, rank: int) -> lis
             Configuration(1, 4, 3),
         ),
     ]
-    return [_compiled(kernel, capability, dtype, head_dim, constants, chosen) for kernel, constants, chosen in kernels]
+    return [
+        _compiled(kernel, capability, dtype, head_dim, constants, chosen, cache)
+        for kernel, constants, chosen in kernels
+    ]
+
+
+def compile_for_fp8(capability: int, cache: str, head_dim: int) -> list[Build]:
+    """Compile the kernels that read a KV cache, for one of an fp8 dtype and queries of bf16."""
+    return [
+        compile_build(capability, "bf16", head_dim, cache=cache),
+        *compile_estimate(capability, "bf16", head_dim, cache),
+        *compile_choice(capability, "bf16", head_dim, RANK, cache)[1:3],
+    ]
 
 
 _FLOATS = {"lse", "slots_out", "slots_lse", "columns", "diagonals", "carried", "basis_queries", "basis_keys"}
@@ -148,7 +171,7 @@ def scan_loop(rank: int, capability: int = 90) -> dict[str, int]:
     scan = low_rank_scan.configuration(capability)
     chosen = Configuration(scan.rows, scan.num_warps, scan.num_stages)
     constants = _scan_constants(scan, rank)
-    ptx = _built(low_rank_scan.any_row_above, capability, "fp16", constants, chosen).asm["ptx"]
+    ptx = _built(low_rank_scan.any_row_above, capability, "fp16", "fp16", constants, chosen).asm["ptx"]
     (architecture,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
@@ -182,14 +205,18 @@ def _scan_constants(scan: low_rank_scan.ScanConfiguration, rank: int) -> dict[st
     return {"ROWS": scan.rows, "KEYS": scan.keys, "HEADS": scan.heads, "SPAN": scan.span, "WIDTH": width}
 
 
-def _built(kernel: Any, capability: int, dtype: str, constants: dict[str, Any], chosen: Configuration) -> Any:
+def _built(
+    kernel: Any, capability: int, dtype: str, cache: str, constants: dict[str, Any], chosen: Configuration
+) -> Any:
     """What Triton makes of a kernel."""
 
     def argument_type(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("q", "k_cache", "v_cache", "out"):
+        if name in ("q", "out"):
             return f"*{dtype}"
+        if name in ("k_cache", "v_cache"):
+            return f"*{cache}"
         if name in ("scale", "extra"):
             return "fp32"
         if name in _FLOATS:
@@ -217,9 +244,16 @@ def _built(kernel: Any, capability: int, dtype: str, constants: dict[str, Any], 
 
 
 def _compiled(
-    kernel: Any, capability: int, dtype: str, head_dim: int, constants: dict[str, Any], chosen: Configuration
+    kernel: Any,
+    capability: int,
+    dtype: str,
+    head_dim: int,
+    constants: dict[str, Any],
+    chosen: Configuration,
+    cache: str | None = None,
 ) -> Build:
-    built = _built(kernel, capability, dtype, constants, chosen)
+    cache = cache or dtype
+    built = _built(kernel, capability, dtype, cache, constants, chosen)
     report = _assembler_report(built.asm["ptx"])
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
@@ -229,6 +263,7 @@ def _compiled(
         kernel.fn.__name__,
         capability,
         dtype,
+        cache,
         head_dim,
         chosen,
         registers,
@@ -279,6 +314,8 @@ def builds() -> Iterator[Build]:
         yield compile_merge(capability, dtype, head_dim)
         yield from compile_estimate(capability, dtype, head_dim)
         yield from compile_choice(capability, dtype, head_dim, RANK)
+    for (capability, cache), head_dim in product(FP8_CACHES, HEAD_DIMS):
+        yield from compile_for_fp8(capability, cache, head_dim)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def width_of(rank: int) -> int:
 
 
 def parts_of(dtype: torch.dtype) -> int:
-    """Into how many numbers of a dtype the basis is cut, so that products with queries and keys lose nothing. Keys of an
-    fp8 dtype are multiplied as float16."""
+    """Into how many numbers of a dtype the basis is cut, so that products with queries and keys lose nothing. Keys of
+    an fp8 dtype are multiplied as float16."""
     return {torch.float32: 1, torch.bfloat16: 3}.get(dtype, 2)
 
 

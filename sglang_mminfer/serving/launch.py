@@ -105,6 +105,12 @@ def _media_root_is_passed_by(cfg: Any) -> bool:
     return other_programs or cfg.tokenizer_worker_num > 1 or envs.SGLANG_RUST_SERVER.get()
 
 
+def _keeps_kv_by_head() -> bool:
+    from sglang.srt.environ import envs
+
+    return envs.SGLANG_USE_HND_KVCACHE.get()
+
+
 def _media_are_ours(cfg: Any) -> bool:
     """Whether this package has a family for the model, so that it reads or mends the model's media."""
     from sglang_mminfer.families import family_of
@@ -224,10 +230,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "ones; drop it or use --attention-backend fa3.",
     ),
     Refusal(
+        "kv_layout",
+        lambda cfg: _keeps_kv_by_head(),
+        "SGLANG_USE_HND_KVCACHE keeps keys and values by head within a page, and mminfer reads them by token; unset "
+        "it.",
+    ),
+    Refusal(
         "block_scaled_kv",
         lambda cfg: cfg.kv_cache_dtype in ("nvfp4", "fp4_mx_block16", "mxfp8"),
         "--kv-cache-dtype nvfp4, fp4_mx_block16 and mxfp8 are read only by the backends made for them; use "
-        "--kv-cache-dtype auto (fp8_e4m3 is accepted, and its requests run dense).",
+        "--kv-cache-dtype auto (or fp8_e4m3 or fp8_e5m2).",
     ),
     Refusal(
         "prefill_context_parallel",

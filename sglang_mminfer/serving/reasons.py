@@ -28,7 +28,7 @@ REASONS: dict[str, str] = {
     # reasons of a batch or a server
     "mode_*": "speculative and other modes that are not plain prefill",
     "two_batch_overlap": "batches that SGLang computes in two overlapping parts",
-    "kv_cache_dtype": "a KV cache whose dtype is not the model's (fp8); logged at start-up",
+    "kv_cache_dtype": "a KV cache that no executor reads here, which start-up logs, or with scales of unknown use",
     "executor_failed": "the executor was wrong or failed in the check at start-up, or failed repeatedly since",
     "internal_error": "a defect of ours; the log has the traceback, the answer is the dense one",
     # reasons of layers, for a request without a sparse layer

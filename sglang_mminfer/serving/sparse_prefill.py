@@ -35,8 +35,8 @@ from sglang_mminfer.serving.audit import Audit
 from sglang_mminfer.serving.batch import PrefillBatch, PrefillRequest
 from sglang_mminfer.serving.encoder_watch import EncoderWatch
 from sglang_mminfer.serving.guard import Guard
-from sglang_mminfer.serving.kv_scales import KVScales
 from sglang_mminfer.serving.known_shares import KnownShares
+from sglang_mminfer.serving.kv_scales import KVScales
 from sglang_mminfer.serving.served_heads import (
     LayerHeads,
     LayerShape,

@@ -76,6 +76,7 @@ class HFOracle:
         mm_process_config: the server's --mm-process-config.
         frames: what vision blocks with full attention see: their own frame ("apart", as in transformers) or the
             whole video ("joint", as in SGLang's Qwen2.5-VL).
+        kv_dtype: what keys and values are rounded to before attention reads them; None: they are not.
 
     Raises:
         ValueError: `frames` is neither of these.
@@ -88,6 +89,7 @@ class HFOracle:
         attention: str = "sdpa",
         mm_process_config: Mapping[str, Mapping[str, Any]] | None = None,
         frames: Literal["apart", "joint"] = "apart",
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if frames not in ("apart", "joint"):
             raise ValueError(f'HFOracle.frames: expected "apart" or "joint", got {frames!r}')
@@ -95,6 +97,7 @@ class HFOracle:
 
         name = os.fspath(path)
         self.config = {kind: dict(options) for kind, options in (mm_process_config or {}).items()}
+        self.kv_dtype = kv_dtype
         self.processor = AutoProcessor.from_pretrained(name)
         self.model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=torch.float32, attn_implementation=attention
@@ -143,6 +146,8 @@ class HFOracle:
         positions = inputs.get("position_ids")
         token_ids: list[int] = []
         top_tokens: list[dict[int, float]] = []
+        if self.kv_dtype is not None:
+            inputs["past_key_values"] = _rounding_cache(self.kv_dtype)
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         for i in range(max_new_tokens):
             logprobs = torch.log_softmax(output.logits[0, -1].float(), dim=-1)
@@ -219,6 +224,18 @@ def compare(a: OracleAnswer, b: OracleAnswer) -> Comparison:
         if a.token_ids[i] != b.token_ids[i]:
             break
     return Comparison(a.prompt_ids == b.prompt_ids, a.token_ids == b.token_ids, largest, positions)
+
+
+def _rounding_cache(kv_dtype: torch.dtype) -> Any:
+    """Transformers' KV cache, with the values of another dtype."""
+    from transformers import DynamicCache
+
+    class RoundingCache(DynamicCache):
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            k, v = (x.to(kv_dtype).to(x.dtype) for x in (key_states, value_states))
+            return super().update(k, v, *args, **kwargs)
+
+    return RoundingCache()
 
 
 def _join_frames(tower: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

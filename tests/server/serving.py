@@ -57,6 +57,10 @@ FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "covering_256": (*_MMINFER, "--mminfer-config", config_file("test_covering"), "--chunked-prefill-size", "256"),
     "covering_off": (*_MMINFER, "--mminfer-config", config_file("test_covering"), "--chunked-prefill-size", "-1"),
+    "fp8": (
+        *(*_MMINFER, "--mminfer-config", config_file("test_covering_mixed"), "--chunked-prefill-size", "96"),
+        *("--kv-cache-dtype", "fp8_e4m3", "--mminfer-audit", "1"),
+    ),
     # The sparse config. `one_shot` computes every prompt in one chunk with nothing cached: the reference of the others.
     "one_shot": (
         *(*_SPARSE, "--chunked-prefill-size", "-1"),

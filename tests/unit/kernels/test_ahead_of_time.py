@@ -5,9 +5,9 @@ import pytest
 from sglang_mminfer.kernels.triton import ahead_of_time
 from sglang_mminfer.kernels.triton.configurations import HEAD_DIMS, Configuration, configuration
 
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
 ROUNDING = 16  # bytes; from one run of the compiler to the next the same source may differ by a register or two
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -65,6 +65,15 @@ def test_builds_of_the_choice_spill_nothing_fit_and_use_the_tensor_cores(capabil
         assert build.shared <= SHARED_MEMORY[capability], build
         multiplies = build.kernel not in ("asked_side_by_side", "picked_keys")
         assert build.tensor_cores == (TENSOR_CORES[capability] if multiplies else "no tensor cores"), build
+        assert not build.serialized and not build.unfenced, build
+
+
+@pytest.mark.parametrize("capability, cache", ahead_of_time.FP8_CACHES)
+def test_builds_for_a_cache_of_fp8(capability, cache):
+    for build in ahead_of_time.compile_for_fp8(capability, cache, 128):
+        assert build.spills <= ROUNDING, build
+        assert build.shared <= SHARED_MEMORY[capability], build
+        assert build.tensor_cores == TENSOR_CORES[capability], build
         assert not build.serialized and not build.unfenced, build
 
 

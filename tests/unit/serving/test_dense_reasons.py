@@ -258,7 +258,9 @@ def test_a_cache_that_no_executor_reads_is_said_at_start(
     prefill = observed.prefill("test_a_shape", monkeypatch)
     assert ("every request runs dense" in caplog.text) == at_start
     if not at_start:
-        monkeypatch.setattr(prefill.kv_pool, "get_key_buffer", lambda layer: torch.empty(1, dtype=torch.float8_e4m3fnuz))
+        monkeypatch.setattr(
+            prefill.kv_pool, "get_key_buffer", lambda layer: torch.empty(1, dtype=torch.float8_e4m3fnuz)
+        )
     prefill.begin(observed.batch())
     assert (prefill.batch.planner is None) == at_start
     prefill.batch = None

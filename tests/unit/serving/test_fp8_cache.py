@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import observed
-from observed import D, HEADS, KV_HEADS, LAYERS, LENGTH, SLOTS
+from observed import HEADS, KV_HEADS, LAYERS, LENGTH, SLOTS, D
 from sglang_mminfer.serving import audit
 from sglang_mminfer.serving.kv_scales import KVScales
 from sglang_mminfer.serving.sparse_prefill import SparsePrefill
