@@ -63,9 +63,9 @@ class Build:
     unfenced: int
 
     def __str__(self) -> str:
-        c = self.configuration
+        c, dtypes = self.configuration, "/".join(dict.fromkeys((self.dtype, self.cache)))
         return (
-            f"{self.kernel} sm_{self.capability} {'/'.join(dict.fromkeys((self.dtype, self.cache)))} head dim {self.head_dim:3d}: "
+            f"{self.kernel} sm_{self.capability} {dtypes} head dim {self.head_dim:3d}: "
             f"{c.rows}x{BLOCK_K}, {c.num_warps} warps, {c.num_stages} stages: {self.registers} registers, "
             f"{self.spills} bytes spilled, {self.shared // 1024} KiB shared, {self.tensor_cores}"
             f"{', serialized' * self.serialized}{f', {self.unfenced} loops without a fence' * bool(self.unfenced)}"

@@ -42,7 +42,7 @@ class KVScales:
         k, v = getattr(layer, "k_scale", None), getattr(layer, "v_scale", None)
         if (k is None and v is None) or dense_backend in UNSCALED:
             return cls()
-        numbers = getattr(layer, "k_scale_float", None), getattr(layer, "v_scale_float", None)
-        if dense_backend not in SCALED or None in (k, v, *numbers):
+        k_number, v_number = getattr(layer, "k_scale_float", None), getattr(layer, "v_scale_float", None)
+        if dense_backend not in SCALED or k is None or v is None or k_number is None or v_number is None:
             return None
-        return cls(*numbers, (k, v))
+        return cls(k_number, v_number, (k, v))
