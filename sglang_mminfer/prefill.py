@@ -194,6 +194,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
         q: torch.Tensor,
         paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
@@ -203,7 +205,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
         Args:
             q: [tokens, Hq, D].
             paged_kv_cache: (k, v), each [pages, page_size, Hkv, D], or one tensor [pages, 2, page_size, Hkv, D]. For
-                HND the page_size and Hkv axes swap.
+                HND the page_size and Hkv axes swap. An fp8 cache is converted to the dtype of q as it is read.
+            k_scale, v_scale: factors by which keys and values are greater than what the cache holds.
             out: [tokens, Hq, D], optional; the answer is written into it.
             lse: float32 [tokens, Hq], optional; the LSE is written into it.
 
@@ -229,11 +232,14 @@ class SparsePrefillWithPagedKVCacheWrapper:
         _expect(out.dtype == q.dtype, "out", f"the dtype {q.dtype}", str(out.dtype))
         _expect(lse.shape == q.shape[:2], "lse", f"the shape {tuple(q.shape[:2])}", str(tuple(lse.shape)))
         _expect(lse.dtype == torch.float32, "lse", "the dtype torch.float32", str(lse.dtype))
-        self._last_plan = self._planner.plan(self._patterns, q, k_cache, self._sm_scale, self._basis)
+        sm_scale = self._sm_scale * k_scale
+        self._last_plan = self._planner.plan(self._patterns, q, k_cache, sm_scale, self._basis)
         # Executors write contiguous outputs; the caller's tensors may be views of larger ones.
         outputs = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (out, lse)]
         name = executors.name_for(self.backend, q.device, q.shape[2], self._block_k, q.dtype)
-        EXECUTORS[name](q, k_cache, v_cache, self._last_plan, self._sm_scale, *outputs)
+        EXECUTORS[name](q, k_cache, v_cache, self._last_plan, sm_scale, *outputs)
+        if v_scale != 1.0:
+            outputs[0] *= v_scale
         for target, contiguous in zip((out, lse), outputs):
             if contiguous is not target:
                 target.copy_(contiguous)

@@ -412,6 +412,25 @@ def test_pages_and_layouts_change_no_bit(batch, page_size, kv_layout, packed, se
     assert all(map(torch.equal, batch.run(batch.planned()), other.run(other.planned())))
 
 
+@settings(max_examples=40)
+@given(batches(), st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]))
+def test_a_cache_of_fp8_gives_the_bits_of_the_same_numbers_in_another_dtype(batch, dtype):
+    stored = [[x.to(dtype) for x in own] for own in (batch.ks, batch.vs)]
+    narrow = replace(batch, ks=stored[0], vs=stored[1])
+    wide = replace(batch, ks=[x.float() for x in stored[0]], vs=[x.float() for x in stored[1]])
+    assert all(map(torch.equal, narrow.run(narrow.planned()), wide.run(wide.planned())))
+
+
+@settings(max_examples=20)
+@given(batches(max_requests=2))
+def test_scales_of_a_cache_are_factors_of_its_keys_and_values(batch):
+    """By powers of two, so that nothing is rounded otherwise."""
+    larger = replace(batch, ks=[4 * x for x in batch.ks], vs=[x / 8 for x in batch.vs])
+    expected = larger.run(larger.planned())
+    out, lse = batch.planned().run(batch.q, batch.cache(), k_scale=4.0, v_scale=1 / 8, return_lse=True)
+    torch.testing.assert_close((out, lse), expected, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=20)
 @given(maps(max_length=60), heads(any_pattern), st.sampled_from([(4, 1), (4, 2), (6, 3), (8, 1)]), st.integers(0, 99))
 def test_one_pattern_for_all_heads_may_be_given_alone_or_once(chat, head, layout, seed):
