@@ -13,7 +13,16 @@ import logging
 from typing import Any
 
 from sglang_mminfer import families, mends
-from sglang_mminfer.mends import asked, identity, pictures, token_ids, verbatim, videos
+from sglang_mminfer.mends import (
+    asked,
+    identity,
+    media_cache,
+    pictures,
+    token_ids,
+    verbatim,
+    video_features,
+    videos,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +57,7 @@ def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *a
     self.__class__ = _mended(adapted(type(self), hf_config))
     self._processor = verbatim.aware_processor(self._processor)
     self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+    video_features.keep(self._processor)
     if hasattr(self, "check_options"):
         self.check_options()
 
@@ -82,6 +92,10 @@ def _mended(base: Any) -> type:
             if modality.name != "IMAGE" or not pictures.is_file(snapshot.data):
                 return decode(modality)
             return pictures.load(lambda data, modality, *_: decode(modality), type(self), snapshot.data, modality)
+
+        def clear_preprocess_cache(self) -> None:
+            super().clear_preprocess_cache()
+            media_cache.of_process().clear()
 
         def process_and_combine_mm_data(self, *args: Any, **kwargs: Any) -> Any:
             try:

@@ -1,4 +1,7 @@
-"""Decoders with the interface of SGLang's: a video of single frames, and a file whose frames stay within `limits`."""
+"""Decoders with the interface of SGLang's: a video of single frames, and a file whose frames stay within `limits`.
+
+Frames of a file come from the cache of media if they are there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
-from sglang_mminfer.mends import limits, pictures
+from sglang_mminfer.mends import limits, media_cache, pictures
 
 
 class _Decoder(VideoDecoderWrapper):
@@ -136,8 +139,17 @@ class Bounded(_Decoder):
     def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
         height, width = self.frame_shape
         limits.check_frames(len(indices), width, height)
+        origin = getattr(self._inner, media_cache.ORIGIN, None)
+        if origin is None:
+            return self._decoded(indices)
+        key = (media_cache.FRAMES, origin.digest, height, width, tuple(indices))
+        (frames,) = media_cache.of_process().get(key, lambda: (self._decoded(indices),), origin.unchanged)
+        return frames
+
+    def _decoded(self, indices: Sequence[int]) -> torch.Tensor:
+        height, width = self.frame_shape
         _ = self.whole  # sets _one_by_one, which _read needs
-        if self._resized in (None, self.whole):
+        if (height, width) == self.whole:
             return self._read(list(indices))
         import torchvision
 

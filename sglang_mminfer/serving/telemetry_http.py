@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from sglang_mminfer import __version__, mends
+from sglang_mminfer.mends import media_cache
 from sglang_mminfer.serving import telemetry
 from sglang_mminfer.serving.telemetry import Answer, Counters, Serving
 from sglang_mminfer.serving.trace import PrefillRecord
@@ -51,6 +52,7 @@ class ServerReport(msgspec.Struct, kw_only=True):
         replicas: data-parallel replicas; `counters` and `kept` are sums over them.
         serving: how the first one serves.
         mends: names of the mends that are on.
+        media_cache: what the cache of decoded and preprocessed videos did.
     """
 
     versions: dict[str, str]
@@ -59,6 +61,7 @@ class ServerReport(msgspec.Struct, kw_only=True):
     counters: Counters
     kept: Kept
     mends: list[str]
+    media_cache: media_cache.Report | None = None
 
 
 class Busy(Exception):
@@ -90,6 +93,7 @@ async def report_server() -> Any:
             counters=functools.reduce(Counters.joined, (answer.counters for answer in answers)),
             kept=Kept(records=sum(answer.kept for answer in answers)),
             mends=mends.active_names(),
+            media_cache=media_cache.of_process().report(),
         )
     )
 

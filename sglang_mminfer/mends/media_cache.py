@@ -1,0 +1,217 @@
+"""Keeps decoded and preprocessed videos, so that a later turn of a conversation does not decode the earlier ones again.
+
+SGLang prepares all media of a prompt anew with every turn, also those whose tokens the radix cache has, and its own
+cache of preprocessed pictures is not asked if a request has a video. What is kept here is found by content: by the
+hash of a file and what was taken of it, or by the hash of frames and what was made of them. So a file that has changed
+is another one, and other settings make another entry.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from sglang_mminfer import settings
+
+if TYPE_CHECKING:
+    import torch
+
+ORIGIN = "mminfer_origin"
+"""Attribute of SGLang's decoder of a file: the file's `Origin`."""
+
+FRAMES, FEATURES = "frames", "features"
+"""What is kept: decoded frames, in the size in which they are used; and what a processor makes of frames."""
+
+Tensors = tuple["torch.Tensor", ...]
+Key = tuple[Hashable, ...]
+"""FRAMES or FEATURES, and everything that decides what the tensors hold."""
+
+_HEAD = 4096
+_PART = 1 << 20
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The content of a file that a decoder is about to open.
+
+    Attributes:
+        digest: 32 bytes, SHA-256 of all of it.
+        path: where the file lies; None if its bytes came with the request.
+    """
+
+    digest: bytes
+    path: str | None
+
+    def unchanged(self) -> bool:
+        """Whether the file still has this content. One that was written while it was decoded is not kept."""
+        return self.path is None or origin_of(self.path) == self
+
+
+def origin_of(source: Any) -> Origin | None:
+    """The content of a file, given as its path or its bytes; None if it may not be all that a decoder reads.
+
+    A text may be a playlist, which names other files. FFmpeg takes a name with % for the pattern of many names.
+    """
+    if isinstance(source, bytes):
+        return Origin(hashlib.sha256(source).digest(), None) if _is_binary(source[:_HEAD]) else None
+    if not isinstance(source, str) or "%" in source:
+        return None
+    digest = hashlib.sha256()
+    try:
+        with open(source, "rb") as file:
+            part = file.read(_PART)
+            if not _is_binary(part[:_HEAD]):
+                return None
+            while part:
+                digest.update(part)
+                part = file.read(_PART)
+    except (OSError, ValueError):
+        return None  # the decoder says what is wrong
+    return Origin(digest.digest(), source)
+
+
+def _is_binary(head: bytes) -> bool:
+    return 0 in head
+
+
+def content_of(tensor: torch.Tensor) -> Key:
+    """A tensor's content, as a part of a key: hash, shape and dtype."""
+    import torch
+
+    data = tensor.detach().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(data.data).digest(), tuple(tensor.shape), str(tensor.dtype)
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What the cache has done since the server started, and what it holds.
+
+    Attributes:
+        hits, misses: how often frames or features were there, and how often they had to be made.
+        entries, bytes: what is kept now.
+        limit: bytes that may be kept.
+    """
+
+    hits: int
+    misses: int
+    entries: int
+    bytes: int
+    limit: int
+
+
+@dataclass
+class _Making:
+    """Tensors that a thread is making. Others that want the same wait for `done`."""
+
+    done: threading.Event = field(default_factory=threading.Event)
+    made: Tensors | None = None
+
+
+class MediaCache:
+    """Tensors by content, up to `limit` bytes; the ones that were not used for the longest time go first.
+
+    Features go before frames: they are larger, and are made of frames in less time than frames of a file. Callers get
+    copies, which they may change. Any thread may call.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Key, Tensors] = OrderedDict()  # on the CPU
+        self._devices: dict[Key, list[torch.device]] = {}
+        self._making: dict[Key, _Making] = {}
+        self._bytes = self._hits = self._misses = self._cleared = 0
+
+    def get(self, key: Key, make: Callable[[], Tensors], valid: Callable[[], bool] = lambda: True) -> Tensors:
+        """The tensors of a key, from the cache or from `make`. Threads that want the same at once wait for one of them.
+
+        Args:
+            key: what decides their content; it begins with FRAMES or FEATURES.
+            make: makes them. An error is not kept, and each waiting thread tries for itself.
+            valid: called after `make`: whether what was made belongs to the key.
+        """
+        while True:
+            with self._lock:
+                if (entry := self._entries.get(key)) is not None:
+                    self._entries.move_to_end(key)
+                    self._hits += 1
+                    devices = self._devices[key]
+                    break
+                if (other := self._making.get(key)) is None:
+                    self._misses += 1
+                    mine, cleared = self._making.setdefault(key, _Making()), self._cleared
+                    break
+            other.done.wait()
+            if (entry := other.made) is not None:
+                with self._lock:
+                    self._hits += 1
+                devices = [tensor.device for tensor in entry]
+                break
+        if entry is not None:
+            return tuple(tensor.to(device, copy=True) for tensor, device in zip(entry, devices, strict=True))
+        try:
+            made = make()
+            if valid():
+                # The caller may change what it gets while others still copy what they waited for.
+                mine.made = tuple(tensor.detach().to("cpu", copy=True).contiguous() for tensor in made)
+                self._keep(key, mine.made, [tensor.device for tensor in made], cleared)
+        finally:
+            with self._lock:
+                del self._making[key]
+            mine.done.set()
+        return made
+
+    def _keep(self, key: Key, tensors: Tensors, devices: list[torch.device], cleared: int) -> None:
+        size = _bytes(tensors)
+        with self._lock:
+            if size > self.limit or cleared != self._cleared:
+                return
+            while self._bytes + size > self.limit:
+                features = (other for other in self._entries if other[0] == FEATURES)
+                oldest = next(features, None if key[0] == FEATURES else next(iter(self._entries)))
+                if oldest is None:
+                    return
+                del self._devices[oldest]
+                self._bytes -= _bytes(self._entries.pop(oldest))
+            self._entries[key], self._devices[key] = tensors, devices
+            self._bytes += size
+
+    def clear(self) -> None:
+        """Forgets everything, also what is being made at the moment."""
+        with self._lock:
+            self._entries.clear()
+            self._devices.clear()
+            self._bytes = 0
+            self._cleared += 1
+
+    def report(self) -> Report:
+        """What the cache has done, and what it holds."""
+        with self._lock:
+            return Report(
+                hits=self._hits,
+                misses=self._misses,
+                entries=len(self._entries),
+                bytes=self._bytes,
+                limit=self.limit,
+            )
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@functools.cache
+def of_process() -> MediaCache:
+    """This process's cache."""
+    return MediaCache(settings.media_cache_bytes())
+
+
+def enabled() -> bool:
+    """Whether this process keeps anything."""
+    return of_process().limit > 0
