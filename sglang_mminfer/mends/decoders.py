@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
-from sglang_mminfer.mends import limits, media_cache, pictures
+from sglang_mminfer.mends import limits, media_cache, pictures, stages
 
 
 class _Decoder(VideoDecoderWrapper):
@@ -156,19 +156,21 @@ class Bounded(_Decoder):
         batch, parts = limits.batch_of(self.whole[1], self.whole[0], len(indices)), []
         for start in range(0, len(indices), batch):
             frames = self._read(list(indices[start : start + batch])).permute(0, 3, 1, 2)
-            # SGLang resizes frames for Qwen in the same way.
-            smaller = torchvision.transforms.functional.resize(
-                frames, [height, width], interpolation=torchvision.transforms.InterpolationMode.BILINEAR
-            )
-            parts.append(smaller.permute(0, 2, 3, 1))
+            with stages.timed("resize_ms"):
+                # SGLang resizes frames for Qwen in the same way.
+                smaller = torchvision.transforms.functional.resize(
+                    frames, [height, width], interpolation=torchvision.transforms.InterpolationMode.BILINEAR
+                )
+                parts.append(smaller.permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
 
     def _read(self, indices: list[int]) -> torch.Tensor:
-        if not self._one_by_one:
-            return self._inner.get_frames_as_tensor(indices)
-        height, width = self.whole
-        frames = [np.asarray(self._inner[i]).reshape(height, -1, 3)[:, :width] for i in indices]
-        return torch.from_numpy(np.stack(frames))
+        with stages.timed("decode_ms"):
+            if not self._one_by_one:
+                return self._inner.get_frames_as_tensor(indices)
+            height, width = self.whole
+            frames = [np.asarray(self._inner[i]).reshape(height, -1, 3)[:, :width] for i in indices]
+            return torch.from_numpy(np.stack(frames))
 
     def __del__(self) -> None:
         """The file stays open: a copy with another size may still read it."""

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from sglang_mminfer import __version__, mends
-from sglang_mminfer.mends import media_cache
+from sglang_mminfer.mends import media_cache, stages
 from sglang_mminfer.serving import telemetry
 from sglang_mminfer.serving.telemetry import Answer, Counters, Serving
 from sglang_mminfer.serving.trace import PrefillRecord
@@ -30,10 +30,15 @@ SECONDS = 60.0
 
 
 class RequestReport(msgspec.Struct, kw_only=True):
-    """The body of GET /mminfer/requests/{rid}: what the trace has of one request, a record for each chunk."""
+    """The body of GET /mminfer/requests/{rid}: what the trace has of one request, a record for each chunk.
+
+    Attributes:
+        media: how long its media took before that; None if it had none, or is not remembered.
+    """
 
     rid: str
     records: list[PrefillRecord]
+    media: stages.MediaTimes | None = None
 
 
 class Kept(msgspec.Struct, kw_only=True):
@@ -110,7 +115,7 @@ async def report_request(rid: str) -> Any:
             f"than {telemetry.MOST_SECONDS / 60:.0f} minutes or the latest {telemetry.MOST_RECORDS} prefills of its "
             "replica",
         )
-    return _response(RequestReport(rid=rid, records=records))
+    return _response(RequestReport(rid=rid, records=records, media=stages.times_of(rid)))
 
 
 def _response(report: msgspec.Struct) -> Any:

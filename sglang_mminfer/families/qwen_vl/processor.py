@@ -122,8 +122,8 @@ def processor_class(base: Any) -> Any:
             return {**config, **wanted}
 
         def _bounded(self, video: Any, config: dict[str, Any]) -> Any:
-            """The video with frames resized as they are decoded, to the size that SGLang resizes them to, if they are large
-            or may be kept for later turns.
+            """The video; frames that are large, or may be kept for later turns, are resized as they are decoded, to the
+            size that SGLang resizes them to.
 
             Raises:
                 ValueError: for a file without a frame rate, or more frames than the server takes.
