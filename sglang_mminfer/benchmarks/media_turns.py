@@ -36,9 +36,6 @@ from sglang_mminfer.tools.server import Server, shown_wait
 VIDEOS = 3
 WORDS = "What happens here, and how does it go on?"
 ANSWER_TOKENS = 4
-FPS = 0.5
-"""Frames a second that the servers sample: a video of 80 seconds has about 6,000 tokens."""
-
 Turn = dict[str, Any]
 SUMS = ("plan_ms", "attn_ms", "encode_ms", "forward_ms")
 
@@ -101,6 +98,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3, help="conversations with each server")
     parser.add_argument("--frames", type=int, default=1920, help="of each video, at 24 a second")
+    parser.add_argument("--fps", type=float, default=0.5, help="frames a second that the servers sample")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     options = parser.parse_args()
     results: dict[str, list[list[Turn]]] = {}
@@ -109,8 +107,8 @@ def main() -> None:
         folder = Path(temporary)
         model = make_tiny_qwen2_5_vl(folder / "tiny")
         videos = [make_video(folder / f"{n}.mp4", options.frames, 640, 360, seed=n) for n in range(VIDEOS)]
-        flags = ("--attention-backend", "mminfer", "--enable-cache-report", "--context-length", "32768")
-        flags += ("--mm-process-config", json.dumps({"video": {"fps": FPS}}))
+        flags = ["--attention-backend", "mminfer", "--enable-cache-report", "--context-length", "32768"]
+        flags += ["--mm-process-config", json.dumps({"video": {"fps": options.fps}})]
         for name, megabytes in (("off", "0"), ("on", settings.MEDIA_CACHE_MB.default)):
             env = {settings.MEDIA_CACHE_MB.variable: megabytes}
             with shown_wait("server starts") as wait, Server(model, *flags, env=env, progress=wait) as server:
@@ -137,7 +135,7 @@ def main() -> None:
             "date": str(date.today()),
             "machine": machine.describe(),
             "command": f"python -m sglang_mminfer.benchmarks.media_turns --turns {options.turns} "
-            f"--rounds {options.rounds} --frames {options.frames}",
+            f"--rounds {options.rounds} --frames {options.frames} --fps {options.fps:g}",
             "video_bytes": video_bytes,
             "media_cache": kept,
             "same_answers": same,

@@ -21,9 +21,10 @@ _PATCHES, _GRIDS = "pixel_values_videos", "video_grid_thw"
 
 def keep(processor: Any) -> None:
     """Lets a processor of transformers, SGLang's for a model, keep the features of videos."""
-    video_processor = getattr(processor, "video_processor", None)
+    video_processor: Any = getattr(processor, "video_processor", None)
     if type(video_processor).__name__ in ALONE and media_cache.enabled():
-        video_processor.__class__ = _keeping(type(video_processor))  # copies for other threads have it, too
+        kind: Any = type(video_processor)
+        video_processor.__class__ = _keeping(kind)  # copies for other threads have it, too
 
 
 @functools.cache
@@ -37,17 +38,14 @@ def _keeping(base: Any) -> type:
             )
             if " at 0x" in written or any(video.device.type != "cpu" for video in videos):
                 return super()._preprocess(videos=videos, **settings)
-            original = super()._preprocess
+            original, cache = super()._preprocess, media_cache.of_process()
 
-            def features(video: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            def features(video: torch.Tensor) -> media_cache.Tensors:
                 made = original(videos=[video], **settings)
                 return made[_PATCHES], made[_GRIDS]
 
-            cache = media_cache.of_process()
-            made = [
-                cache.get((media_cache.FEATURES, written, *media_cache.content_of(video)), lambda v=video: features(v))
-                for video in videos
-            ]
+            keys = [(media_cache.FEATURES, written, *media_cache.content_of(video)) for video in videos]
+            made = [cache.get(key, functools.partial(features, video)) for key, video in zip(keys, videos, strict=True)]
             patches, grids = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*made, strict=True))
             from transformers.feature_extraction_utils import BatchFeature
 
