@@ -40,6 +40,18 @@ Turn = dict[str, Any]
 SUMS = ("plan_ms", "attn_ms", "encode_ms", "forward_ms")
 
 
+def prepared(folder: Path, frames: int) -> tuple[Path, list[Path]]:
+    """The model and the videos in a folder; those that are not there are made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, videos = folder / "tiny", [folder / f"{n}-{frames}.mp4" for n in range(VIDEOS)]
+    if not (model / "config.json").exists():
+        make_tiny_qwen2_5_vl(model)
+    for seed, video in enumerate(videos):
+        if not video.exists():
+            make_video(video.with_suffix(".part.mp4"), frames, 640, 360, seed=seed).rename(video)
+    return model, videos
+
+
 def processor_seconds(server: Server) -> float:
     """Of all processes of a server since they began."""
     root = psutil.Process(server.pid)
@@ -99,14 +111,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="conversations with each server")
     parser.add_argument("--frames", type=int, default=1920, help="of each video, at 24 a second")
     parser.add_argument("--fps", type=float, default=0.5, help="frames a second that the servers sample")
+    parser.add_argument("--folder", type=Path, help="where model and videos are made, or lie from an earlier run")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     options = parser.parse_args()
     results: dict[str, list[list[Turn]]] = {}
     kept: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        model = make_tiny_qwen2_5_vl(folder / "tiny")
-        videos = [make_video(folder / f"{n}.mp4", options.frames, 640, 360, seed=n) for n in range(VIDEOS)]
+        folder = options.folder or Path(temporary)
+        model, videos = prepared(folder, options.frames)
         flags = ["--attention-backend", "mminfer", "--enable-cache-report", "--context-length", "32768"]
         flags += ["--mm-process-config", json.dumps({"video": {"fps": options.fps}})]
         for name, megabytes in (("off", "0"), ("on", settings.MEDIA_CACHE_MB.default)):

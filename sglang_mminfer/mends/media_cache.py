@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -32,6 +34,9 @@ FRAMES, FEATURES = "frames", "features"
 Tensors = tuple["torch.Tensor", ...]
 Key = tuple[Hashable, ...]
 """FRAMES or FEATURES, and everything that decides what the tensors hold."""
+
+MOST_BYTES = 16 << 30
+"""Larger files are not hashed."""
 
 _HEAD = 4096
 _PART = 1 << 20
@@ -57,7 +62,8 @@ class Origin:
 def origin_of(source: Any) -> Origin | None:
     """The content of a file, given as its path or its bytes; None if it may not be all that a decoder reads.
 
-    A text may be a playlist, which names other files. FFmpeg takes a name with % for the pattern of many names.
+    A text may be a playlist, which names other files. FFmpeg takes a name with % for the pattern of many names. A
+    device or a pipe may never end, and a file above `MOST_BYTES` takes too long.
     """
     if isinstance(source, bytes):
         return Origin(hashlib.sha256(source).digest(), None) if _is_binary(source[:_HEAD]) else None
@@ -65,6 +71,9 @@ def origin_of(source: Any) -> Origin | None:
         return None
     digest = hashlib.sha256()
     try:
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            return None
         with open(source, "rb") as file:
             part = file.read(_PART)
             if not _is_binary(part[:_HEAD]):
@@ -133,7 +142,7 @@ class MediaCache:
 
         Args:
             key: what decides their content; it begins with FRAMES or FEATURES.
-            make: makes them. An error is not kept, and each waiting thread tries for itself.
+            make: makes them. An error is not kept, nor is what exceeds the limit: each waiting thread makes its own.
             valid: called after `make`: whether what was made belongs to the key.
         """
         while True:
@@ -157,7 +166,7 @@ class MediaCache:
             return tuple(tensor.to(device, copy=True) for tensor, device in zip(entry, devices, strict=True))
         try:
             made = make()
-            if valid():
+            if _bytes(made) <= self.limit and valid():
                 # The caller may change what it gets while others still copy what they waited for.
                 mine.made = tuple(tensor.detach().to("cpu", copy=True).contiguous() for tensor in made)
                 self._keep(key, mine.made, [tensor.device for tensor in made], cleared)
@@ -170,7 +179,7 @@ class MediaCache:
     def _keep(self, key: Key, tensors: Tensors, devices: list[torch.device], cleared: int) -> None:
         size = _bytes(tensors)
         with self._lock:
-            if size > self.limit or cleared != self._cleared:
+            if cleared != self._cleared:
                 return
             while self._bytes + size > self.limit:
                 features = (other for other in self._entries if other[0] == FEATURES)

@@ -134,7 +134,9 @@ def test_texts_patterns_and_files_that_cannot_be_read_are_not_known(tmp_path: Pa
     playlist, pattern = tmp_path / "a.m3u8", tmp_path / "%03d.mp4"
     playlist.write_text("#EXTM3U\n#EXTINF:1,\nsecret.ts\n")
     pattern.write_bytes(b"\0")
-    for source in (str(playlist), playlist.read_bytes(), str(pattern), str(tmp_path / "none.mp4"), "a\0b", b"", 3):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    odd = ("/dev/zero", *(str(tmp_path / name) for name in ("pipe.mp4", "none.mp4", ".")), "a\0b", b"", 3)
+    for source in (str(playlist), playlist.read_bytes(), str(pattern), *odd):
         assert media_cache.origin_of(source) is None
 
 
