@@ -144,7 +144,7 @@ class Bounded(_Decoder):
             return self._decoded(indices)
         key = (media_cache.FRAMES, origin.digest, height, width, tuple(indices))
         (frames,) = media_cache.of_process().get(key, lambda: (self._decoded(indices),), origin.unchanged)
-        return frames
+        return frames.clone()
 
     def _decoded(self, indices: Sequence[int]) -> torch.Tensor:
         height, width = self.frame_shape

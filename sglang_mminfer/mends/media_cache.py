@@ -114,26 +114,40 @@ class Report(msgspec.Struct, kw_only=True):
     limit: int
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Tensors on the CPU, and the devices on which they were made."""
+
+    tensors: Tensors
+    devices: tuple[torch.device, ...]
+
+    @property
+    def bytes(self) -> int:
+        return _bytes(self.tensors)
+
+    def shared(self) -> Tensors:
+        return tuple(tensor.to(device) for tensor, device in zip(self.tensors, self.devices, strict=True))
+
+
 @dataclass
 class _Making:
-    """Tensors that a thread is making. Others that want the same wait for `done`."""
+    """What a thread is making. Others that want the same wait for `done`."""
 
     done: threading.Event = field(default_factory=threading.Event)
-    made: Tensors | None = None
+    made: _Kept | None = None
 
 
 class MediaCache:
     """Tensors by content, up to `limit` bytes; the ones that were not used for the longest time go first.
 
-    Features go before frames: they are larger, and are made of frames in less time than frames of a file. Callers get
-    copies, which they may change. Any thread may call.
+    Features go before frames: they are larger, and are made of frames in less time than frames of a file. Any thread
+    may call. What callers get is shared: a caller that changes it, or hands it on, makes a copy.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Key, Tensors] = OrderedDict()  # on the CPU
-        self._devices: dict[Key, list[torch.device]] = {}
+        self._entries: OrderedDict[Key, _Kept] = OrderedDict()
         self._making: dict[Key, _Making] = {}
         self._bytes = self._hits = self._misses = self._cleared = 0
 
@@ -147,55 +161,51 @@ class MediaCache:
         """
         while True:
             with self._lock:
-                if (entry := self._entries.get(key)) is not None:
+                if (kept := self._entries.get(key)) is not None:
                     self._entries.move_to_end(key)
                     self._hits += 1
-                    devices = self._devices[key]
                     break
                 if (other := self._making.get(key)) is None:
                     self._misses += 1
                     mine, cleared = self._making.setdefault(key, _Making()), self._cleared
                     break
             other.done.wait()
-            if (entry := other.made) is not None:
+            if (kept := other.made) is not None:
                 with self._lock:
                     self._hits += 1
-                devices = [tensor.device for tensor in entry]
                 break
-        if entry is not None:
-            return tuple(tensor.to(device, copy=True) for tensor, device in zip(entry, devices, strict=True))
+        if kept is not None:
+            return kept.shared()
         try:
             made = make()
             if _bytes(made) <= self.limit and valid():
-                # The caller may change what it gets while others still copy what they waited for.
-                mine.made = tuple(tensor.detach().to("cpu", copy=True).contiguous() for tensor in made)
-                self._keep(key, mine.made, [tensor.device for tensor in made], cleared)
+                # A copy, because pinned memory, and memory of a GPU, is not for keeping.
+                tensors = tuple(tensor.detach().to("cpu", copy=True).contiguous() for tensor in made)
+                mine.made = _Kept(tensors, tuple(tensor.device for tensor in made))
+                self._keep(key, mine.made, cleared)
         finally:
             with self._lock:
                 del self._making[key]
             mine.done.set()
         return made
 
-    def _keep(self, key: Key, tensors: Tensors, devices: list[torch.device], cleared: int) -> None:
-        size = _bytes(tensors)
+    def _keep(self, key: Key, new: _Kept, cleared: int) -> None:
         with self._lock:
             if cleared != self._cleared:
                 return
-            while self._bytes + size > self.limit:
+            while self._bytes + new.bytes > self.limit:
                 features = (other for other in self._entries if other[0] == FEATURES)
                 oldest = next(features, None if key[0] == FEATURES else next(iter(self._entries)))
                 if oldest is None:
                     return
-                del self._devices[oldest]
-                self._bytes -= _bytes(self._entries.pop(oldest))
-            self._entries[key], self._devices[key] = tensors, devices
-            self._bytes += size
+                self._bytes -= self._entries.pop(oldest).bytes
+            self._entries[key] = new
+            self._bytes += new.bytes
 
     def clear(self) -> None:
         """Forgets everything, also what is being made at the moment."""
         with self._lock:
             self._entries.clear()
-            self._devices.clear()
             self._bytes = 0
             self._cleared += 1
 

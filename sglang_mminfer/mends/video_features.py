@@ -46,7 +46,7 @@ def _keeping(base: Any) -> type:
 
             keys = [(media_cache.FEATURES, written, *media_cache.content_of(video)) for video in videos]
             made = [cache.get(key, functools.partial(features, video)) for key, video in zip(keys, videos, strict=True)]
-            patches, grids = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*made, strict=True))
+            patches, grids = map(torch.cat, zip(*made, strict=True))  # copies, of a single video too
             from transformers.feature_extraction_utils import BatchFeature
 
             return BatchFeature(data={_PATCHES: patches, _GRIDS: grids}, tensor_type=settings.get("return_tensors"))
