@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from families import FAMILIES
 from processing import Processing
 from sglang_mminfer import settings
-from sglang_mminfer.mends import asked, decoders, media_cache
+from sglang_mminfer.mends import asked, decoders, media_cache, video_features
 from sglang_mminfer.mends.media_cache import FEATURES, FRAMES, MediaCache
 from sglang_mminfer.tools.media import make_image, make_video
 
@@ -315,23 +316,23 @@ def test_other_options_make_another_entry(
 
 
 @pytest.mark.parametrize("setting", [{"do_normalize": False}, {"do_resize": False}, {"rescale_factor": 0.5}])
-def test_other_settings_of_the_processor_make_other_features(
-    setting: dict[str, Any], qwen: Turns, files: tuple[Path, Path], cache: MediaCache
-) -> None:
-    def processed() -> torch.Tensor:
-        frames = torch.arange(4 * 3 * 60 * 88, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(4, 3, 60, 88)
-        if "do_resize" in setting:
-            frames = frames[..., :56, :84].contiguous()
-            video_processor.size = {"shortest_edge": 112 * 112, "longest_edge": 10**6}
-        return video_processor([frames], return_tensors="pt", do_sample_frames=False)["pixel_values_videos"]
+def test_other_settings_of_the_processor_make_other_features(setting: dict[str, Any], cache: MediaCache) -> None:
+    size = {"shortest_edge": 112 * 112, "longest_edge": 10**6}  # more than the frames have
+    video_processor = transformers.Qwen2VLVideoProcessor(size=size)
+    video_features.keep(SimpleNamespace(video_processor=video_processor))
+    frames = torch.arange(4 * 3 * 56 * 84, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(4, 3, 56, 84)
 
-    video_processor = qwen.processing.processor._processor.video_processor
+    def processed(**settings: Any) -> torch.Tensor:
+        made = video_processor([frames], return_tensors="pt", do_sample_frames=False, **settings)
+        return made["pixel_values_videos"]
+
     plain = processed()
-    assert torch.equal(processed(), plain) and cache.report().hits == 1
+    assert torch.equal(processed(), plain) and (cache.report().hits, cache.report().misses) == (1, 1)
+    other = processed(**setting)
+    assert other.shape != plain.shape or not torch.equal(other, plain)
     for name, value in setting.items():
         setattr(video_processor, name, value)
-    other = processed()
-    assert other.shape != plain.shape or not torch.equal(other, plain)
+    assert torch.equal(processed(), other)
     cache.clear()
     assert torch.equal(processed(), other)
 
