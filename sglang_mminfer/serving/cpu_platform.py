@@ -325,6 +325,14 @@ def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kw
     return out
 
 
+def keeps_states_in_steps(original: Callable[..., bool], view: Any, hf_config: Any) -> bool:
+    """AROUND supports_mamba_cache_extra_buffer: False, so SGLang caches a recurrent state where a request ends.
+
+    The other way, which it prefers elsewhere, caches one every few tokens while requests run.
+    """
+    return False
+
+
 HOOKS: tuple[Hook, ...] = (
     Hook(
         "torch.Tensor.pin_memory",
@@ -349,5 +357,33 @@ HOOKS: tuple[Hook, ...] = (
         "SGLang's vision attention on a CPU masks all patches by all patches: memory grows with the square of "
         "the video's length, and a long video ends the scheduler.",
         when=("cpu",),
+    ),
+    Hook(
+        "sglang.srt.arg_groups.overrides.supports_mamba_cache_extra_buffer",
+        "around",
+        f"{__name__}:keeps_states_in_steps",
+        "SGLang would choose a way of caching recurrent states whose copies Triton makes.",
+        when=("cpu",),
+    ),
+    *(
+        Hook(
+            f"sglang.kernels.ops.{operator}",
+            "around",
+            f"sglang_mminfer.serving.cpu_delta_net:{function}",
+            "SGLang has this operator of gated delta nets, of gated attention or of a gated expert in Triton, which "
+            "needs an accelerator.",
+            when=("cpu",),
+        )
+        for operator, function in (
+            ("attention.linear.fused_gdn_gating.fused_gdn_gating", "gates"),
+            ("mamba.causal_conv1d_triton.causal_conv1d_fn", "convolve"),
+            ("mamba.causal_conv1d_triton.causal_conv1d_update", "convolve_token"),
+            ("attention.fla.chunk.chunk_gated_delta_rule", "prefill"),
+            ("attention.fla.fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode", "decode"),
+            ("attention.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous", "split_projections"),
+            ("attention.fla.layernorm_gated.layernorm_fn", "gated_norm"),
+            ("elementwise.elementwise.fused_sigmoid_mul", "gate_output"),
+            ("elementwise.elementwise.fused_gate_sigmoid_mul_add", "add_gated"),
+        )
     ),
 )

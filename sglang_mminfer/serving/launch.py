@@ -47,12 +47,15 @@ def _is_mla(cfg: Any) -> bool:
     return _model_config(cfg).attention_arch == AttentionArch.MLA
 
 
-def _has_linear_attention(cfg: Any) -> bool:
-    from sglang.srt.configs.hybrid_arch import mambaish_config
+def _has_other_linear_attention(cfg: Any) -> bool:
+    """Whether the model has recurrent layers that are no gated delta nets, or no attention at all."""
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
     model = _model_config(cfg)
-    return model.attention_arch == AttentionArch.SSM or mambaish_config(model) is not None
+    if model.attention_arch == AttentionArch.SSM:
+        return True
+    return mambaish_config(model) is not None and hybrid_gdn_config(model) is None
 
 
 def _has_own_sparse_attention(cfg: Any) -> bool:
@@ -270,9 +273,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "linear_attention",
-        _has_linear_attention,
-        "this model has linear-attention or state-space layers, whose backends SGLang builds by the name of "
-        "the attention backend; drop --attention-backend mminfer.",
+        _has_other_linear_attention,
+        "this model has linear-attention or state-space layers other than gated delta nets (which Qwen3.5 has), and "
+        "mminfer is not tried beside them; drop --attention-backend mminfer.",
     ),
     Refusal(
         "encoder_decoder",
