@@ -11,8 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import msgspec
-
 from sglang_mminfer.families.maps import reader_of
 from sglang_mminfer.head_config import hub, json_format
 from sglang_mminfer.head_config.basis_file import ENDING, ModelBasis
@@ -190,9 +188,7 @@ class HeadConfig:
         self.check_model(hf_config)
         self._check_strides(hf_config)
         shape = fingerprint_of(hf_config)
-        return dataclasses.replace(
-            self, num_layers=shape.layers, num_heads=shape.heads, full_layers=shape.full_layers
-        )
+        return dataclasses.replace(self, num_layers=shape.layers, num_heads=shape.heads, full_layers=shape.full_layers)
 
     def with_dense(self, heads: Iterable[tuple[int, int]]) -> HeadConfig:
         """This config, which is bound to a model, with some heads dense.

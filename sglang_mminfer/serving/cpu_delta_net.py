@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 CHUNK = 64
 """Tokens whose changes of the state are computed together, and after which SGLang's kernel keeps a copy of it."""
 
@@ -33,7 +34,7 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
 
 def gates(
     _: _Original,
-    A_log: torch.Tensor,  # noqa: N803
+    A_log: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     dt_bias: torch.Tensor,
@@ -169,7 +170,7 @@ def prefill(
     states = []
     bounds = cu_seqlens.tolist()
     for start, stop, slot in zip(bounds, bounds[1:], initial_state_indices.tolist()):
-        state = initial_state[max(slot, 0)].float()
+        state = initial_state[max(slot, 0)].float().clone()  # not a view of what changes below
         for first in range(start, stop, CHUNK):
             here = slice(first, min(first + CHUNK, stop))
             states.append(state)
@@ -216,7 +217,7 @@ def decode(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    A_log: torch.Tensor,  # noqa: N803
+    A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     scale: float,
     initial_state: torch.Tensor,

@@ -42,6 +42,10 @@ tens of millions of slots, whose bookkeeping alone takes seconds and gigabytes."
 MAX_RUNNING_REQUESTS = 64
 """Default number of rows in the request table. SGLang's minimum of 2048 takes 250 MB or more if the context is long."""
 
+MAX_RECURRENT_STATES = 4 * MAX_RUNNING_REQUESTS
+"""Default number of recurrent states of a hybrid model that are kept, for running requests and cached prefixes. SGLang
+would fill half of the machine's memory with them."""
+
 MEMORY_SHARE = 0.8
 """The share of free memory that all ranks of this machine may use for weights and KV, taken together."""
 
@@ -49,6 +53,7 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """The file with the bytes that this container may use, or "max": cgroup v2's. Other systems lack it."""
 
 _CORES = "SGLANG_CPU_OMP_THREADS_BIND"
+_CONVOLUTION_DTYPE = "SGLANG_MAMBA_CONV_DTYPE"
 
 
 @functools.cache
@@ -227,6 +232,7 @@ def default_arguments(cfg: Any) -> dict[str, Any]:
         "mem_fraction_static": (None, round(MEMORY_SHARE / _ranks(cfg), 3)),
         "max_total_tokens": (None, MAX_TOTAL_TOKENS),
         "max_running_requests": (None, MAX_RUNNING_REQUESTS),
+        "max_mamba_cache_size": (None, MAX_RECURRENT_STATES),
     }
     return {field: value for field, (unset, value) in defaults.items() if getattr(cfg, field) == unset}
 
@@ -270,6 +276,9 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     if is_active():
         if defaults := default_arguments(cfg):
             declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **defaults)
+        if cfg.dtype in ("float32", "float"):
+            # SGLang keeps the last inputs of a convolution in bf16 whatever the model's dtype, for a kernel's sake.
+            os.environ.setdefault(_CONVOLUTION_DTYPE, "float32")
         if cfg.device == "cpu" and _CORES not in os.environ:
             from sglang.srt.utils.common import get_cpu_ids_by_node
 

@@ -57,4 +57,16 @@ def _default_backend_name(server_args: Any, device: str) -> str:
     if str(device).split(":")[0] == "cpu":
         return "torch_native"
     name = get_default_attn_backend(server_args, use_mla_backend(server_args), model_config_of(server_args))
-    return "triton" if name == "fa3" and view.kv_cache_dtype == "fp8_e5m2" else name
+    unfit = (name == "fa3" and view.kv_cache_dtype == "fp8_e5m2") or (name in PAGE_SIZES and _needs_pages_of_one(view))
+    return "triton" if unfit else name
+
+
+def _needs_pages_of_one(view: Any) -> bool:
+    """Whether SGLang caches the recurrent states of a hybrid model in the way that allows pages of one token alone."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    if view.disable_radix_cache or mambaish_config(model_config_of(view)) is None:
+        return False
+    strategy = view.mamba_radix_cache_strategy
+    return strategy == "no_buffer" or (strategy == "auto" and view.linear_attn_backend != "triton")

@@ -112,9 +112,7 @@ def _write(path: Path, moe: bool) -> None:
     rows = tiny_model.vocabulary_rows(tokenizer)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tiny_model.SPECIAL_TOKENS}
     config = make_config(ids, rows, moe)
-    kind: Any = (
-        transformers.Qwen3_5MoeForConditionalGeneration if moe else transformers.Qwen3_5ForConditionalGeneration
-    )
+    kind: Any = transformers.Qwen3_5MoeForConditionalGeneration if moe else transformers.Qwen3_5ForConditionalGeneration
     model = kind(config).to(torch.float32).eval()
     model.generation_config = tiny_model.generation_config(tokenizer)
     tiny_model.draw_weights(model, SEED, tiny_model.spoken_tokens(tokenizer, rows))

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
+from sglang_mminfer.head_config import Defaults, HeadConfig, ModelFingerprint, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.boundary import HeadPattern
 
@@ -107,9 +107,7 @@ def refused(folder: Path, result: str, results: list[list[dict[str, Any]]]) -> s
     return reasons[0] if reasons else None
 
 
-def as_config(
-    name: str, heads: Sequence[Sequence[HeadPattern]], model: ModelFingerprint, dense_below: int = 0
-) -> str:
+def as_config(name: str, heads: Sequence[Sequence[HeadPattern]], model: ModelFingerprint, dense_below: int = 0) -> str:
     """Patterns [layers with attention][heads] as the JSON text of a head config."""
     note = Provenance("handwritten", f"A candidate of a search: {name}.")
     rows = model.in_all_layers(heads)

@@ -160,7 +160,9 @@ class Prober:
         results = jobs.load(self.folder, job.result, self.layers)
         if not all(results):
             server = self._started()
-            self.say(f"{calibration.name}: {job.stage} ({max(len(job.candidates), 1)} to do in {len(self.layers)} layers)")
+            self.say(
+                f"{calibration.name}: {job.stage} ({max(len(job.candidates), 1)} to do in {len(self.layers)} layers)"
+            )
             jobs.write(self.folder, job)
             self._prefill(server, calibration)
             results = jobs.load(self.folder, job.result, self.layers)

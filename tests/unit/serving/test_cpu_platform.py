@@ -176,6 +176,7 @@ def test_the_user_has_the_last_word(model: str) -> None:
         "mm_attention_backend": "triton_attn",
         "max_total_tokens": 1000,
         "max_running_requests": 3,
+        "max_mamba_cache_size": 9,
         "mem_fraction_static": 0.3,
         "attention_backend": "torch_native",
     }

@@ -68,11 +68,38 @@ MODELS: dict[str, dict[str, Any]] = {
     }
     | TEXT,
     "linear_attention": {
-        "architectures": ["Qwen3NextForCausalLM"],
-        "model_type": "qwen3_next",
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
         "head_dim": 16,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
     }
     | TEXT,
+    "delta_nets": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": TEXT
+        | {
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 4,
+            "full_attention_interval": 4,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e7,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [1, 1, 0],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen3_5",
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+    },
     "encoder_decoder": {
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
@@ -418,6 +445,52 @@ def test_blackwell_keeps_its_dense_backend(
     assert ("the page size is" in caplog.text) == (page_size is None and expected is not None)
 
 
+@pytest.mark.parametrize(
+    "fields, page_size, dense",
+    [
+        ({}, 64, "trtllm_mha"),  # SGLang caches states in the other way then
+        ({"mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": True}, None, "triton"),
+        ({"linear_attn_backend": "cutedsl"}, None, "triton"),
+        ({"mamba_radix_cache_strategy": "no_buffer", "disable_radix_cache": True}, 64, "trtllm_mha"),
+    ],
+    ids=str,
+)
+def test_pages_of_a_hybrid_model_on_blackwell(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], page_size: int | None, dense: str
+) -> None:
+    """The way of caching recurrent states that takes pages of one token only is not given larger ones."""
+    from sglang.srt.arg_groups import model_override_base
+
+    monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *args: "trtllm_mha")
+    server_args = arguments(models, "delta_nets", device="cuda", **fields)
+    launch.check_launch(server_args, lambda server_args: None)
+    assert resolving_view(server_args).page_size == page_size
+    assert dense_backend.dense_backend_name(server_args, "cuda") == dense
+
+
+def test_sglang_sees_the_dense_backends_name_beside_delta_nets(models: dict[str, str]) -> None:
+    server_args = arguments(models, "delta_nets", device="cpu")
+    runner = SimpleNamespace(
+        server_args=server_args,
+        device="cpu",
+        prefill_attention_backend_str="mminfer",
+        decode_attention_backend_str="triton",
+    )
+    seen = []
+
+    def names(runner: Any, full: Any) -> Any:
+        seen.append((runner.prefill_attention_backend_str, runner.decode_attention_backend_str))
+        if full is None:
+            raise AssertionError
+        return full
+
+    assert backend_entry.wrap(names, runner, "backend") == "backend"
+    with pytest.raises(AssertionError):
+        backend_entry.wrap(names, runner, None)
+    assert seen == [("torch_native", "triton")] * 2
+    assert (runner.prefill_attention_backend_str, runner.decode_attention_backend_str) == ("mminfer", "triton")
+
+
 def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str]) -> None:
     from sglang.srt.managers import cache_controller
 
@@ -606,6 +679,7 @@ ACCEPTED: list[dict[str, Any]] = [
     },
     {"is_embedding": True},
     {"model": "text"},
+    {"model": "delta_nets"},
 ]
 
 
