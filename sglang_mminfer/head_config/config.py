@@ -169,15 +169,15 @@ class HeadConfig:
         return counts.most_common(1)[0][0] if counts else None
 
     def is_dense(self, layer: int) -> bool:
-        """True if no head of the layer leaves anything out."""
-        row = self.rows[layer] if self.form == "layers" else self.rows[0]
-        return all(isinstance(pattern, Dense) for head in row for pattern in patterns_of(head))
+        """True if no head of the layer leaves anything out, or the layer has no attention."""
+        if self.full_layers is not None and layer not in self.full_layers:
+            return True
+        return _are_dense(self.rows[layer] if self.form == "layers" else self.rows[0])
 
     @property
     def all_dense(self) -> bool:
         """True if no head of any layer leaves anything out."""
-        layers = len(self.rows) if self.form == "layers" else 1
-        return all(map(self.is_dense, range(layers)))
+        return all(map(_are_dense, self.rows))
 
     def bind(self, hf_config: Any) -> HeadConfig:
         """This config for one model: checked against the model, and with its numbers of layers and heads.
@@ -294,6 +294,10 @@ class HeadConfig:
     def to_json(self) -> str:
         """The text of a file that reads back as this config."""
         return json_format.encode(json_format.Content(self.provenance, self.form, self.rows, self.model, self.defaults))
+
+
+def _are_dense(heads: Iterable[HeadPattern]) -> bool:
+    return all(isinstance(pattern, Dense) for head in heads for pattern in patterns_of(head))
 
 
 def _label(path: str | None, name: str) -> str:

@@ -48,20 +48,23 @@ def _is_mla(cfg: Any) -> bool:
 
 
 def _has_other_linear_attention(cfg: Any) -> bool:
-    """Whether the model has recurrent layers that are no gated delta nets, or no attention at all."""
+    """Whether the model has recurrent layers other than the gated delta nets of Qwen3.5, or no attention at all."""
+    from sglang.srt.configs import Qwen3NextConfig
     from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
     model = _model_config(cfg)
     if model.attention_arch == AttentionArch.SSM:
         return True
-    return mambaish_config(model) is not None and hybrid_gdn_config(model) is None
+    return mambaish_config(model) is not None and not isinstance(hybrid_gdn_config(model), Qwen3NextConfig)
 
 
 def _has_own_sparse_attention(cfg: Any) -> bool:
     from sglang.srt.configs.model_config import is_minimax_sparse
+    from sglang.srt.layers.attention.qsa.config import is_qwen_qsa
 
-    return is_minimax_sparse(_model_config(cfg).hf_config)
+    hf_config = _model_config(cfg).hf_config
+    return is_minimax_sparse(hf_config) or is_qwen_qsa(hf_config)
 
 
 def _full_prefill_graph(cfg: Any) -> bool:
