@@ -171,6 +171,9 @@ def is_active() -> bool:
 _before: Any = None
 """The platform that SGLang had chosen before `use`; None if `use` has not changed it."""
 
+_in_fp32 = False
+"""Whether `_CONVOLUTION_DTYPE` was set here, and not by the user."""
+
 
 def use() -> None:
     """Switches this process, and the processes that it starts, to this platform.
@@ -189,12 +192,15 @@ def use() -> None:
 
 def leave() -> None:
     """Undoes `use` for a later engine in this process whose arguments do not ask for the CPU."""
-    global _before
+    global _before, _in_fp32
     if _before is None:
         return
     from sglang.srt import platforms
 
     del os.environ["SGLANG_PLATFORM"]
+    if _in_fp32:
+        os.environ.pop(_CONVOLUTION_DTYPE, None)
+        _in_fp32 = False
     _change(platforms.current_platform, _before)
     _before = None
 
@@ -257,8 +263,9 @@ def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
 def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Resolution hook: uses the platform if the arguments ask for the CPU, and declares `default_arguments`.
 
-    Also binds ranks to cores where SGLang could not.
+    Also binds ranks to cores where SGLang could not, and has states of convolutions kept in the model's dtype.
     """
+    global _in_fp32
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     cfg = resolving_view(server_args)
@@ -276,9 +283,10 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     if is_active():
         if defaults := default_arguments(cfg):
             declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **defaults)
-        if cfg.dtype in ("float32", "float"):
-            # SGLang keeps the last inputs of a convolution in bf16 whatever the model's dtype, for a kernel's sake.
-            os.environ.setdefault(_CONVOLUTION_DTYPE, "float32")
+        if cfg.dtype in ("float32", "float") and _CONVOLUTION_DTYPE not in os.environ:
+            # SGLang keeps the last inputs of a convolution in bf16, whatever the model's dtype is.
+            os.environ[_CONVOLUTION_DTYPE] = "float32"  # inherited by the schedulers
+            _in_fp32 = True
         if cfg.device == "cpu" and _CORES not in os.environ:
             from sglang.srt.utils.common import get_cpu_ids_by_node
 

@@ -73,6 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "mamba_n_heads": 4,
         "mamba_d_head": 32,
+        "mamba_d_ssm": 128,
     }
     | TEXT,
     "delta_nets": {
@@ -112,6 +113,15 @@ MODELS: dict[str, dict[str, Any]] = {
     }
     | TEXT,
 }
+
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 1024,
+    "indexer_compress_ratio": 2,
+}
+MODELS["delta_nets_and_indexer"] = MODELS["delta_nets"] | {"text_config": MODELS["delta_nets"]["text_config"] | INDEXER}
 
 
 @pytest.fixture(scope="module")
@@ -644,6 +654,7 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
         {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"}, "tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
     ),
     ("media_root_passed_by", {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/", "SGLANG_RUST_SERVER": "1"}}),
+    ("own_sparse_attention", {"model": "delta_nets_and_indexer"}),
     ("unified_memory", {"enable_page_major_kv_layout": True}),
     ("block_scaled_kv", {"kv_cache_dtype": "mxfp8"}),
     ("prefill_context_parallel", {"enable_prefill_cp": True}),
