@@ -57,6 +57,7 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
     (f"{BATCH}.ForwardBatch.init_new", ("batch", "model_runner")),
     ("sglang.srt.managers.cache_controller.storage_model_name", ("model_name", "host_pool")),
     ("sglang.srt.runtime_context.get_parallel", ()),
+    ("sglang.srt.runtime_context.get_platform", ()),
     (
         f"{ARGS}.model_override_base.get_default_attn_backend",
         ("server_args", "use_mla_backend", "model_config"),

@@ -478,6 +478,23 @@ def test_pages_of_a_hybrid_model_on_blackwell(
     assert dense_backend.dense_backend_name(server_args, "cuda") == dense
 
 
+@pytest.mark.parametrize(
+    "is_sm100, default, dense",
+    [(True, "trtllm_mha", "trtllm_mha"), (True, "flashinfer", "triton"), (False, "fa3", "fa3")],
+)
+def test_the_dense_backend_of_a_hybrid_model_is_sglangs(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, is_sm100: bool, default: str, dense: str
+) -> None:
+    from sglang.srt import runtime_context
+    from sglang.srt.arg_groups import model_override_base
+
+    monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *args: default)
+    monkeypatch.setattr(runtime_context, "get_platform", lambda: SimpleNamespace(is_sm100=is_sm100))
+    server_args = arguments(models, "delta_nets", device="cuda", page_size=64)
+    assert dense_backend.dense_backend_name(server_args, "cuda") == dense
+    assert dense_backend.dense_backend_name(arguments(models, device="cuda", page_size=64), "cuda") == default
+
+
 def test_sglang_sees_the_dense_backends_name_beside_delta_nets(models: dict[str, str]) -> None:
     server_args = arguments(models, "delta_nets", device="cpu")
     runner = SimpleNamespace(
