@@ -1,8 +1,8 @@
 """The operators of gated delta nets, and of full layers with a gated output, in plain torch.
 
 SGLang has them as Triton kernels, which need an accelerator, and in a kernel package for its own CPU engine. Only the
-CPU platform of this package installs these, and nothing here acts on a tensor of another device. Shapes, names and the
-values of all results are those of SGLang's functions; sums are in fp32.
+CPU platform of this package installs these, and they leave tensors of another device to SGLang. Shapes, names and
+values are those of SGLang's functions; sums are in fp32.
 
 A gated delta net (arXiv 2412.06464) has a state S [value, key] for each value head, which starts with 0. A token with
 query q and key k (of length 1; q times `scale`), value v, decay g <= 0 and weight beta changes and reads it:
@@ -12,8 +12,9 @@ query q and key k (of length 1; q times `scale`), value v, decay g <= 0 and weig
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,18 @@ CHUNK = 64
 
 NORM_EPSILON = 1e-6
 
-_Original = Callable[..., Any]
+T = TypeVar("T")
+
+
+def on_cpu(function: Callable[..., T]) -> Callable[..., T]:
+    """An AROUND hook that calls `function` for tensors of the CPU, and SGLang's own for those of another device."""
+
+    @functools.wraps(function)
+    def hook(original: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        return (function if first.device.type == "cpu" else original)(*args, **kwargs)
+
+    return hook
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
@@ -32,8 +44,8 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPSILON)
 
 
+@on_cpu
 def gates(
-    _: _Original,
     A_log: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -47,12 +59,23 @@ def gates(
         A_log, dt_bias: [heads].
         a, b: [tokens, heads].
     """
+    return _gates(A_log, a, b, dt_bias, beta, threshold)
+
+
+def _gates(
+    A_log: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dt_bias: torch.Tensor,
+    beta: float = 1.0,
+    threshold: float = 20.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     decay = -A_log.float().exp() * F.softplus(a.float() + dt_bias.float(), beta, threshold)
     return decay[None], b.float().sigmoid()[None]
 
 
+@on_cpu
 def convolve(
-    _: _Original,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -90,8 +113,8 @@ def convolve(
     return out
 
 
+@on_cpu
 def convolve_token(
-    _: _Original,
     x: torch.Tensor,
     conv_state: torch.Tensor,
     weight: torch.Tensor,
@@ -130,8 +153,8 @@ def _convolved(
     return F.silu(out) if activation in ("silu", "swish") else out
 
 
+@on_cpu
 def prefill(
-    _: _Original,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -212,8 +235,8 @@ def _chunk(
     return out, sums[:, -1].exp()[:, None, None] * state + (to_end * u).mT @ k
 
 
+@on_cpu
 def decode(
-    _: _Original,
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -244,7 +267,7 @@ def decode(
     q, k = (_unit(x) if use_qk_l2norm_in_kernel else x for x in (q, k))
     q, k = (x.repeat_interleave(heads // key_heads, dim=1) for x in (q * scale, k))  # [sequences, heads, key_dim]
     v = parts[2].unflatten(1, (heads, value_dim))
-    decay, weight = (x[0] for x in gates(_, A_log, a, b, dt_bias))
+    decay, weight = (x[0] for x in _gates(A_log, a, b, dt_bias))
     valid = ssm_state_indices >= 0
     slots = ssm_state_indices[valid].long()
     state = decay[valid].exp()[:, :, None, None] * initial_state[slots].float()
@@ -257,8 +280,8 @@ def decode(
     return out, initial_state
 
 
+@on_cpu
 def split_projections(
-    _: _Original,
     mixed_qkvz: torch.Tensor,
     mixed_ba: torch.Tensor,
     num_heads_qk: int,
@@ -277,8 +300,8 @@ def split_projections(
     return qkv.contiguous(), z.reshape(-1, num_heads_v, head_v), b.contiguous(), a.contiguous()
 
 
+@on_cpu
 def gated_norm(
-    _: _Original,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -302,8 +325,9 @@ def gated_norm(
     return out.to(x.dtype)
 
 
+@on_cpu
 def gate_output(
-    _: _Original, attn_output: torch.Tensor, gate: torch.Tensor, inplace: bool = False, quant: bool = False
+    attn_output: torch.Tensor, gate: torch.Tensor, inplace: bool = False, quant: bool = False
 ) -> torch.Tensor:
     """AROUND fused_sigmoid_mul: the attention's output times the sigmoid of its gate.
 
@@ -316,8 +340,8 @@ def gate_output(
     return attn_output.mul_(weights) if inplace else attn_output * weights
 
 
+@on_cpu
 def add_gated(
-    _: _Original,
     hidden_states: torch.Tensor,
     gate_weight: torch.Tensor,
     shared_output: torch.Tensor,

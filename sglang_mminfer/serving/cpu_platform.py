@@ -343,11 +343,12 @@ def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kw
 
 
 def keeps_states_in_steps(original: Callable[..., bool], view: Any, hf_config: Any) -> bool:
-    """AROUND supports_mamba_cache_extra_buffer: False, so SGLang caches a recurrent state where a request ends.
+    """AROUND supports_mamba_cache_extra_buffer: False on our platform.
 
-    The other way, which it prefers elsewhere, caches one every few tokens while requests run.
+    SGLang then caches recurrent states where requests and chunks end. The other way, which it prefers elsewhere, caches
+    them every few tokens.
     """
-    return False
+    return not is_active() and original(view, hf_config)
 
 
 HOOKS: tuple[Hook, ...] = (

@@ -229,3 +229,11 @@ def test_projections_are_split_in_order() -> None:
     qkv, z, b, a = net.split_projections(lambda: None, qkvz, ba, 2, 4, 2, 4)
     assert torch.equal(qkv, qkvz[:, :24]) and torch.equal(z, qkvz[:, 24:].reshape(2, 4, 4))
     assert torch.equal(b, ba[:, :4]) and torch.equal(a, ba[:, 4:])
+
+
+def test_tensors_of_another_device_are_sglangs_matter() -> None:
+    a, a_log = torch.empty(3, HEADS, device="meta"), torch.empty(HEADS, device="meta")
+    assert net.gates(lambda *args, **kwargs: (args, kwargs), a_log, a, b=a, dt_bias=a_log) == (
+        (a_log, a),
+        {"b": a, "dt_bias": a_log},
+    )
