@@ -33,6 +33,12 @@ HOOKS: tuple[Hook, ...] = (
         when=("load",),
     ),
     Hook(
+        "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
+        "around",
+        "sglang_mminfer.serving.backend_entry:wrap",
+        "On Blackwell SGLang lets some backends alone, by their names, stand beside gated delta nets.",
+    ),
+    Hook(
         "sglang.srt.server_args.ServerArgs.add_cli_args",
         "after",
         "sglang_mminfer.serving.flags:add_cli_args",

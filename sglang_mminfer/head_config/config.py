@@ -11,8 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import msgspec
-
 from sglang_mminfer.families.maps import reader_of
 from sglang_mminfer.head_config import hub, json_format
 from sglang_mminfer.head_config.basis_file import ENDING, ModelBasis
@@ -33,12 +31,14 @@ class HeadConfig:
     Attributes:
         name: a built-in config's name, or the name of a file without its ending.
         form: how `rows` are spread over the model. "all": one head for everything. "cycle": one row of n heads, of
-            which head h of layer l takes entry (l + h) % n. "layers": one row of heads for each layer.
+            which head h of layer l takes entry (l + h) % n. "layers": one row of heads for each layer of the model,
+            which is empty for a layer without attention.
         model: the model that the config was made for; None: any model.
         path: the file that the config was read from; on the hub `hf://owner/repo@commit/path/file.json`; None: no file.
         basis: the low-rank forms of the model's heads, for patterns that choose keys by them; None: these choose by
             q . k itself.
         num_layers, num_heads: those of the model that the config is bound to; None before `bind`.
+        full_layers: the layers of that model that have attention, as in `ModelFingerprint`.
 
     Raises:
         HeadConfigError: if `rows` do not fit `form` or `model`.
@@ -54,22 +54,25 @@ class HeadConfig:
     schema: int = SCHEMA
     num_layers: int | None = None
     num_heads: int | None = None
+    full_layers: tuple[int, ...] | None = None
     basis: ModelBasis | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(tuple(row) for row in self.rows))
-        if not self.rows or not self.rows[0]:
+        if not any(self.rows):
             self._fail("heads", "expected at least one head, got none")
         self._check_basis()
         if self.form != "layers":
             if len(self.rows) != 1 or (self.form == "all" and len(self.rows[0]) != 1):
                 self._fail("heads", f"expected one row of heads, got {len(self.rows)}")
             return
+        first = next(i for i, row in enumerate(self.rows) if row)
         for i, row in enumerate(self.rows):
-            if len(row) != len(self.rows[0]):
-                self._fail(f"heads[{i}]", f"expected {len(self.rows[0])} heads as in heads[0], got {len(row)}")
+            if row and len(row) != len(self.rows[first]):
+                expected = f"{len(self.rows[first])} heads as in heads[{first}]"
+                self._fail(f"heads[{i}]", f"expected {expected}, got {len(row)}")
         if self.model is not None:
-            self._fit(self.model.layers, self.model.heads, "the fingerprint in `model`")
+            self._fit(self.model, "the fingerprint in `model`")
 
     # Reading
 
@@ -122,7 +125,8 @@ class HeadConfig:
     # Questions
 
     def patterns(self, layer: int, num_heads: int | None = None) -> list[HeadPattern]:
-        """One pattern for each query head of a layer: all heads of the model, not those of one rank.
+        """One pattern for each query head of a layer: all heads of the model, not those of one rank. A layer without
+        attention has none.
 
         Before `bind` the number of heads may be unknown. Then an "all" config gives ONE pattern that stands for
         every head, and a "cycle" config needs `num_heads`.
@@ -135,13 +139,15 @@ class HeadConfig:
         layers = len(self.rows) if self.form == "layers" else self.num_layers
         if layer < 0 or (layers is not None and layer >= layers):
             self._fail("heads", f"expected a layer of 0 .. {(layers or 1) - 1}, asked for layer {layer}")
+        if self.full_layers is not None and layer not in self.full_layers:
+            return []
         if self.form == "all":
             return list(self.rows[0]) * (heads or 1)
         if self.form == "cycle":
             if heads is None:
                 self._fail("heads.cycle", "the number of heads must be known: bind the config to a model first")
             return [self.rows[0][(layer + h) % len(self.rows[0])] for h in range(heads)]
-        if heads is not None and heads != len(self.rows[layer]):
+        if heads is not None and self.rows[layer] and heads != len(self.rows[layer]):
             self._fail(f"heads[{layer}]", f"has {len(self.rows[layer])} heads, asked for {heads}")
         return list(self.rows[layer])
 
@@ -163,15 +169,15 @@ class HeadConfig:
         return counts.most_common(1)[0][0] if counts else None
 
     def is_dense(self, layer: int) -> bool:
-        """True if no head of the layer leaves anything out."""
-        row = self.rows[layer] if self.form == "layers" else self.rows[0]
-        return all(isinstance(pattern, Dense) for head in row for pattern in patterns_of(head))
+        """True if no head of the layer leaves anything out, or the layer has no attention."""
+        if self.full_layers is not None and layer not in self.full_layers:
+            return True
+        return _are_dense(self.rows[layer] if self.form == "layers" else self.rows[0])
 
     @property
     def all_dense(self) -> bool:
         """True if no head of any layer leaves anything out."""
-        layers = len(self.rows) if self.form == "layers" else 1
-        return all(map(self.is_dense, range(layers)))
+        return all(map(_are_dense, self.rows))
 
     def bind(self, hf_config: Any) -> HeadConfig:
         """This config for one model: checked against the model, and with its numbers of layers and heads.
@@ -182,7 +188,7 @@ class HeadConfig:
         self.check_model(hf_config)
         self._check_strides(hf_config)
         shape = fingerprint_of(hf_config)
-        return dataclasses.replace(self, num_layers=shape.layers, num_heads=shape.heads)
+        return dataclasses.replace(self, num_layers=shape.layers, num_heads=shape.heads, full_layers=shape.full_layers)
 
     def with_dense(self, heads: Iterable[tuple[int, int]]) -> HeadConfig:
         """This config, which is bound to a model, with some heads dense.
@@ -208,17 +214,16 @@ class HeadConfig:
         for where, model in models:
             if model is None:
                 continue
-            expected, actual = msgspec.to_builtins(model), msgspec.to_builtins(fingerprint)
+            pairs = {field: (getattr(model, field), getattr(fingerprint, field)) for field in model.__struct_fields__}
             differing = [
-                f"{field} (config {value}, model {actual[field]})"
-                for field, value in expected.items()
-                if value != actual[field]
-                and not (field == "rope_theta" and math.isclose(value, actual[field], rel_tol=1e-6))
+                f"{field} (config {value}, model {actual})"
+                for field, (value, actual) in pairs.items()
+                if value != actual and not (field == "rope_theta" and math.isclose(value, actual, rel_tol=1e-6))
             ]
             if differing:
                 self._fail(where, f"was made for another model: {', '.join(differing)}")
         if self.form == "layers":
-            self._fit(fingerprint.layers, fingerprint.heads, "the model")
+            self._fit(fingerprint, "the model")
 
     def _check_strides(self, hf_config: Any) -> None:
         """Refuse patterns that need columns if the model's vision tokens have none: they could never be sparse."""
@@ -240,11 +245,14 @@ class HeadConfig:
             rank = self.basis.rank
             self._fail("heads", f"expected a rank of at most {rank}, which the basis has, got {self.basis_rank}")
 
-    def _fit(self, layers: int, heads: int, whose: str) -> None:
-        if len(self.rows) != layers:
-            self._fail("heads", f"expected {layers} layers as in {whose}, got {len(self.rows)}")
-        if len(self.rows[0]) != heads:
-            self._fail("heads[0]", f"expected {heads} heads as in {whose}, got {len(self.rows[0])}")
+    def _fit(self, model: ModelFingerprint, whose: str) -> None:
+        if len(self.rows) != model.layers:
+            self._fail("heads", f"expected {model.layers} layers as in {whose}, got {len(self.rows)}")
+        for i, row in enumerate(self.rows):
+            heads = model.heads if i in model.attention_layers else 0
+            if len(row) != heads:
+                without = "" if heads else ", where this layer has no attention"
+                self._fail(f"heads[{i}]", f"expected {heads} heads as in {whose}{without}, got {len(row)}")
 
     def _fail(self, where: str, what: str) -> NoReturn:
         raise HeadConfigError(f"{_label(self.path, self.name)}: {where}: {what}")
@@ -260,7 +268,8 @@ class HeadConfig:
         if self.form == "all":
             heads = f"all heads {first}"
         else:
-            shape = "cycled over heads" if self.form == "cycle" else f"{len(self.rows)} x {len(self.rows[0])} heads"
+            full = [row for row in self.rows if row]
+            shape = "cycled over heads" if self.form == "cycle" else f"{len(full)} x {len(full[0])} heads"
             heads = f"{shape}, {len(distinct)} distinct, the first {first}"
         model = "any model" if self.model is None else self.model.architecture
         dense = f"; rows below {self.defaults.dense_below} dense" if self.defaults.dense_below else ""
@@ -285,6 +294,10 @@ class HeadConfig:
     def to_json(self) -> str:
         """The text of a file that reads back as this config."""
         return json_format.encode(json_format.Content(self.provenance, self.form, self.rows, self.model, self.defaults))
+
+
+def _are_dense(heads: Iterable[HeadPattern]) -> bool:
+    return all(isinstance(pattern, Dense) for head in heads for pattern in patterns_of(head))
 
 
 def _label(path: str | None, name: str) -> str:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 
 class HeadConfigError(ValueError):
     """A head config cannot be used. The message names the file and the place in it."""
 
 
-class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fields in which a model must equal the one that a config was made for. The numbers are the text model's."""
+class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The fields in which a model must equal the one that a config was made for. The numbers are the text model's.
+
+    Attributes:
+        layers: all layers, those without attention included.
+        full_layers: the numbers of the layers that have attention, ascending, in a model where others have a recurrent
+            state instead (Qwen3.5); None: all layers have attention.
+    """
 
     architecture: str
     layers: int
@@ -21,6 +30,7 @@ class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_dim: int
     hidden_size: int
     rope_theta: float
+    full_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "kv_heads", "head_dim", "hidden_size"):
@@ -28,6 +38,20 @@ class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of {self.heads} heads, got {self.kv_heads}")
+        if (full := self.full_layers) is not None and (
+            not full or list(full) != sorted(set(full)) or full[0] < 0 or full[-1] >= self.layers
+        ):
+            raise ValueError(f"full_layers: expected ascending layers of 0 .. {self.layers - 1}, got {list(full)}")
+
+    @property
+    def attention_layers(self) -> Sequence[int]:
+        """The numbers of the layers that have attention."""
+        return range(self.layers) if self.full_layers is None else self.full_layers
+
+    def in_all_layers(self, rows: Sequence[Sequence[T]]) -> tuple[tuple[T, ...], ...]:
+        """A row for each layer of the model, empty for those without attention, from the rows of those with it."""
+        by_layer = dict(zip(self.attention_layers, rows, strict=True))
+        return tuple(tuple(by_layer.get(layer, ())) for layer in range(self.layers))
 
 
 def fingerprint_of(hf_config: Any) -> ModelFingerprint:
@@ -55,9 +79,17 @@ def fingerprint_of(hf_config: Any) -> ModelFingerprint:
             head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
             hidden_size=hidden,
             rope_theta=_rope_theta(text),
+            full_layers=_full_layers(text),
         )
     except AttributeError as error:
         raise HeadConfigError(f"the model's config has no text model a head config could fit: {error}") from None
+
+
+def _full_layers(text: Any) -> tuple[int, ...] | None:
+    """`ModelFingerprint.full_layers`: SGLang's config names the kinds of layers otherwise than transformers' config."""
+    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or []
+    full = tuple(number for number, kind in enumerate(kinds) if kind != "linear_attention")
+    return None if len(full) == len(kinds) else full
 
 
 def _rope_theta(text: Any) -> float:

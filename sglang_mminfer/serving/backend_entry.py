@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang_mminfer.serving.hooks import check_installation
@@ -20,3 +21,22 @@ def create_backend(runner: Any) -> Any:
     from sglang_mminfer.serving.backend import create_backend as create
 
     return create(runner)
+
+
+NAMES = ("prefill_attention_backend_str", "decode_attention_backend_str")
+"""The attributes of a model runner that name its attention backends."""
+
+
+def wrap(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
+    """AROUND attn_backend_wrapper: while SGLang looks at the names of the backends, ours is called by the name of the
+    dense backend beneath it."""
+    from sglang_mminfer.serving.dense_backend import dense_backend_name
+
+    ours = [name for name in NAMES if getattr(runner, name, None) == BACKEND_NAME]
+    for name in ours:
+        setattr(runner, name, dense_backend_name(runner.server_args, runner.device))
+    try:
+        return original(runner, full_attn_backend)
+    finally:
+        for name in ours:
+            setattr(runner, name, BACKEND_NAME)

@@ -42,6 +42,10 @@ tens of millions of slots, whose bookkeeping alone takes seconds and gigabytes."
 MAX_RUNNING_REQUESTS = 64
 """Default number of rows in the request table. SGLang's minimum of 2048 takes 250 MB or more if the context is long."""
 
+MAX_RECURRENT_STATES = 4 * MAX_RUNNING_REQUESTS
+"""Default number of recurrent states of a hybrid model that are kept, for running requests and cached prefixes. SGLang
+would fill half of the machine's memory with them."""
+
 MEMORY_SHARE = 0.8
 """The share of free memory that all ranks of this machine may use for weights and KV, taken together."""
 
@@ -49,6 +53,7 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """The file with the bytes that this container may use, or "max": cgroup v2's. Other systems lack it."""
 
 _CORES = "SGLANG_CPU_OMP_THREADS_BIND"
+_CONVOLUTION_DTYPE = "SGLANG_MAMBA_CONV_DTYPE"
 
 
 @functools.cache
@@ -166,6 +171,9 @@ def is_active() -> bool:
 _before: Any = None
 """The platform that SGLang had chosen before `use`; None if `use` has not changed it."""
 
+_in_fp32 = False
+"""Whether `_CONVOLUTION_DTYPE` was set here, and not by the user."""
+
 
 def use() -> None:
     """Switches this process, and the processes that it starts, to this platform.
@@ -184,12 +192,15 @@ def use() -> None:
 
 def leave() -> None:
     """Undoes `use` for a later engine in this process whose arguments do not ask for the CPU."""
-    global _before
+    global _before, _in_fp32
     if _before is None:
         return
     from sglang.srt import platforms
 
     del os.environ["SGLANG_PLATFORM"]
+    if _in_fp32:
+        os.environ.pop(_CONVOLUTION_DTYPE, None)
+        _in_fp32 = False
     _change(platforms.current_platform, _before)
     _before = None
 
@@ -227,6 +238,7 @@ def default_arguments(cfg: Any) -> dict[str, Any]:
         "mem_fraction_static": (None, round(MEMORY_SHARE / _ranks(cfg), 3)),
         "max_total_tokens": (None, MAX_TOTAL_TOKENS),
         "max_running_requests": (None, MAX_RUNNING_REQUESTS),
+        "max_mamba_cache_size": (None, MAX_RECURRENT_STATES),
     }
     return {field: value for field, (unset, value) in defaults.items() if getattr(cfg, field) == unset}
 
@@ -251,8 +263,9 @@ def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
 def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Resolution hook: uses the platform if the arguments ask for the CPU, and declares `default_arguments`.
 
-    Also binds ranks to cores where SGLang could not.
+    Also binds ranks to cores where SGLang could not, and has states of convolutions kept in the model's dtype.
     """
+    global _in_fp32
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     cfg = resolving_view(server_args)
@@ -270,6 +283,10 @@ def resolve_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     if is_active():
         if defaults := default_arguments(cfg):
             declare_resolution(server_args, f"platform:{PLATFORM_NAME}", **defaults)
+        if cfg.dtype in ("float32", "float") and _CONVOLUTION_DTYPE not in os.environ:
+            # SGLang keeps the last inputs of a convolution in bf16, whatever the model's dtype is.
+            os.environ[_CONVOLUTION_DTYPE] = "float32"  # inherited by the schedulers
+            _in_fp32 = True
         if cfg.device == "cpu" and _CORES not in os.environ:
             from sglang.srt.utils.common import get_cpu_ids_by_node
 
@@ -325,6 +342,15 @@ def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kw
     return out
 
 
+def keeps_states_in_steps(original: Callable[..., bool], view: Any, hf_config: Any) -> bool:
+    """AROUND supports_mamba_cache_extra_buffer: False on our platform.
+
+    SGLang then caches recurrent states where requests and chunks end. The other way, which it prefers elsewhere, caches
+    them every few tokens.
+    """
+    return not is_active() and original(view, hf_config)
+
+
 HOOKS: tuple[Hook, ...] = (
     Hook(
         "torch.Tensor.pin_memory",
@@ -349,5 +375,33 @@ HOOKS: tuple[Hook, ...] = (
         "SGLang's vision attention on a CPU masks all patches by all patches: memory grows with the square of "
         "the video's length, and a long video ends the scheduler.",
         when=("cpu",),
+    ),
+    Hook(
+        "sglang.srt.arg_groups.overrides.supports_mamba_cache_extra_buffer",
+        "around",
+        f"{__name__}:keeps_states_in_steps",
+        "SGLang would choose a way of caching recurrent states whose copies Triton makes.",
+        when=("cpu",),
+    ),
+    *(
+        Hook(
+            f"sglang.kernels.ops.{operator}",
+            "around",
+            f"sglang_mminfer.serving.cpu_delta_net:{function}",
+            "SGLang has this operator of gated delta nets, of gated attention or of a gated expert in Triton, which "
+            "needs an accelerator.",
+            when=("cpu",),
+        )
+        for operator, function in (
+            ("attention.linear.fused_gdn_gating.fused_gdn_gating", "gates"),
+            ("mamba.causal_conv1d_triton.causal_conv1d_fn", "convolve"),
+            ("mamba.causal_conv1d_triton.causal_conv1d_update", "convolve_token"),
+            ("attention.fla.chunk.chunk_gated_delta_rule", "prefill"),
+            ("attention.fla.fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode", "decode"),
+            ("attention.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous", "split_projections"),
+            ("attention.fla.layernorm_gated.layernorm_fn", "gated_norm"),
+            ("elementwise.elementwise.fused_sigmoid_mul", "gate_output"),
+            ("elementwise.elementwise.fused_gate_sigmoid_mul_add", "add_gated"),
+        )
     ),
 )

@@ -57,4 +57,22 @@ def _default_backend_name(server_args: Any, device: str) -> str:
     if str(device).split(":")[0] == "cpu":
         return "torch_native"
     name = get_default_attn_backend(server_args, use_mla_backend(server_args), model_config_of(server_args))
-    return "triton" if name == "fa3" and view.kv_cache_dtype == "fp8_e5m2" else name
+    unfit = (name == "fa3" and view.kv_cache_dtype == "fp8_e5m2") or _is_unfit_for_hybrid(name, view)
+    return "triton" if unfit else name
+
+
+def _is_unfit_for_hybrid(name: str, view: Any) -> bool:
+    """Whether SGLang would take Triton instead, because some layers of the model have a recurrent state.
+
+    One of its ways to cache such states allows pages of one token alone, and on sm_100 it takes trtllm_mha or Triton.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.runtime_context import get_platform
+
+    if mambaish_config(model_config_of(view)) is None:
+        return False
+    strategy = view.mamba_radix_cache_strategy
+    at_ends = strategy == "no_buffer" or (strategy == "auto" and view.linear_attn_backend != "triton")
+    needs_pages_of_one = at_ends and not view.disable_radix_cache
+    return (name in PAGE_SIZES and needs_pages_of_one) or (name != "trtllm_mha" and get_platform().is_sm100)

@@ -38,7 +38,8 @@ class KnownShares:
         by_head = (
             (pattern, share)
             for layer, shares in enumerate(self.of_heads.tolist())
-            for pattern, share in zip(head_config.patterns(layer), shares, strict=True)
+            if (patterns := head_config.patterns(layer))
+            for pattern, share in zip(patterns, shares, strict=True)
         )
         known = [share for pattern, share in by_head if pattern == self.rule and not math.isnan(share)]
         return fmean(known) if known else None

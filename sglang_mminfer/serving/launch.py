@@ -47,18 +47,24 @@ def _is_mla(cfg: Any) -> bool:
     return _model_config(cfg).attention_arch == AttentionArch.MLA
 
 
-def _has_linear_attention(cfg: Any) -> bool:
-    from sglang.srt.configs.hybrid_arch import mambaish_config
+def _has_other_linear_attention(cfg: Any) -> bool:
+    """Whether the model has recurrent layers other than the gated delta nets of Qwen3.5, or no attention at all."""
+    from sglang.srt.configs import Qwen3NextConfig
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
     model = _model_config(cfg)
-    return model.attention_arch == AttentionArch.SSM or mambaish_config(model) is not None
+    if model.attention_arch == AttentionArch.SSM:
+        return True
+    return mambaish_config(model) is not None and not isinstance(hybrid_gdn_config(model), Qwen3NextConfig)
 
 
 def _has_own_sparse_attention(cfg: Any) -> bool:
     from sglang.srt.configs.model_config import is_minimax_sparse
+    from sglang.srt.layers.attention.qsa.config import is_qwen_qsa
 
-    return is_minimax_sparse(_model_config(cfg).hf_config)
+    hf_config = _model_config(cfg).hf_config
+    return is_minimax_sparse(hf_config) or is_qwen_qsa(hf_config)
 
 
 def _full_prefill_graph(cfg: Any) -> bool:
@@ -287,9 +293,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "linear_attention",
-        _has_linear_attention,
-        "this model has linear-attention or state-space layers, whose backends SGLang builds by the name of "
-        "the attention backend; drop --attention-backend mminfer.",
+        _has_other_linear_attention,
+        "this model has linear-attention or state-space layers other than gated delta nets (which Qwen3.5 has), and "
+        "mminfer is not tried beside them; drop --attention-backend mminfer.",
     ),
     Refusal(
         "encoder_decoder",

@@ -104,6 +104,8 @@ class SparsePrefill:
         self.num_layers = runner.model_config.num_hidden_layers
         stage = getattr(runner, "layer_info", None)
         self._layers = (stage.start_layer, stage.end_layer) if stage is not None else (0, self.num_layers)
+        own = range(*self._layers)
+        self._last_layer = max((n for n in head_config.full_layers or own if n in own), default=None)
         self._shapes: set[LayerShape] = set()
         head_dim = runner.model_config.head_dim
         case = self.device, head_dim, BLOCK_K, runner.dtype
@@ -464,7 +466,7 @@ class SparsePrefill:
         if self.observers:
             self.observers.show(lambda: self._view(batch, q, layer, kwargs, o))
         batch.ran = None
-        if layer.layer_id == self._layers[1] - 1:
+        if layer.layer_id == self._last_layer:
             self.end()
 
     def _view(

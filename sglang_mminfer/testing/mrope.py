@@ -1,4 +1,4 @@
-"""m-RoPE positions of Qwen2-VL, Qwen2.5-VL and Qwen3-VL by the rule of the released model code.
+"""m-RoPE positions of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 by the rule of the released model code.
 
 The oracle has its own copy of the rule, because both others differ: in transformers, text after a video continues
 behind the video's rows and columns even if its time went further; SGLang takes the seconds that it is told.
@@ -15,6 +15,9 @@ import torch
 Grid = tuple[int, int, int]
 """Steps in time, rows and columns of a medium, in patches."""
 
+STEPS_APART = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+"""Model types for which each step of a video is a picture of its own, behind its time in words."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -25,7 +28,7 @@ class Rule:
         merge: patches along one side of a token.
         tokens_per_second: how many positions a second of video takes. None for models that count time in steps
             (Qwen2-VL) and for models with `steps_apart`.
-        steps_apart: whether each step of a video is a picture of its own, behind its time in words (Qwen3-VL).
+        steps_apart: whether each step of a video is a picture of its own, behind its time in words (`STEPS_APART`).
     """
 
     image: int
@@ -39,17 +42,17 @@ class Rule:
         """The rule of a model, from its transformers config.
 
         Raises:
-            ValueError: the model type is not one of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+            ValueError: the model type is not one of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5.
         """
         kind = config.model_type
-        if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
-            raise ValueError(f"m-RoPE: expected qwen2_vl, qwen2_5_vl, qwen3_vl or qwen3_vl_moe, got {kind!r}")
+        if kind not in ("qwen2_vl", "qwen2_5_vl") and kind not in STEPS_APART:
+            raise ValueError(f"m-RoPE: expected qwen2_vl, qwen2_5_vl, {', '.join(STEPS_APART)}, got {kind!r}")
         return cls(
             image=config.image_token_id,
             video=config.video_token_id,
             merge=config.vision_config.spatial_merge_size,
             tokens_per_second=config.vision_config.tokens_per_second if kind == "qwen2_5_vl" else None,
-            steps_apart=kind.startswith("qwen3"),
+            steps_apart=kind in STEPS_APART,
         )
 
 

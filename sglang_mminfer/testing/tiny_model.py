@@ -490,7 +490,7 @@ def draw_weights(model: Any, seed: int, spoken: torch.Tensor) -> None:
             spread = 1.0
             if re.search(r"\b(q|k)_proj\.weight$", name):
                 spread = math.sqrt(ATTENTION_SPREAD)
-            elif name.endswith("qkv.weight"):  # q, k and v of the vision tower, stacked
+            elif name.endswith(".qkv.weight"):  # q, k and v of the vision tower, stacked
                 rows = torch.full((3, weight.shape[0] // 3), math.sqrt(VISION_SPREAD))
                 rows[2] = 1.0
                 weight.copy_(noise * rows.reshape(-1, 1) / math.sqrt(fan_in))

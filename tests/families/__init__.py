@@ -50,6 +50,8 @@ class Family:
             for one of this package.
         images, video, several_videos: what a turn may hold.
         cached_turns: whether a turn finds the turns before it in the radix cache.
+        recurrent: whether layers have a recurrent state, so that a prefix is found only up to where a request or a
+            chunk ended.
         lone_image: whether an image that is the only one of a prompt is laid out otherwise than one of several, so
             that a second image ends the cached prefix at the first.
         chunked_prefill: whether a prompt is prefilled in chunks.
@@ -76,6 +78,7 @@ class Family:
     video: bool = True
     several_videos: bool = True
     cached_turns: bool = True
+    recurrent: bool = False
     lone_image: bool = False
     chunked_prefill: bool = True
     tensor_parallel: bool = True

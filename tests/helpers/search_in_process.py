@@ -18,6 +18,7 @@ from support import VIDEO, conversation
 
 CHAT = conversation(200, (48, 6, 6), 150, (30, 6, 6), 90)
 HEADS, KV_HEADS, D = 16, 4, 64
+MODEL = ModelFingerprint("Made", 1, HEADS, KV_HEADS, D, HEADS * D, 1e4)
 BASIS = "made.basis.npz"
 CANDIDATES = (
     Dense(),
@@ -43,18 +44,17 @@ def view(tokens: int) -> LayerView:
 
 def run(folder: Path, tokens: int, limit: int) -> dict:
     """What a phases job and then a measure job left of the layer."""
-    configs = [(str(n), jobs.as_config(str(n), [[head] * HEADS])) for n, head in enumerate(CANDIDATES)]
+    configs = [(str(n), jobs.as_config(str(n), [[head] * HEADS], MODEL)) for n, head in enumerate(CANDIDATES)]
     observer, shown, found = SearchObserver(folder, 0), view(tokens), {}
     for job in (jobs.Job("phases", "phases"), jobs.Job("measure", "measure", configs)):
         job.max_memory = limit
         job.basis = BASIS if (folder / BASIS).exists() else None  # not where the first job was refused
         jobs.write(folder, job)
         observer.layer(shown)
-        found |= jobs.load(folder, job.result, 1)[0][0]
+        found |= jobs.load(folder, job.result, [0])[0][0]
         if job.stage == "phases" and jobs.REFUSED not in found:
             moments = [torch.from_numpy(jobs.load_array(folder, job.result, 0, name))[None] for name in ("q", "k")]
-            model = ModelFingerprint("Made", 1, HEADS, KV_HEADS, D, HEADS * D, 1e4)
-            ModelBasis.of_moments(model, Provenance("handwritten", "of a test"), *moments, 8).save(folder / BASIS)
+            ModelBasis.of_moments(MODEL, Provenance("handwritten", "of a test"), *moments, 8).save(folder / BASIS)
     return found
 
 

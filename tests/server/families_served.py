@@ -150,6 +150,14 @@ class Running:
         assert result.prompt_equal and result.tokens_equal and result.max_difference < ROUNDING, str(result)
         assert result.compared_positions == len(expected.token_ids)
 
+    def hold_cached(self, cached: list[int], lengths: list[int]) -> None:
+        """Asserts how much of each turn's prompt was found by a client that asks what another has asked before."""
+        if self.family.recurrent:
+            for found, known, length in zip(cached, [0, *lengths], lengths):
+                assert known <= found < length
+        elif self.family.cached_turns:
+            assert cached == [length - 1 for length in lengths]
+
     def rasters(self, rid: str) -> list[str]:
         """The modalities of the segments that have a raster."""
         (found,) = (

@@ -158,7 +158,7 @@ def table(q: torch.Tensor, k: torch.Tensor, model: ModelFingerprint) -> str:
     ranks = [rank for rank in SHOWN if rank <= model.head_dim]
     lines = ["layer  " + "".join(f"  rank {rank:<2d} mean  least" for rank in ranks)]
     by_layer = []
-    for number in range(model.layers):
+    for number in model.attention_layers:
         if not q[number].any():
             lines.append(f"{number:5d}    not shown: its attention is no plain one")
             continue

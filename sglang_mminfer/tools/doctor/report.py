@@ -474,7 +474,10 @@ def examine_model(model_path: str | None, config_name: str | None, trust_remote_
     described = head_config.describe(basis_choice.without_basis(server_args))
     yield Finding("model", "head config", "ok", f"{described}  [{choice.source}]")
     fits = "made for this model" if head_config.model else "for any model"
-    yield Finding("model", "fingerprint", "ok", f"{fits}; {model.num_hidden_layers} layers")
+    layers = f"{model.num_hidden_layers} layers"
+    if head_config.full_layers is not None:
+        layers += f", of which {len(head_config.full_layers)} have attention"
+    yield Finding("model", "fingerprint", "ok", f"{fits}; {layers}")
     dense = dense_backend.dense_backend_name(server_args, view.device)
     yield Finding("model", "dense backend", "ok", f"{dense}, on {view.device} in {model.dtype}")
 

@@ -336,9 +336,11 @@ def chunks_of(items: list[Any], chunk: int | None) -> int:
 
 
 def _kv_cache(tokens: int, model: Any, view: Any) -> Finding:
+    from sglang_mminfer.head_config import fingerprint_of
+
     element = {"fp8": 1, "bf1": 2, "bfl": 2}.get(str(view.kv_cache_dtype)[:3], model.dtype.itemsize)
     heads = model.get_total_num_kv_heads() * (model.head_dim + model.v_head_dim)
-    size = tokens * model.num_hidden_layers * heads * element
+    size = tokens * len(fingerprint_of(model.hf_config).attention_layers) * heads * element
     shown = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / MB:.1f} MB"
     return Finding(SECTION, "KV cache", "ok", f"{shown} for this prompt, over all ranks ({view.kv_cache_dtype})")
 

@@ -112,8 +112,10 @@ def from_model(options: SimpleNamespace) -> Path:
     heads = options.heads or default_heads(patterns)
     for layer, head in heads:
         if not (0 <= layer < len(patterns) and 0 <= head < len(patterns[layer])):
-            shape = f"{len(patterns)} layers of {len(patterns[0])} heads"
-            raise InspectError(f"--heads {layer}:{head}: the model has {shape}, counted from 0")
+            shape = f"{len(patterns)} layers of {config.num_heads} heads, counted from 0"
+            if config.full_layers is not None:
+                shape += f"; those with attention are {', '.join(map(str, config.full_layers))}"
+            raise InspectError(f"--heads {layer}:{head}: the model has {shape}")
     with tempfile.TemporaryDirectory(prefix="mminfer-inspect-") as name:
         folder = Path(name)
         (folder / REQUEST).write_bytes(msgspec.json.encode(Request(RID, list(heads), rows=options.rows)))

@@ -89,7 +89,7 @@ def _search(options: SimpleNamespace, console: Console) -> SearchResult:
     with console.status("") as status:
         try:
             return search(
-                Prober(server, work, model.layers, status.update, options.max_memory),
+                Prober(server, work, model, status.update, options.max_memory),
                 model,
                 calibrations,
                 held_out_calibration,

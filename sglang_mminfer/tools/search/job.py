@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
+from sglang_mminfer.head_config import Defaults, HeadConfig, ModelFingerprint, Provenance
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 from sglang_mminfer.patterns.boundary import HeadPattern
 
@@ -79,10 +79,10 @@ def save(path: Path, result: dict[str, Any], arrays: dict[str, Any] | None = Non
     fresh.replace(path)
 
 
-def load(folder: Path, result: str, layers: int) -> list[list[dict[str, Any]]]:
-    """[layers][ranks] results; a layer without results has no ranks."""
+def load(folder: Path, result: str, layers: Sequence[int]) -> list[list[dict[str, Any]]]:
+    """[layers][ranks] results of the layers with these numbers; a layer without results has no ranks."""
     rows = []
-    for layer in range(layers):
+    for layer in layers:
         paths = sorted((folder / result).glob(f"layer-{layer:03d}-rank-*.json"))
         rows.append([json.loads(path.read_text()) for path in paths])
     return rows
@@ -107,10 +107,10 @@ def refused(folder: Path, result: str, results: list[list[dict[str, Any]]]) -> s
     return reasons[0] if reasons else None
 
 
-def as_config(name: str, heads: Sequence[Sequence[HeadPattern]], dense_below: int = 0) -> str:
-    """Patterns [layers][heads] as the JSON text of a head config."""
+def as_config(name: str, heads: Sequence[Sequence[HeadPattern]], model: ModelFingerprint, dense_below: int = 0) -> str:
+    """Patterns [layers with attention][heads] as the JSON text of a head config."""
     note = Provenance("handwritten", f"A candidate of a search: {name}.")
-    rows = tuple(map(tuple, heads))
+    rows = model.in_all_layers(heads)
     return HeadConfig(name, note, "layers", rows, defaults=Defaults(dense_below)).to_json()
 
 

@@ -130,10 +130,16 @@ class Scores:
 
 
 class Prober:
-    """Asks a server in search mode. The first question starts the server; results in the folder are not asked for."""
+    """Asks a server in search mode. The first question starts the server; results in the folder are not asked for.
 
-    def __init__(self, server: Server, folder: Path, layers: int, say: Say, max_memory: int | None = None) -> None:
-        self.server, self.folder, self.layers, self.say = server, folder, layers, say
+    Whatever it gives by layer has those with attention only, in their order.
+    """
+
+    def __init__(
+        self, server: Server, folder: Path, model: ModelFingerprint, say: Say, max_memory: int | None = None
+    ) -> None:
+        self.server, self.folder, self.say = server, folder, say
+        self.layers = model.attention_layers
         self.max_memory = max_memory
 
     def _started(self) -> Server:
@@ -154,13 +160,15 @@ class Prober:
         results = jobs.load(self.folder, job.result, self.layers)
         if not all(results):
             server = self._started()
-            self.say(f"{calibration.name}: {job.stage} ({max(len(job.candidates), 1)} to do in {self.layers} layers)")
+            self.say(
+                f"{calibration.name}: {job.stage} ({max(len(job.candidates), 1)} to do in {len(self.layers)} layers)"
+            )
             jobs.write(self.folder, job)
             self._prefill(server, calibration)
             results = jobs.load(self.folder, job.result, self.layers)
             if reason := jobs.refused(self.folder, job.result, results):
                 raise SearchError(f"{calibration.name}: {reason}")
-        if missing := [layer for layer, ranks in enumerate(results) if not ranks]:
+        if missing := [layer for layer, ranks in zip(self.layers, results) if not ranks]:
             raise SearchError(
                 f"{calibration.name}: nothing was measured in layers {missing[:8]}: expected a prompt with an image or "
                 f"a video of known geometry, computed in one piece; the server's log is {self.server.log_path}"
@@ -207,15 +215,17 @@ class Prober:
         q_moments, k_moments = (self._moments(calibrations, name) for name in ("q", "k"))
         # Where there are more ranks than KV heads, several ranks hold the same one.
         k_moments = k_moments[:, :: k_moments.shape[1] // model.kv_heads]
+        shares = self._moments(calibrations, "shares").float()
+        q_moments, k_moments, shares = (_in_all_layers(part, model) for part in (q_moments, k_moments, shares))
         basis = ModelBasis.of_moments(model, note, q_moments, k_moments, max(_ranks(model)))
-        return basis.with_shares(self._moments(calibrations, "shares").float(), default_rule())
+        return basis.with_shares(shares, default_rule())
 
     def _moments(self, calibrations: Sequence[Calibration], name: str) -> torch.Tensor:
         """float64 [layers, heads, D, D], or [layers, heads] for the shares: the means over the prompts."""
         for calibration in calibrations:
             self._first_look(calibration)
         layers = []
-        for layer in range(self.layers):
+        for layer in self.layers:
             of_prompts = [jobs.load_array(self.folder, self._first_result(c), layer, name) for c in calibrations]
             layers.append(np.mean(of_prompts, axis=0, dtype=np.float64))
         return torch.from_numpy(np.stack(layers))
@@ -248,6 +258,13 @@ class Prober:
         ms = np.array([np.max([rank["ms"] for rank in ranks], axis=0) for ranks in results]).T
         names, causal = [name for name, _ in configs], np.array(results[0][0]["causal"])
         return Scores(names, table("error"), table("visited"), table("visits"), causal, ms)
+
+
+def _in_all_layers(of_attention: torch.Tensor, model: ModelFingerprint) -> torch.Tensor:
+    """[layers, ...], with 0 for layers without attention, from [layers with attention, ...]."""
+    whole = of_attention.new_zeros(model.layers, *of_attention.shape[1:])
+    whole[list(model.attention_layers)] = of_attention
+    return whole
 
 
 def read_times(path: Path) -> TileTimes:
@@ -399,9 +416,9 @@ def search(
     basis = prober.basis(calibrations, model, basis_note)
     phases = merged_phases([phases for _, phases in first_looks])
     named_candidates = list(candidates(longest, phases, _ranks(model)))
-    texts = [(label, jobs.as_config(label, heads)) for label, heads in named_candidates]
+    texts = [(label, jobs.as_config(label, heads, model)) for label, heads in named_candidates]
     patterns = [heads for _, heads in named_candidates]
-    default = ("default", _default(len(patterns[0]), len(patterns[0][0])))
+    default = ("default", _default(model))
     with_default = joined([prober.scores(calibration, [*texts, default], basis) for calibration in calibrations])
     scores = with_default.first(len(named_candidates))
     tile_us = times or prober.tile_times(calibrations)
@@ -435,18 +452,17 @@ def search(
             "tile_us": msgspec.to_builtins(tile_us),
         },
     )
-    rows = tuple(map(tuple, chosen.heads))
-    config = HeadConfig(name, note, "layers", rows, model, Defaults(dense_below))
+    config = HeadConfig(name, note, "layers", model.in_all_layers(chosen.heads), model, Defaults(dense_below))
     if config.basis_rank:
         config = replace(config, basis=basis)
     finalists: list[tuple[str, list[list[HeadPattern]]]] = [
         ("searched", chosen.heads),
         ("equal budget for each head", equal.heads),
         *_as_dense_as(table, {"equal budget": equal.density, "default": with_default.density(len(named_candidates))}),
-        *baselines(len(rows), len(rows[0]), 1024 if longest.length > 4096 else 256),
-        (DENSE, [[Dense()] * len(rows[0])] * len(rows)),
+        *baselines(len(chosen.heads), model.heads, 1024 if longest.length > 4096 else 256),
+        (DENSE, [[Dense()] * model.heads] * len(chosen.heads)),
     ]
-    texts = [*((label, jobs.as_config(label, heads)) for label, heads in finalists), default]
+    texts = [*((label, jobs.as_config(label, heads, model)) for label, heads in finalists), default]
     on_calibration = joined([prober.scores(calibration, texts, basis) for calibration in calibrations])
     on_held_out = prober.scores(held_out, texts, basis) if held_out is not None else None
     return SearchResult(config, chosen, equal, frontier(table), unseen, tile_us, by_time, on_calibration, on_held_out)
@@ -466,8 +482,7 @@ def _as_dense_as(table: Table, densities: dict[str, float]) -> list[tuple[str, l
     return finalists
 
 
-def _default(layers: int, heads: int) -> str:
+def _default(model: ModelFingerprint) -> str:
     default = HeadConfig.load("default")
-    return jobs.as_config(
-        "default", [default.patterns(layer, heads) for layer in range(layers)], default.defaults.dense_below
-    )
+    heads = [default.patterns(layer, model.heads) for layer in model.attention_layers]
+    return jobs.as_config("default", heads, model, default.defaults.dense_below)

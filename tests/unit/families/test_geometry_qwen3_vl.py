@@ -1,4 +1,5 @@
-"""Qwen3-VL: SGLang's own processing of real files, and the map cell by cell against token ids and M-RoPE positions."""
+"""Qwen3-VL, and Qwen3.5, which lays media out alike: SGLang's own processing of real files, and the map cell by cell
+against token ids and M-RoPE positions."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.managers.schedule_batch import Modality as SglModality
 from sglang.srt.managers.schedule_batch import MultimodalDataItem
-from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
-from families import qwen3_vl
+from families import qwen3_5, qwen3_vl
 from processing import Processing, cells_of
 from sglang_mminfer.families.grid_thw import FrameSpanReader, GridReader
 from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
@@ -26,9 +27,9 @@ SMALL = {"video": {"min_pixels": 64 * 64, "max_pixels": 128 * 128}}
 BETWEEN = re.compile(r"<\|vision_end\|><\d+\.\d seconds><\|vision_start\|>")
 
 
-@pytest.fixture(scope="module")
-def processing(tmp_path_factory):
-    path = qwen3_vl.make(tmp_path_factory.mktemp("qwen3_vl") / "model")
+@pytest.fixture(scope="module", params=[qwen3_vl.make, qwen3_5.make], ids=["qwen3_vl", "qwen3_5"])
+def processing(request, tmp_path_factory):
+    path = request.param(tmp_path_factory.mktemp("qwen3") / "model")
     return Processing(path, "qwen_vl", mm_process_config=SMALL)
 
 
@@ -121,3 +122,4 @@ def test_what_is_wrong_is_named(offsets, rows, reason, words):
 def test_families_of_real_configs():
     assert reader_of(Qwen3VLConfig()) == reader_of(Qwen3VLMoeConfig()) == FrameSpanReader() != GridReader()
     assert reader_of(Qwen3VLConfig(vision_config={"spatial_merge_size": 3})) == FrameSpanReader(3)
+    assert reader_of(Qwen3_5Config()) == reader_of(Qwen3_5MoeConfig()) == FrameSpanReader()

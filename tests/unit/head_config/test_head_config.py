@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2_5_VLConfig, Qwen2Config, Qwen2VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2Config, Qwen2VLConfig, Qwen3_5Config
 
 import config_files
 from config_files import config_file
@@ -501,3 +501,85 @@ def test_a_config_made_in_code_is_checked_too():
         HeadConfig("x", BY_HAND, "cycle", ((Dense(),), (Dense(),)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         HeadConfig.load("dense").name = "other"
+
+
+# Models in which some layers have a recurrent state instead of attention
+
+
+def hybrid():
+    """4 layers, of which 1 and 3 have attention."""
+    text = {
+        "num_hidden_layers": 4,
+        "full_attention_interval": 2,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_size": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [2, 1, 1]},
+    }
+    return Qwen3_5Config(text_config=text, architectures=["Qwen3_5ForConditionalGeneration"])
+
+
+HYBRID = ModelFingerprint("Qwen3_5ForConditionalGeneration", 4, 4, 2, 32, 64, 1e7, (1, 3))
+
+
+def test_the_layers_that_have_attention_belong_to_the_fingerprint():
+    from sglang.srt.configs.qwen3_5 import Qwen3_5Config as SGLangConfig
+
+    of_sglang = SGLangConfig(**hybrid().to_dict())
+    assert fingerprint_of(hybrid()) == fingerprint_of(of_sglang) == HYBRID
+    assert list(HYBRID.attention_layers) == [1, 3] and list(ModelFingerprint(**TINY).attention_layers) == [0, 1]
+    assert HYBRID.in_all_layers([["a", "b"], ["c"]]) == ((), ("a", "b"), (), ("c",))
+    with pytest.raises(ValueError, match="zip"):
+        HYBRID.in_all_layers([["a"]])
+    for wrong in ((), (1, 1), (3, 1), (-1,), (4,)):
+        with pytest.raises(ValueError, match=r"full_layers: expected ascending layers of 0 \.\. 3"):
+            ModelFingerprint(**TINY | {"layers": 4}, full_layers=wrong)
+
+
+@pytest.mark.parametrize(
+    "heads", [{"all": A}, {"cycle": [A]}, [[], [A] * 4, [], [A] * 4]], ids=["all", "cycle", "layers"]
+)
+def test_layers_without_attention_have_no_heads(heads):
+    bound = HeadConfig.from_json(json.dumps(document(heads=heads))).bind(hybrid())
+    assert bound.layers == [[], [AShape(4, 8)] * 4, [], [AShape(4, 8)] * 4]
+    assert bound.is_dense(0) and not bound.is_dense(1) and not bound.all_dense
+    denser = bound.with_dense([(3, 2)])
+    assert denser.layers == [[], bound.patterns(1), [], [AShape(4, 8), AShape(4, 8), Dense(), AShape(4, 8)]]
+    again = HeadConfig.from_json(denser.to_json()).bind(hybrid())
+    assert again.layers == denser.layers
+
+
+def test_a_config_for_a_hybrid_model_names_its_layers(tmp_path):
+    rows = ((), (AShape(4, 8),) * 4, (), (Dense(),) * 4)
+    config = HeadConfig("x", BY_HAND, "layers", rows, HYBRID)
+    config.save(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["model"]["full_layers"] == [1, 3]
+    again = HeadConfig.load(tmp_path / "x.json")
+    assert (again.rows, again.model) == (rows, HYBRID)
+    assert again.bind(hybrid()).layers == list(map(list, rows))
+    assert "2 x 4 heads" in again.describe()
+    with pytest.raises(HeadConfigError, match=r"full_layers \(config \(1, 3\), model None\)"):
+        again.check_model(tiny_model(num_hidden_layers=4))
+    assert "full_layers" not in HeadConfig("x", BY_HAND, "all", ((Dense(),),), ModelFingerprint(**TINY)).to_json()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([[A] * 4] * 4, r"heads\[0\]: expected 0 heads as in the model, where this layer has no attention, got 4"),
+        ([[], [], [], [A] * 4], r"heads\[1\]: expected 4 heads as in the model, got 0"),
+        ([[], [A] * 3, [], [A] * 4], r"heads\[3\]: expected 3 heads as in heads\[1\], got 4"),
+        ([[A] * 4] * 2, r"heads: expected 4 layers as in the model, got 2"),
+        ([[], [], [], []], "expected at least one head, got none"),
+    ],
+)
+def test_rows_that_do_not_fit_a_hybrid_model(rows, words):
+    with pytest.raises(HeadConfigError, match=words):
+        HeadConfig.from_json(json.dumps(document(heads=rows))).bind(hybrid())
+
+
+def test_an_empty_layer_is_wrong_where_all_have_attention():
+    with pytest.raises(HeadConfigError, match=r"heads\[1\]: expected 4 heads as in the model, got 0"):
+        HeadConfig.from_json(json.dumps(document(heads=[[A] * 4, []]))).bind(tiny_model())

@@ -57,6 +57,7 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
     (f"{BATCH}.ForwardBatch.init_new", ("batch", "model_runner")),
     ("sglang.srt.managers.cache_controller.storage_model_name", ("model_name", "host_pool")),
     ("sglang.srt.runtime_context.get_parallel", ()),
+    ("sglang.srt.runtime_context.get_platform", ()),
     (
         f"{ARGS}.model_override_base.get_default_attn_backend",
         ("server_args", "use_mla_backend", "model_config"),
@@ -69,6 +70,9 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
     (f"{ARGS}.overrides.record_of", ("view",)),
     (f"{ARGS}.resolution_hooks.register_resolution_hook", ("name",)),
     ("sglang.srt.configs.hybrid_arch.mambaish_config", ("model_config",)),
+    ("sglang.srt.configs.hybrid_arch.hybrid_gdn_config", ("model_config",)),
+    (f"{ATTENTION}.attention_registry.attn_backend_wrapper", ("runner", "full_attn_backend")),
+    (f"{ATTENTION}.qsa.config.is_qwen_qsa", ("config",)),
     ("sglang.srt.configs.model_config.is_minimax_sparse", ("config",)),
     ("sglang.srt.managers.mm_utils.get_new_expanded_mm_items", ("original_mm_items",)),
     (
@@ -150,6 +154,40 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
     ("sglang.srt.runtime_context.get_model", ()),
 ]
 
+OPERATORS = "sglang.kernels.ops"
+CALLABLES += [
+    # what serving/cpu_delta_net.py does in their place
+    (f"{OPERATORS}.{operator}", parameters)
+    for operator, parameters in {
+        "attention.linear.fused_gdn_gating.fused_gdn_gating": ("A_log", "a", "b", "dt_bias", "beta", "threshold"),
+        "mamba.causal_conv1d_triton.causal_conv1d_fn": (
+            *("x", "weight", "bias", "conv_states", "query_start_loc", "seq_lens_cpu", "cache_indices"),
+            *("has_initial_state", "activation"),
+        ),
+        "mamba.causal_conv1d_triton.causal_conv1d_update": (
+            *("x", "conv_state", "weight", "bias", "activation", "cache_seqlens", "conv_state_indices"),
+        ),
+        "attention.fla.chunk.chunk_gated_delta_rule": (
+            *("q", "k", "v", "g", "beta", "scale", "initial_state", "initial_state_indices", "cu_seqlens"),
+            *("head_first", "use_qk_l2norm_in_kernel", "inplace_update"),
+        ),
+        "attention.fla.fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode": (
+            *("mixed_qkv", "a", "b", "A_log", "dt_bias", "scale", "initial_state", "out", "ssm_state_indices"),
+            "use_qk_l2norm_in_kernel",
+        ),
+        "attention.triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous": (
+            *("mixed_qkvz", "mixed_ba", "num_heads_qk", "num_heads_v", "head_qk", "head_v"),
+        ),
+        "attention.fla.layernorm_gated.layernorm_fn": (
+            *("x", "weight", "bias", "z", "eps", "group_size", "norm_before_gate", "is_rms_norm", "activation"),
+        ),
+        "elementwise.elementwise.fused_sigmoid_mul": ("attn_output", "gate", "inplace", "quant"),
+        "elementwise.elementwise.fused_gate_sigmoid_mul_add": (
+            *("hidden_states", "gate_weight", "shared_output", "final_hidden_states"),
+        ),
+    }.items()
+]
+
 PLATFORM = "sglang.srt.platforms.interface.SRTPlatform"
 CALLABLES += [
     (f"{PLATFORM}.{method}", parameters)
@@ -177,6 +215,8 @@ ATTRIBUTES: list[tuple[str, type]] = [
     ("sglang.srt.utils.video_decoder._BACKEND", str),
     ("sglang.srt.managers.multimodal_processor.PROCESSOR_MAPPING", dict),
     ("sglang.srt.models.registry.ModelRegistry.models", dict),
+    ("sglang.srt.configs.Qwen3NextConfig", type),
+    ("sglang.srt.environ.envs.SGLANG_MAMBA_CONV_DTYPE", object),
     ("sglang.srt.platforms.cpu.CpuDeviceMixin", type),
     ("sglang.srt.platforms.interface.PlatformCapabilities", type),
 ]
@@ -226,6 +266,7 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
             "dcp_size",
             "device",
             "disable_cuda_graph",
+            "disable_radix_cache",
             "disaggregation_mode",
             "dllm_algorithm",
             "dp_size",
@@ -244,7 +285,10 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
             "json_model_override_args",
             "kv_cache_dtype",
             "language_only",
+            "linear_attn_backend",
             "load_format",
+            "mamba_radix_cache_strategy",
+            "max_mamba_cache_size",
             "max_running_requests",
             "max_total_tokens",
             "mem_fraction_static",

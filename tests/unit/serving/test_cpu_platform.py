@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
+from families import qwen3_5
 from sglang_mminfer.serving import cpu_platform
 
 load_plugins()
@@ -155,6 +157,41 @@ def test_defaults_a_cpu_needs(model: str, backend: str | None) -> None:
 
 
 @on_cpu
+@pytest.mark.parametrize("dtype, kept", [("auto", "float32"), ("bfloat16", None)])
+def test_what_a_hybrid_model_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, kept: str | None
+) -> None:
+    """Recurrent states are cached without Triton, few of them, and as exact as the model."""
+    monkeypatch.delenv("SGLANG_MAMBA_CONV_DTYPE", raising=False)
+    ids = {"<|endoftext|>": 0, "<|im_end|>": 1, "<|image_pad|>": 2, "<|video_pad|>": 3}
+    config = qwen3_5.make_config(ids | {"<|vision_start|>": 4, "<|vision_end|>": 5}, 64, moe=False)
+    config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    view = resolved(str(tmp_path), attention_backend="mminfer", device="cpu", dtype=dtype)
+    assert (view.prefill_attention_backend or view.attention_backend) == "mminfer"
+    assert (view.uses_mamba_radix_cache, view.mamba_radix_cache_strategy) == (True, "no_buffer")
+    assert view.disable_overlap_schedule and not view.disable_radix_cache
+    assert view.max_mamba_cache_size == cpu_platform.MAX_RECURRENT_STATES
+    assert os.environ.get("SGLANG_MAMBA_CONV_DTYPE") == kept
+
+
+@on_cpu
+def test_the_operators_of_delta_nets_are_in_their_places() -> None:
+    """In the modules that import them by name, too."""
+    from sglang.srt.layers.attention.linear import gdn_backend
+    from sglang.srt.layers.attention.linear.kernels import gdn_triton
+    from sglang.srt.models import qwen3_5 as model
+
+    a, b = torch.randn(2, 3, 4)
+    g, beta = gdn_backend.fused_gdn_gating(torch.zeros(4), a, b, torch.zeros(4))
+    assert torch.allclose(beta[0], b.sigmoid()) and torch.allclose(g[0], -torch.nn.functional.softplus(a))
+    out = model.fused_sigmoid_mul(a.clone(), b)
+    assert torch.allclose(out, a * b.sigmoid())
+    names = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_packed_decode")
+    assert all(getattr(gdn_triton, name).__wrapped__ for name in names)
+
+
+@on_cpu
 def test_dtype_is_settled_before_the_model_config_is_read(model: str) -> None:
     from sglang.srt.arg_groups.overrides import model_config_of
 
@@ -176,6 +213,7 @@ def test_the_user_has_the_last_word(model: str) -> None:
         "mm_attention_backend": "triton_attn",
         "max_total_tokens": 1000,
         "max_running_requests": 3,
+        "max_mamba_cache_size": 9,
         "mem_fraction_static": 0.3,
         "attention_backend": "torch_native",
     }

@@ -68,11 +68,39 @@ MODELS: dict[str, dict[str, Any]] = {
     }
     | TEXT,
     "linear_attention": {
-        "architectures": ["Qwen3NextForCausalLM"],
-        "model_type": "qwen3_next",
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
         "head_dim": 16,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_ssm": 128,
     }
     | TEXT,
+    "delta_nets": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": TEXT
+        | {
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 4,
+            "full_attention_interval": 4,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e7,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [1, 1, 0],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen3_5",
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+    },
     "encoder_decoder": {
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
@@ -85,6 +113,15 @@ MODELS: dict[str, dict[str, Any]] = {
     }
     | TEXT,
 }
+
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 1024,
+    "indexer_compress_ratio": 2,
+}
+MODELS["delta_nets_and_indexer"] = MODELS["delta_nets"] | {"text_config": MODELS["delta_nets"]["text_config"] | INDEXER}
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +455,69 @@ def test_blackwell_keeps_its_dense_backend(
     assert ("the page size is" in caplog.text) == (page_size is None and expected is not None)
 
 
+@pytest.mark.parametrize(
+    "fields, page_size, dense",
+    [
+        ({}, 64, "trtllm_mha"),  # SGLang caches states in the other way then
+        ({"mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": True}, None, "triton"),
+        ({"linear_attn_backend": "cutedsl"}, None, "triton"),
+        ({"mamba_radix_cache_strategy": "no_buffer", "disable_radix_cache": True}, 64, "trtllm_mha"),
+    ],
+    ids=str,
+)
+def test_pages_of_a_hybrid_model_on_blackwell(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], page_size: int | None, dense: str
+) -> None:
+    """The way of caching recurrent states that takes pages of one token only is not given larger ones."""
+    from sglang.srt.arg_groups import model_override_base
+
+    monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *args: "trtllm_mha")
+    server_args = arguments(models, "delta_nets", device="cuda", **fields)
+    launch.check_launch(server_args, lambda server_args: None)
+    assert resolving_view(server_args).page_size == page_size
+    assert dense_backend.dense_backend_name(server_args, "cuda") == dense
+
+
+@pytest.mark.parametrize(
+    "is_sm100, default, dense",
+    [(True, "trtllm_mha", "trtllm_mha"), (True, "flashinfer", "triton"), (False, "fa3", "fa3")],
+)
+def test_the_dense_backend_of_a_hybrid_model_is_sglangs(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, is_sm100: bool, default: str, dense: str
+) -> None:
+    from sglang.srt import runtime_context
+    from sglang.srt.arg_groups import model_override_base
+
+    monkeypatch.setattr(model_override_base, "get_default_attn_backend", lambda *args: default)
+    monkeypatch.setattr(runtime_context, "get_platform", lambda: SimpleNamespace(is_sm100=is_sm100))
+    server_args = arguments(models, "delta_nets", device="cuda", page_size=64)
+    assert dense_backend.dense_backend_name(server_args, "cuda") == dense
+    assert dense_backend.dense_backend_name(arguments(models, device="cuda", page_size=64), "cuda") == default
+
+
+def test_sglang_sees_the_dense_backends_name_beside_delta_nets(models: dict[str, str]) -> None:
+    server_args = arguments(models, "delta_nets", device="cpu")
+    runner = SimpleNamespace(
+        server_args=server_args,
+        device="cpu",
+        prefill_attention_backend_str="mminfer",
+        decode_attention_backend_str="triton",
+    )
+    seen = []
+
+    def names(runner: Any, full: Any) -> Any:
+        seen.append((runner.prefill_attention_backend_str, runner.decode_attention_backend_str))
+        if full is None:
+            raise AssertionError
+        return full
+
+    assert backend_entry.wrap(names, runner, "backend") == "backend"
+    with pytest.raises(AssertionError):
+        backend_entry.wrap(names, runner, None)
+    assert seen == [("torch_native", "triton")] * 2
+    assert (runner.prefill_attention_backend_str, runner.decode_attention_backend_str) == ("mminfer", "triton")
+
+
 def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str]) -> None:
     from sglang.srt.managers import cache_controller
 
@@ -573,6 +673,7 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
         {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"}, "tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
     ),
     ("media_root_passed_by", {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/", "SGLANG_RUST_SERVER": "1"}}),
+    ("own_sparse_attention", {"model": "delta_nets_and_indexer"}),
     ("unified_memory", {"enable_page_major_kv_layout": True}),
     ("block_scaled_kv", {"kv_cache_dtype": "mxfp8"}),
     ("prefill_context_parallel", {"enable_prefill_cp": True}),
@@ -609,6 +710,7 @@ ACCEPTED: list[dict[str, Any]] = [
     },
     {"is_embedding": True},
     {"model": "text"},
+    {"model": "delta_nets"},
 ]
 
 

@@ -4,6 +4,7 @@ that choose too many."""
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from sglang_mminfer import Adaptive, HeadConfig, settings
 from sglang_mminfer.head_config import ModelBasis, ModelFingerprint, Provenance
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.serving.known_shares import KnownShares
-from sglang_mminfer.serving.served_heads import Placement, ServedHeads
+from sglang_mminfer.serving.served_heads import LayerShape, Placement, ServedHeads
 from support import conversation
 
 LAYERS, HEADS, DIM = 2, 4, 128
@@ -95,3 +96,15 @@ def test_shares_say_nothing_of_other_patterns() -> None:
 def test_with_sparse_always_shares_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.SPARSE.variable, "always")
     assert why_dense(served(with_shares(CONFIG, [[0.95] * HEADS] * LAYERS))) is None
+
+
+def test_layers_without_attention_count_nowhere() -> None:
+    """A model of twice the layers, every second of which has attention."""
+    config = dataclasses.replace(CONFIG, num_layers=2 * LAYERS, full_layers=tuple(range(1, 2 * LAYERS, 2)))
+    shares = torch.tensor([[math.nan] * HEADS, [0.2] * HEADS] * LAYERS)
+    hybrid, plain = served(config), served(CONFIG)
+    hybrid.settle_basis({layer: BASIS for layer in config.full_layers or ()}, KnownShares(RULE, shares))
+    plain.settle_basis({layer: BASIS for layer in range(LAYERS)}, KnownShares(RULE, shares[1::2]))
+    assert hybrid.mean_share == plain.mean_share == pytest.approx(0.2)
+    assert hybrid.choice.dense_below == plain.choice.dense_below
+    assert hybrid.of(LayerShape(1, HEADS, HEADS)).patterns == plain.of(LayerShape(0, HEADS, HEADS)).patterns

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import qwen2_5_vl, qwen3_vl
+from families import qwen2_5_vl, qwen3_5, qwen3_vl
 from sglang_mminfer.testing import mrope, qwen_video
 from sglang_mminfer.testing.oracle import HFOracle
 from sglang_mminfer.testing.oracle_media import open_video
@@ -122,7 +122,9 @@ def test_transformers_places_a_video_alike_where_its_rows_reach_further_than_its
         assert torch.equal(theirs[..., :until], inputs["position_ids"][..., :until])
 
 
-@pytest.mark.parametrize("make", [make_tiny_qwen2_vl, qwen3_vl.make], ids=["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "make", [make_tiny_qwen2_vl, qwen3_vl.make, qwen3_5.make], ids=["qwen2_vl", "qwen3_vl", "qwen3_5"]
+)
 def test_transformers_places_the_other_kinds_alike(make: Any, tmp_path: Path) -> None:
     oracle = HFOracle(make(tmp_path / "model"))
     video, picture = make_video(tmp_path / "a.mp4", 8, 448, 252, 8), make_image(tmp_path / "a.png", 112, 56)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from families import qwen3_5
 from sglang_mminfer import cli, settings
 from sglang_mminfer.serving import self_check
+from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.tools.doctor import report as doctor
 
 
@@ -46,6 +48,15 @@ def test_a_good_installation(model: str, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert "All that is needed is fine." in out
     assert len(out.splitlines()) <= 45, "one screen"
+
+
+def test_layers_without_attention_are_told(tmp_path: Path) -> None:
+    config = qwen3_5.make_config(dict.fromkeys(tiny_model.SPECIAL_TOKENS, 0), 64, moe=False)
+    config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    findings = list(doctor.examine(str(tmp_path), "dense"))
+    assert not [finding for finding in findings if finding.status == "error"]
+    assert named(findings, "fingerprint").text.endswith("; 8 layers, of which 2 have attention")
 
 
 def test_what_would_run_for_a_model(model: str) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import observed
 from config_files import config_file
+from families import qwen3_5
 from sglang_mminfer import AShape, Dense, Grid, HeadConfig, Modality, QBoundary, cli, settings
 from sglang_mminfer.kernels import reference
 from sglang_mminfer.kernels.rows import dense_rows
@@ -21,6 +22,7 @@ from sglang_mminfer.patterns import dense, grid
 from sglang_mminfer.patterns.index import TEXT_AFTER_VISION
 from sglang_mminfer.planning.visited import order_of, visited_rows
 from sglang_mminfer.serving import audit, observe
+from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.tools.inspect import command
 from sglang_mminfer.tools.inspect import reasons as inspect_reasons
 from sglang_mminfer.tools.inspect.capture import REQUEST, Capture, Request, create
@@ -148,7 +150,7 @@ def embedded_only(page: Path) -> str:
 
 def test_page_and_pictures_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captured(tmp_path, "test_mixed_heads", monkeypatch, CHUNKS["chunks"])
-    shape = SimpleNamespace(layers=observed.LAYERS, heads=observed.HEADS)
+    shape = SimpleNamespace(layers=observed.LAYERS, heads=observed.HEADS, full_layers=None)
     monkeypatch.setattr("sglang_mminfer.head_config.config.fingerprint_of", lambda _: shape)
     config = HeadConfig.load(config_file("test_mixed_heads")).bind(None)
     chosen = command.default_heads([config.patterns(layer) for layer in range(observed.LAYERS)])
@@ -200,3 +202,13 @@ def test_messages_that_are_none(tmp_path: Path) -> None:
     arguments = SimpleNamespace(messages=path)
     with pytest.raises(command.InspectError, match="expected a list of messages"):
         command.conversation(arguments)
+
+
+def test_a_head_of_a_layer_without_attention_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = dict.fromkeys(tiny_model.SPECIAL_TOKENS, 0)
+    qwen3_5.make_config(ids, 64, moe=False).save_pretrained(tmp_path)
+    (tmp_path / "messages.json").write_text('[{"role": "user", "content": "What?"}]')
+    arguments = ["--messages", str(tmp_path / "messages.json"), "--heads", "3:7", "4:0"]
+    assert cli.main(["inspect", "--model-path", str(tmp_path), *arguments]) == 1
+    words = "--heads 4:0: the model has 8 layers of 8 heads, counted from 0; those with attention are 3, 7"
+    assert words in capsys.readouterr().err

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from sglang_mminfer import Adaptive, AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VerticalSlash
+from sglang_mminfer.head_config import HeadConfig, ModelFingerprint, Provenance
 from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.patterns.basis import basis_of, second_moments
 from sglang_mminfer.patterns.ladder import RANKS
 from sglang_mminfer.planning.chunk import RequestChunk
 from sglang_mminfer.tools.search import BOUNDARIES
+from sglang_mminfer.tools.search import job as jobs
 from sglang_mminfer.tools.search.allocate import (
     Table,
     at_price,
@@ -23,6 +25,7 @@ from sglang_mminfer.tools.search.allocate import (
 )
 from sglang_mminfer.tools.search.candidates import candidates
 from sglang_mminfer.tools.search.measure import LayerProbe, cell_masses
+from sglang_mminfer.tools.search.run import Calibration, Prober
 from support import IMAGE, TEXT, VIDEO, VISION, conversation
 
 CHAT = conversation(260, (28, 4, 4), 260, (20, 4, 4), 150)  # 1438 tokens: two videos of 16 cells among text
@@ -231,3 +234,33 @@ def test_only_the_boundaries_asked_for_are_found():
     assert at_price(table.only(BOUNDARIES), 1.0).heads == free.heads
     bare = at_price(table.only(("none",)), 1.0)
     assert bare.error + bare.density > free.error + free.density + 0.01
+
+
+# Models in which some layers have no attention
+
+HYBRID = ModelFingerprint("Made", 4, 2, 1, 8, 16, 1e4, (1, 3))
+
+
+def test_candidates_are_numbered_as_in_the_model():
+    text = jobs.as_config("made", [[AShape(1, 2), Dense()], [Dense(), Dense()]], HYBRID)
+    config = HeadConfig.from_json(text)
+    assert config.patterns(1) == [AShape(1, 2), Dense()] and config.patterns(3) == [Dense(), Dense()]
+    assert config.patterns(0) == config.patterns(2) == []
+
+
+def test_what_a_server_measured_is_read_by_the_models_numbers(tmp_path):
+    """The search sees the layers with attention alone, and its basis has all layers, with 0 for the others."""
+    prober = Prober(None, tmp_path, HYBRID, print)
+    calibration = Calibration("made", [])
+    draw = torch.Generator().manual_seed(0)
+    for layer in HYBRID.full_layers:
+        q, k = (torch.randn(heads, 8, 8, generator=draw).double() for heads in (2, 1))
+        arrays = {"q": (q @ q.mT).numpy(), "k": (k @ k.mT).numpy(), "shares": np.full(2, layer / 10)}
+        result = {"map": jobs.map_to_json(CHAT), "phases": [{"frame": [layer], "row": []}] * 2}
+        path = jobs.result_path(tmp_path, f"made-phases-{jobs.FORMAT}", layer, 0)
+        jobs.save(path, result, arrays)
+    _, phases = prober.phases(calibration)
+    assert [[head["frame"] for head in row] for row in phases] == [[[1], [1]], [[3], [3]]]
+    basis = prober.basis([calibration], HYBRID, Provenance("search", "of a test", "made", "none", "2026-01-01"))
+    assert [bool(basis.queries[layer].any()) for layer in range(4)] == [False, True, False, True]
+    assert basis.shares.tolist() == [[0, 0], pytest.approx([0.1] * 2), [0, 0], pytest.approx([0.3] * 2)]

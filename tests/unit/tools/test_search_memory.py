@@ -72,9 +72,9 @@ def test_what_picks_most_is_what_counts() -> None:
 
 def test_a_limit_for_less_than_one_head_is_refused_in_words(tmp_path: Path) -> None:
     found = process.run(tmp_path, 500, 1 << 20)
-    ranks = jobs.load(tmp_path, "measure", 1)
+    ranks = jobs.load(tmp_path, "measure", [0])
     why = jobs.refused(tmp_path, "measure", ranks)
-    assert why == found[jobs.REFUSED] and not jobs.load(tmp_path, "measure", 1)[0], "it would be taken for a result"
+    assert why == found[jobs.REFUSED] and not jobs.load(tmp_path, "measure", [0])[0], "it would be taken for a result"
     assert why.startswith("--max-memory: expected at least 0.0") and "500 tokens, got 0.00" in why
 
 
