@@ -226,7 +226,8 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.serving.ffmpeg:decode_without_ffmpeg",
         "SGLang takes decord if torchcodec cannot be imported, but torchcodec looks for FFmpeg's libraries "
         "only with the first video: without them every video request fails. And every video passes here, so that a "
-        "playlist, which names files of its own, is seen where a media root forbids that.",
+        "playlist, which names files of its own, is seen where a media root forbids that, and a file is hashed before "
+        "it is opened, to find its frames among those of earlier turns.",
         when=("mminfer", "cpu"),
     ),
     Hook(

@@ -135,6 +135,12 @@ MEDIA_ROOT = Setting(
     "server's user can read.",
     flag="--mminfer-media-root",
 )
+MEDIA_CACHE_MB = Setting(
+    "SGLANG_MMINFER_MEDIA_CACHE_MB",
+    "1024",
+    "Megabytes of decoded and preprocessed videos that the server keeps in memory, so that later turns do not decode "
+    "them again (operating.md#what-later-turns-do-with-earlier-videos). 0: none.",
+)
 TRACE = Setting(
     "SGLANG_MMINFER_TRACE",
     "",
@@ -168,6 +174,7 @@ SETTINGS: tuple[Setting, ...] = (
     MENDS,
     MAX_MEGAPIXELS,
     MEDIA_ROOT,
+    MEDIA_CACHE_MB,
     TRACE,
     OBSERVERS,
     SPLIT_VIDEOS,
@@ -282,6 +289,22 @@ def max_megapixels(environ: Mapping[str, str] | None = None) -> float:
         ValueError: if the variable holds no number above 0.
     """
     return min(_positive(MAX_MEGAPIXELS, environ), MOST_MEGAPIXELS)
+
+
+def media_cache_bytes(environ: Mapping[str, str] | None = None) -> int:
+    """Bytes of decoded and preprocessed videos that a server keeps; 0: it keeps none.
+
+    Raises:
+        ValueError: if the variable holds no number from 0 on, or infinity.
+    """
+    text = MEDIA_CACHE_MB.read(environ) or MEDIA_CACHE_MB.default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{MEDIA_CACHE_MB.variable}: expected megabytes, a number from 0 (none) on, got {text!r}")
+    return int(value * 2**20)
 
 
 def _positive(setting: Setting, environ: Mapping[str, str] | None) -> float:

@@ -48,6 +48,10 @@ def doctor(
         int | None,
         typer.Option(metavar="N", help="of the server (default: SGLang's choice here)", rich_help_panel=VIDEO),
     ] = None,
+    time: Annotated[
+        bool,
+        typer.Option("--time", help="how long this machine takes to prepare it, by stage", rich_help_panel=VIDEO),
+    ] = False,
     json: options.AsJson = False,
 ) -> int:
     """Check the installation, and what would happen with a model.
@@ -57,6 +61,8 @@ def doctor(
     """
     if video is not None and model_path is None:
         raise Refused("--video needs --model-path: tokens and frames differ from model to model")
+    if time and video is None:
+        raise Refused("--time needs --video: it measures how long a video takes")
     if quick and (model_path or mminfer_config):
         raise Refused("--quick asks neither SGLang nor a model: leave --model-path and --mminfer-config out")
     from sglang_mminfer.tools.doctor.report import run
@@ -65,5 +71,5 @@ def doctor(
     if video is not None:
         from sglang_mminfer.tools.doctor.video import VideoOptions
 
-        asked = VideoOptions(str(video), mm_process_config, chunked_prefill_size)
+        asked = VideoOptions(str(video), mm_process_config, chunked_prefill_size, time)
     return run(model_path, mminfer_config, as_json=json, video=asked, trust_remote_code=trust_remote_code, quick=quick)

@@ -13,7 +13,17 @@ import logging
 from typing import Any
 
 from sglang_mminfer import families, mends
-from sglang_mminfer.mends import asked, identity, pictures, token_ids, verbatim, videos
+from sglang_mminfer.mends import (
+    asked,
+    identity,
+    media_cache,
+    pictures,
+    stages,
+    token_ids,
+    verbatim,
+    video_features,
+    videos,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +58,8 @@ def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *a
     self.__class__ = _mended(adapted(type(self), hf_config))
     self._processor = verbatim.aware_processor(self._processor)
     self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+    video_features.keep(self._processor)
+    stages.follow(self.io_executor)
     if hasattr(self, "check_options"):
         self.check_options()
 
@@ -71,7 +83,8 @@ def _mended(base: Any) -> type:
             if modality.name == "IMAGE":
                 return pictures.load(load, cls, data, modality, *args, **kwargs)
             if modality.name == "VIDEO":
-                return videos.load(load, cls, data, modality, *args, **kwargs)
+                with stages.timed("open_ms"):
+                    return videos.load(load, cls, data, modality, *args, **kwargs)
             return load(data, modality, *args, **kwargs)
 
         def snapshot_media_source(self, source: Any, modality: Any) -> Any:
@@ -85,6 +98,10 @@ def _mended(base: Any) -> type:
                 return decode(modality)
             return pictures.load(lambda data, modality, *_: decode(modality), type(self), snapshot.data, modality)
 
+        def clear_preprocess_cache(self) -> None:
+            super().clear_preprocess_cache()
+            media_cache.of_process().clear()
+
         def process_and_combine_mm_data(self, *args: Any, **kwargs: Any) -> Any:
             try:
                 return super().process_and_combine_mm_data(*args, **kwargs)
@@ -97,10 +114,17 @@ def _mended(base: Any) -> type:
             identity.add(output, None)
             return output
 
+        async def process_and_combine_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
+            with stages.timed("process_ms"):
+                return await super().process_and_combine_mm_data_async(*args, **kwargs)
+
         async def process_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
             call = signature.bind(self, *args, **kwargs)
             given = {**call.arguments, **call.arguments.get("kwargs", {})}
-            request, prompt = given["request_obj"], given["input_text"]
+            with stages.of_request(str(getattr(given["request_obj"], "rid", ""))):
+                return await self._prepared(call, given["request_obj"], given["input_text"])
+
+        async def _prepared(self, call: inspect.BoundArguments, request: Any, prompt: Any) -> Any:
             try:
                 items.check_preprocessed(request)
                 prompt = token_ids.as_text(self, prompt, request)

@@ -1,4 +1,7 @@
-"""Decoders with the interface of SGLang's: a video of single frames, and a file whose frames stay within `limits`."""
+"""Decoders with the interface of SGLang's: a video of single frames, and a file whose frames stay within `limits`.
+
+Frames of a file come from the cache of media if they are there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
-from sglang_mminfer.mends import limits, pictures
+from sglang_mminfer.mends import limits, media_cache, pictures, stages
 
 
 class _Decoder(VideoDecoderWrapper):
@@ -136,27 +139,38 @@ class Bounded(_Decoder):
     def _tensor(self, indices: Sequence[int]) -> torch.Tensor:
         height, width = self.frame_shape
         limits.check_frames(len(indices), width, height)
+        origin = getattr(self._inner, media_cache.ORIGIN, None)
+        if origin is None:
+            return self._decoded(indices)
+        key = (media_cache.FRAMES, origin.digest, height, width, tuple(indices))
+        (frames,) = media_cache.of_process().get(key, lambda: (self._decoded(indices),), origin.unchanged)
+        return frames.clone()
+
+    def _decoded(self, indices: Sequence[int]) -> torch.Tensor:
+        height, width = self.frame_shape
         _ = self.whole  # sets _one_by_one, which _read needs
-        if self._resized in (None, self.whole):
+        if (height, width) == self.whole:
             return self._read(list(indices))
         import torchvision
 
         batch, parts = limits.batch_of(self.whole[1], self.whole[0], len(indices)), []
         for start in range(0, len(indices), batch):
             frames = self._read(list(indices[start : start + batch])).permute(0, 3, 1, 2)
-            # SGLang resizes frames for Qwen in the same way.
-            smaller = torchvision.transforms.functional.resize(
-                frames, [height, width], interpolation=torchvision.transforms.InterpolationMode.BILINEAR
-            )
-            parts.append(smaller.permute(0, 2, 3, 1))
+            with stages.timed("resize_ms"):
+                # SGLang resizes frames for Qwen in the same way.
+                smaller = torchvision.transforms.functional.resize(
+                    frames, [height, width], interpolation=torchvision.transforms.InterpolationMode.BILINEAR
+                )
+                parts.append(smaller.permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
 
     def _read(self, indices: list[int]) -> torch.Tensor:
-        if not self._one_by_one:
-            return self._inner.get_frames_as_tensor(indices)
-        height, width = self.whole
-        frames = [np.asarray(self._inner[i]).reshape(height, -1, 3)[:, :width] for i in indices]
-        return torch.from_numpy(np.stack(frames))
+        with stages.timed("decode_ms"):
+            if not self._one_by_one:
+                return self._inner.get_frames_as_tensor(indices)
+            height, width = self.whole
+            frames = [np.asarray(self._inner[i]).reshape(height, -1, 3)[:, :width] for i in indices]
+            return torch.from_numpy(np.stack(frames))
 
     def __del__(self) -> None:
         """The file stays open: a copy with another size may still read it."""

@@ -120,11 +120,12 @@ class PrefillBatch:
         for request in self.requests:
             request.dense_reason = request.dense_reason or reason
 
-    def records(self, again: EncodedAgain, waited: bool) -> list[PrefillRecord]:
+    def records(self, again: EncodedAgain, encode_ms: float, waited: bool) -> list[PrefillRecord]:
         """One record for each request.
 
         Args:
             again: what the vision encoder ran on again during the batch.
+            encode_ms: how long it ran.
             waited: whether the host waited for the device; without that, times are those of kernel launches and count
                 as 0.
         """
@@ -148,6 +149,7 @@ class PrefillBatch:
                     plan_ms=self.plan_s * 1e3,
                     attn_ms=self.attn_s * 1e3 if waited else 0.0,
                     forward_ms=self.forward_s * 1e3 if waited else 0.0,
+                    encode_ms=encode_ms,
                     encoded_again=again.times,
                     encoded_again_ms=again.milliseconds,
                     overflowing_tiles=overflowing,

@@ -97,7 +97,7 @@ class _Encoding:
 
 
 class EncoderWatch:
-    """Counts entries that the vision encoder makes again because the cache refused them, and warns once.
+    """Times the vision encoder, counts entries that it makes again because the cache refused them, and warns once.
 
     An entry counts only if a chunk begins in its middle. The same picture in two conversations may be encoded twice as
     well, but that also happens to a server without chunks.
@@ -106,6 +106,7 @@ class EncoderWatch:
     def __init__(self) -> None:
         self._refused: OrderedDict[int | None, None] = OrderedDict()
         self._unread: list[tuple[_Span, float]] = []  # with the share of each that encoded something again
+        self._runs: list[_Span] = []
         self._times = 0
         self._warned = False
         self.active = True
@@ -121,6 +122,14 @@ class EncoderWatch:
         measured = [(span.seconds(), share) for span, share in self._unread]
         self._unread = [entry for entry, (seconds, _) in zip(self._unread, measured) if seconds is None]
         return EncodedAgain(times, 1e3 * sum(seconds * share for seconds, share in measured if seconds is not None))
+
+    def milliseconds(self) -> float:
+        """How long the vision encoder ran since the last call. What a GPU has not finished comes with a later call."""
+        if not self._runs:
+            return 0.0
+        measured = [(span, span.seconds()) for span in self._runs]
+        self._runs = [span for span, seconds in measured if seconds is None]
+        return 1e3 * sum(seconds or 0.0 for _, seconds in measured)
 
     def timed(self, encode: Callable[[list[Any]], Any], device: torch.device, into: list[_Encoding]) -> Any:
         """Wraps `encode` so that each run of it is appended to `into`.
@@ -154,6 +163,7 @@ class EncoderWatch:
         """
         from sglang.srt.managers.mm_schedule import embedding_cache as cache
 
+        self._runs.extend(encoding.span for encoding in encodings)
         if cache is None:
             return
         chunk_of = {id(item): (prefix, length) for prefix, length, items in requests for item in items}

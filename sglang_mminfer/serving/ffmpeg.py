@@ -1,4 +1,5 @@
-"""Decodes video with decord where FFmpeg's libraries are missing, and no playlist where clients may not name files."""
+"""What comes before a video is decoded: no playlist where clients may not name files, the hash of the file by which its
+frames are kept, and decord where FFmpeg's libraries are missing."""
 
 from __future__ import annotations
 
@@ -20,10 +21,13 @@ def decode_without_ffmpeg(original: Callable[..., None], self: Any, *args: Any, 
     """
     from sglang.srt.utils import video_decoder
 
-    from sglang_mminfer.mends import asked
+    from sglang_mminfer.mends import asked, media_cache
     from sglang_mminfer.serving import cpu_platform, media_root
 
-    media_root.before_video(args[0] if args else kwargs["source"])
+    source = args[0] if args else kwargs["source"]
+    media_root.before_video(source)
+    if asked.for_mminfer() and media_cache.enabled():  # before the file is opened: what is decoded is no older
+        setattr(self, media_cache.ORIGIN, media_cache.origin_of(source))
     if not asked.for_mminfer() and not cpu_platform.selected():
         return original(self, *args, **kwargs)
     try:

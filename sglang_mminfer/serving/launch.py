@@ -182,6 +182,11 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{settings.MEDIA_ROOT.variable}: expected a directory that exists.",
     ),
     Refusal(
+        "media_cache",
+        lambda cfg: settings.is_bad(settings.media_cache_bytes),
+        f"{settings.MEDIA_CACHE_MB.variable}: expected megabytes, a number from 0 (none) on.",
+    ),
+    Refusal(
         "media_root_passed_by",
         _media_root_is_passed_by,
         f"{settings.MEDIA_ROOT.flag} is held in SGLang's own tokenizer process, and with --tokenizer-worker-num above "

@@ -219,9 +219,9 @@ class SparsePrefill:
         batch, self.batch = self.batch, None
         if batch is None:
             return
-        encoded_again = self._encoder.take()
+        encoded_again, encode_ms = self._encoder.take(), self._encoder.milliseconds()
         if self.trace.enabled or self.metrics is not None or self.telemetry is not None or self.observers:
-            records = batch.records(encoded_again, self.waits)
+            records = batch.records(encoded_again, encode_ms, self.waits)
             self.observers.batch_done(records)
             self.trace.append(records if self.leads else [r for r in records if r.audit or r.guard])
             if self.metrics is not None:

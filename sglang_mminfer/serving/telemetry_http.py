@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from sglang_mminfer import __version__, mends
+from sglang_mminfer.mends import media_cache, stages
 from sglang_mminfer.serving import telemetry
 from sglang_mminfer.serving.telemetry import Answer, Counters, Serving
 from sglang_mminfer.serving.trace import PrefillRecord
@@ -29,10 +30,15 @@ SECONDS = 60.0
 
 
 class RequestReport(msgspec.Struct, kw_only=True):
-    """The body of GET /mminfer/requests/{rid}: what the trace has of one request, a record for each chunk."""
+    """The body of GET /mminfer/requests/{rid}: what the trace has of one request, a record for each chunk.
+
+    Attributes:
+        media: how long its media took before that; None if it had none, or is not remembered.
+    """
 
     rid: str
     records: list[PrefillRecord]
+    media: stages.MediaTimes | None = None
 
 
 class Kept(msgspec.Struct, kw_only=True):
@@ -51,6 +57,7 @@ class ServerReport(msgspec.Struct, kw_only=True):
         replicas: data-parallel replicas; `counters` and `kept` are sums over them.
         serving: how the first one serves.
         mends: names of the mends that are on.
+        media_cache: what the cache of decoded and preprocessed videos did.
     """
 
     versions: dict[str, str]
@@ -59,6 +66,7 @@ class ServerReport(msgspec.Struct, kw_only=True):
     counters: Counters
     kept: Kept
     mends: list[str]
+    media_cache: media_cache.Report | None = None
 
 
 class Busy(Exception):
@@ -90,6 +98,7 @@ async def report_server() -> Any:
             counters=functools.reduce(Counters.joined, (answer.counters for answer in answers)),
             kept=Kept(records=sum(answer.kept for answer in answers)),
             mends=mends.active_names(),
+            media_cache=media_cache.of_process().report(),
         )
     )
 
@@ -106,7 +115,7 @@ async def report_request(rid: str) -> Any:
             f"than {telemetry.MOST_SECONDS / 60:.0f} minutes or the latest {telemetry.MOST_RECORDS} prefills of its "
             "replica",
         )
-    return _response(RequestReport(rid=rid, records=records))
+    return _response(RequestReport(rid=rid, records=records, media=stages.times_of(rid)))
 
 
 def _response(report: msgspec.Struct) -> Any:

@@ -138,6 +138,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
         audit: one entry for each sparse layer, if the request is audited.
         audit_ms: time in audits, not part of attn_ms.
         audit_failures: audits of a request's layer that failed.
+        encode_ms: time in the vision encoder, part of forward_ms.
         encoded_again: media that the vision encoder ran on again, because SGLang's embedding cache had refused them;
             see encoder_watch.py.
         encoded_again_ms: the time that took, part of forward_ms.
@@ -163,6 +164,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     audit: list[LayerAudit] | None = None
     audit_ms: float = 0.0
     audit_failures: int = 0
+    encode_ms: float = 0.0
     encoded_again: int = 0
     encoded_again_ms: float = 0.0
     overflowing_tiles: int = 0

@@ -48,7 +48,11 @@ class Telemetry:
         Raises:
             NoTelemetry: if the server does not remember the request, or does not answer.
         """
-        return self._get(f"{PATH}/requests/{quote(rid, safe='')}", RequestReport).records
+        return self.report(rid).records
+
+    def report(self, rid: str) -> RequestReport:
+        """The prefill chunks of a request, and how long its media took before. Raises what `records` raises."""
+        return self._get(f"{PATH}/requests/{quote(rid, safe='')}", RequestReport)
 
     def _get(self, path: str, kind: type[Any]) -> Any:
         try:

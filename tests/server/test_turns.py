@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from serving import DENSE_BELOW, LONG_TOKENS, Media, Served, assistant, ran_sparse, same, scripted, text, user, video
+from sglang_mminfer.tools.telemetry import Telemetry
 
 
 @pytest.mark.server("main")
@@ -41,6 +44,31 @@ def test_every_turn_starts_where_the_cache_ends(main: Served, media: Media) -> N
         assert ran_sparse([r for r in records if r.seq_len > DENSE_BELOW])
         assert answer.cached_tokens >= before
         before = len(answer.prompt_ids)
+
+
+@pytest.mark.server("main")
+def test_videos_of_earlier_turns_are_not_decoded_again(main: Served, media: Media, tmp_path: Path) -> None:
+    told = Telemetry(main.server.url)
+    file = Path(shutil.copy(media.videos[0], tmp_path / "film.mp4"))
+    messages = [user(video(file), text("What do you see?"))]
+    first = main.ask(messages, rid="film-1")
+    made = told.server().media_cache
+    assert made is not None and made.entries >= 2 and 0 < made.bytes < made.limit
+
+    again = main.ask(messages, rid="film-again")
+    same(first, again)
+    kept = told.server().media_cache
+    assert kept is not None and (kept.misses, kept.hits) == (made.misses, made.hits + 2)  # frames and features
+    assert again.cached_tokens == len(first.prompt_ids) - 1
+    times, anew = told.report("film-again").media, told.report("film-1").media
+    assert times is not None and anew is not None and times.decode_ms == 0.0 < anew.decode_ms < anew.prepare_ms
+
+    shutil.copy(media.videos[1], file)
+    other = main.ask(messages, rid="film-other")
+    edited = told.server().media_cache
+    assert edited is not None and (edited.misses, edited.hits) == (kept.misses + 2, kept.hits)
+    assert other.prompt_ids != first.prompt_ids
+    same(other, main.ask([user(video(media.videos[1]), text("What do you see?"))]))
 
 
 RETRACTED = re.compile(r"(Testing retraction|Retract requests)\. #retracted_reqs: [1-9]")

@@ -81,6 +81,7 @@ QUICK: dict[str, tuple[str, int]] = {
     "basis --model-path m --out x.npz": ("--out: expected a name that ends in .basis.npz, got x.npz", 2),
     "doctor --model-path ./nowhere": ("mminfer doctor: error: --model-path: ./nowhere: no such folder", 2),
     "doctor --video nope.mp4": ("--video: nope.mp4: no such file", 2),
+    "doctor --time": ("mminfer doctor: error: --time needs --video: it measures how long a video takes", 2),
     "config check nope.json": ("NAME|PATH: nope.json: no such file", 2),
     "config chekc default": ("Did you mean 'check'?", 2),
 }

@@ -11,7 +11,7 @@ import re
 from typing import Any, ClassVar
 
 from sglang_mminfer import mends
-from sglang_mminfer.mends import limits, options
+from sglang_mminfer.mends import limits, media_cache, options
 from sglang_mminfer.mends.token_ids import Piece, collapsed
 from sglang_mminfer.modality.items import grid_rows
 
@@ -122,7 +122,8 @@ def processor_class(base: Any) -> Any:
             return {**config, **wanted}
 
         def _bounded(self, video: Any, config: dict[str, Any]) -> Any:
-            """The video with large frames resized as they are decoded, to the size that SGLang resizes them to.
+            """The video; frames that are large, or may be kept for later turns, are resized as they are decoded, to the
+            size that SGLang resizes them to.
 
             Raises:
                 ValueError: for a file without a frame rate, or more frames than the server takes.
@@ -133,7 +134,7 @@ def processor_class(base: Any) -> Any:
                 raise ValueError(f"video: expected a frame rate, got {video.avg_fps}")
             count = stock.smart_nframes(config, total_frames=len(video), video_fps=video.avg_fps)
             height, width = video.frame_shape
-            if count * height * width * 3 <= limits.BATCH_BYTES:
+            if count * height * width * 3 <= limits.BATCH_BYTES and not media_cache.enabled():
                 return video
             least = config.get("min_pixels", stock.VIDEO_MIN_PIXELS)
             share = config.get("total_pixels", stock.VIDEO_TOTAL_PIXELS) / count * stock.FRAME_FACTOR

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer import settings
 from sglang_mminfer.families import llava_original
+from sglang_mminfer.mends import media_cache, stages
 from sglang_mminfer.serving import dense_backend, head_config_choice
 from sglang_mminfer.serving.encoder_watch import ENVIRONMENT, MB, entries_of, suggested_mb, tokens_of
 from sglang_mminfer.tools.doctor.report import Finding, brief, server_args_of
@@ -40,11 +42,13 @@ class VideoOptions:
         path: the video file.
         mm_process_config: as SGLang's --mm-process-config; None: SGLang's defaults.
         chunked_prefill_size: as SGLang's --chunked-prefill-size, in tokens; None: what SGLang picks on this machine.
+        time: measure how long this machine takes to prepare it.
     """
 
     path: str
     mm_process_config: dict[str, Any] | None = None
     chunked_prefill_size: int | None = None
+    time: bool = False
 
 
 class VideoError(ValueError):
@@ -61,6 +65,21 @@ class Prompt:
 
     input_ids: list[int]
     mm_inputs: Any  # SGLang's MultimodalInputs
+    turns: tuple[Preparation, ...] = ()
+    """How long the first turn with the video and a later one took, if that was to be measured."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What preparing the media of a request took.
+
+    Attributes:
+        times: up to where the scheduler gets them; None where no mend of ours sees it.
+        hash_ms: hashing what it gets, which the scheduler does.
+    """
+
+    times: stages.MediaTimes | None
+    hash_ms: float
 
 
 def examine_video(
@@ -98,13 +117,14 @@ def _findings(
     if architecture in llava_original.ARCHITECTURES:
         raise VideoError(f"{architecture} takes images, and SGLang no video for it", "name a model that takes video.")
     frames, fps = _file(options.path)
-    prompt = prompt_of(server_args, options.path)
+    prompt = prompt_of(server_args, options.path, timed=options.time)
     sampled = json.dumps(options.mm_process_config) if options.mm_process_config else "none, so SGLang's defaults"
     yield Finding(SECTION, "file", "ok", f"{frames} frames, {fps:.4g} a second; --mm-process-config: {sampled}")
     yield from _tokens(prompt, model)
     yield _embeddings(prompt, model, view)
     yield _kv_cache(len(prompt.input_ids), model, view)
     yield _density(prompt, model, server_args, view.device)
+    yield from _times(prompt.turns)
 
 
 def _file(path: str) -> tuple[int, float]:
@@ -129,8 +149,11 @@ def _file(path: str) -> tuple[int, float]:
         ) from None
 
 
-def prompt_of(server_args: Any, path: str) -> Prompt:
+def prompt_of(server_args: Any, path: str, timed: bool = False) -> Prompt:
     """A chat request with the video at `path`, prepared by SGLang's own code in this process.
+
+    Args:
+        timed: prepare it twice more and measure that, first with nothing kept and then as a later turn.
 
     Raises:
         VideoError: if SGLang refuses it, or drops the video on the way.
@@ -155,21 +178,30 @@ def prompt_of(server_args: Any, path: str) -> Prompt:
             stack.callback(socket.close, 0)
         try:
             chat = manager.serving_chat_class(manager, templates)
-            internal_request, _ = chat._convert_to_internal_request(request)
-            tokenized = asyncio.run(_tokenized(manager, internal_request))
+
+            def prepare() -> tuple[Any, Any, Preparation]:
+                internal_request, _ = chat._convert_to_internal_request(request)
+                tokenized = asyncio.run(_tokenized(manager, internal_request))
+                begin = time.perf_counter()
+                mm_inputs = tokenized.mm_inputs and MultimodalInputs.from_processor_output(tokenized.mm_inputs)
+                hash_ms = 1e3 * (time.perf_counter() - begin)
+                return tokenized, mm_inputs, Preparation(stages.times_of(internal_request.rid), hash_ms)
+
+            tokenized, mm_inputs, _ = prepare()
+            media_cache.of_process().clear()
+            turns = tuple(prepare()[2] for _ in range(2 if timed else 0))
         except Exception as error:
             raise VideoError(
                 f"SGLang refuses a request with it: {brief(error)}",
                 "a server would answer the same; give a shorter video, another --mm-process-config or another model.",
             ) from None
         architecture = (manager.model_config.hf_config.architectures or ["this model"])[0]
-        mm_inputs = tokenized.mm_inputs and MultimodalInputs.from_processor_output(tokenized.mm_inputs)
         if mm_inputs is None or not any(item.is_video() or item.is_image() for item in mm_inputs.mm_items):
             raise VideoError(
                 f"SGLang makes no media of it: its chat template or processor for {architecture} takes no video",
                 "name a model that takes video, or its --chat-template.",
             )
-        return Prompt(list(tokenized.input_ids), mm_inputs)
+        return Prompt(list(tokenized.input_ids), mm_inputs, turns)
 
 
 async def _tokenized(manager: Any, request: Any) -> Any:
@@ -221,6 +253,36 @@ def _tokens(prompt: Prompt, model: Any) -> Iterator[Finding]:
         yield Finding(SECTION, "grid", "ok", f"{grids} tokens, after what the model merges")
     else:
         yield Finding(SECTION, "grid", "note", "not known for this model: only where the video begins and ends")
+
+
+def _times(turns: tuple[Preparation, ...]) -> Iterator[Finding]:
+    if not turns:
+        return
+    first, later = turns
+    if first.times is None or later.times is None:
+        yield Finding(SECTION, "time", "note", "not measured: no mend of this package acts on this model's media")
+        return
+    yield Finding(SECTION, "time, first turn", "ok", _shown(first))
+    kept = media_cache.of_process().report()
+    how = (
+        f"with {kept.bytes / MB:.0f} of {kept.limit / MB:.0f} MB kept for it ({settings.MEDIA_CACHE_MB.variable})"
+        if kept.bytes
+        else f"nothing of it is kept, {settings.MEDIA_CACHE_MB.variable} allows {kept.limit / MB:.0f} MB"
+    )
+    yield Finding(SECTION, "time, later turns", "ok", f"{_shown(later)}; {how}")
+    yield Finding(
+        SECTION,
+        "time, not here",
+        "note",
+        "transfer, vision encoder and prefill need the server: encode_ms and forward_ms in its trace",
+    )
+
+
+def _shown(turn: Preparation) -> str:
+    assert turn.times is not None
+    names = {"open_ms": "fetch, hash, open", "decode_ms": "decode", "resize_ms": "resize", "process_ms": "preprocess"}
+    parts = [f"{words} {getattr(turn.times, name):.0f}" for name, words in names.items()]
+    return f"{turn.times.prepare_ms + turn.hash_ms:.0f} ms: {', '.join(parts)}, hash features {turn.hash_ms:.0f}"
 
 
 def _chunk_size(model: Any, view: Any) -> int | None:

@@ -233,6 +233,7 @@ def test_time_on_a_gpu_is_waited_for_by_the_warning_alone(
     stop.done = True
     assert watch.take() == encoder_watch.EncodedAgain(0, pytest.approx(10.0))
     assert watch.take() == encoder_watch.EncodedAgain()
+    assert (watch.milliseconds(), watch.milliseconds()) == (80.0, 0.0), "nobody has seen the end of the first run"
 
 
 def test_the_trace_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,3 +253,5 @@ def test_the_trace_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill.end()
     assert [record.encoded_again for record in kept.records] == [0, 1, 1, 0]
     assert [record.encoded_again_ms > 1e3 * SECONDS * 0.99 for record in kept.records] == [False, True, True, False]
+    assert [record.encode_ms >= record.encoded_again_ms for record in kept.records] == [True] * 4
+    assert [record.encode_ms > 1e3 * SECONDS * 0.99 for record in kept.records] == [True, True, True, False]

@@ -530,6 +530,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "plan_budget": {"environ": {"SGLANG_MMINFER_PLAN_BUDGET_MS": "0"}},
     "max_megapixels": {"environ": {"SGLANG_MMINFER_MAX_MEGAPIXELS": "large"}},
     "media_root": {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/no such directory"}},
+    "media_cache": {"environ": {"SGLANG_MMINFER_MEDIA_CACHE_MB": "inf"}},
     "media_root_passed_by": {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"}, "language_only": True},
     "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
     "ray": {"use_ray": True},

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from starlette.testclient import TestClient
 
 import observed
+from sglang_mminfer.mends import stages
 from sglang_mminfer.serving import telemetry, telemetry_http
 from sglang_mminfer.serving.telemetry import Answer, Counters, Telemetry
 from sglang_mminfer.serving.trace import GuardedHead, LayerAudit, MapEntry, PrefillRecord
@@ -225,6 +228,28 @@ def test_records_of_a_request_are_those_of_the_trace(client: Client, monkeypatch
     assert report == telemetry_http.RequestReport(rid="full/ä?", records=[record("full/ä?", 2), FULL])
     line = json.loads(msgspec.json.encode(FULL))
     assert answer.json()["records"][1] == line, "a record looks as in the trace"
+
+
+def test_a_request_with_media_tells_what_they_took(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def worked() -> None:
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(2) as pool:
+            stages.follow(pool)
+
+            def decode() -> None:
+                with stages.timed("decode_ms"):
+                    time.sleep(0.02)
+
+            with stages.of_request("film"):
+                await asyncio.gather(*(loop.run_in_executor(pool, decode) for _ in range(2)))
+            await loop.run_in_executor(pool, decode)  # for nobody
+
+    asyncio.run(worked())
+    server = client(Replica(monkeypatch, record("film"), record("words")))
+    media = server.get("/mminfer/requests/film").json()["media"]
+    assert media["decode_ms"] >= 40 and media["prepare_ms"] >= 20 and media["open_ms"] == media["process_ms"] == 0
+    assert server.get("/mminfer/requests/words").json()["media"] is None
+    assert server.get("/mminfer").json()["media_cache"]["limit"] == 1024 * 2**20
 
 
 def test_an_unknown_request_is_one_clear_404(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from sglang.srt.plugins import load_plugins
 
-from sglang_mminfer import cli
+from sglang_mminfer import cli, settings
 from sglang_mminfer.head_config import Defaults, HeadConfig, Provenance
 from sglang_mminfer.kernels import reference
+from sglang_mminfer.mends import media_cache
 from sglang_mminfer.patterns.a_shape import AShape
 from sglang_mminfer.patterns.dense import Dense
 from sglang_mminfer.patterns.grid import Grid
@@ -64,6 +66,28 @@ def processed(model: str, video: str, config: dict[str, Any] | None) -> tuple[li
     parts = [{"type": "video_url", "video_url": {"url": video}}, {"type": "text", "text": doctor_video.QUESTION}]
     inputs = HFOracle(model, mm_process_config=config).inputs([{"role": "user", "content": parts}])
     return inputs["input_ids"][0].tolist(), inputs["video_grid_thw"][0].tolist()
+
+
+def test_time_is_told_by_stage_and_what_is_kept(
+    without_weights: str, video: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stages(text: str) -> dict[str, int]:
+        return {name: int(number) for name, number in re.findall(r"(\w+) (\d+)(?=[,;]|$)", text)}
+
+    for megabytes, kept in (("64", True), ("0", False)):
+        monkeypatch.setenv(settings.MEDIA_CACHE_MB.variable, megabytes)
+        media_cache.of_process.cache_clear()
+        findings = asked(without_weights, video, time=True)
+        first, later = (findings[f"time, {turn}"].text for turn in ("first turn", "later turns"))
+        for text in (first, later):
+            total = int(re.match(r"\d+", text)[0])
+            assert stages(text).keys() >= {"open", "decode", "resize", "preprocess", "features"}
+            assert sum(stages(text).values()) <= total + 3, "stages follow one another"
+        assert stages(first)["decode"] > 0 and (stages(later)["decode"] == 0) == kept
+        assert ("nothing of it is kept" in later) != kept and f"{megabytes} MB" in later
+        assert "encode_ms" in findings["time, not here"].text
+    media_cache.of_process.cache_clear()
+    assert "time, first turn" not in asked(without_weights, video)
 
 
 CONFIGS = [None, {"video": {"fps": 5, "min_pixels": 4 * 784, "max_pixels": 40 * 784}}]
