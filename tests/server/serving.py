@@ -307,6 +307,6 @@ def is_tie(a: OracleAnswer, b: OracleAnswer) -> bool:
     return True
 
 
-def ran_sparse(records: Sequence[PrefillRecord]) -> bool:
+def ran_sparse(records: Sequence[PrefillRecord], layers: int = LAYERS) -> bool:
     """Whether all layers ran sparse in every record, and there is one."""
-    return bool(records) and all(r.sparse_layers == LAYERS and r.dense_reason is None for r in records)
+    return bool(records) and all(r.sparse_layers == layers and r.dense_reason is None for r in records)

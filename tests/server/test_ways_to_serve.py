@@ -22,7 +22,8 @@ def records_of(served: Served, rid: str) -> list[PrefillRecord]:
 
 
 @pytest.mark.parametrize("name", PARALLEL)
-def test_every_answer_and_every_token_counted_once(served: Served, references: References) -> None:
+def test_every_answer_and_every_token_counted_once(served: Served, references: References, name: str) -> None:
+    """The first stage of a pipeline tells of its own layers."""
     rids = [f"batch-{i}" for i in range(len(references.batch))]
     answers = served.ask_all([prompt for prompt, _ in references.batch], rids=rids)
     new_tokens = 0
@@ -30,7 +31,7 @@ def test_every_answer_and_every_token_counted_once(served: Served, references: R
         same(expected, got)
         records = records_of(served, rid)
         assert sum(r.chunk_len for r in records) == len(got.prompt_ids) - (got.cached_tokens or 0)
-        assert ran_sparse([r for r in records if r.seq_len > DENSE_BELOW and r.segments])
+        assert ran_sparse([r for r in records if r.seq_len > DENSE_BELOW], LAYERS // 2 if name == "pp_2" else LAYERS)
         new_tokens += sum(r.chunk_len for r in records)
     counted = sum(
         float(line.rpartition(" ")[2])
