@@ -66,7 +66,9 @@ def mend_processor(result: None, self: Any, hf_config: Any, server_args: Any, *a
 
 @functools.cache
 def _mended(base: Any) -> type:
-    from sglang_mminfer.families import item_checks as items  # it imports more than a process without media needs
+    # They import more than a process without media needs.
+    from sglang_mminfer.families import encoded
+    from sglang_mminfer.families import item_checks as items
 
     signature = inspect.signature(base.process_mm_data_async)
 
@@ -105,6 +107,12 @@ def _mended(base: Any) -> type:
                 return super().process_and_combine_mm_data(*args, **kwargs)
             except StopIteration as error:  # a future cannot hold StopIteration: the client would wait for ever
                 raise ValueError("prompt: it has more placeholders than media") from error
+
+        def get_validated_mm_data(self, prompt: Any, embeddings: Any, **kwargs: Any) -> Any:
+            output = super().get_validated_mm_data(prompt, embeddings, **kwargs)
+            encoded.place(output, self.hf_config, kwargs)
+            identity.add(output, None)
+            return output
 
         async def process_and_combine_mm_data_async(self, *args: Any, **kwargs: Any) -> Any:
             with stages.timed("process_ms"):

@@ -27,7 +27,7 @@ def add(output: Any, request: Any) -> None:
 
     Args:
         output: SGLang's MultimodalProcessorOutput; changed in place.
-        request: the GenerateReqInput that it was made for.
+        request: the GenerateReqInput that it was made for; None if no client can have sent hashes with it.
     """
     if not mends.active("hash_of_arrangement") or _brings_hashes(request):
         return

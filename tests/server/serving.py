@@ -80,6 +80,17 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *(*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
         *("--mminfer-audit", "1"),
     ),
+    # Ways to serve that only `make test-wide` starts. See test_ways_to_serve.py.
+    "pp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--pp-size", "2", "--enable-metrics"),
+    "dp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--dp-size", "2", "--enable-metrics"),
+    "dp_attention": (
+        *(*_SPARSE, "--chunked-prefill-size", "96", "--tp-size", "2", "--dp-size", "2"),
+        *("--enable-dp-attention", "--enable-metrics"),
+    ),
+    "hicache": (
+        *(*_SPARSE, "--chunked-prefill-size", "96", "--page-size", "1", "--max-total-tokens", "2304"),
+        *("--enable-hierarchical-cache", "--hicache-ratio", "8"),
+    ),
     # One head sees too little, and the guard finds it.
     "guarded": (
         *(*_MMINFER, "--mminfer-config", config_file("test_one_wrong_head"), "--chunked-prefill-size", "256"),
@@ -296,6 +307,6 @@ def is_tie(a: OracleAnswer, b: OracleAnswer) -> bool:
     return True
 
 
-def ran_sparse(records: Sequence[PrefillRecord]) -> bool:
+def ran_sparse(records: Sequence[PrefillRecord], layers: int = LAYERS) -> bool:
     """Whether all layers ran sparse in every record, and there is one."""
-    return bool(records) and all(r.sparse_layers == LAYERS and r.dense_reason is None for r in records)
+    return bool(records) and all(r.sparse_layers == layers and r.dense_reason is None for r in records)

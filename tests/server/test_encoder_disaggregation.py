@@ -1,0 +1,48 @@
+"""Encoder disaggregation: a server that encodes media, and one with mminfer that gets their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serving import DENSE_BELOW, References, Served, ran_sparse, same
+from sglang_mminfer import settings
+from sglang_mminfer.tools.server import Server
+
+pytestmark = pytest.mark.server("one_shot")  # the server of the references
+
+TRANSPORTS = ["zmq_to_scheduler", pytest.param("zmq_to_tokenizer", marks=pytest.mark.wide)]
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def served(
+    request: pytest.FixtureRequest, model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp(request.param)
+    env = {
+        **{settings.TRACE.variable: str(folder / "trace.jsonl"), settings.SPARSE.variable: "always"},
+        **{"SGLANG_PLATFORM": None, "XDG_CACHE_HOME": str(folder)},
+    }
+    common = ("--attention-backend", "mminfer", "--encoder-transfer-backend", request.param)
+    encoder = Server(model, *common, "--encoder-only", env=env, log=folder / "encoder.log", timeout=400)
+    with encoder:
+        flags = (*common, "--language-only", "--encoder-urls", encoder.url, "--mminfer-config", str(sparse_config))
+        language = Server(
+            model, *flags, "--chunked-prefill-size", "96", env=env, log=folder / "language.log", timeout=400
+        )
+        with language:
+            yield Served(language, folder / "trace.jsonl")
+
+
+def test_a_conversation_is_answered_as_by_one_server(served: Served, references: References) -> None:
+    """Sparse, in chunks, turn by turn over the radix cache."""
+    for turn, (prompt, expected) in enumerate(references.turns):
+        got = served.ask(prompt, rid=f"turn-{turn}")
+        same(expected, got)
+        assert (got.cached_tokens or 0) >= (len(references.turns[turn - 1][1].prompt_ids) if turn else 0)
+        records = served.records(f"turn-{turn}")
+        assert ran_sparse([r for r in records if r.seq_len > DENSE_BELOW])
+        assert all(segment.grid for r in records for segment in r.map or [] if segment.modality != "text")
+    assert min(r.density or 1 for r in served.records()) < 0.95
