@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sglang_mminfer.tools import verdicts
+from sglang_mminfer.tools import paired, verdicts
 from sglang_mminfer.tools.compare import answers_in, table_of
 from sglang_mminfer.tools.niah.against import compared, question_of
 from sglang_mminfer.tools.niah.ask import Answer, Settings
@@ -27,12 +27,47 @@ DENSE_OF = {
 }
 """Result file -> the file with the dense answers to its questions, of the same model and of the same day."""
 
+DEFAULT = {
+    "needles_video_4096": "default",
+    "clip_video_8192": "a01",
+    "needles_mixed_4096": "default",
+    "needles_mixed_8192": "default",
+}
+"""Result file -> the config in it that is the built-in default."""
+
+DEFAULT_PAGE = "default.md"
+
+KINDS = {"plain needles": ("v-niah", "mm-niah"), "relays": ("v-relay", "mm-relay")}
+
 
 def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         if "configs" in result:
             path.with_suffix(".md").write_text(page_of(path.stem, result))
+    (RESULTS / DEFAULT_PAGE).write_text(default_page())
+
+
+def default_page() -> str:
+    """The default against dense over the questions of all result files that have it."""
+    verdict = verdicts.markdown_section({"default": default_over_all()}, "dense")
+    return f"The built-in default over {', '.join(DEFAULT)}.\n{verdict}"
+
+
+def default_over_all() -> list[paired.Comparison]:
+    """By kind of needle."""
+    right: dict[str, dict[Any, float]] = {"dense": {}, "default": {}}
+    for name, config in DEFAULT.items():
+        dense_file = DENSE_OF.get(name, name)
+        for side, file, chosen in (("dense", dense_file, "dense"), ("default", name, config)):
+            answers = answers_in(json.loads((RESULTS / f"{file}.json").read_text())["configs"])[chosen]
+            right[side] |= {(name, *question_of(answer)): float(answer.right) for answer in answers}
+    comparisons = []
+    for kind, tasks in KINDS.items():
+        dense, default = ({key: value for key, value in own.items() if key[1] in tasks} for own in right.values())
+        videos = {key: key[:4] for key in dense}
+        comparisons.append(paired.compare(kind, dense, default, videos))
+    return paired.corrected(comparisons)
 
 
 def page_of(name: str, result: dict[str, Any]) -> str:
