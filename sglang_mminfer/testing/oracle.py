@@ -183,7 +183,7 @@ def ask(
 
     Args:
         client: `Server.client()`, or any OpenAI client of an SGLang server.
-        extra: further fields of the request.
+        extra: further fields of the request. With return_token_ids=False the answer has no `prompt_ids`.
     """
     response = client.chat.completions.create(
         model=model,
@@ -199,7 +199,7 @@ def ask(
     # Only the raw entries have token ids. From its text alone a token that is a fragment of a character is unknown.
     top_tokens = [{int(token): float(value) for value, token, _ in row} for row in meta["output_top_logprobs"]]
     return OracleAnswer(
-        prompt_ids=choice["prompt_token_ids"],
+        prompt_ids=choice.get("prompt_token_ids") or [],
         token_ids=[int(token) for _, token, _ in meta["output_token_logprobs"]],
         top_logprobs=top_tokens,
         text=choice["message"]["content"] or "",
