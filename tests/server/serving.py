@@ -83,10 +83,6 @@ FLAGS: dict[str, tuple[str, ...]] = {
     # Ways to serve that only `make test-wide` starts. See test_ways_to_serve.py.
     "pp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--pp-size", "2", "--enable-metrics"),
     "dp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--dp-size", "2", "--enable-metrics"),
-    "hicache": (
-        *(*_SPARSE, "--chunked-prefill-size", "96", "--page-size", "1", "--max-total-tokens", "2304"),
-        *("--enable-hierarchical-cache", "--hicache-ratio", "8"),
-    ),
     # One head sees too little, and the guard finds it.
     "guarded": (
         *(*_MMINFER, "--mminfer-config", config_file("test_one_wrong_head"), "--chunked-prefill-size", "256"),

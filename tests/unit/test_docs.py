@@ -339,3 +339,17 @@ def test_design_draws_the_rooms() -> None:
     assert tuple(tuple(line.strip().split(" | ")) for line in drawn if line.strip()) == house.LINES
     described = first_cells(text, "7. Layout")
     assert described == {room for rooms in house.LINES for room in rooms}
+
+
+def test_every_way_to_serve_has_its_test_or_says_that_nobody_ran_it() -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    table = page.split("## Ways to serve")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
+    assert len(rows) > 20
+    for feature, what, by in rows[1:]:
+        assert what, feature
+        room, tests = "", re.findall(r"`((?:\w+/)*)(test_\w+\.py)`", by)
+        assert tests or "read" in by, feature
+        for folder, name in tests:
+            room = folder or room
+            assert (ROOT / "tests" / room / name).is_file(), f"{feature}: {room}{name}"
