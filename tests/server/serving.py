@@ -47,7 +47,7 @@ _MMINFER = ("--attention-backend", "mminfer", "--sleep-on-idle")
 _SPARSE = (*_MMINFER, "--mminfer-config", "{sparse}")
 _SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend", "torch_native", "--sleep-on-idle")
 
-# In the order in which tests need them.
+# In the order in which tests need them: `covering_off` just before `one_shot`, whose answers it is compared with.
 FLAGS: dict[str, tuple[str, ...]] = {
     # Configs that leave nothing out: the sparse path gives the dense answers.
     "covering_64": (*_MMINFER, "--mminfer-config", config_file("test_covering_mixed"), "--chunked-prefill-size", "64"),
@@ -57,10 +57,6 @@ FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "covering_256": (*_MMINFER, "--mminfer-config", config_file("test_covering"), "--chunked-prefill-size", "256"),
     "covering_off": (*_MMINFER, "--mminfer-config", config_file("test_covering"), "--chunked-prefill-size", "-1"),
-    "fp8": (
-        *(*_MMINFER, "--mminfer-config", config_file("test_covering_mixed"), "--chunked-prefill-size", "96"),
-        *("--kv-cache-dtype", "fp8_e4m3", "--mminfer-audit", "1"),
-    ),
     # The sparse config. `one_shot` computes every prompt in one chunk with nothing cached: the reference of the others.
     "one_shot": (
         *(*_SPARSE, "--chunked-prefill-size", "-1"),
@@ -87,6 +83,10 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "guarded": (
         *(*_MMINFER, "--mminfer-config", config_file("test_one_wrong_head"), "--chunked-prefill-size", "256"),
         *("--disable-radix-cache", "--enable-metrics", "--mminfer-audit", "1", "--mminfer-guard", str(GUARD_ERROR)),
+    ),
+    "fp8": (
+        *(*_MMINFER, "--mminfer-config", config_file("test_covering_mixed"), "--chunked-prefill-size", "96"),
+        *("--kv-cache-dtype", "fp8_e4m3", "--mminfer-audit", "1"),
     ),
 }
 
