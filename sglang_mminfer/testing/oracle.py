@@ -82,6 +82,8 @@ class HFOracle:
         ValueError: `frames` is neither of these.
     """
 
+    kv_dtype: torch.dtype | None = None
+
     def __init__(
         self,
         path: str | os.PathLike[str],

@@ -102,7 +102,7 @@ def processor_class(base: Any) -> Any:
 
             config = self._video_options(options.on(video))
             if hasattr(video, "resized"):
-                video = self._bounded(video, config)
+                video, config = self._bounded(video, config)
             return asyncio.run(preprocess_video(video, video_config=config))
 
         def _video_options(self, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +121,9 @@ def processor_class(base: Any) -> Any:
                 wanted.setdefault("min_pixels", IMAGE_FACTOR**2)
             return {**config, **wanted}
 
-        def _bounded(self, video: Any, config: dict[str, Any]) -> Any:
-            """The video; frames that are large, or may be kept for later turns, are resized as they are decoded, to the
-            size that SGLang resizes them to.
+        def _bounded(self, video: Any, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            """The video, and the options by which SGLang then takes it; frames that are large, or may be kept for later
+            turns, are resized as they are decoded, to the size that SGLang resizes them to.
 
             Raises:
                 ValueError: for a file without a frame rate, or more frames than the server takes.
@@ -135,7 +135,7 @@ def processor_class(base: Any) -> Any:
             count = stock.smart_nframes(config, total_frames=len(video), video_fps=video.avg_fps)
             height, width = video.frame_shape
             if count * height * width * 3 <= limits.BATCH_BYTES and not media_cache.enabled():
-                return video
+                return video, config
             least = config.get("min_pixels", stock.VIDEO_MIN_PIXELS)
             share = config.get("total_pixels", stock.VIDEO_TOTAL_PIXELS) / count * stock.FRAME_FACTOR
             most = max(min(config.get("max_pixels", stock.VIDEO_MAX_PIXELS), share), int(least * 1.05))
@@ -144,7 +144,11 @@ def processor_class(base: Any) -> Any:
                 size = stock.smart_resize(config["resized_height"], config["resized_width"])
             else:
                 size = stock.smart_resize(height, width, min_pixels=least, max_pixels=most)
-            return video.resized(*size)
+            if stock.smart_resize(*size) == size:  # its rule for sizes that are named
+                config = {**config, "resized_height": size[0], "resized_width": size[1]}
+            elif stock.smart_resize(*size, min_pixels=least, max_pixels=most) != size:
+                return video, config  # it would resize what is resized
+            return video.resized(*size), config
 
         async def process_and_combine_mm_data_async(self, base_output: Any, *args: Any, **kwargs: Any) -> Any:
             metadata = getattr(base_output, _METADATA, None)

@@ -262,6 +262,27 @@ def test_with_the_cache_off_a_server_does_as_without_it(
     assert media_cache.of_process().report().misses == 0
 
 
+SIZES = [
+    *({}, {"total_pixels": 1000}, {"total_pixels": 700_000}, {"min_pixels": 784, "max_pixels": 784}),
+    *({"min_pixels": 784, "max_pixels": 3136}, {"max_pixels": 90_000}, {"max_long_side_pixel": 28}),
+]
+
+
+def test_no_option_of_a_size_means_another_one_where_frames_are_kept(
+    folder: Path, qwen: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames get their size as they are decoded, and SGLang, which looks at them next, must not size them again: its
+    rule is not one to be applied twice."""
+    path = make_video(folder / "square.mp4", 48, 336, 336, 8, seed=6)
+    asked_for = [SimpleNamespace(url=str(path), preprocess_kwargs=dict(size)) for size in SIZES]
+    kept = [told(qwen(video)) for video in asked_for]
+    media_cache.of_process.cache_clear()
+    monkeypatch.setenv(settings.MEDIA_CACHE_MB.variable, "0")
+    off = Turns(QWEN, folder)
+    for size, video, expected in zip(SIZES, asked_for, kept):
+        assert same(told(off(video)), expected), size
+
+
 def test_what_comes_out_may_be_changed(qwen: Turns, files: tuple[Path, Path]) -> None:
     first = qwen(files[0])
     expected = told(first)
