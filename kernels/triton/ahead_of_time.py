@@ -109,7 +109,7 @@ def compile_merge(capability: int, dtype: str, head_dim: int) -> Build:
 
 def compile_estimate(capability: int, dtype: str, head_dim: int, cache: str | None = None) -> list[Build]:
     """Compile the two kernels of the estimate as their launcher would on a GPU of this capability."""
-    chosen = estimate.configuration(head_dim, capability)
+    chosen = estimate.configuration(head_dim, capability, (cache or dtype).startswith("fp8"))
     constants = {
         "GROUP": 7,
         "HEAD_DIM": head_dim,

@@ -150,9 +150,9 @@ def masses(
     tl.store(carried + (number * tl.num_programs(1) + part) * BLOCK_N + lanes, carry)
 
 
-def configuration(head_dim: int, capability: int) -> Configuration:
-    """How to compile both kernels. Not tuned: this compiles without spilling registers."""
-    return Configuration(BLOCK, num_warps=8, num_stages=2)
+def configuration(head_dim: int, capability: int, fp8: bool = False) -> Configuration:
+    """How to compile both kernels, for keys of fp8 or not. Not tuned: this compiles without spilling registers."""
+    return Configuration(BLOCK, num_warps=8, num_stages=3 if fp8 and capability >= 100 else 2)
 
 
 def estimate(
@@ -201,7 +201,7 @@ def estimate(
     options: dict[str, int] = {}
     if not interpreted():
         major, minor = torch.cuda.get_device_capability(device)
-        options = configuration(head_dim, 10 * major + minor).options
+        options = configuration(head_dim, 10 * major + minor, k_cache.element_size() == 1).options
     grid = (count, parts)
     row_lse[grid](q, k_cache, slots, heads, partial, *scalars, sm_scale * LOG2_E, **shapes, **options)
     lse = torch.logsumexp(partial / LOG2_E, dim=1) * LOG2_E

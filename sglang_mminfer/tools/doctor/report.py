@@ -271,13 +271,14 @@ def examine_filters(plugins: str | None, selected: str | None) -> Iterator[Findi
 
 
 def _settings() -> Iterator[Finding]:
-    """The value of each setting that is set, and the defaults of the others, because a server's --help shows none."""
+    """The value of each setting that is set, and the defaults of the others that have one, because a server's --help
+    shows none."""
     defaults = []
     for setting in settings.SETTINGS:
         if value := setting.read():
             note = f" ({setting.flag} of a server wins over it)" if setting.flag else ""
             yield Finding("settings", setting.variable, "ok", f"{value}{note}")
-        else:
+        elif setting.default:
             defaults.append(f"{setting.variable.removeprefix(settings.PREFIX)}={setting.default}")
     if defaults:
         yield Finding("settings", f"{settings.PREFIX}*", "note", f"not set, so default: {', '.join(defaults)}")

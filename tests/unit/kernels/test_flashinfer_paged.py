@@ -396,7 +396,12 @@ REFUSED = {
         half(5, 2, 64),
         "q: .*float16, torch.bfloat16, got torch.float32",
     ),
-    "mixed": (half(3, 4, 64), half(5, 2, 64).bfloat16(), half(5, 2, 64), "k_cache: .*float16 of q, got torch.bfloat16"),
+    "mixed": (
+        half(3, 4, 64),
+        half(5, 2, 64).bfloat16(),
+        half(5, 2, 64),
+        "k_cache: .*float16 of q, or both of one fp8 dtype, got torch.bfloat16",
+    ),
     "head dim": (half(3, 4, 96), half(5, 2, 96), half(5, 2, 96), r"q: .*head dims \(64, 128, 256\), got 96"),
     "shapes": (half(3, 4, 64), half(5, 2, 64), half(6, 2, 64), r"v_cache: .*shape \(5, 2, 64\).*got \(6, 2, 64\)"),
     "strides": (

@@ -89,7 +89,8 @@ def test_tokens_grid_and_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     config = text_config(case.path)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
-    kv = total * config["num_hidden_layers"] * config["num_key_value_heads"] * 2 * head_dim * FP32
+    layers = config.get("layer_types", []).count("full_attention") or config["num_hidden_layers"]
+    kv = total * layers * config["num_key_value_heads"] * 2 * head_dim * FP32
     assert found["KV cache"].text.startswith(f"{kv / MB:.1f} MB for this prompt")
     deep = json.loads((Path(case.path) / "config.json").read_text()).get("vision_config") or {}
     width = hidden * (1 + len(deep.get("deepstack_visual_indexes") or ()))
