@@ -20,9 +20,16 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.plugins import load_plugins
 
 import observed
-from sglang_mminfer.serving import encoder_watch
+from sglang_mminfer.serving import encoder_watch, hooks
 
 load_plugins()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hooked() -> None:
+    """As a process of a server with mminfer is."""
+    hooks.install("mminfer")
+
 
 HIDDEN = 2048  # 8 KB for each token in fp32
 SECONDS = 0.02
