@@ -44,24 +44,6 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPSILON)
 
 
-@on_cpu
-def gates(
-    A_log: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    dt_bias: torch.Tensor,
-    beta: float = 1.0,
-    threshold: float = 20.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """AROUND fused_gdn_gating: decay and weight of each token and value head, fp32 [1, tokens, heads].
-
-    Args:
-        A_log, dt_bias: [heads].
-        a, b: [tokens, heads].
-    """
-    return _gates(A_log, a, b, dt_bias, beta, threshold)
-
-
 def _gates(
     A_log: torch.Tensor,
     a: torch.Tensor,
@@ -70,8 +52,17 @@ def _gates(
     beta: float = 1.0,
     threshold: float = 20.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """AROUND fused_gdn_gating, as `gates`: decay and weight of each token and value head, fp32 [1, tokens, heads].
+
+    Args:
+        A_log, dt_bias: [heads].
+        a, b: [tokens, heads].
+    """
     decay = -A_log.float().exp() * F.softplus(a.float() + dt_bias.float(), beta, threshold)
     return decay[None], b.float().sigmoid()[None]
+
+
+gates = on_cpu(_gates)
 
 
 @on_cpu

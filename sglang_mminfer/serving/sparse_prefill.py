@@ -371,18 +371,17 @@ class SparsePrefill:
             return "layer_unknown"
         if batch.heads.is_dense(layer.layer_id):
             return "layer_dense_config"
-        if self._kv_scales(q, layer) is None:
+        if self._kv_scales(q, self.kv_pool.get_key_buffer(layer.layer_id), layer) is None:
             return "kv_cache_dtype"
         if q.shape[0] != batch.num_rows:
             return "padded_rows"
         return None
 
-    def _kv_scales(self, q: torch.Tensor, layer: Any) -> KVScales | None:
+    def _kv_scales(self, q: torch.Tensor, k_cache: torch.Tensor, layer: Any) -> KVScales | None:
         """How the pool stores the layer's keys and values; None if the executors cannot read them."""
-        kv_dtype = self.kv_pool.get_key_buffer(layer.layer_id).dtype
-        if kv_dtype == q.dtype:
+        if k_cache.dtype == q.dtype:
             return KVScales()
-        if executors.why_unread(kv_dtype, self.device) is not None:
+        if executors.why_unread(k_cache.dtype, self.device) is not None:
             return None
         return KVScales.of(layer, self.dense_backend)
 
@@ -390,7 +389,7 @@ class SparsePrefill:
         """Writes the batch's K and V of one layer into the KV pool."""
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-        scales = self._kv_scales(q, layer)
+        scales = self._kv_scales(q, self.kv_pool.get_key_buffer(layer.layer_id), layer)
         assert scales is not None
         if scales.stored is not None:
             k, v = k.clone(), v.clone()  # the pool divides them in place, and the stock rows may need them
@@ -423,7 +422,7 @@ class SparsePrefill:
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
         try:
-            scales = self._kv_scales(q, layer)
+            scales = self._kv_scales(q, k_cache, layer)
             assert scales is not None
             sm_scale = layer.scaling * scales.k
             start, heads = self.clock(), self._heads_of(layer, batch)
@@ -479,7 +478,7 @@ class SparsePrefill:
         if not requests:
             return None
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
-        scales = self._kv_scales(q, layer)
+        scales = self._kv_scales(q, k_cache, layer)
         assert scales is not None  # else there is a reason
         count, heads = layer.tp_q_head_num, self._heads_of(layer, batch)
         plan, lse = batch.ran or (None, None)

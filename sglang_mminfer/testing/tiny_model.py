@@ -289,15 +289,25 @@ def _write(path: Path, arch: str, recipe: dict[str, Any]) -> None:
     save_processor(processor, path)
 
 
-def save_all(model: Any, processor: Any, tokenizer: Any, rows: int, seed: int, path: Path) -> None:
+def save_all(
+    model: Any,
+    processor: Any,
+    tokenizer: Any,
+    rows: int,
+    seed: int,
+    path: Path,
+    adjust: Callable[[Any], None] = lambda model: None,
+) -> None:
     """Draws the weights of a new model, in float32, and writes it and its processor to the folder `path`.
 
     Args:
         rows: of its token embedding.
+        adjust: changes the weights that were drawn.
     """
     model.generation_config = generation_config(tokenizer)
     model = model.to(torch.float32).eval()
     draw_weights(model, seed, spoken_tokens(tokenizer, rows))
+    adjust(model)
     save_model(model, path)
     save_processor(processor, path)
 

@@ -113,12 +113,7 @@ def _write(path: Path, moe: bool) -> None:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tiny_model.SPECIAL_TOKENS}
     config = make_config(ids, rows, moe)
     kind: Any = transformers.Qwen3_5MoeForConditionalGeneration if moe else transformers.Qwen3_5ForConditionalGeneration
-    model = kind(config).to(torch.float32).eval()
-    model.generation_config = tiny_model.generation_config(tokenizer)
-    tiny_model.draw_weights(model, SEED, tiny_model.spoken_tokens(tokenizer, rows))
-    _centre(model)
-    tiny_model.save_model(model, path)
-    tiny_model.save_processor(processor, path)
+    tiny_model.save_all(kind(config), processor, tokenizer, rows, SEED, path, _centre)
 
 
 @torch.no_grad()
