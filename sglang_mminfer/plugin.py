@@ -8,12 +8,9 @@ every process, and hides a plugin that fails to import behind "invalid choice: '
 from __future__ import annotations
 
 import functools
-import logging
 
 from sglang_mminfer.serving import cpu_platform, hooks
 from sglang_mminfer.serving.hooks import Hook
-
-logger = logging.getLogger(__name__)
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -272,14 +269,8 @@ HOOKS: tuple[Hook, ...] = (
 def register() -> None:
     """Entry point of group `sglang.srt.plugins`: declares `HOOKS` and installs those that every server needs. A second
     call does nothing."""
-    try:
-        hooks.declare(HOOKS)
-        hooks.install("load")
-        if cpu_platform.selected():  # else with `cpu_platform.use`
-            hooks.install("cpu")
-    except Exception:
-        logger.exception(
-            "sglang-mminfer could NOT be registered, so SGLang will not know the attention backend "
-            "'mminfer'. Run `mminfer doctor` to see what is wrong."
-        )
-        raise
+    hooks.declare(HOOKS)
+    hooks.install("load")
+    if cpu_platform.selected():  # else with `cpu_platform.use`
+        hooks.install("cpu")
+    hooks.say_if_impossible()

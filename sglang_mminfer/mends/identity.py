@@ -48,9 +48,9 @@ def _brings_hashes(request: Any) -> bool:
     return any(isinstance(medium, dict) and medium.get("hash") is not None for medium in media)
 
 
-def set_pad_value(original: Callable[[Any], None], self: Any) -> None:
+def set_pad_value(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND MultimodalDataItem.set_pad_value, in the process that hashes the features."""
-    original(self)
+    original(self, *args, **kwargs)
     if KEY in self.model_specific_data:
         _mix(self)
 

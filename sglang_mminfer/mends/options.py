@@ -142,12 +142,12 @@ def _warn_once(family: str, kind: str, name: str) -> None:
 # ---- chat --------------------------------------------------------------------------------------------------
 
 
-def carry(original: Any, self: Any, request: Any, raw_request: Any = None) -> Any:
+def carry(original: Any, self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any) -> Any:
     """AROUND OpenAIServingChat._convert_to_internal_request.
 
     SGLang drops the options that it does not know, and with a conversation template nearly all of them.
     """
-    converted = original(self, request, raw_request)
+    converted = original(self, request, raw_request, *args, **kwargs)
     if mends.wanted(self.tokenizer_manager.server_args) and mends.active("video_options"):
         body = getattr(raw_request, "_json", None)
         chat = body if isinstance(body, Mapping) else request.model_dump(exclude_none=True)

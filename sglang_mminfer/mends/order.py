@@ -16,7 +16,7 @@ from sglang_mminfer import mends
 STOCK, OURS = "internvl-2-5", "mminfer-internvl-2-5"
 
 
-def apply_template(original: Any, self: Any, request: Any, is_multimodal: bool) -> Any:
+def apply_template(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND OpenAIServingChat._apply_conversation_template."""
     manager = self.template_manager
     if (
@@ -26,7 +26,7 @@ def apply_template(original: Any, self: Any, request: Any, is_multimodal: bool) 
     ):
         _register()
         manager._chat_template_name = OURS  # this server's only: the stock template stays as it is
-    return original(self, request, is_multimodal)
+    return original(self, *args, **kwargs)
 
 
 def _register() -> None:

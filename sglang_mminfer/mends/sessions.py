@@ -74,7 +74,7 @@ def create_request(original: Callable[..., Any], self: Any, turn: Any, *args: An
     return created
 
 
-def close(original: Callable[..., None], self: Any, session_id: str) -> None:
+def close(original: Callable[..., None], self: Any, session_id: str, *args: Any, **kwargs: Any) -> None:
     """AROUND SessionController._close: a session with a running turn closes when the turn ends.
 
     SGLang itself waits for turns of streaming sessions only. Its `maybe_reap` later closes the sessions that wait.
@@ -83,15 +83,15 @@ def close(original: Callable[..., None], self: Any, session_id: str) -> None:
     if mends.here(NAME) and not session.streaming and not self._all_requests_finished(session):
         session.close_on_finish = True
         return
-    original(self, session_id)
+    original(self, session_id, *args, **kwargs)
 
 
-def media_of(original: Callable[..., Any], self: Any, media: Any) -> Any:
+def media_of(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Scheduler._get_multimodal_inputs: unreadable media fail their request and do not end the scheduler."""
     from sglang.srt.managers.scheduler import _MultimodalInputProcessingError
 
     try:
-        return original(self, media)
+        return original(self, *args, **kwargs)
     except _MultimodalInputProcessingError:
         raise
     except Exception as error:

@@ -17,7 +17,7 @@ def add_choice(choices: list[str]) -> None:
 
 def create_backend(runner: Any) -> Any:
     """The factory in SGLang's attention registry. Our torch code is imported here and no earlier."""
-    check_installation()
+    check_installation(warn=False)  # the launch has warned
     from sglang_mminfer.serving.backend import create_backend as create
 
     return create(runner)
@@ -27,7 +27,7 @@ NAMES = ("prefill_attention_backend_str", "decode_attention_backend_str")
 """The attributes of a model runner that name its attention backends."""
 
 
-def wrap(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
+def wrap(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND attn_backend_wrapper: while SGLang looks at the names of the backends, ours is called by the name of the
     dense backend beneath it."""
     from sglang_mminfer.serving.dense_backend import dense_backend_name
@@ -36,7 +36,7 @@ def wrap(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> A
     for name in ours:
         setattr(runner, name, dense_backend_name(runner.server_args, runner.device))
     try:
-        return original(runner, full_attn_backend)
+        return original(runner, *args, **kwargs)
     finally:
         for name in ours:
             setattr(runner, name, BACKEND_NAME)

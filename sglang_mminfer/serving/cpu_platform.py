@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_mminfer import releases
 from sglang_mminfer.serving import hooks
 from sglang_mminfer.serving.hooks import Hook
 
@@ -114,14 +115,14 @@ def _platform_class() -> type:
     import torch
     from sglang.srt.platforms.cpu import CpuDeviceMixin
     from sglang.srt.platforms.device_mixin import PlatformEnum
-    from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+    from sglang.srt.platforms.interface import SRTPlatform
 
     class MMInferCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """The CPU as an out-of-tree device: plain torch operators, gloo, no graphs, no pinned memory."""
 
         # OOT and not CPU: `is_cpu()` stands for SGLang's CPU engine with its own kernels, so it must stay False.
         _enum = PlatformEnum.OOT
-        capabilities = PlatformCapabilities()
+        capabilities = releases.platform_capabilities()
 
         def get_default_attention_backend(self) -> str:
             return "torch_native"
@@ -306,9 +307,9 @@ def pin_memory(original: Callable[..., torch.Tensor], self: torch.Tensor, *args:
     return original(self, *args, **kwargs) if accelerators() else self
 
 
-def get_device(original: Callable[..., str], device_id: int | None = None) -> str:
+def get_device(original: Callable[..., str], *args: Any, **kwargs: Any) -> str:
     """AROUND get_device: "cpu" if our platform is active, or was active for an earlier engine of this process."""
-    return "cpu" if is_active() or not accelerators() else original(device_id)
+    return "cpu" if is_active() or not accelerators() else original(*args, **kwargs)
 
 
 def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -342,13 +343,13 @@ def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kw
     return out
 
 
-def keeps_states_in_steps(original: Callable[..., bool], view: Any, hf_config: Any) -> bool:
+def keeps_states_in_steps(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
     """AROUND supports_mamba_cache_extra_buffer: False on our platform.
 
     SGLang then caches recurrent states where requests and chunks end. The other way, which it prefers elsewhere, caches
     them every few tokens.
     """
-    return not is_active() and original(view, hf_config)
+    return not is_active() and original(*args, **kwargs)
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -391,9 +392,14 @@ HOOKS: tuple[Hook, ...] = (
             "SGLang has this operator of gated delta nets, of gated attention or of a gated expert in Triton, which "
             "needs an accelerator.",
             when=("cpu",),
+            formerly=f"sglang.kernels.ops.{formerly[0]}" if formerly else "",
         )
-        for operator, function in (
-            ("attention.linear.fused_gdn_gating.fused_gdn_gating", "gates"),
+        for operator, function, *formerly in (
+            (
+                "attention.linear.fused_gdn_gating.fused_gdn_gating",
+                "gates",
+                "attention.fla.fused_gdn_gating.fused_gdn_gating",  # up to 0.5.22
+            ),
             ("mamba.causal_conv1d_triton.causal_conv1d_fn", "convolve"),
             ("mamba.causal_conv1d_triton.causal_conv1d_update", "convolve_token"),
             ("attention.fla.chunk.chunk_gated_delta_rule", "prefill"),

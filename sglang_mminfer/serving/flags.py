@@ -16,7 +16,7 @@ MEDIA_ROOT_ATTRIBUTE = "_mminfer_media_root"
 attributes with an underscore into its child processes too."""
 
 
-def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+def add_cli_args(result: None, parser: argparse.ArgumentParser, *more: Any, **kwargs: Any) -> None:
     """AFTER ServerArgs.add_cli_args."""
     if settings.CONFIG.flag in parser._option_string_actions:
         return
@@ -57,9 +57,9 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
     )
 
 
-def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace, *more: Any, **kwargs: Any) -> Any:
     """AROUND ServerArgs.from_cli_args."""
-    server_args = original(cls, args)
+    server_args = original(cls, args, *more, **kwargs)
     setattr(server_args, CONFIG_ATTRIBUTE, getattr(args, "mminfer_config", None))
     setattr(server_args, AUDIT_ATTRIBUTE, getattr(args, "mminfer_audit", None))
     setattr(server_args, GUARD_ATTRIBUTE, getattr(args, "mminfer_guard", None))

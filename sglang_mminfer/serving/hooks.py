@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
+import multiprocessing
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +36,7 @@ class Hook:
         reason: why SGLang cannot do without it.
         essential: without it answers could be wrong, so where SGLang lacks the target no server starts with mminfer.
             Others are left out with a warning.
+        formerly: the target in older releases of SGLang that we know; "" if it is the same in all.
         when: what makes it needed. load: every process of every server has it. mminfer: a server with mminfer; it is
             installed when a process learns that it works for one. cpu: a server on our CPU platform.
     """
@@ -44,6 +47,7 @@ class Hook:
     reason: str
     essential: bool = False
     when: tuple[When, ...] = ("mminfer",)
+    formerly: str = ""
 
     @property
     def module(self) -> str:
@@ -55,15 +59,21 @@ class Hook:
         """Our function."""
         return pkgutil.resolve_name(self.function)
 
-    def target_exists(self) -> bool:
-        """Whether this SGLang has the place that is hooked."""
-        if self.kind == "resolution":
-            from sglang.srt.arg_groups.resolution_hooks import _OVERRIDABLE_HOOKS
+    def at_each_place(self) -> list[Hook]:
+        """This hook at every place where its target may be. A release of SGLang has one of them."""
+        return [replace(self, target=target, formerly="") for target in (self.target, self.formerly) if target]
 
-            return self.target in _OVERRIDABLE_HOOKS
+    def target_exists(self) -> bool:
+        """Whether this SGLang has the place that is hooked. A module that cannot be imported has nothing."""
+        if self.formerly:
+            return any(hook.target_exists() for hook in self.at_each_place())
         try:
+            if self.kind == "resolution":
+                from sglang.srt.arg_groups.resolution_hooks import _OVERRIDABLE_HOOKS
+
+                return self.target in _OVERRIDABLE_HOOKS
             found = pkgutil.resolve_name(self.target)
-        except (ImportError, AttributeError):
+        except Exception:
             return False
         kinds = {"choice": list, "backend": dict}
         return isinstance(found, kinds[self.kind]) if self.kind in kinds else callable(found)
@@ -73,6 +83,8 @@ _declared: tuple[Hook, ...] = ()
 _begun: list[Hook] = []
 """Those that `install` was called for; a few may wait for the import of their module."""
 _applied: set[Hook] = set()
+_failed: dict[Hook, str] = {}
+"""Those that could not be installed, and why: SGLang is not as they expect, or a defect of ours."""
 
 
 def declare(every: tuple[Hook, ...]) -> None:
@@ -94,16 +106,25 @@ def install(when: When) -> None:
     functions = [hook for hook in due if hook.kind in ("before", "after", "around")]
     for hook in due:
         if hook not in functions:
-            _extend(hook)
+            _try(_extend, hook)
     if when == "load":
         for hook in functions:
-            _register(hook)
+            _try(_register, hook)
     else:
-        _apply([hook for hook in functions if hook.module in sys.modules])
-        _importer.wait([hook for hook in functions if hook.module not in sys.modules])
+        places = [place for hook in functions for place in hook.at_each_place()]
+        _apply([hook for hook in places if hook.module in sys.modules])
+        _importer.wait([hook for hook in places if hook.module not in sys.modules])
 
 
-def note(server_args: Any) -> None:
+def _try(how: Callable[[Hook], None], hook: Hook) -> None:
+    """Install a hook. An error is kept for `check_installation`: a server that needs no hook must not meet it."""
+    try:
+        how(hook)
+    except Exception as error:
+        _failed[hook] = f"{type(error).__name__}: {error}"
+
+
+def note(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE ServerArgs.resolve_once: the first to know whether this process works for a server with mminfer."""
     from sglang_mminfer.mends import asked
 
@@ -117,7 +138,9 @@ def unapplied(some: Iterable[Hook]) -> list[Hook]:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     def there(hook: Hook) -> bool:
-        return hook.target in HookRegistry._patched if "load" in hook.when else hook in _applied
+        if "load" in hook.when:
+            return hook.target in HookRegistry._patched
+        return any(place in _applied for place in hook.at_each_place())
 
     return [hook for hook in some if hook.kind in ("before", "after", "around") and not there(hook)]
 
@@ -126,7 +149,7 @@ def _extend(hook: Hook) -> None:
     """Install a hook that adds to a list, a registry or a step of SGLang."""
     if not hook.target_exists():
         return
-    function = hook.resolve()
+    function = _guarded(hook)
     if hook.kind == "choice":
         function(pkgutil.resolve_name(hook.target))
     elif hook.kind == "backend":
@@ -142,24 +165,82 @@ def _register(hook: Hook) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if hook.target_exists():
-        HookRegistry.register(hook.target, hook.resolve(), HookType(hook.kind))
+        HookRegistry.register(hook.target, _guarded(hook), HookType(hook.kind))
+
+
+def _guarded(hook: Hook) -> Callable[..., Any]:
+    """Our function for a place that every server passes, so that an error in it ends no server without mminfer.
+
+    A changed SGLang makes ours raise one of four kinds of errors. After one of those SGLang's own function runs, unless
+    it has run already, and the log has one line. Every other error goes on: refusals of a launch, and SGLang's own.
+    """
+    function = hook.resolve()
+    if hook.kind in ("choice", "backend"):
+        return function
+    stock_at = {"around": 0, "resolution": 1}.get(hook.kind)
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        results: list[Any] = []
+        raised: list[Exception] = []
+        stock: Any = None if stock_at is None else args[stock_at]
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                results.append(stock(*args, **kwargs))
+            except Exception as error:
+                raised.append(error)
+                raise
+            return results[-1]
+
+        ours = list(args)
+        if stock_at is not None:
+            ours[stock_at] = watched
+        try:
+            return function(*ours, **kwargs)
+        except (ImportError, AttributeError, TypeError, KeyError) as error:
+            if raised or _wants_mminfer(args):
+                raise
+            _say_once(f"{hook.target}: a hook of mminfer failed and was passed by ({type(error).__name__}: {error}).")
+        if stock_at is None:
+            return None
+        return results[-1] if results else stock(*args[:stock_at], *args[stock_at + 1 :], **kwargs)
+
+    return guarded
+
+
+def _wants_mminfer(args: Iterable[Any]) -> bool:
+    """Whether server arguments, or those of a command line, are among the arguments of a hook and name mminfer."""
+    from sglang_mminfer import mends
+
+    return any(mends.wanted(arg) for arg in args)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.warning("mminfer: %s", text)
 
 
 def _apply(functions: list[Hook]) -> None:
     """Install hooks on functions as SGLang's HookRegistry does: where they stand, and wherever a module has imported
     them by name."""
-    from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
-
     replacements: dict[int, tuple[Any, Any]] = {}
     for hook in functions:
         if not hook.target_exists():
+            continue
+        try:
+            from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+
+            function = hook.resolve()
+        except Exception as error:  # in the middle of an import of SGLang's, which must not fail for it
+            _failed[hook] = f"{type(error).__name__}: {error}"
             continue
         path, _, name = hook.target.rpartition(".")
         holder = pkgutil.resolve_name(path)
         declared = vars(holder).get(name)
         decorator = type(declared) if isinstance(declared, classmethod | staticmethod) else None
         original = declared.__func__ if isinstance(declared, classmethod | staticmethod) else getattr(holder, name)
-        wrapped: Any = _wrap_fn(original, hook.resolve(), HookType(hook.kind))
+        wrapped: Any = _wrap_fn(original, function, HookType(hook.kind))
         setattr(holder, name, decorator(wrapped) if decorator else wrapped)
         replacements[id(original)] = original, wrapped  # the original is kept, so its id stays its own
         _applied.add(hook)
@@ -211,8 +292,11 @@ class UnsupportedLaunch(ValueError):
     """A combination of arguments that mminfer cannot serve."""
 
 
-def check_installation() -> None:
+def check_installation(warn: bool = True) -> None:
     """Says what of SGLang is not there that this package hooks.
+
+    Args:
+        warn: whether to name the hooks without which a server starts.
 
     Raises:
         UnsupportedLaunch: if mminfer cannot do without it.
@@ -220,11 +304,47 @@ def check_installation() -> None:
     from importlib.metadata import version
 
     installed = version("sglang")
-    missing = [hook for hook in _declared if hook in _begun and not hook.target_exists()]
+    begun = [hook for hook in _declared if hook in _begun]
+    missing = [hook for hook in begun if not hook.target_exists()]
     if essential := [hook.target for hook in missing if hook.essential]:
         raise UnsupportedLaunch(
             f"mminfer: SGLang {installed} has no {', '.join(essential)}, without which answers could be wrong; install "
             f"sglang{settings.TESTED_SGLANG}, or drop --attention-backend mminfer."
         )
+    failed = {hook: why for hook in begun if hook not in missing and (why := _why_failed(hook))}
+    if essential := [f"{hook.target} ({why})" for hook, why in failed.items() if hook.essential]:
+        raise UnsupportedLaunch(
+            f"mminfer: with SGLang {installed} these hooks fail, without which answers could be wrong: "
+            f"{', '.join(essential)}; install sglang{settings.TESTED_SGLANG}, or drop --attention-backend mminfer."
+        )
+    if not warn:
+        return
     for hook in missing:
         logger.warning("mminfer: SGLang %s has no %s, so this goes unmended: %s", installed, hook.target, hook.reason)
+    for hook, why in failed.items():
+        logger.warning("mminfer: a hook on %s fails (%s), so this goes unmended: %s", hook.target, why, hook.reason)
+
+
+def _why_failed(hook: Hook) -> str | None:
+    """Why a hook whose target is there could not be installed; None if it was, or waits."""
+    return next((_failed[place] for place in (hook, *hook.at_each_place()) if place in _failed), None)
+
+
+def say_if_impossible() -> None:
+    """One line in the log if this SGLang lacks what every server with mminfer needs from the start.
+
+    Such a launch may end before `check_installation` can say so, because SGLang does not know the name.
+    """
+    if multiprocessing.parent_process() is not None:
+        return
+    needed = [hook for hook in _declared if hook.essential and "load" in hook.when]
+    if bad := [hook.target for hook in needed if hook in _failed or not hook.target_exists()]:
+        from importlib.metadata import version
+
+        logger.warning(
+            "mminfer: SGLang %s lacks %s as this package knows it, so no server can start with --attention-backend "
+            "mminfer; others are not affected. It was run with sglang%s.",
+            version("sglang"),
+            ", ".join(bad),
+            settings.TESTED_SGLANG,
+        )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_mminfer import mends, settings
+from sglang_mminfer import mends, releases, settings
 from sglang_mminfer.serving import basis_choice, dense_backend, flags, head_config_choice, hooks
 from sglang_mminfer.serving.hooks import UnsupportedLaunch
 
@@ -236,7 +236,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "kv_sharding",
-        lambda cfg: cfg.enable_kv_cache_sharding,
+        releases.shards_kv_cache,
         "--enable-kv-cache-sharding leaves each rank a part of every cached page, and mminfer needs whole "
         "ones; drop it or use --attention-backend fa3.",
     ),

@@ -68,7 +68,7 @@ async def _raising(error: ForbiddenFile) -> AsyncIterator[Any]:
     yield  # makes it an iterator
 
 
-def before_decision(index: int, image: Any) -> None:
+def before_decision(index: int, image: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE systemone.serving._read_image, which reads a picture before there is a request.
 
     Raises:
@@ -100,7 +100,7 @@ def before_video(source: Any) -> None:
         _check_head("video", head)
 
 
-def before_audio(data: bytes) -> None:
+def before_audio(data: bytes, *args: Any, **kwargs: Any) -> None:
     """BEFORE audio_from_video.is_audio_container, to which SGLang shows the first bytes of each sound.
 
     Raises:

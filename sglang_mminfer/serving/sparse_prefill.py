@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sglang_mminfer import settings
+from sglang_mminfer import releases, settings
 from sglang_mminfer.families.maps import GeometryError, cached_map, reader_of
 from sglang_mminfer.kernels import executors
 from sglang_mminfer.kernels.block_plan import BlockPlan
@@ -387,14 +387,12 @@ class SparsePrefill:
 
     def save_kv(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
         """Writes the batch's K and V of one layer into the KV pool."""
-        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-
         scales = self._kv_scales(q, self.kv_pool.get_key_buffer(layer.layer_id), layer)
         assert scales is not None
         if scales.stored is not None:
             k, v = k.clone(), v.clone()  # the pool divides them in place, and the stock rows may need them
         self.kv_pool.set_kv_buffer(
-            layer, KVWriteLoc.for_layer(forward_batch, layer), k, v, *(scales.stored or (None, None))
+            layer, releases.kv_write_loc(forward_batch, layer), k, v, *(scales.stored or (None, None))
         )
 
     def run_layer(

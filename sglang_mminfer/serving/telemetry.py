@@ -165,11 +165,11 @@ def of_process() -> Telemetry:
     return Telemetry()
 
 
-def get_internal_state(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
+def get_internal_state(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Scheduler.get_internal_state: answers a question of ours, and leaves SGLang's to SGLang."""
     rid = getattr(recv_req, "rid", None)
     if not isinstance(rid, str) or not rid.startswith(QUESTION):
-        return original(self, recv_req)
+        return original(self, recv_req, *args, **kwargs)
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
     answer = of_process().answer(rid.removeprefix(QUESTION))

@@ -27,16 +27,19 @@ LINES = (
     ("patterns",),
     ("modality",),
     ("kernels",),
-    ("settings",),
+    ("releases", "settings"),
 )
 """From the roof down. A room imports from lines below its own, never sideways."""
 
 LINE_OF = {room: number for number, rooms in enumerate(LINES) for room in rooms}
 
-LIGHT = ("plugin", "settings", "serving.flags", "serving.hooks", "serving.cpu_platform", "families", "mends")
+LIGHT = (
+    *("plugin", "settings", "releases", "families", "mends"),
+    *("serving.flags", "serving.hooks", "serving.cpu_platform"),
+)
 """Modules that every process of every server imports: Python's own modules alone, before anything is asked of them."""
 
-KNOW_SGLANG = {"serving", "families", "mends", "frontend", "tools", "benchmarks"}
+KNOW_SGLANG = {"releases", "serving", "families", "mends", "frontend", "tools", "benchmarks"}
 
 DOTTED = re.compile(rf"^{PACKAGE}(\.\w+)+")
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sglang_mminfer import releases
 from sglang_mminfer.mends import pictures
 from sglang_mminfer.modality.items import KEY, fresh_numbers
 
@@ -199,9 +200,7 @@ def model_class(base: Any) -> type:
         def pad_input_ids(self, input_ids: array[int], image_inputs: Any) -> array[int]:
             if not _placed(image_inputs):
                 return super().pad_input_ids(input_ids, image_inputs)
-            from sglang.srt.managers.mm_utils import pad_mm_tokens
-
-            return pad_mm_tokens(input_ids, image_inputs)
+            return releases.pad_mm_tokens(input_ids, image_inputs)
 
         def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
             media = forward_batch.mm_inputs

@@ -43,17 +43,12 @@ def _read(path: Any, revision: str | None) -> tuple[OwnFamily, Any, Checkpoint] 
 
 
 def parse_config(
-    original: Callable[..., Any],
-    self: Any,
-    model: Any,
-    trust_remote_code: bool,
-    revision: str | None = None,
-    **kwargs: Any,
+    original: Callable[..., Any], self: Any, model: Any, trust_remote_code: bool, *args: Any, **kwargs: Any
 ) -> Any:
     """AROUND HfModelConfigParser.parse: the config of a checkpoint of ours. From then on SGLang knows its classes."""
-    ours = _read(model, revision)
+    ours = _read(model, args[0] if args else kwargs.get("revision"))
     if ours is None:
-        return original(self, model, trust_remote_code, revision=revision, **kwargs)
+        return original(self, model, trust_remote_code, *args, **kwargs)
     family, config, _ = ours
     _register(family)
     return config

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.managers.mm_utils import general_mm_embed_routine, pad_mm_tokens
+from sglang.srt.managers.mm_utils import general_mm_embed_routine
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.utils import add_prefix
 from torch import nn
+
+from sglang_mminfer import releases
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class VisionLanguageModel(nn.Module):
 
     def pad_input_ids(self, input_ids: array, mm_inputs: MultimodalInputs) -> array:
         """The keys of SGLang's radix cache: the tokens of each item get values made of the item's hash."""
-        return pad_mm_tokens(input_ids, mm_inputs)
+        return releases.pad_mm_tokens(input_ids, mm_inputs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

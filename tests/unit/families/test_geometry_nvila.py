@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sglang.srt.managers.mm_utils import pad_mm_tokens
 from sglang.srt.managers.schedule_batch import Modality as SglModality
 from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
 
 from families import nvila
 from families.nvila import LITE, NVILA, PATCH, best_shape
 from processing import Processing, cells_of, check_padding, kind_of, runs_of
+from sglang_mminfer import releases
 from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs, reader_of
 from sglang_mminfer.families.nvila.geometry import TileReader
 from sglang_mminfer.families.nvila.processor import frames_of
@@ -111,7 +111,7 @@ def padded(processing, got):
     media = MultimodalInputs(
         mm_items=got.items, im_token_id=processing.token("<image>"), video_token_id=processing.token("<vila/video>")
     )
-    return list(pad_mm_tokens(array("q", got.ids), media))
+    return list(releases.pad_mm_tokens(array("q", got.ids), media))
 
 
 def test_every_token_gets_the_hash_of_its_own_tile(made, files):

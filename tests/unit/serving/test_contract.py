@@ -1,7 +1,8 @@
 """What this package relies on in SGLang, checked against the installed version. A failure names the fault in words.
 
 A new SGLang version should fail here first. A failing row names what is missing and which files of ours rely on it.
-If a file relies on something new, add a row. Other tests check how these things behave.
+If a file relies on something new, add a row. Other tests check how these things behave. What `releases` finds in every
+release has its tests in tests/unit/test_releases.py.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
     ),
     (f"{POOL}.MHATokenToKVPool.set_kv_buffer", ("self", "layer", "loc_info", "cache_k", "cache_v")),
     (f"{POOL}.MHATokenToKVPool.get_kv_buffer", ("self", "layer_id")),
-    (f"{POOL}.KVWriteLoc.for_layer", ("forward_batch", "layer")),
     (f"{BATCH}.ForwardMode.is_decode_or_idle", ("self",)),
     (f"{BATCH}.ForwardBatch.init_new", ("batch", "model_runner")),
     ("sglang.srt.managers.cache_controller.storage_model_name", ("model_name", "host_pool")),
@@ -150,7 +150,6 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
         "sglang.srt.managers.mm_utils.general_mm_embed_routine",
         ("input_ids", "forward_batch", "language_model", "data_embedding_funcs", "kwargs"),
     ),
-    ("sglang.srt.managers.mm_utils.pad_mm_tokens", ("input_ids", "mm_inputs")),
     ("sglang.srt.runtime_context.get_model", ()),
 ]
 
@@ -218,7 +217,6 @@ ATTRIBUTES: list[tuple[str, type]] = [
     ("sglang.srt.configs.Qwen3NextConfig", type),
     ("sglang.srt.environ.envs.SGLANG_MAMBA_CONV_DTYPE", object),
     ("sglang.srt.platforms.cpu.CpuDeviceMixin", type),
-    ("sglang.srt.platforms.interface.PlatformCapabilities", type),
 ]
 
 FIELDS: list[tuple[str, tuple[str, ...]]] = [
@@ -273,7 +271,6 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
             "dtype",
             "enable_deterministic_inference",
             "enable_hisparse",
-            "enable_kv_cache_sharding",
             "enable_metrics",
             "enable_mis",
             "enable_page_major_kv_layout",
@@ -348,10 +345,15 @@ def users_of(path: str) -> str:
     return ", ".join(str(file.relative_to(ROOT)) for file in files if re.search(rf"\b{name}\b", file.read_text()))
 
 
+FORMERLY = {hook.target: hook.formerly for hook in plugin.HOOKS if hook.formerly}
+
+
 def _find(path: str) -> Any:
     try:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
+        if path in FORMERLY:
+            return pkgutil.resolve_name(FORMERLY[path])
         pytest.fail(f"SGLang has no {path} any more ({error}). {users_of(path)} of ours stands on it.")
 
 
@@ -414,8 +416,24 @@ def test_hook_has_its_target(hook: Hook) -> None:
 )
 def test_hook_knows_its_module(hook: Hook) -> None:
     """hooks.py waits for the import of this module, where it is not imported yet."""
-    assert hook.target.startswith(f"{hook.module}.")
-    assert importlib.import_module(hook.module) is sys.modules[hook.module]
+    place = next(place for place in hook.at_each_place() if place.target_exists())
+    assert place.target.startswith(f"{place.module}.")
+    assert importlib.import_module(place.module) is sys.modules[place.module]
+
+
+REPLACED = {hook.target for hook in plugin.HOOKS if ".cpu_delta_net:" in hook.function}
+"""Operators that ours stand in for, so that every argument must be known."""
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [hook for hook in plugin.HOOKS if hook.kind in FUNCTIONS and hook.target not in REPLACED],
+    ids=lambda h: h.target,
+)
+def test_hook_passes_on_arguments_that_it_does_not_know(hook: Hook) -> None:
+    """A new parameter in SGLang is no TypeError then."""
+    kinds = {parameter.kind for parameter in inspect.signature(hook.resolve()).parameters.values()}
+    assert {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds, hook.function
 
 
 def test_hooks_are_named_once() -> None:

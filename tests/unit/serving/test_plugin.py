@@ -225,12 +225,41 @@ def test_the_tested_versions_are_those_of_the_distribution() -> None:
 
 
 def test_failure_is_loud(register: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    """In one line, and it keeps no other hook from being installed."""
     target = "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS"
-    broken = Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.", when=("load",))
-    with pytest.raises(AttributeError, match="not_there"):
-        register(broken)
-    assert "could NOT be registered" in caplog.text
-    assert "mminfer doctor" in caplog.text
+    broken = Hook(target, "backend", "sglang_mminfer.plugin:not_there", "A test.", essential=True, when=("load",))
+    register(broken)
+    (record,) = [record for record in caplog.records if "mminfer" in record.getMessage()]
+    assert target in record.getMessage() and settings.TESTED_SGLANG in record.getMessage()
+    with pytest.raises(hooks.UnsupportedLaunch, match="not_there"):
+        hooks.check_installation()
+
+
+def moved(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """A resolution hook that relies on what SGLang no longer has."""
+    server_args.no_such_method()
+
+
+def test_an_error_of_ours_ends_no_server_that_did_not_ask(
+    models: dict[str, str], register: Callable[..., None], caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    from sglang.srt.arg_groups import resolution_hooks
+
+    kept = {step: list(functions) for step, functions in resolution_hooks._HOOKS.items()}
+    monkeypatch.setattr(resolution_hooks, "_HOOKS", kept)
+    monkeypatch.setattr(launch, "check_launch", moved)
+    register(Hook("handle_model_source_paths", "resolution", f"{launch.__name__}:check_launch", "", when=("load",)))
+    for _ in range(2):
+        arguments(models, attention_backend="triton", device="cuda").resolve_once()
+    assert caplog.text.count("a hook of mminfer failed and was passed by") == 1
+    with pytest.raises(AttributeError, match="no_such_method"):
+        arguments(models, device="cpu").resolve_once()
+
+
+def test_a_hook_that_has_moved_is_installed_where_it_was() -> None:
+    hook = Hook("json.no_such_place.dumps", "around", "x:y", "A test.", formerly="json.dumps")
+    assert hook.target_exists()
+    assert [place.target_exists() for place in hook.at_each_place()] == [False, True]
 
 
 def test_another_selected_platform_hides_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

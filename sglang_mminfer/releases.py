@@ -1,0 +1,39 @@
+"""What older releases of SGLang have under another name, or not at all.
+
+Each function asks SGLang for the thing and never for its version, so that a patched SGLang gets what fits it. A hook
+whose place has moved says so itself, in `Hook.formerly`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def pad_mm_tokens(input_ids: Any, mm_inputs: Any) -> Any:
+    """`mm_utils.pad_mm_tokens`. Up to 0.5.22 it is a method of a class, and in 0.5.20 it returns a list."""
+    from sglang.srt.managers import mm_utils
+
+    if hasattr(mm_utils, "pad_mm_tokens"):
+        return mm_utils.pad_mm_tokens(input_ids, mm_inputs)
+    return mm_utils.MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(input_ids, mm_inputs)
+
+
+def kv_write_loc(forward_batch: Any, layer: Any) -> Any:
+    """`KVWriteLoc.for_layer`, for a layer of self-attention. Up to 0.5.21 a place to write at has no marks to carry."""
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+    if hasattr(KVWriteLoc, "for_layer"):
+        return KVWriteLoc.for_layer(forward_batch, layer)
+    return KVWriteLoc(forward_batch.out_cache_loc)
+
+
+def platform_capabilities() -> Any:
+    """`PlatformCapabilities` without any. Up to 0.5.21 a platform has none to tell: None."""
+    from sglang.srt.platforms import interface
+
+    return interface.PlatformCapabilities() if hasattr(interface, "PlatformCapabilities") else None
+
+
+def shards_kv_cache(cfg: Any) -> bool:
+    """`enable_kv_cache_sharding` of a view of ServerArgs. 0.5.21 and 0.5.20 cannot do that."""
+    return getattr(cfg, "enable_kv_cache_sharding", False)
