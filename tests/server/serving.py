@@ -47,6 +47,8 @@ _MMINFER = ("--attention-backend", "mminfer", "--sleep-on-idle")
 _SPARSE = (*_MMINFER, "--mminfer-config", "{sparse}")
 _SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend", "torch_native", "--sleep-on-idle")
 
+SPECULATION = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", "{draft}")
+
 # In the order in which tests need them: `covering_off` just before `one_shot`, whose answers it is compared with.
 FLAGS: dict[str, tuple[str, ...]] = {
     # Configs that leave nothing out: the sparse path gives the dense answers.
@@ -76,6 +78,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *(*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
         *("--mminfer-audit", "1"),
     ),
+    # A draft model beside ours; test_speculative.py makes it. Three tokens are proposed for each request.
+    "eagle3": (*_SPARSE, "--chunked-prefill-size", "96", "--enable-metrics", *SPECULATION),
     # Ways to serve that only `make test-wide` starts. See test_ways_to_serve.py.
     "pp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--pp-size", "2", "--enable-metrics"),
     "dp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--dp-size", "2", "--enable-metrics"),

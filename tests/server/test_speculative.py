@@ -1,0 +1,100 @@
+"""EAGLE3: the target prefills sparsely and verifies drafts densely, and answers are those of a server without drafts.
+
+The draft model knows answers of the server without it, so that some of its proposals are right and some are not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from families import eagle3
+from serving import (
+    DENSE_BELOW,
+    LAYERS,
+    Dialogue,
+    Media,
+    Served,
+    ran_sparse,
+    same,
+    scripted,
+    text,
+    user,
+    video,
+    wait_for,
+)
+
+pytestmark = pytest.mark.server("eagle3")
+
+NEW_TOKENS = 48
+WIDTH = 4
+"""Rows that verify the drafts of a request: the token before them, and three proposals, which is SGLang's default."""
+
+
+@pytest.fixture(scope="module")
+def expected(servers: Callable[[str], Served], media: Media) -> Dialogue:
+    """The turns of a conversation, and three other conversations, each alone, in one chunk, with nothing cached."""
+    one_shot = servers("one_shot")
+    prompts = [*scripted(media.six_turns()), *(scripted(media.conversation(seed, 3), seed)[-1] for seed in (20, 21, 22))]
+    return [(prompt, one_shot.ask(prompt, NEW_TOKENS)) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def speculating(servers: Callable[[str], Served], expected: Dialogue, model: Path, drafts: Path) -> Served:
+    if not (drafts / "eagle3").exists():
+        eagle3.make(drafts / "eagle3", model, [answer.token_ids for _, answer in expected], layers=range(LAYERS))
+    found = servers("eagle3")
+    found.server.flush_cache()
+    return found
+
+
+def counted(served: Served) -> tuple[dict[str, int], dict[str, int]]:
+    """Requests and tokens by how they ran."""
+    counters = json.loads(served.get("/mminfer"))["counters"]
+    return counters["requests"], counters["tokens"]
+
+
+def test_every_turn(speculating: Served, expected: Dialogue) -> None:
+    """In chunks, over the cached prefix of earlier turns. Verification is counted, and saves steps."""
+    requests_before, tokens_before = counted(speculating)
+    new_tokens = 0
+    for turn, (prompt, answer) in enumerate(expected[:6]):
+        got = speculating.ask(prompt, NEW_TOKENS, rid=f"turn-{turn}")
+        same(answer, got)
+        records = speculating.records(f"turn-{turn}")
+        assert ran_sparse([r for r in records if r.seq_len > DENSE_BELOW])
+        new = len(got.prompt_ids) - (got.cached_tokens or 0)
+        assert sum(r.chunk_len for r in records) == new
+        assert turn == 0 or new < len(got.prompt_ids)
+        new_tokens += new
+    requests, tokens = counted(speculating)
+    steps = requests["mode_target_verify"] - requests_before.get("mode_target_verify", 0)
+    rows = tokens["mode_target_verify"] - tokens_before.get("mode_target_verify", 0)
+    assert rows == WIDTH * steps
+    assert 6 * NEW_TOKENS / WIDTH < steps < 0.9 * 6 * NEW_TOKENS
+    assert sum(tokens.values()) - sum(tokens_before.values()) == new_tokens + rows
+
+
+def test_several_at_once(speculating: Served, expected: Dialogue) -> None:
+    answers = speculating.ask_all([prompt for prompt, _ in expected[5:]], NEW_TOKENS)
+    for (_, answer), got in zip(expected[5:], answers, strict=True):
+        same(answer, got)
+
+
+def test_a_client_that_leaves_takes_nothing_along(speculating: Served, expected: Dialogue, media: Media) -> None:
+    """Neither KV slots of the prompt nor those of drafts."""
+    prompt = [user(video(media.medium_video), text("Where did it go?"))]
+    before, _ = counted(speculating)
+
+    def verified() -> bool:
+        return counted(speculating)[0].get("mode_target_verify", 0) > before.get("mode_target_verify", 0)
+
+    speculating.ask_and_leave(prompt, 4000, verified, rid="leaves")
+    messages, answer = expected[0]
+    same(answer, speculating.ask(messages, NEW_TOKENS))
+    wait_for(lambda: "leaves" not in speculating.get("/v1/loads").decode())
+    speculating.server.flush_cache()
+    wait_for(lambda: speculating.used_tokens() == 0)
