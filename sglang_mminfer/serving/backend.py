@@ -34,8 +34,8 @@ def create_backend(runner: Any) -> Any:
     head_config_choice.announce_once(runner)
     dense: Any = type(backend)
     backend.__class__ = sparse_class(dense)
-    # Adaptive speculative decoding has a backend for each number of drafts, with a workspace of its own, and takes turns
-    # with them. What was learnt of the heads holds for all.
+    # Adaptive speculative decoding takes turns with backends, one for each number of drafts, each with a workspace of
+    # its own. What was learnt of the heads holds for all of them.
     backend.mminfer = _prefills.get(runner) if runner.init_new_workspace else None
     if backend.mminfer is None:
         backend.mminfer = _prefills[runner] = SparsePrefill(

@@ -46,6 +46,9 @@ MAX_RECURRENT_STATES = 4 * MAX_RUNNING_REQUESTS
 """Default number of recurrent states of a hybrid model that are kept, for running requests and cached prefixes. SGLang
 would fill half of the machine's memory with them."""
 
+SPECULATIVE_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
+"""The speculative decoding that runs here, by SGLang's names."""
+
 MEMORY_SHARE = 0.8
 """The share of free memory that all ranks of this machine may use for weights and KV, taken together."""
 
@@ -112,7 +115,6 @@ def _platform_class() -> type:
     """
     import psutil
     import torch
-    from sglang_mminfer.serving import cpu_speculative
     from sglang.srt.platforms.cpu import CpuDeviceMixin
     from sglang.srt.platforms.device_mixin import PlatformEnum
     from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -142,9 +144,11 @@ def _platform_class() -> type:
                 return total
 
         def supports_speculative_algorithm(self, algorithm: str) -> bool:
-            return algorithm in cpu_speculative.ALGORITHMS
+            return algorithm in SPECULATIVE_ALGORITHMS
 
         def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+            from sglang_mminfer.serving import cpu_speculative
+
             return cpu_speculative.slots
 
         def is_pin_memory_available(self, device: Any = None) -> bool:
@@ -248,6 +252,17 @@ def default_arguments(cfg: Any) -> dict[str, Any]:
         "max_mamba_cache_size": (None, MAX_RECURRENT_STATES),
     }
     return {field: value for field, (unset, value) in defaults.items() if getattr(cfg, field) == unset}
+
+
+def can_speculate(cfg: Any) -> bool:
+    """Whether the speculative decoding that a launch asks for runs on a CPU, as far as the arguments tell.
+
+    Args:
+        cfg: a view of ServerArgs with a speculative algorithm.
+    """
+    algorithm = str(cfg.speculative_algorithm).upper()
+    known = algorithm in (*SPECULATIVE_ALGORITHMS, "NEXTN")  # which is another name of EAGLE
+    return known and cfg.speculative_eagle_topk in (None, 1) and not cfg.enable_multi_layer_eagle
 
 
 def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:

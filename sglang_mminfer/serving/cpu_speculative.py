@@ -18,21 +18,6 @@ from typing import Any
 
 import torch
 
-ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
-"""What runs here, by SGLang's names."""
-
-
-def runs(cfg: Any) -> bool:
-    """Whether the speculative decoding that a launch asks for runs on a CPU, as far as the arguments tell.
-
-    Args:
-        cfg: a view of ServerArgs with a speculative algorithm.
-    """
-    algorithm = str(cfg.speculative_algorithm).upper()
-    chain = cfg.speculative_eagle_topk in (None, 1)
-    return chain and algorithm in (*ALGORITHMS, "NEXTN") and not cfg.enable_multi_layer_eagle
-
-
 # ---- operators ---------------------------------------------------------------------------------------------
 
 
@@ -180,8 +165,17 @@ def moves_nothing(original: Callable[[Any], None], pool: Any) -> None:
 # ---- attention ---------------------------------------------------------------------------------------------
 
 
-def attend(original: Callable[..., torch.Tensor], self: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any,
-           *args: Any, **kwargs: Any) -> torch.Tensor:
+def attend(
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    layer: Any,
+    forward_batch: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
     """AROUND TorchNativeAttnBackend.forward_extend: a verify batch does not say how long its parts are."""
     if forward_batch.forward_mode.is_target_verify():
         prefix_lens, width = forward_batch.seq_lens, forward_batch.spec_info.draft_token_num
@@ -220,7 +214,9 @@ def _step_class() -> Any:
             super().__init__(runner)
             self.step = step
 
-        def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward_decode(
+            self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             forward_batch = copy.copy(forward_batch)
             forward_batch.seq_lens = forward_batch.seq_lens + self.step + 1
             return super().forward_decode(q, k, v, layer, forward_batch, *args, **kwargs)

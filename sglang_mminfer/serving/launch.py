@@ -11,7 +11,6 @@ from sglang_mminfer import mends, settings
 from sglang_mminfer.serving import (
     basis_choice,
     cpu_platform,
-    cpu_speculative,
     dense_backend,
     flags,
     head_config_choice,
@@ -86,17 +85,21 @@ def _draft_backend(cfg: Any) -> str | None:
     from sglang.srt.arg_groups.overrides import record_of
 
     name = dense_backend.dense_backend_name(record_of(cfg), cfg.device or "")
-    on_cpu = name == "torch_native" and cpu_platform.is_active()
-    return name if on_cpu or name in DRAFT_ATTENTION_BACKEND_CHOICES else None
+    return name if name in DRAFT_ATTENTION_BACKEND_CHOICES or _on_our_cpu(cfg) else None
+
+
+def _on_our_cpu(cfg: Any) -> bool:
+    """Whether the server runs on this package's CPU platform."""
+    return cfg.device == "cpu" and cpu_platform.is_active()
 
 
 def _speculates_in_vain(cfg: Any) -> bool:
     """Whether this package's CPU platform lacks what the launch's speculative decoding needs."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
-    if cfg.speculative_algorithm is None or not cpu_platform.is_active():
+    if cfg.speculative_algorithm is None or not _on_our_cpu(cfg):
         return False
-    return not cpu_speculative.runs(cfg) or mambaish_config(_model_config(cfg)) is not None
+    return not cpu_platform.can_speculate(cfg) or mambaish_config(_model_config(cfg)) is not None
 
 
 def _needs_draft_backend(cfg: Any) -> bool:
@@ -154,9 +157,9 @@ def _basis_is_unknown(cfg: Any) -> bool:
 SPECULATION_ON_CPU = Refusal(
     "speculation_on_cpu",
     _speculates_in_vain,
-    f"on a CPU --speculative-algorithm is one of {', '.join(cpu_speculative.ALGORITHMS)}, with chains of drafts "
-    "(--speculative-eagle-topk 1), without --enable-multi-layer-eagle, and for models whose layers all have full "
-    "attention.",
+    f"on a CPU --speculative-algorithm takes {', '.join(cpu_platform.SPECULATIVE_ALGORITHMS)} alone, with chains of "
+    "drafts (--speculative-eagle-topk 1), without --enable-multi-layer-eagle, and for models whose layers all have "
+    "full attention.",
 )
 """Holds for servers without mminfer, too: it is the platform of this package on which they run."""
 
@@ -400,14 +403,14 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     with_mminfer = uses_mminfer(server_args)
     server_args._mminfer_wanted = with_mminfer
-    if resolving_view(server_args).speculative_algorithm is not None and cpu_platform.is_active():
+    cfg = resolving_view(server_args)
+    if cfg.speculative_algorithm is not None and _on_our_cpu(cfg):
         logger.warning("On a CPU drafts are verified by the most probable token, whatever temperature a request names.")
     if with_mminfer:
         hooks.check_installation()
         if warning := settings.why_untested():
             logger.warning("mminfer: %s", warning)
         refuse(server_args)
-        cfg = resolving_view(server_args)
         if default := dense_backend.page_size_of_default(server_args, cfg.device or ""):
             backend, size = default
             logger.info("mminfer: the page size is %d, as %s needs, which SGLang takes by default here.", size, backend)

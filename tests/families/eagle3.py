@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,7 +21,10 @@ SHARPNESS = 3.0
 
 
 def make(
-    path: str | os.PathLike[str], target: str | os.PathLike[str], answers: Iterable[Sequence[int]], layers: Sequence[int]
+    path: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    answers: Iterable[Sequence[int]],
+    layers: Sequence[int],
 ) -> Path:
     """Writes a head for the checkpoint `target` to the folder `path`, which does not exist yet.
 
@@ -48,7 +52,10 @@ def make(
     take[:width, :width] = torch.eye(width)
     give[:, :width] = torch.eye(width)
     layer = {
-        **{f"{name}.weight": torch.ones(width) for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")},
+        **{
+            f"{name}.weight": torch.ones(width)
+            for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        },
         "self_attn.q_proj.weight": find,
         "self_attn.k_proj.weight": find.clone(),
         "self_attn.v_proj.weight": take,
@@ -95,7 +102,7 @@ def _followers(answers: Iterable[Sequence[int]]) -> dict[int, int]:
     """For each token the one that most often stands behind it."""
     counts: dict[int, Counter[int]] = defaultdict(Counter)
     for answer in answers:
-        for word, following in zip(answer, answer[1:]):
+        for word, following in pairwise(answer):
             counts[word][following] += 1
     return {word: found.most_common(1)[0][0] for word, found in counts.items()}
 

@@ -41,6 +41,9 @@ from sglang_mminfer.tools.server import Server
 
 NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS, *DRAFTED_SERVERS]
 
+AFTER_DRAFTS = ("eagle3", *DRAFTED_SERVERS)
+"""Servers that are not started before a test asks for them: the test makes their draft model first."""
+
 PROBED = "mixed_internvl"
 """The server that loads the probe; see probe.py."""
 
@@ -92,7 +95,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[ORDER] = list(dict.fromkeys(name for item in session.items if (name := _server_of(item))))
+    names = dict.fromkeys(name for item in session.items if (name := _server_of(item)))
+    session.config.stash[ORDER] = [name for name in names if name not in AFTER_DRAFTS]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from families import eagle3
+from families import eagle3, qwen3_vl
+from families_served import DRAFTED_SERVERS
 from serving import (
     DENSE_BELOW,
     LAYERS,
@@ -27,7 +28,8 @@ from serving import (
     wait_for,
 )
 
-pytestmark = pytest.mark.server("eagle3")
+QWEN3_VL = "qwen3_vl_eagle3"
+"""A server of `make test-wide`. Its config leaves nothing out."""
 
 NEW_TOKENS = 48
 WIDTH = 4
@@ -38,14 +40,17 @@ WIDTH = 4
 def expected(servers: Callable[[str], Served], media: Media) -> Dialogue:
     """The turns of a conversation, and three other conversations, each alone, in one chunk, with nothing cached."""
     one_shot = servers("one_shot")
-    prompts = [*scripted(media.six_turns()), *(scripted(media.conversation(seed, 3), seed)[-1] for seed in (20, 21, 22))]
+    prompts = [
+        *scripted(media.six_turns()),
+        *(scripted(media.conversation(seed, 3), seed)[-1] for seed in (20, 21, 22)),
+    ]
     return [(prompt, one_shot.ask(prompt, NEW_TOKENS)) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
 def speculating(servers: Callable[[str], Served], expected: Dialogue, model: Path, drafts: Path) -> Served:
     if not (drafts / "eagle3").exists():
-        eagle3.make(drafts / "eagle3", model, [answer.token_ids for _, answer in expected], layers=range(LAYERS))
+        eagle3.make(drafts / "eagle3", model, [answer.token_ids for _, answer in expected[:3]], layers=range(LAYERS))
     found = servers("eagle3")
     found.server.flush_cache()
     return found
@@ -57,6 +62,7 @@ def counted(served: Served) -> tuple[dict[str, int], dict[str, int]]:
     return counters["requests"], counters["tokens"]
 
 
+@pytest.mark.server("eagle3")
 def test_every_turn(speculating: Served, expected: Dialogue) -> None:
     """In chunks, over the cached prefix of earlier turns. Verification is counted, and saves steps."""
     requests_before, tokens_before = counted(speculating)
@@ -78,12 +84,14 @@ def test_every_turn(speculating: Served, expected: Dialogue) -> None:
     assert sum(tokens.values()) - sum(tokens_before.values()) == new_tokens + rows
 
 
+@pytest.mark.server("eagle3")
 def test_several_at_once(speculating: Served, expected: Dialogue) -> None:
     answers = speculating.ask_all([prompt for prompt, _ in expected[5:]], NEW_TOKENS)
     for (_, answer), got in zip(expected[5:], answers, strict=True):
         same(answer, got)
 
 
+@pytest.mark.server("eagle3")
 def test_a_client_that_leaves_takes_nothing_along(speculating: Served, expected: Dialogue, media: Media) -> None:
     """Neither KV slots of the prompt nor those of drafts."""
     prompt = [user(video(media.medium_video), text("Where did it go?"))]
@@ -98,3 +106,20 @@ def test_a_client_that_leaves_takes_nothing_along(speculating: Served, expected:
     wait_for(lambda: "leaves" not in speculating.get("/v1/loads").decode())
     speculating.server.flush_cache()
     wait_for(lambda: speculating.used_tokens() == 0)
+
+
+@pytest.mark.wide
+@pytest.mark.server(QWEN3_VL)
+def test_qwen3_vl(servers: Callable[[str], Served], media: Media, drafts: Path, tmp_path: Path) -> None:
+    """Its vision features enter at several layers, and positions of a video are those of its frames."""
+    plain = servers(DRAFTED_SERVERS[QWEN3_VL])
+    prompts = scripted(media.six_turns())[:4]
+    expected = [(prompt, plain.ask(prompt, NEW_TOKENS)) for prompt in prompts]
+    answers = [answer.token_ids for _, answer in expected[:2]]
+    eagle3.make(drafts / QWEN3_VL, qwen3_vl.make(tmp_path / "target"), answers, layers=range(LAYERS))
+    speculating = servers(QWEN3_VL)
+    for turn, (prompt, answer) in enumerate(expected):
+        same(answer, speculating.ask(prompt, NEW_TOKENS, rid=f"turn-{turn}"))
+        assert ran_sparse(speculating.records(f"turn-{turn}"))
+    steps = counted(speculating)[0]["mode_target_verify"]
+    assert len(expected) * NEW_TOKENS / WIDTH < steps < 0.9 * len(expected) * NEW_TOKENS
