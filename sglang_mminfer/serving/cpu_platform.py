@@ -46,8 +46,8 @@ MAX_RECURRENT_STATES = 4 * MAX_RUNNING_REQUESTS
 """Default number of recurrent states of a hybrid model that are kept, for running requests and cached prefixes. SGLang
 would fill half of the machine's memory with them."""
 
-SPECULATIVE_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
-"""The speculative decoding that runs here, by SGLang's names."""
+SPECULATIVE_ALGORITHM = "EAGLE3"
+"""The speculative decoding that runs here."""
 
 MEMORY_SHARE = 0.8
 """The share of free memory that all ranks of this machine may use for weights and KV, taken together."""
@@ -144,7 +144,7 @@ def _platform_class() -> type:
                 return total
 
         def supports_speculative_algorithm(self, algorithm: str) -> bool:
-            return algorithm in SPECULATIVE_ALGORITHMS
+            return algorithm == SPECULATIVE_ALGORITHM
 
         def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
             from sglang_mminfer.serving import cpu_speculative
@@ -260,8 +260,7 @@ def can_speculate(cfg: Any) -> bool:
     Args:
         cfg: a view of ServerArgs with a speculative algorithm.
     """
-    algorithm = str(cfg.speculative_algorithm).upper()
-    known = algorithm in (*SPECULATIVE_ALGORITHMS, "NEXTN")  # which is another name of EAGLE
+    known = str(cfg.speculative_algorithm).upper() == SPECULATIVE_ALGORITHM
     return known and cfg.speculative_eagle_topk in (None, 1) and not cfg.enable_multi_layer_eagle
 
 
@@ -438,6 +437,7 @@ HOOKS: tuple[Hook, ...] = (
         )
         for target, function, reason in (
             ("srt.mem_cache.allocation.assign_req_to_token_pool_func", "note_slots", _OPERATOR),
+            ("srt.mem_cache.allocation.get_last_loc", "last_slots", _OPERATOR),
             ("kernels.ops.speculative.cache_locs.assign_draft_cache_locs_contiguous_func", "draft_slots", _OPERATOR),
             ("kernels.ops.speculative.spec_tree.build_tree_kernel_efficient_func", "build_chain", _OPERATOR),
             ("kernels.ops.speculative.spec_tree.verify_tree_greedy_func", "verify_chain", _OPERATOR),

@@ -54,6 +54,17 @@ def note_slots(
         begin += end - start
 
 
+def last_slots(
+    original: Callable[..., torch.Tensor],
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """AROUND get_last_loc: the KV slot of the last of the first `lengths` tokens of each request; -1 where there is
+    none."""
+    return torch.where(lengths > 0, req_to_token[req_pool_indices, lengths - 1].to(lengths.dtype), -1)
+
+
 def draft_slots(
     original: Callable[..., None],
     req_pool_indices: torch.Tensor,

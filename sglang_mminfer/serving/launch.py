@@ -157,9 +157,9 @@ def _basis_is_unknown(cfg: Any) -> bool:
 SPECULATION_ON_CPU = Refusal(
     "speculation_on_cpu",
     _speculates_in_vain,
-    f"on a CPU --speculative-algorithm takes {', '.join(cpu_platform.SPECULATIVE_ALGORITHMS)} alone, with chains of "
-    "drafts (--speculative-eagle-topk 1), without --enable-multi-layer-eagle, and for models whose layers all have "
-    "full attention.",
+    f"on a CPU --speculative-algorithm is {cpu_platform.SPECULATIVE_ALGORITHM}, with chains of drafts "
+    "(--speculative-eagle-topk 1), without --enable-multi-layer-eagle, and for models whose layers all have full "
+    "attention.",
 )
 """Holds for servers without mminfer, too: it is the platform of this package on which they run."""
 

@@ -27,7 +27,7 @@ MEDIUM_TOKENS, MEDIUM_FRAME = 2048, 256
 LONG_TOKENS = 16_384
 
 PAGE = 16
-"""The page size of the server "paged"."""
+"""The page size of the servers "paged" and "eagle3"."""
 
 DENSE_BELOW = 200
 """`dense_below` of the sparse config: conversations up to this length run dense."""
@@ -79,7 +79,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *("--mminfer-audit", "1"),
     ),
     # A draft model beside ours; test_speculative.py makes it. Three tokens are proposed for each request.
-    "eagle3": (*_SPARSE, "--chunked-prefill-size", "96", "--enable-metrics", *SPECULATION),
+    "eagle3": (*_SPARSE, "--chunked-prefill-size", "96", "--page-size", str(PAGE), "--enable-metrics", *SPECULATION),
     # Ways to serve that only `make test-wide` starts. See test_ways_to_serve.py.
     "pp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--pp-size", "2", "--enable-metrics"),
     "dp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--dp-size", "2", "--enable-metrics"),
@@ -103,6 +103,7 @@ ENVIRONMENT = {
     "main": {"REQUEST_TIMEOUT": "60"},
     # Dense heads run on the stock backend here, as on a GPU.
     "paged": {**RETRACTS, "SGLANG_MMINFER_DENSE_HEADS": "stock"},
+    "eagle3": RETRACTS,
 }
 
 

@@ -86,9 +86,12 @@ def test_every_turn(speculating: Served, expected: Dialogue) -> None:
 
 @pytest.mark.server("eagle3")
 def test_several_at_once(speculating: Served, expected: Dialogue) -> None:
-    answers = speculating.ask_all([prompt for prompt, _ in expected[5:]], NEW_TOKENS)
+    """Some of them are retracted, and what they had generated is prefilled, densely."""
+    rids = [f"together-{i}" for i in range(len(expected[5:]))]
+    answers = speculating.ask_all([prompt for prompt, _ in expected[5:]], NEW_TOKENS, rids=rids)
     for (_, answer), got in zip(expected[5:], answers, strict=True):
         same(answer, got)
+    assert "decode" in {record.dense_reason for rid in rids for record in speculating.records(rid)}
 
 
 @pytest.mark.server("eagle3")

@@ -54,6 +54,13 @@ def test_slots_are_noted_where_they_belong(parts: list[tuple[int, int]]) -> None
     assert int((table >= 0).sum()) == len(given_slots)
 
 
+@given(lengths)
+def test_the_last_slot_of_each_request(counts: list[int]) -> None:
+    table = torch.randperm(4 * 12, generator=torch.Generator().manual_seed(2)).view(4, 12).int()
+    found = speculative.last_slots(sglangs, table, torch.arange(len(counts)), torch.tensor(counts))
+    assert found.tolist() == [int(table[i, count - 1]) if count else -1 for i, count in enumerate(counts)]
+
+
 @given(lengths, st.integers(2, 6))
 def test_a_chain_has_one_token_after_the_other(seq_lens: list[int], width: int) -> None:
     n = len(seq_lens)

@@ -726,8 +726,9 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
         ("speculation_on_cpu", {"device": "cpu", **fields})
         for fields in (
             {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 4},
-            {"speculative_algorithm": "EAGLE", "enable_multi_layer_eagle": True},
-            {"speculative_algorithm": "EAGLE", "model": "delta_nets"},
+            {"speculative_algorithm": "EAGLE3", "enable_multi_layer_eagle": True},
+            {"speculative_algorithm": "EAGLE3", "model": "delta_nets"},
+            {"speculative_algorithm": "STANDALONE"},
         )
     ),
 ]
@@ -743,7 +744,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"kv_cache_dtype": "fp8_e4m3"},
     {"kv_cache_dtype": "fp8_e5m2"},
     {"cuda_graph_backend_prefill": "breakable"},
-    *({"speculative_algorithm": name, "device": "cpu"} for name in ("EAGLE", "NEXTN", "eagle3", "STANDALONE")),
+    *({"speculative_algorithm": name, "device": "cpu"} for name in ("EAGLE3", "eagle3")),
+    {"speculative_algorithm": "NGRAM", "device": "cuda"},
+    {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "device": "cuda"},
     {"tp_size": 2, "pp_size": 2, "dp_size": 2},
     {"disable_radix_cache": True, "chunked_prefill_size": -1},
     {"tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
