@@ -86,12 +86,13 @@ def test_every_turn(speculating: Served, expected: Dialogue) -> None:
 
 @pytest.mark.server("eagle3")
 def test_several_at_once(speculating: Served, expected: Dialogue) -> None:
-    """Some of them are retracted, and what they had generated is prefilled, densely."""
+    """Some of them are retracted, and what they had generated is prefilled again."""
     rids = [f"together-{i}" for i in range(len(expected[5:]))]
     answers = speculating.ask_all([prompt for prompt, _ in expected[5:]], NEW_TOKENS, rids=rids)
     for (_, answer), got in zip(expected[5:], answers, strict=True):
         same(answer, got)
-    assert "decode" in {record.dense_reason for rid in rids for record in speculating.records(rid)}
+    lengths = {rid: len(got.prompt_ids) for rid, got in zip(rids, answers)}
+    assert any(record.seq_len > lengths[rid] for rid in rids for record in speculating.records(rid))
 
 
 @pytest.mark.server("eagle3")
@@ -106,7 +107,6 @@ def test_a_client_that_leaves_takes_nothing_along(speculating: Served, expected:
     speculating.ask_and_leave(prompt, 4000, verified, rid="leaves")
     messages, answer = expected[0]
     same(answer, speculating.ask(messages, NEW_TOKENS))
-    wait_for(lambda: "leaves" not in speculating.get("/v1/loads").decode())
     speculating.server.flush_cache()
     wait_for(lambda: speculating.used_tokens() == 0)
 
