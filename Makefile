@@ -117,7 +117,8 @@ endif
 # The kernel in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; then
 # a small case under compute-sanitizer.
 test-gpu: ready
-	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py tests/gpu/test_gpu_benchmarks.py
+	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py tests/gpu/test_gpu_benchmarks.py \
+		tests/gpu/test_gpu_speculative.py
 
 test-gpu-sanitize: ready
 	$(RUN) -m pytest tests/gpu/test_gpu_sanitizer.py

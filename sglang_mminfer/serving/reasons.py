@@ -26,7 +26,7 @@ REASONS: dict[str, str] = {
     "unreadable": "an item that no family's reader understands",
     "unknown_modality": "an item that is neither image nor video nor audio",
     # reasons of a batch or a server
-    "mode_*": "speculative and other modes that are not plain prefill",
+    "mode_*": "modes that are not plain prefill; mode_target_verify, which verifies drafts, is in no trace",
     "two_batch_overlap": "batches that SGLang computes in two overlapping parts",
     "kv_cache_dtype": "a KV cache that no executor reads here, which start-up logs, or with scales of unknown use",
     "executor_failed": "the executor was wrong or failed in the check at start-up, or failed repeatedly since",

@@ -95,7 +95,7 @@ class SparsePrefill:
         if self.telemetry is not None:
             self.telemetry.serving = self.serving
         self.failures = 0
-        prompts.watch()
+        prompts.watch(self._count_verified)
         # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
         self.waits = self.device.type == "cpu" or self.trace.enabled
         self._encoder = EncoderWatch()
@@ -230,6 +230,12 @@ class SparsePrefill:
                 self.metrics.add(records)
             if self.telemetry is not None:
                 self.telemetry.add(records)
+
+    def _count_verified(self, requests: int, rows: int) -> None:
+        """Counts a batch that verifies drafts. It is a kind of decoding, so the trace has no record of it."""
+        for counters in (self.metrics, self.telemetry):
+            if counters is not None:
+                counters.count("mode_target_verify", requests, rows)
 
     def _failed(self, what: str) -> None:
         """Counts a failure of ours; called in the handler of its exception.

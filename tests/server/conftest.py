@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 import probe
-from families_served import FAMILY_SERVERS, MIXED_SERVERS, family_server, mixed_server
+from families_served import (
+    DRAFTED_SERVERS,
+    FAMILY_SERVERS,
+    MIXED_SERVERS,
+    drafted_server,
+    family_server,
+    mixed_server,
+)
 from fleet import Fleet
 from serving import (
     ENVIRONMENT,
@@ -32,7 +39,10 @@ from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.tools.media import make_image, make_video
 from sglang_mminfer.tools.server import Server
 
-NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS]
+NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS, *DRAFTED_SERVERS]
+
+AFTER_DRAFTS = ("eagle3", *DRAFTED_SERVERS)
+"""Servers that are not started before a test asks for them: the test makes their draft model first."""
 
 PROBED = "mixed_internvl"
 """The server that loads the probe; see probe.py."""
@@ -85,7 +95,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[ORDER] = list(dict.fromkeys(name for item in session.items if (name := _server_of(item))))
+    names = dict.fromkeys(name for item in session.items if (name := _server_of(item)))
+    session.config.stash[ORDER] = [name for name in names if name not in AFTER_DRAFTS]
 
 
 @pytest.fixture(scope="session")
@@ -114,8 +125,18 @@ def sparse_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where the draft model of a server lies, under the server's name, before the server starts."""
+    return tmp_path_factory.mktemp("drafts")
+
+
+@pytest.fixture(scope="session")
 def servers(
-    request: pytest.FixtureRequest, model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model: Path,
+    sparse_config: Path,
+    drafts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[str], Served]]:
     """A function that returns the server with a name in `NAMES`, and starts it if it is not running."""
     root = tmp_path_factory.mktemp("servers")
@@ -130,8 +151,11 @@ def servers(
             path, flags = family_server(name, folder)
         elif name in MIXED_SERVERS:
             path, flags = mixed_server(name, folder)
+        elif name in DRAFTED_SERVERS:
+            path, flags = drafted_server(name, folder)
         else:
-            path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
+            path, flags = model, FLAGS[name]
+        flags = tuple({"{sparse}": str(sparse_config), "{draft}": str(drafts / name)}.get(flag, flag) for flag in flags)
         # A server learns from its flags that it runs on a CPU, not from the environment of the tests.
         own = ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})
         env = {

@@ -13,7 +13,7 @@ import pytest
 
 from config_files import config_file
 from families import FAMILIES, Family
-from serving import LAYERS, ROUNDING, Dialogue, Message, Served, assistant, image, text, user, video
+from serving import LAYERS, ROUNDING, SPECULATION, Dialogue, Message, Served, assistant, image, text, user, video
 from sglang_mminfer.testing.oracle import OracleAnswer, compare
 from sglang_mminfer.tools.media import make_image, make_video
 
@@ -29,6 +29,9 @@ FAMILY_SERVERS: dict[str, tuple[Family, int]] = {
 MIXED_SERVERS = {"mixed_internvl": "internvl", "mixed_llava_video": "llava_video"}
 """The family of each server whose config leaves much out, and which mixes decoding into chunks and retracts requests.
 One family has SGLang's model class and one has ours. Neither has M-RoPE; Qwen2.5-VL, which has it, is server "main"."""
+
+DRAFTED_SERVERS = {"qwen3_vl_eagle3": "qwen3_vl"}
+"""Servers with a draft model, and the family server that has none and is the same otherwise."""
 
 MIXED_FLAGS = (
     *("--attention-backend", "mminfer", "--mminfer-config", config_file("test_a_shape"), "--sleep-on-idle"),
@@ -64,6 +67,12 @@ def family_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
         *options,
         *family.flags,
     )
+
+
+def drafted_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """As `family_server`, for a server of `DRAFTED_SERVERS`."""
+    path, flags = family_server(DRAFTED_SERVERS[name], folder)
+    return path, (*flags, *SPECULATION)
 
 
 def write_config(family: Family, path: Path) -> Path:

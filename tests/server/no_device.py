@@ -16,7 +16,7 @@ import torch
 import probe
 
 MAKERS = ("empty", "zeros", "ones", "full", "arange", "tensor", "empty_like", "zeros_like")
-"""The functions of torch that take `pin_memory`."""
+"""The functions of torch that take `pin_memory`. The method of tensors is that of the CPU platform already."""
 
 
 def install(folder: Path) -> str:
@@ -29,7 +29,6 @@ def register() -> None:
 
     for name in MAKERS:
         setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]
     common = "sglang.srt.mem_cache.pool_host.common"
     HookRegistry.register(f"{common}._cuda_host_register", lambda *args, **kwargs: None, HookType.REPLACE)
     HookRegistry.register("sglang.srt.mem_cache.kv_cache_builder.build_kv_cache", pools, HookType.BEFORE)

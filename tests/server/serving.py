@@ -27,7 +27,7 @@ MEDIUM_TOKENS, MEDIUM_FRAME = 2048, 256
 LONG_TOKENS = 16_384
 
 PAGE = 16
-"""The page size of the server "paged"."""
+"""The page size of the servers "paged" and "eagle3"."""
 
 DENSE_BELOW = 200
 """`dense_below` of the sparse config: conversations up to this length run dense."""
@@ -46,6 +46,8 @@ VOCABULARY = ["river", "stone", "green", "light", "walk", "seven", "winter", "tr
 _MMINFER = ("--attention-backend", "mminfer", "--sleep-on-idle")
 _SPARSE = (*_MMINFER, "--mminfer-config", "{sparse}")
 _SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend", "torch_native", "--sleep-on-idle")
+
+SPECULATION = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", "{draft}")
 
 # In the order in which tests need them: `covering_off` just before `one_shot`, whose answers it is compared with.
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -76,6 +78,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *(*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
         *("--mminfer-audit", "1"),
     ),
+    # A draft model beside ours; test_speculative.py makes it. Three tokens are proposed for each request.
+    "eagle3": (*_SPARSE, "--chunked-prefill-size", "96", "--page-size", str(PAGE), "--enable-metrics", *SPECULATION),
     # Ways to serve that only `make test-wide` starts. See test_ways_to_serve.py.
     "pp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--pp-size", "2", "--enable-metrics"),
     "dp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--dp-size", "2", "--enable-metrics"),
@@ -99,6 +103,7 @@ ENVIRONMENT = {
     "main": {"REQUEST_TIMEOUT": "60"},
     # Dense heads run on the stock backend here, as on a GPU.
     "paged": {**RETRACTS, "SGLANG_MMINFER_DENSE_HEADS": "stock"},
+    "eagle3": RETRACTS,
 }
 
 

@@ -455,6 +455,42 @@ def test_blackwell_keeps_its_dense_backend(
     assert ("the page size is" in caplog.text) == (page_size is None and expected is not None)
 
 
+@pytest.mark.parametrize("algorithm, topk", [("EAGLE3", 1), ("EAGLE3", 4), ("NEXTN", 1), ("DFLASH", None)])
+def test_drafts_and_target_on_blackwell_run_where_sglang_would_run_them(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, algorithm: str, topk: int | None
+) -> None:
+    """SGLang's own choice depends on the page size, which it fixes after it has chosen; so do we."""
+    from sglang.srt.arg_groups import model_override_base
+
+    platform = SimpleNamespace(is_hopper_with_cuda_12_3=False, is_sm100=True, is_hip=False, has_flashinfer=True)
+    monkeypatch.setattr(model_override_base, "get_platform", lambda: platform)
+    monkeypatch.setattr(model_override_base.current_platform, "is_out_of_tree", lambda: False)
+    fields = {"speculative_algorithm": algorithm, "speculative_eagle_topk": topk, "device": "cuda"}
+    stock = arguments(models, attention_backend=None, **fields)
+    model = model_override_base.model_config_of(stock)
+    default = model_override_base.get_default_attn_backend(stock, False, model)
+    assert default == ("flashinfer" if topk == 4 else "trtllm_mha")
+    server_args = arguments(models, **fields)
+    launch.check_launch(server_args, lambda server_args: None)
+    shipped = pickle.loads(pickle.dumps(server_args))
+    view = resolving_view(shipped)
+    assert dense_backend.dense_backend_name(shipped, "cuda") == default == view.speculative_draft_attention_backend
+    assert view.page_size == (64 if default == "trtllm_mha" else None)
+
+
+def test_drafts_on_a_cpu_run_on_its_dense_backend(models: dict[str, str]) -> None:
+    server_args = arguments(models, device="cpu", speculative_algorithm="EAGLE3")
+    launch.check_launch(server_args, lambda server_args: None)
+    assert resolving_view(server_args).speculative_draft_attention_backend == "torch_native"
+
+
+def test_a_cpu_without_mminfer_verifies_no_trees_either(models: dict[str, str]) -> None:
+    fields = {"attention_backend": "torch_native", "device": "cpu", "speculative_algorithm": "EAGLE3"}
+    launch.check_launch(arguments(models, **fields), lambda server_args: None)
+    with pytest.raises(hooks.UnsupportedLaunch, match="--speculative-eagle-topk 1"):
+        launch.check_launch(arguments(models, **fields, speculative_eagle_topk=2), lambda server_args: None)
+
+
 @pytest.mark.parametrize(
     "fields, page_size, dense",
     [
@@ -656,7 +692,13 @@ REFUSED: dict[str, dict[str, Any]] = {
     "linear_attention": {"model": "linear_attention"},
     "encoder_decoder": {"model": "encoder_decoder"},
     "own_sparse_attention": {"model": "own_sparse_attention"},
-    "draft_backend": {"speculative_algorithm": "EAGLE", "device": "cpu"},
+    "draft_backend": {
+        "speculative_algorithm": "EAGLE",
+        "prefill_attention_backend": "mminfer",
+        "attention_backend": "flex_attention",
+        "device": "cuda",
+    },
+    "speculation_on_cpu": {"speculative_algorithm": "NGRAM", "device": "cpu"},
     "tokenizer_workers": {"tokenizer_worker_num": 2, "device": "cpu"},
     "hicache_storage": {"enable_hierarchical_cache": True, "hicache_storage_backend": "hf3fs"},
     "hicache_basis": {
@@ -680,6 +722,15 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("decode_only", {"prefill_attention_backend": "triton"}),
     ("tokenizer_workers", {"tokenizer_worker_num": 2, "device": "cuda"}),  # the model's media are mended
     ("hicache_storage", {"enable_hierarchical_cache": True, "hicache_storage_backend": "dynamic"}),
+    *(
+        ("speculation_on_cpu", {"device": "cpu", **fields})
+        for fields in (
+            {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 4},
+            {"speculative_algorithm": "EAGLE3", "enable_multi_layer_eagle": True},
+            {"speculative_algorithm": "EAGLE3", "model": "delta_nets"},
+            {"speculative_algorithm": "STANDALONE"},
+        )
+    ),
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {},
@@ -693,8 +744,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"kv_cache_dtype": "fp8_e4m3"},
     {"kv_cache_dtype": "fp8_e5m2"},
     {"cuda_graph_backend_prefill": "breakable"},
-    {"speculative_algorithm": "NGRAM"},
-    {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "device": "cpu"},
+    *({"speculative_algorithm": name, "device": "cpu"} for name in ("EAGLE3", "eagle3")),
+    {"speculative_algorithm": "NGRAM", "device": "cuda"},
+    {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "device": "cuda"},
     {"tp_size": 2, "pp_size": 2, "dp_size": 2},
     {"disable_radix_cache": True, "chunked_prefill_size": -1},
     {"tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
