@@ -140,9 +140,10 @@ bench-gpu-tune: ready
 bench-gpu-model: ready
 	$(RUN) -m sglang_mminfer.benchmarks.model_prefill $(if $(EXECUTOR),--executor $(EXECUTOR))
 
-# 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
+# Random conversations with servers of every family in turn, hours of them; the next run goes on. Variables and what must
+# hold: tests/server/test_soak.py.
 soak: setup
-	$(BIN)/python -m pytest -m soak tests/server
+	$(BIN)/python -m pytest -s -m soak tests/server/test_soak.py
 
 # Anything that a client may send; MMINFER_FUZZ payloads, 2,000 if it does not say: a few minutes.
 fuzz: setup

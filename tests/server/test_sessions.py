@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from plain_http import Answer, fine, generate, post
 from serving import ROUNDING, TIE, VOCABULARY, Media, Served, wait_for
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 ASK = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 LONG = " ".join(VOCABULARY * 25)
-
-Answer = dict[str, Any]
-
-
-def post(served: Served, path: str, body: Any, timeout: float = 60) -> tuple[int, Any]:
-    """The status and the answer."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(
-        served.server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            status, raw = answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        status, raw = error.code, error.read()
-    try:
-        return status, json.loads(raw)
-    except ValueError:
-        return status, raw.decode(errors="replace")
-
-
-def generate(served: Served, tokens: int = 4, **body: Any) -> tuple[int, Answer]:
-    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    logprobs = {"return_logprob": True, "top_logprobs_num": 20, "return_prompt_token_ids": True}
-    return post(served, "/generate", {"sampling_params": sampling, **logprobs, **body})
-
-
-def fine(answer: tuple[int, Answer]) -> Answer:
-    assert answer[0] == 200, answer
-    return answer[1]
 
 
 def rid(answer: Answer) -> str:
