@@ -58,6 +58,15 @@ class RunRecord:
     def total(self, count: str) -> int:
         return sum(part.get(count, 0) for part in self.parts.values())
 
+    def missing(self, name: str, batches: int) -> list[int]:
+        """Those of the first so many batches of a part that were not run yet."""
+        done = set(self.part(name).get("batches", ()))
+        return [batch for batch in range(batches) if batch not in done]
+
+    def ran(self, name: str, batch: int) -> None:
+        part = self.part(name)
+        part["batches"] = sorted([*part.get("batches", ()), batch])
+
     def add(self, name: str, counts: Mapping[str, int]) -> None:
         part = self.part(name)
         part.update(Counter({key: part.get(key, 0) for key in counts}) + Counter(counts))

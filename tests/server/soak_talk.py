@@ -139,12 +139,13 @@ class Talk:
             turns.append(parts)
         return turns
 
-    def prompt(self) -> Prompt:
-        """How its prompts are written; families of one module agree."""
-        return next(one.prompt for one in FAMILIES if one.module == self.family.module and one.prompt is not None)
+    def prompt(self) -> Prompt | None:
+        """How its prompts are written, if one of the families of its module says it: they agree."""
+        prompts = (one.prompt for one in FAMILIES if one.module == self.family.module)
+        return next((prompt for prompt in prompts if prompt is not None), None)
 
-    def session(self, draw: random.Random) -> Session:
-        written, turns = self.prompt(), []
+    def session(self, draw: random.Random, written: Prompt) -> Session:
+        turns = []
         for parts in self.questions(draw):
             words, media = "", {}
             for part in parts:
@@ -165,8 +166,8 @@ class Talk:
         )
         # Some conversations have the first turns, or all media, of another one.
         shared = random.Random(f"{self.family.name}-{draw.randrange(40)}")
-        if kind == "session":
-            session = self.session(shared)
+        if kind == "session" and (written := self.prompt()):
+            session = self.session(shared, written)
             yield "session", session, session.ask(served)
             return
         questions = [user(*parts) for parts in self.questions(shared)]

@@ -11,7 +11,6 @@ from typing import Any
 
 from serving import ROUNDING, TIE, Served, difference, is_tie
 from sglang_mminfer.testing.oracle import OracleAnswer
-from sglang_mminfer.tools.errors import Failed
 from soak_talk import SECONDS, Question, Talk
 
 BROKEN = re.compile(r"leak|use-after-free|double free|Traceback|hit an exception|planning .* failed", re.IGNORECASE)
