@@ -29,15 +29,14 @@ from serving import (
     References,
     Served,
     scripted,
+    serve,
     text,
     user,
     video,
     write_sparse_config,
 )
-from sglang_mminfer import settings
 from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.tools.media import make_image, make_video
-from sglang_mminfer.tools.server import Server
 
 NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS, *DRAFTED_SERVERS]
 
@@ -144,9 +143,6 @@ def servers(
     def make(name: str) -> Served:
         folder = root / name
         folder.mkdir(exist_ok=True)
-        trace = folder / "trace.jsonl"
-        for old in folder.glob(f"{trace.name}*"):  # the files of all ranks
-            old.unlink()
         if name in FAMILY_SERVERS:
             path, flags = family_server(name, folder)
         elif name in MIXED_SERVERS:
@@ -156,17 +152,12 @@ def servers(
         else:
             path, flags = model, FLAGS[name]
         flags = tuple({"{sparse}": str(sparse_config), "{draft}": str(drafts / name)}.get(flag, flag) for flag in flags)
-        # A server learns from its flags that it runs on a CPU, not from the environment of the tests.
-        own = ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})
-        env = {
-            **{settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None},
-            **{"XDG_CACHE_HOME": str(folder / "cache"), **own},  # no basis of an earlier run
-        }
+        env = dict(ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {}))
         if name == PROBED:
             probed = folder / "probe.jsonl"
             probed.unlink(missing_ok=True)
             env |= {"PYTHONPATH": probe.install(folder / "probe"), probe.FILE: str(probed)}
-        return Served(Server(path, *flags, env=env, log=folder / "server.log", timeout=400), trace)
+        return serve(folder, path, flags, env)
 
     fleet = Fleet(make, request.config.stash[ORDER])
     try:

@@ -97,6 +97,15 @@ class Files:
     """Paths that hold no video."""
 
 
+def make_shown(root: Path) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+    """Two pictures and two videos that every family takes."""
+    images = (make_image(root / "a.png", 256, 64, seed=1), make_image(root / "b.png", 64, 256, seed=2))
+    return images, (
+        make_video(root / "a.mp4", 12, 128, 96, 4, seed=1),
+        make_video(root / "b.mp4", 8, 96, 128, 4, seed=2),
+    )
+
+
 def make_files(root: Path) -> Files:
     import imageio_ffmpeg
 
@@ -111,12 +120,10 @@ def make_files(root: Path) -> Files:
     )
     (root / "broken.mp4").write_bytes(steady.read_bytes()[:1500])
     (root / "words.mp4").write_text("This is no video.")
+    images, videos = make_shown(root)
     return Files(
-        images=(make_image(root / "a.png", 256, 64, seed=1), make_image(root / "b.png", 64, 256, seed=2)),
-        videos=(
-            make_video(root / "a.mp4", 12, 128, 96, 4, seed=1),
-            make_video(root / "b.mp4", 8, 96, 128, 4, seed=2),
-        ),
+        images=images,
+        videos=videos,
         odd={
             "uneven": uneven,
             "portrait": make_video(root / "portrait.mp4", 10, 96, 160, 4, seed=3),

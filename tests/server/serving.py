@@ -7,7 +7,7 @@ import json
 import random
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config_files import config_file
+from sglang_mminfer import settings
 from sglang_mminfer.serving.trace import PrefillRecord, read_trace
 from sglang_mminfer.testing.oracle import Comparison, Message, OracleAnswer, ask, compare
 from sglang_mminfer.tools.server import Server
@@ -273,6 +274,19 @@ class Served:
         """Used slots of the KV pool, cached tokens included."""
         (load,) = json.loads(self.get("/v1/loads"))["loads"]
         return int(load["num_used_tokens"])
+
+
+def serve(folder: Path, model: Path, flags: Iterable[str], environment: Mapping[str, str | None]) -> Served:
+    """A server, not started, whose log, trace and cache are in `folder`."""
+    trace = folder / "trace.jsonl"
+    for old in folder.glob(f"{trace.name}*"):  # the files of all ranks
+        old.unlink()
+    # A server learns from its flags that it runs on a CPU, not from the environment of the tests.
+    env = {
+        **{settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None},
+        **{"XDG_CACHE_HOME": str(folder / "cache"), **environment},  # no basis of an earlier run
+    }
+    return Served(Server(model, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
