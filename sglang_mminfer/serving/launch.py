@@ -74,6 +74,23 @@ def _has_own_sparse_attention(cfg: Any) -> bool:
     return is_minimax_sparse(hf_config) or is_qwen_qsa(hf_config)
 
 
+CLOSED_LISTS = (
+    *("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4UnifiedForConditionalGeneration"),
+    *("Llama4ForConditionalGeneration", "Llama4ForCausalLM", "GptOssForCausalLM"),
+)
+"""Architectures that SGLang serves with the attention backends of a list alone, and mminfer is in none of them."""
+
+LISTS_FOR_WINDOWS = ("Exaone4ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")
+"""The same if their config has sliding windows."""
+
+
+def _backends_are_listed(cfg: Any) -> bool:
+    hf_config = _model_config(cfg).hf_config
+    architecture = (getattr(hf_config, "architectures", None) or [""])[0]
+    windows = getattr(hf_config, "sliding_window_pattern", None) is not None
+    return architecture in CLOSED_LISTS or (architecture in LISTS_FOR_WINDOWS and windows)
+
+
 def _full_prefill_graph(cfg: Any) -> bool:
     resolved = getattr(cfg.cuda_graph_config, "prefill", None)
     return (resolved.backend if resolved else cfg.cuda_graph_backend_prefill) == "full"
@@ -337,6 +354,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "own_sparse_attention",
         _has_own_sparse_attention,
         "this model brings a sparse attention of its own; drop --attention-backend mminfer.",
+    ),
+    Refusal(
+        "listed_backends",
+        _backends_are_listed,
+        "SGLang serves this model (Gemma 4, Llama 4, GPT-OSS, EXAONE 4 with sliding windows) only with attention "
+        "backends of a list of its own, and mminfer is not in it; drop --attention-backend mminfer.",
     ),
     Refusal(
         "draft_backend",

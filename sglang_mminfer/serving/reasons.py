@@ -34,7 +34,7 @@ REASONS: dict[str, str] = {
     # reasons of layers, for a request without a sparse layer
     "layer_dense_config": "every head of the layer is dense",
     "layer_not_causal": "cross-attention or attention of an encoder",
-    "layer_sliding_window": "a window of the model's own",
+    "layer_sliding_window": "a window of the model's own, or a prompt in pieces (Muse Spark)",
     "layer_modified_softmax": "a logit cap, attention sinks and the like",
     "layer_custom_mask": "a mask of the model's own",
     "layer_unequal_head_dims": "keys and values of unequal width",

@@ -365,7 +365,8 @@ class SparsePrefill:
     def _layer_reason(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], batch: PrefillBatch) -> str | None:
         if layer.is_cross_attention or layer.attn_type.name != "DECODER":
             return "layer_not_causal"
-        if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
+        # A layer with `use_irope` sees the prompt in pieces, in models whose config has a chunk size for attention.
+        if layer.use_irope or (layer.sliding_window_size is not None and layer.sliding_window_size > -1):
             return "layer_sliding_window"
         if layer.logit_cap or layer.xai_temperature_len > 0 or kwargs:
             return "layer_modified_softmax"

@@ -174,6 +174,7 @@ def layer(number: int, **changed: Any) -> Any:
         "logit_cap": 0.0,
         "xai_temperature_len": -1,
         "sliding_window_size": -1,
+        "use_irope": False,
         "is_cross_attention": False,
         "attn_type": SimpleNamespace(name="DECODER"),
     }

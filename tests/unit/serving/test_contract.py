@@ -328,6 +328,7 @@ SET_IN_INIT: list[tuple[str, tuple[str, ...]]] = [
             "scaling",
             "logit_cap",
             "sliding_window_size",
+            "use_irope",
             "is_cross_attention",
             "attn_type",
         ),

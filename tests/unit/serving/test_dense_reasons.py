@@ -174,6 +174,12 @@ def test_of_a_layer(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     assert (record.dense_reason, record.sparse_layers) == (reason, 0)
 
 
+def test_a_layer_that_sees_the_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 and Muse Spark have such layers, and name no window for them."""
+    (record,), _ = records_of(observed.prefill("test_a_shape", monkeypatch), observed.batch(), use_irope=True)
+    assert (record.dense_reason, record.sparse_layers) == ("layer_sliding_window", 0)
+
+
 def test_before_the_basis_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a server starts: the built-in clip has not given it yet."""
     awaited = {basis_choice.BASIS_ATTRIBUTE: basis_choice.AWAITED}

@@ -107,6 +107,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "text_config": TEXT | {"model_type": "mllama_text_model", "num_hidden_layers": 2, "cross_attention_layers": []},
         "vision_config": {"model_type": "mllama_vision_model"},
     },
+    "gemma4": {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "text_config": TEXT | {"model_type": "gemma4_text", "layer_types": ["sliding_attention", "full_attention"]},
+    },
+    "llama4": {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": TEXT | {"model_type": "llama4_text"},
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": TEXT | {"model_type": "gemma3_text"},
+    },
+    "exaone4": {"architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "sliding_window_pattern": 4} | TEXT,
     "own_sparse_attention": {
         "architectures": ["MiniMaxM3SparseForCausalLM"],
         "model_type": "llama",
@@ -692,6 +708,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "linear_attention": {"model": "linear_attention"},
     "encoder_decoder": {"model": "encoder_decoder"},
     "own_sparse_attention": {"model": "own_sparse_attention"},
+    "listed_backends": {"model": "gemma4"},
     "draft_backend": {
         "speculative_algorithm": "EAGLE",
         "prefill_attention_backend": "mminfer",
@@ -716,6 +733,9 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("media_root_passed_by", {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/", "SGLANG_RUST_SERVER": "1"}}),
     ("own_sparse_attention", {"model": "delta_nets_and_indexer"}),
+    ("listed_backends", {"model": "llama4"}),
+    ("listed_backends", {"model": "llama4", "device": "cpu"}),  # where SGLang itself lets any backend in
+    ("listed_backends", {"model": "exaone4"}),
     ("unified_memory", {"enable_page_major_kv_layout": True}),
     ("block_scaled_kv", {"kv_cache_dtype": "mxfp8"}),
     ("prefill_context_parallel", {"enable_prefill_cp": True}),
@@ -763,6 +783,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"is_embedding": True},
     {"model": "text"},
     {"model": "delta_nets"},
+    {"model": "gemma3"},
 ]
 
 
