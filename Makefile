@@ -51,7 +51,7 @@ test-interpreted: setup
 
 # Everything that needs no server, a process for each core.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --durations=20 tests/unit tests/properties
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --durations=20 tests/unit tests/properties tests/fuzz
 
 # What needs servers, which keep the cores busy by themselves.
 test-server: setup browser
@@ -117,7 +117,8 @@ endif
 # The kernel in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; then
 # a small case under compute-sanitizer.
 test-gpu: ready
-	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py tests/gpu/test_gpu_benchmarks.py
+	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py tests/gpu/test_gpu_benchmarks.py \
+		tests/gpu/test_gpu_speculative.py
 
 test-gpu-sanitize: ready
 	$(RUN) -m pytest tests/gpu/test_gpu_sanitizer.py
@@ -140,13 +141,15 @@ bench-gpu-tune: ready
 bench-gpu-model: ready
 	$(RUN) -m sglang_mminfer.benchmarks.model_prefill $(if $(EXECUTOR),--executor $(EXECUTOR))
 
-# 300 conversations, 16 clients, aborts among them; about a quarter of an hour.
+# Random conversations with servers of every family in turn, hours of them; the next run goes on. Variables and what must
+# hold: tests/server/test_soak.py.
 soak: setup
-	$(BIN)/python -m pytest -m soak tests/server
+	$(BIN)/python -m pytest -s -m soak tests/server/test_soak.py
 
-# Anything that a client may send; MMINFER_FUZZ payloads, 2,000 if it does not say: a few minutes.
+# Cases that nobody should write: head configs, conversations, media items, payloads; hours of them. The next run goes on.
+# Variables and what must hold: tests/fuzz/test_fuzz.py.
 fuzz: setup
-	$(BIN)/python -m pytest -s -m fuzz tests/server
+	$(BIN)/python -m pytest -s -m fuzz tests/fuzz tests/server/test_fuzz.py
 
 # All model families on one rank and on two; `make test` has the first of each kind on one. A server each: half an hour.
 test-families: setup

@@ -175,6 +175,13 @@ HOOKS: tuple[Hook, ...] = (
         "Only here a turn's prompt and the media it inherits are put together; what does not fit ends the scheduler.",
     ),
     Hook(
+        "sglang.srt.session.session_controller.SessionController.adjust_mm_offsets",
+        "around",
+        "sglang_mminfer.mends.sessions:place_media",
+        "After it models replace placeholders, and some replace those of earlier turns again. Here a turn's own tokens "
+        "and media are together.",
+    ),
+    Hook(
         "sglang.srt.session.session_controller.SessionController._close",
         "around",
         "sglang_mminfer.mends.sessions:close",

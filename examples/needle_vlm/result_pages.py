@@ -24,6 +24,8 @@ DENSE_OF = {
     "chunks_2048_video": "compare_video",
     "chunks_512_mixed": "compare_mixed",
     "clip_video_8192": "chosen_video_8192",
+    "default_chunks_512_video": "needles_video_4096",
+    "default_chunks_2048_video": "needles_video_4096",
 }
 """Result file -> the file with the dense answers to its questions, of the same model and of the same day."""
 

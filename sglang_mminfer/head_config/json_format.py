@@ -27,7 +27,13 @@ Form = Literal["all", "cycle", "layers"]
 
 
 class Misplaced(ValueError):
-    """An error at a place in a file. The message names the place; the caller adds the name of the file."""
+    """An error at a place in a file. The message names the place; the caller adds the name of the file.
+
+    It is one line, whatever keys and names of the file it quotes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class Content(NamedTuple):

@@ -174,10 +174,10 @@ MENDS: tuple[Mend, ...] = (
     Mend(
         "sessions",
         "A turn of a session keeps all media of its parent even if its offset cuts some of them off, and the server "
-        "ends. It also ends if a session is replaced or closed while a turn runs, or if a turn with media names an "
-        "unknown parent.",
+        "ends. It also ends if a session is replaced or closed while a turn runs, if a turn with media names an "
+        "unknown parent, or, with InternVL and others, if the history of a turn with media is no longer cached.",
         "A turn has the media before its offset. A medium that the offset cuts in two, or that was lost with an "
-        "aborted turn, is a 400 that names it.",
+        "aborted turn, is a 400 that names it. History is found in the cache, or computed again.",
         "tests/server/test_sessions.py",
         "session_controller.Session.create_req: drop items after the offset, in a copy of the parent's media.",
     ),

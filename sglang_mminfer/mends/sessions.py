@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,26 @@ def create_request(original: Callable[..., Any], self: Any, turn: Any, *args: An
             # The parent still runs and is replaced. When it ends it would free media that the new turn now has.
             parent.req._session_mm_items.clear()
     return created
+
+
+def place_media(
+    original: Callable[..., None], turn: Any, request: Any, media: Any, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND SessionController.adjust_mm_offsets, which moves a turn's media behind the history.
+
+    SGLang then lets the model put the numbers of the turn's media in place of placeholders. Models that look for pairs
+    of tokens (InternVL and others) find those of the history first, and put the new numbers there: what is cached is
+    found no more, and when the history is computed again the scheduler ends. So the turn's own tokens are filled here.
+    """
+    own = len(turn.input_ids)
+    if mends.here(NAME) and own < len(request.origin_input_ids) and media.padded_input_ids is None:
+        ids = array("q", turn.input_ids)
+        for item in media.mm_items:
+            for first, last in item.offsets or ():
+                ids[first : last + 1] = array("q", item.padding_sequence(last + 1 - first))
+        if len(ids) == own and all(item.offsets for item in media.mm_items):
+            media.padded_input_ids = ids
+    original(turn, request, media, *args, **kwargs)
 
 
 def close(original: Callable[..., None], self: Any, session_id: str, *args: Any, **kwargs: Any) -> None:

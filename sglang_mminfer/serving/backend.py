@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -33,8 +34,18 @@ def create_backend(runner: Any) -> Any:
     head_config_choice.announce_once(runner)
     dense: Any = type(backend)
     backend.__class__ = sparse_class(dense)
-    backend.mminfer = SparsePrefill(runner, name, lambda: second_instance(ATTENTION_BACKENDS[name], name, runner))
+    # Adaptive speculative decoding takes turns with backends, one for each number of drafts, each with a workspace of
+    # its own. What was learnt of the heads holds for all of them.
+    backend.mminfer = _prefills.get(runner) if runner.init_new_workspace else None
+    if backend.mminfer is None:
+        backend.mminfer = _prefills[runner] = SparsePrefill(
+            runner, name, lambda: second_instance(ATTENTION_BACKENDS[name], name, runner)
+        )
     return backend
+
+
+_prefills: WeakKeyDictionary[Any, SparsePrefill] = WeakKeyDictionary()
+"""The sparse side of each model runner."""
 
 
 @cache

@@ -47,6 +47,9 @@ MAX_RECURRENT_STATES = 4 * MAX_RUNNING_REQUESTS
 """Default number of recurrent states of a hybrid model that are kept, for running requests and cached prefixes. SGLang
 would fill half of the machine's memory with them."""
 
+SPECULATIVE_ALGORITHM = "EAGLE3"
+"""The speculative decoding that runs here."""
+
 MEMORY_SHARE = 0.8
 """The share of free memory that all ranks of this machine may use for weights and KV, taken together."""
 
@@ -140,6 +143,14 @@ def _platform_class() -> type:
                 return min(total, int(CONTAINER_LIMIT.read_text()))
             except (OSError, ValueError):  # no cgroup v2 here, or "max"
                 return total
+
+        def supports_speculative_algorithm(self, algorithm: str) -> bool:
+            return algorithm == SPECULATIVE_ALGORITHM
+
+        def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+            from sglang_mminfer.serving import cpu_speculative
+
+            return cpu_speculative.slots
 
         def is_pin_memory_available(self, device: Any = None) -> bool:
             return False
@@ -242,6 +253,16 @@ def default_arguments(cfg: Any) -> dict[str, Any]:
         "max_mamba_cache_size": (None, MAX_RECURRENT_STATES),
     }
     return {field: value for field, (unset, value) in defaults.items() if getattr(cfg, field) == unset}
+
+
+def can_speculate(cfg: Any) -> bool:
+    """Whether the speculative decoding that a launch asks for runs on a CPU, as far as the arguments tell.
+
+    Args:
+        cfg: a view of ServerArgs with a speculative algorithm.
+    """
+    known = str(cfg.speculative_algorithm).upper() == SPECULATIVE_ALGORITHM
+    return known and cfg.speculative_eagle_topk in (None, 1) and not cfg.enable_multi_layer_eagle
 
 
 def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
@@ -352,6 +373,8 @@ def keeps_states_in_steps(original: Callable[..., bool], *args: Any, **kwargs: A
     return not is_active() and original(*args, **kwargs)
 
 
+_OPERATOR = "SGLang has this operator of speculative decoding in Triton or CUDA, which need an accelerator."
+
 HOOKS: tuple[Hook, ...] = (
     Hook(
         "torch.Tensor.pin_memory",
@@ -408,6 +431,54 @@ HOOKS: tuple[Hook, ...] = (
             ("attention.fla.layernorm_gated.layernorm_fn", "gated_norm"),
             ("elementwise.elementwise.fused_sigmoid_mul", "gate_output"),
             ("elementwise.elementwise.fused_gate_sigmoid_mul_add", "add_gated"),
+        )
+    ),
+    *(
+        Hook(
+            f"sglang.{target}",
+            "around",
+            f"sglang_mminfer.serving.cpu_speculative:{function}",
+            reason,
+            when=("cpu",),
+        )
+        for target, function, reason in (
+            ("srt.mem_cache.allocation.assign_req_to_token_pool_func", "note_slots", _OPERATOR),
+            ("srt.mem_cache.allocation.get_last_loc", "last_slots", _OPERATOR),
+            ("kernels.ops.speculative.cache_locs.assign_draft_cache_locs_contiguous_func", "draft_slots", _OPERATOR),
+            ("kernels.ops.speculative.spec_tree.build_tree_kernel_efficient_func", "build_chain", _OPERATOR),
+            ("kernels.ops.speculative.spec_tree.verify_tree_greedy_func", "verify_chain", _OPERATOR),
+            ("kernels.ops.speculative.eagle.fill_bonus_tokens_func", "last_accepted", _OPERATOR),
+            (
+                "srt.speculative.spec_utils.select_top_k_tokens",
+                "select",
+                "SGLang compiles a part of this, which takes a C++ compiler and half a minute.",
+            ),
+            (
+                "srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
+                "moves_nothing",
+                "For speculative decoding SGLang tries out a Triton kernel that moves keys and values of trees.",
+            ),
+            (
+                "srt.speculative.eagle_utils._verify_uses_greedy",
+                "verifies_greedily",
+                "SGLang has kernels for an accelerator alone that verify drafts by sampling.",
+            ),
+            (
+                "srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
+                "attend",
+                "SGLang's backend for a CPU knows no batch that verifies drafts.",
+            ),
+            *(
+                (
+                    f"srt.speculative.draft_utils.DraftBackendFactory.{method}",
+                    function,
+                    "SGLang has a list of the backends on which a draft model may run, without the one for a CPU.",
+                )
+                for method, function in (
+                    ("create_decode_backend", "draft_steps"),
+                    ("create_draft_extend_backend", "draft_extend"),
+                )
+            ),
         )
     ),
 )

@@ -9,6 +9,15 @@ from sglang_mminfer.settings import BACKEND_NAME
 PAGE_SIZES: dict[str, tuple[int, ...]] = {"trtllm_mha": (64, 16, 32, 128), "fa4": (128,)}
 """The page sizes that a default backend takes, if it does not take all. SGLang sets the first one for its name."""
 
+DEFAULT_ATTRIBUTE = "_mminfer_default_backend"
+"""Attribute of ServerArgs with SGLang's default backend, where its page size was settled for it."""
+
+
+def settle_default(server_args: Any, name: str) -> None:
+    """Fixes SGLang's default backend. SGLang chooses it while the page size is open, and with drafts that are chains it
+    would choose another one for a page size above 1."""
+    setattr(server_args, DEFAULT_ATTRIBUTE, name)
+
 
 def dense_backend_name(server_args: Any, device: str) -> str:
     """The attention backend that SGLang would use for prefill without this plugin.
@@ -54,6 +63,8 @@ def _default_backend_name(server_args: Any, device: str) -> str:
     view = resolving_view(server_args)
     if view.attention_backend not in (None, BACKEND_NAME):
         return view.attention_backend
+    if settled := getattr(server_args, DEFAULT_ATTRIBUTE, None):
+        return settled
     if str(device).split(":")[0] == "cpu":
         return "torch_native"
     name = get_default_attn_backend(server_args, use_mla_backend(server_args), model_config_of(server_args))

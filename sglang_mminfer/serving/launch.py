@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_mminfer import mends, releases, settings
-from sglang_mminfer.serving import basis_choice, dense_backend, flags, head_config_choice, hooks
+from sglang_mminfer.serving import (
+    basis_choice,
+    cpu_platform,
+    dense_backend,
+    flags,
+    head_config_choice,
+    hooks,
+)
 from sglang_mminfer.serving.hooks import UnsupportedLaunch
 
 logger = logging.getLogger(__name__)
@@ -67,6 +74,23 @@ def _has_own_sparse_attention(cfg: Any) -> bool:
     return is_minimax_sparse(hf_config) or is_qwen_qsa(hf_config)
 
 
+CLOSED_LISTS = (
+    *("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4UnifiedForConditionalGeneration"),
+    *("Llama4ForConditionalGeneration", "Llama4ForCausalLM", "GptOssForCausalLM"),
+)
+"""Architectures that SGLang serves with the attention backends of a list alone, and mminfer is in none of them."""
+
+LISTS_FOR_WINDOWS = ("Exaone4ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")
+"""The same if their config has sliding windows."""
+
+
+def _backends_are_listed(cfg: Any) -> bool:
+    hf_config = _model_config(cfg).hf_config
+    architecture = (getattr(hf_config, "architectures", None) or [""])[0]
+    windows = getattr(hf_config, "sliding_window_pattern", None) is not None
+    return architecture in CLOSED_LISTS or (architecture in LISTS_FOR_WINDOWS and windows)
+
+
 def _full_prefill_graph(cfg: Any) -> bool:
     resolved = getattr(cfg.cuda_graph_config, "prefill", None)
     return (resolved.backend if resolved else cfg.cuda_graph_backend_prefill) == "full"
@@ -78,7 +102,21 @@ def _draft_backend(cfg: Any) -> str | None:
     from sglang.srt.arg_groups.overrides import record_of
 
     name = dense_backend.dense_backend_name(record_of(cfg), cfg.device or "")
-    return name if name in DRAFT_ATTENTION_BACKEND_CHOICES else None
+    return name if name in DRAFT_ATTENTION_BACKEND_CHOICES or _on_our_cpu(cfg) else None
+
+
+def _on_our_cpu(cfg: Any) -> bool:
+    """Whether the server runs on this package's CPU platform."""
+    return cfg.device == "cpu" and cpu_platform.is_active()
+
+
+def _speculates_in_vain(cfg: Any) -> bool:
+    """Whether this package's CPU platform lacks what the launch's speculative decoding needs."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    if cfg.speculative_algorithm is None or not _on_our_cpu(cfg):
+        return False
+    return not cpu_platform.can_speculate(cfg) or mambaish_config(_model_config(cfg)) is not None
 
 
 def _needs_draft_backend(cfg: Any) -> bool:
@@ -132,6 +170,15 @@ def _basis_is_unknown(cfg: Any) -> bool:
     head_config, _ = head_config_choice.load_for_model(record_of(cfg), model.hf_config)
     return basis_choice.makes_clip(head_config, model)
 
+
+SPECULATION_ON_CPU = Refusal(
+    "speculation_on_cpu",
+    _speculates_in_vain,
+    f"on a CPU --speculative-algorithm is {cpu_platform.SPECULATIVE_ALGORITHM}, with chains of drafts "
+    "(--speculative-eagle-topk 1), without --enable-multi-layer-eagle, and for models whose layers all have full "
+    "attention.",
+)
+"""Holds for servers without mminfer, too: it is the platform of this package on which they run."""
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
@@ -309,11 +356,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "this model brings a sparse attention of its own; drop --attention-backend mminfer.",
     ),
     Refusal(
+        "listed_backends",
+        _backends_are_listed,
+        "SGLang serves this model (Gemma 4, Llama 4, GPT-OSS, EXAONE 4 with sliding windows) only with attention "
+        "backends of a list of its own, and mminfer is not in it; drop --attention-backend mminfer.",
+    ),
+    Refusal(
         "draft_backend",
         lambda cfg: _needs_draft_backend(cfg) and _draft_backend(cfg) is None,
         "--speculative-algorithm runs a draft model, for which mminfer is no backend; name one with "
         "--speculative-draft-attention-backend.",
     ),
+    SPECULATION_ON_CPU,
     Refusal(
         "tokenizer_workers",
         lambda cfg: cfg.tokenizer_worker_num > 1 and (cfg.device == "cpu" or _media_are_ours(cfg)),
@@ -342,8 +396,8 @@ def uses_mminfer(server_args: Any) -> bool:
     return settings.BACKEND_NAME in _backends(resolving_view(server_args))
 
 
-def refuse(server_args: Any) -> None:
-    """Checks the launch against `REFUSALS`.
+def refuse(server_args: Any, refusals: tuple[Refusal, ...] = REFUSALS) -> None:
+    """Checks the launch.
 
     Raises:
         UnsupportedLaunch: with the message of every refusal that applies.
@@ -351,7 +405,7 @@ def refuse(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     cfg = resolving_view(server_args)
-    if messages := [refusal.message for refusal in REFUSALS if refusal.applies(cfg)]:
+    if messages := [refusal.message for refusal in refusals if refusal.applies(cfg)]:
         raise UnsupportedLaunch("\n".join(f"mminfer: {message}" for message in messages))
 
 
@@ -365,27 +419,30 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     Raises:
         UnsupportedLaunch: if SGLang lacks what is hooked, a refusal applies, or a server without mminfer has a media
-            root.
+            root or drafts that its CPU cannot verify.
         HeadConfigError: if the head config cannot be used with this model.
     """
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
     with_mminfer = uses_mminfer(server_args)
     server_args._mminfer_wanted = with_mminfer
+    cfg = resolving_view(server_args)
+    if cfg.speculative_algorithm is not None and _on_our_cpu(cfg):
+        logger.warning("On a CPU drafts are verified by the most probable token, whatever temperature a request names.")
     if with_mminfer:
         hooks.check_installation()
         if warning := settings.why_untested():
             logger.warning("mminfer: %s", warning)
         refuse(server_args)
-        cfg = resolving_view(server_args)
-        if _needs_draft_backend(cfg):
-            draft = _draft_backend(cfg)
-            logger.info("mminfer: the draft model runs on %s.", draft)
-            declare_resolution(server_args, __name__, speculative_draft_attention_backend=draft)
         if default := dense_backend.page_size_of_default(server_args, cfg.device or ""):
             backend, size = default
             logger.info("mminfer: the page size is %d, as %s needs, which SGLang takes by default here.", size, backend)
             declare_resolution(server_args, __name__, page_size=size)
+            dense_backend.settle_default(server_args, backend)
+        if _needs_draft_backend(cfg):
+            draft = _draft_backend(cfg)
+            logger.info("mminfer: the draft model runs on %s.", draft)
+            declare_resolution(server_args, __name__, speculative_draft_attention_backend=draft)
         if cfg.tokenizer_worker_num > 1:
             logger.warning(
                 "mminfer: tokenizer workers load no plugins, so no mend of this package acts on media, and there is no "
@@ -398,6 +455,7 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
         if not model.is_multimodal:
             logger.warning("mminfer: this model takes no images or video, so every request will run dense.")
     else:
+        refuse(server_args, (SPECULATION_ON_CPU,))
         if getattr(server_args, flags.MEDIA_ROOT_ATTRIBUTE, None):
             raise UnsupportedLaunch(
                 f"mminfer: without --attention-backend mminfer nothing would hold {settings.MEDIA_ROOT.flag}, and "

@@ -41,12 +41,15 @@ class PrefillMetrics:
         )
         self._again_ms = Counter("sglang:mminfer_encoded_again_ms", "Milliseconds that the encoder spent so.")
 
+    def count(self, ran: str, requests: int, tokens: int) -> None:
+        """Counts requests and their tokens of one batch."""
+        self._requests.labels(ran).inc(requests)
+        self._tokens.labels(ran).inc(tokens)
+
     def add(self, records: list[PrefillRecord]) -> None:
         """Counts the records of one batch."""
         for record in records:
-            ran = record.dense_reason or "sparse"
-            self._requests.labels(ran).inc()
-            self._tokens.labels(ran).inc(record.chunk_len)
+            self.count(record.dense_reason or "sparse", 1, record.chunk_len)
             if record.density is not None:
                 self._density_tokens.inc(record.density * record.chunk_len)
         if records:

@@ -10,21 +10,31 @@ This module imports nothing of SGLang.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 _lengths: dict[str, int] = {}
-_is_watching = False
+_count_verified: Callable[[int, int], None] | None = None
 
 
-def watch() -> None:
-    """Keeps the lengths from now on. The attention backend calls this, so a scheduler without it keeps none."""
-    global _is_watching
-    _is_watching = True
+def watch(count_verified: Callable[[int, int], None]) -> None:
+    """Keeps the lengths from now on. The attention backend calls this, so a scheduler without it keeps none.
+
+    Args:
+        count_verified: called with the numbers of requests and rows of each batch that verifies drafts. The backend
+            itself is not asked about those that a CUDA graph replays.
+    """
+    global _count_verified
+    _count_verified = count_verified
 
 
 def note(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ForwardBatch.init_new, which turns a schedule batch into a forward batch right before it runs."""
-    if _is_watching and not batch.forward_mode.is_decode_or_idle():
+    if _count_verified is None:
+        return
+    if batch.forward_mode.is_target_verify():
+        _count_verified(len(batch.reqs), len(batch.input_ids))
+    elif not batch.forward_mode.is_decode_or_idle():
         keep({request.rid: len(request.origin_input_ids) for request in batch.reqs})
 
 

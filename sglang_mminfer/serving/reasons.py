@@ -26,7 +26,7 @@ REASONS: dict[str, str] = {
     "unreadable": "an item that no family's reader understands",
     "unknown_modality": "an item that is neither image nor video nor audio",
     # reasons of a batch or a server
-    "mode_*": "speculative and other modes that are not plain prefill",
+    "mode_*": "modes that are not plain prefill; mode_target_verify, which verifies drafts, is in no trace",
     "two_batch_overlap": "batches that SGLang computes in two overlapping parts",
     "kv_cache_dtype": "a KV cache that no executor reads here, which start-up logs, or with scales of unknown use",
     "executor_failed": "the executor was wrong or failed in the check at start-up, or failed repeatedly since",
@@ -34,7 +34,7 @@ REASONS: dict[str, str] = {
     # reasons of layers, for a request without a sparse layer
     "layer_dense_config": "every head of the layer is dense",
     "layer_not_causal": "cross-attention or attention of an encoder",
-    "layer_sliding_window": "a window of the model's own",
+    "layer_sliding_window": "a window of the model's own, or a prompt in pieces (Muse Spark)",
     "layer_modified_softmax": "a logit cap, attention sinks and the like",
     "layer_custom_mask": "a mask of the model's own",
     "layer_unequal_head_dims": "keys and values of unequal width",

@@ -95,7 +95,7 @@ class SparsePrefill:
         if self.telemetry is not None:
             self.telemetry.serving = self.serving
         self.failures = 0
-        prompts.watch()
+        prompts.watch(self._count_verified)
         # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
         self.waits = self.device.type == "cpu" or self.trace.enabled
         self._encoder = EncoderWatch()
@@ -231,6 +231,12 @@ class SparsePrefill:
             if self.telemetry is not None:
                 self.telemetry.add(records)
 
+    def _count_verified(self, requests: int, rows: int) -> None:
+        """Counts a batch that verifies drafts. It is a kind of decoding, so the trace has no record of it."""
+        for counters in (self.metrics, self.telemetry):
+            if counters is not None:
+                counters.count("mode_target_verify", requests, rows)
+
     def _failed(self, what: str) -> None:
         """Counts a failure of ours; called in the handler of its exception.
 
@@ -359,7 +365,8 @@ class SparsePrefill:
     def _layer_reason(self, q: torch.Tensor, layer: Any, kwargs: dict[str, Any], batch: PrefillBatch) -> str | None:
         if layer.is_cross_attention or layer.attn_type.name != "DECODER":
             return "layer_not_causal"
-        if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
+        # A layer with `use_irope` sees the prompt in pieces, in models whose config has a chunk size for attention.
+        if layer.use_irope or (layer.sliding_window_size is not None and layer.sliding_window_size > -1):
             return "layer_sliding_window"
         if layer.logit_cap or layer.xai_temperature_len > 0 or kwargs:
             return "layer_modified_softmax"

@@ -38,7 +38,7 @@ class Counters(msgspec.Struct, kw_only=True):
 
     Attributes:
         requests, tokens: requests and new tokens in prefill batches, by how they ran: "sparse", or the reason for
-            dense.
+            dense. Batches that verify drafts are counted, too, with the tokens that they verify.
         density_tokens: density times new tokens of sparse prefills; over the sparse tokens it is the mean density.
         plan_ms, attn_ms: milliseconds spent on plans, and in attention.
         encoded_again, encoded_again_ms: media that the vision encoder ran on once more, and how long that took.
@@ -52,12 +52,15 @@ class Counters(msgspec.Struct, kw_only=True):
     encoded_again: int = 0
     encoded_again_ms: float = 0.0
 
+    def count(self, ran: str, requests: int, tokens: int) -> None:
+        """Counts requests and their tokens of one batch."""
+        self.requests[ran] = self.requests.get(ran, 0) + requests
+        self.tokens[ran] = self.tokens.get(ran, 0) + tokens
+
     def add(self, records: Sequence[PrefillRecord]) -> None:
         """Counts the records of one batch."""
         for record in records:
-            ran = record.dense_reason or "sparse"
-            self.requests[ran] = self.requests.get(ran, 0) + 1
-            self.tokens[ran] = self.tokens.get(ran, 0) + record.chunk_len
+            self.count(record.dense_reason or "sparse", 1, record.chunk_len)
             self.density_tokens += (record.density or 0.0) * record.chunk_len
         if records:
             self.plan_ms += records[0].plan_ms
@@ -144,6 +147,10 @@ class Telemetry:
         self._forget()
         now = self._clock()
         self._records.extend((now, record) for record in records)
+
+    def count(self, ran: str, requests: int, tokens: int) -> None:
+        """Counts a batch of which there are no records."""
+        self._counters.count(ran, requests, tokens)
 
     def answer(self, rid: str) -> Answer:
         """The records of the request with this id; how this process serves and what it did if the id is empty."""

@@ -1,4 +1,4 @@
-"""Tiny Qwen2.5-VL, and transformers' own class as the oracle."""
+"""Tiny Qwen2.5-VL and Qwen2-VL, and transformers' own classes as the oracle."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def make(path: str | os.PathLike[str]) -> Path:
     return tiny_model.make_tiny_qwen2_5_vl(path, layers=2, heads=8, kv_heads=2, head_dim=16, vision_full_blocks=1)
 
 
+def make_qwen2_vl(path: str | os.PathLike[str]) -> Path:
+    """Writes a tiny random Qwen2-VL to the folder `path`. Errors: as `make_checkpoint`."""
+    return tiny_model.make_tiny_qwen2_vl(path, layers=2, heads=8, kv_heads=2, head_dim=16)
+
+
 def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
     return HFOracle(path, mm_process_config={"video": video})
 
@@ -26,6 +31,17 @@ FAMILIES = (
         title="Qwen2.5-VL",
         architecture="Qwen2_5_VLForConditionalGeneration",
         maker=make,
+        oracle=oracle,
+        oracle_title="transformers",
+        one_frame="nframes should in interval",
+        video_options={"max_frames": 48},
+        prompt=Prompt("qwen_vl", *tiny_model.PLACEHOLDERS, ("image", "video")),
+    ),
+    Family(
+        name="qwen2_vl",
+        title="Qwen2-VL",
+        architecture="Qwen2VLForConditionalGeneration",
+        maker=make_qwen2_vl,
         oracle=oracle,
         oracle_title="transformers",
         one_frame="nframes should in interval",

@@ -83,6 +83,12 @@ class Stock:
         return (torch.stack(heads, dim=1) * v_scale).flatten(1).to(q.dtype)
 
 
+class Runner(SimpleNamespace):
+    """A model runner, hashed by its identity as SGLang's."""
+
+    __hash__ = object.__hash__
+
+
 def runner(
     config: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -106,7 +112,7 @@ def runner(
         }
     )
     pool = Pool()
-    return SimpleNamespace(
+    return Runner(
         model_config=SimpleNamespace(hf_config=hf_config, num_hidden_layers=LAYERS, head_dim=D),
         server_args=SimpleNamespace(enable_metrics=metrics, **server_args),
         req_to_token_pool=SimpleNamespace(req_to_token=pool.slots[None].int()),
@@ -115,6 +121,7 @@ def runner(
         dtype=torch.float32,
         kv_cache_dtype=KV_DTYPE,
         is_draft_worker=False,
+        init_new_workspace=False,
     )
 
 
@@ -167,6 +174,7 @@ def layer(number: int, **changed: Any) -> Any:
         "logit_cap": 0.0,
         "xai_temperature_len": -1,
         "sliding_window_size": -1,
+        "use_irope": False,
         "is_cross_attention": False,
         "attn_type": SimpleNamespace(name="DECODER"),
     }

@@ -37,6 +37,8 @@ from support import (
     any_pattern,
     batches,
     boundary_2d,
+    causal,
+    check,
     conversation,
     examples,
     growing,
@@ -48,39 +50,6 @@ from support import (
     static,
     tile_sizes,
 )
-
-
-def causal(batch: Batch, request: int) -> torch.Tensor:
-    return torch.ones(batch.q_lens[request], batch.kv_lens[request], dtype=torch.bool).tril(batch.q_start(request))
-
-
-def check(batch: Batch, backend: str) -> None:
-    """All that the wrapper promises about one batch, for every request and head."""
-    wrapper = batch.planned(backend)
-    out, lse = batch.run(wrapper)
-    visited_pairs, causal_pairs = torch.zeros(len(batch.heads), dtype=torch.float64), 0
-    for i in range(len(batch.maps)):
-        causal_pairs += int(causal(batch, i).sum())
-        for h in range(len(batch.heads)):
-            visited = wrapper.visited_mask(i, h)
-            if batch.q_lens[i] == 0:
-                assert visited.numel() == 0
-                continue
-            visited_pairs[h] += visited.sum()
-            missed = batch.exact_mask(i, h) & ~visited
-            assert not missed.any(), (
-                f"{batch.heads[h]} wants keys that are not visited: {missed.nonzero()[:5].tolist()}"
-            )
-            assert not (visited & ~causal(batch, i)).any(), "a row visits a key that comes after it"
-            below = max(0, batch.dense_below - batch.q_start(i))
-            assert torch.equal(visited[:below], causal(batch, i)[:below]), "a row below dense_below is not dense"
-            kv = h // batch.group
-            exact = masked_attention(batch.qs[i][:, h], batch.ks[i][:, kv], batch.vs[i][:, kv], visited, batch.scale)
-            within = {torch.float32: (2e-5, 5e-6), torch.float16: (3e-3, 3e-3)}[batch.dtype]
-            got, expected = (out[batch.rows(i), h].float(), lse[batch.rows(i), h]), (exact[0].float(), exact[1].float())
-            torch.testing.assert_close(got, expected, rtol=within[0], atol=within[1])
-    density = visited_pairs / causal_pairs if causal_pairs else torch.ones(len(batch.heads), dtype=torch.float64)
-    torch.testing.assert_close(wrapper.density, density, rtol=1e-12, atol=0)
 
 
 @settings(max_examples=examples(80))

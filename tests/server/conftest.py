@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 import probe
-from families_served import FAMILY_SERVERS, MIXED_SERVERS, family_server, mixed_server
+from families_served import (
+    DRAFTED_SERVERS,
+    FAMILY_SERVERS,
+    MIXED_SERVERS,
+    drafted_server,
+    family_server,
+    mixed_server,
+)
 from fleet import Fleet
 from serving import (
     ENVIRONMENT,
@@ -22,17 +29,19 @@ from serving import (
     References,
     Served,
     scripted,
+    serve,
     text,
     user,
     video,
     write_sparse_config,
 )
-from sglang_mminfer import settings
 from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
 from sglang_mminfer.tools.media import make_image, make_video
-from sglang_mminfer.tools.server import Server
 
-NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS]
+NAMES = [*FLAGS, *MIXED_SERVERS, *FAMILY_SERVERS, *DRAFTED_SERVERS]
+
+AFTER_DRAFTS = ("eagle3", *DRAFTED_SERVERS)
+"""Servers that are not started before a test asks for them: the test makes their draft model first."""
 
 PROBED = "mixed_internvl"
 """The server that loads the probe; see probe.py."""
@@ -85,7 +94,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[ORDER] = list(dict.fromkeys(name for item in session.items if (name := _server_of(item))))
+    names = dict.fromkeys(name for item in session.items if (name := _server_of(item)))
+    session.config.stash[ORDER] = [name for name in names if name not in AFTER_DRAFTS]
 
 
 @pytest.fixture(scope="session")
@@ -114,8 +124,18 @@ def sparse_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where the draft model of a server lies, under the server's name, before the server starts."""
+    return tmp_path_factory.mktemp("drafts")
+
+
+@pytest.fixture(scope="session")
 def servers(
-    request: pytest.FixtureRequest, model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model: Path,
+    sparse_config: Path,
+    drafts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[str], Served]]:
     """A function that returns the server with a name in `NAMES`, and starts it if it is not running."""
     root = tmp_path_factory.mktemp("servers")
@@ -123,26 +143,21 @@ def servers(
     def make(name: str) -> Served:
         folder = root / name
         folder.mkdir(exist_ok=True)
-        trace = folder / "trace.jsonl"
-        for old in folder.glob(f"{trace.name}*"):  # the files of all ranks
-            old.unlink()
         if name in FAMILY_SERVERS:
             path, flags = family_server(name, folder)
         elif name in MIXED_SERVERS:
             path, flags = mixed_server(name, folder)
+        elif name in DRAFTED_SERVERS:
+            path, flags = drafted_server(name, folder)
         else:
-            path, flags = model, tuple(flag.format(sparse=sparse_config) for flag in FLAGS[name])
-        # A server learns from its flags that it runs on a CPU, not from the environment of the tests.
-        own = ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {})
-        env = {
-            **{settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None},
-            **{"XDG_CACHE_HOME": str(folder / "cache"), **own},  # no basis of an earlier run
-        }
+            path, flags = model, FLAGS[name]
+        flags = tuple({"{sparse}": str(sparse_config), "{draft}": str(drafts / name)}.get(flag, flag) for flag in flags)
+        env = dict(ENVIRONMENT.get(name, RETRACTS if name in MIXED_SERVERS else {}))
         if name == PROBED:
             probed = folder / "probe.jsonl"
             probed.unlink(missing_ok=True)
             env |= {"PYTHONPATH": probe.install(folder / "probe"), probe.FILE: str(probed)}
-        return Served(Server(path, *flags, env=env, log=folder / "server.log", timeout=400), trace)
+        return serve(folder, path, flags, env)
 
     fleet = Fleet(make, request.config.stash[ORDER])
     try:

@@ -13,7 +13,7 @@ import pytest
 
 from config_files import config_file
 from families import FAMILIES, Family
-from serving import LAYERS, ROUNDING, Dialogue, Message, Served, assistant, image, text, user, video
+from serving import LAYERS, ROUNDING, SPECULATION, Dialogue, Message, Served, assistant, image, text, user, video
 from sglang_mminfer.testing.oracle import OracleAnswer, compare
 from sglang_mminfer.tools.media import make_image, make_video
 
@@ -30,13 +30,17 @@ MIXED_SERVERS = {"mixed_internvl": "internvl", "mixed_llava_video": "llava_video
 """The family of each server whose config leaves much out, and which mixes decoding into chunks and retracts requests.
 One family has SGLang's model class and one has ours. Neither has M-RoPE; Qwen2.5-VL, which has it, is server "main"."""
 
+DRAFTED_SERVERS = {"qwen3_vl_eagle3": "qwen3_vl"}
+"""Servers with a draft model, and the family server that has none and is the same otherwise."""
+
 MIXED_FLAGS = (
     *("--attention-backend", "mminfer", "--mminfer-config", config_file("test_a_shape"), "--sleep-on-idle"),
     *("--chunked-prefill-size", "96", "--enable-mixed-chunk"),
 )
 
-ALWAYS = {family.module: family.name for family in reversed(FAMILIES) if family.name != "qwen2_5_vl"}.values()
-"""Servers of `make test`: the first of each module on one rank. Other tests of this folder cover Qwen2.5-VL."""
+ALWAYS = {family.module: family.name for family in reversed(FAMILIES) if family.module != "qwen2_5_vl"}.values()
+"""Servers of `make test`: the first of each module on one rank. Other tests of this folder cover Qwen2.5-VL,
+and Qwen2-VL goes as it does."""
 
 EVERY_SERVER = [
     pytest.param(name, marks=[pytest.mark.server(name), *([] if name in ALWAYS else [pytest.mark.families])])
@@ -66,6 +70,12 @@ def family_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
     )
 
 
+def drafted_server(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """As `family_server`, for a server of `DRAFTED_SERVERS`."""
+    path, flags = family_server(DRAFTED_SERVERS[name], folder)
+    return path, (*flags, *SPECULATION)
+
+
 def write_config(family: Family, path: Path) -> Path:
     """A config with every pattern that the family allows. Its windows of `reach` tokens leave nothing out."""
     covering = Path(config_file("test_covering_mixed")).read_text()
@@ -88,6 +98,15 @@ class Files:
     """Paths that hold no video."""
 
 
+def make_shown(root: Path) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+    """Two pictures and two videos that every family takes."""
+    images = (make_image(root / "a.png", 256, 64, seed=1), make_image(root / "b.png", 64, 256, seed=2))
+    return images, (
+        make_video(root / "a.mp4", 12, 128, 96, 4, seed=1),
+        make_video(root / "b.mp4", 8, 96, 128, 4, seed=2),
+    )
+
+
 def make_files(root: Path) -> Files:
     import imageio_ffmpeg
 
@@ -102,12 +121,10 @@ def make_files(root: Path) -> Files:
     )
     (root / "broken.mp4").write_bytes(steady.read_bytes()[:1500])
     (root / "words.mp4").write_text("This is no video.")
+    images, videos = make_shown(root)
     return Files(
-        images=(make_image(root / "a.png", 256, 64, seed=1), make_image(root / "b.png", 64, 256, seed=2)),
-        videos=(
-            make_video(root / "a.mp4", 12, 128, 96, 4, seed=1),
-            make_video(root / "b.mp4", 8, 96, 128, 4, seed=2),
-        ),
+        images=images,
+        videos=videos,
         odd={
             "uneven": uneven,
             "portrait": make_video(root / "portrait.mp4", 10, 96, 160, 4, seed=3),

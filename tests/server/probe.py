@@ -18,10 +18,15 @@ _owner: dict[int, tuple[int, int]] = {}
 
 def install(folder: Path) -> str:
     """Makes the distribution in `folder`. Returns the PYTHONPATH of a server that loads the probe."""
-    info = folder / "sglang_mminfer_probe-0.dist-info"
+    return distribution(folder, "probe")
+
+
+def distribution(folder: Path, module: str) -> str:
+    """Makes a distribution of `module`, which is beside this file and has `register`, as a plugin for SGLang."""
+    info = folder / f"sglang_mminfer_{module}-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-mminfer-probe\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nprobe = probe:register\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang-mminfer-{module}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{module} = {module}:register\n")
     return f"{folder}{os.pathsep}{Path(__file__).parent}"
 
 

@@ -7,7 +7,7 @@ import json
 import random
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config_files import config_file
+from sglang_mminfer import settings
 from sglang_mminfer.serving.trace import PrefillRecord, read_trace
 from sglang_mminfer.testing.oracle import Comparison, Message, OracleAnswer, ask, compare
 from sglang_mminfer.tools.server import Server
@@ -27,7 +28,7 @@ MEDIUM_TOKENS, MEDIUM_FRAME = 2048, 256
 LONG_TOKENS = 16_384
 
 PAGE = 16
-"""The page size of the server "paged"."""
+"""The page size of the servers "paged" and "eagle3"."""
 
 DENSE_BELOW = 200
 """`dense_below` of the sparse config: conversations up to this length run dense."""
@@ -46,6 +47,8 @@ VOCABULARY = ["river", "stone", "green", "light", "walk", "seven", "winter", "tr
 _MMINFER = ("--attention-backend", "mminfer", "--sleep-on-idle")
 _SPARSE = (*_MMINFER, "--mminfer-config", "{sparse}")
 _SPLIT = ("--prefill-attention-backend", "mminfer", "--decode-attention-backend", "torch_native", "--sleep-on-idle")
+
+SPECULATION = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", "{draft}")
 
 # In the order in which tests need them: `covering_off` just before `one_shot`, whose answers it is compared with.
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -76,6 +79,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
         *(*_SPARSE, "--chunked-prefill-size", "96", "--enable-mixed-chunk", "--enable-metrics"),
         *("--mminfer-audit", "1"),
     ),
+    # A draft model beside ours; test_speculative.py makes it. Three tokens are proposed for each request.
+    "eagle3": (*_SPARSE, "--chunked-prefill-size", "96", "--page-size", str(PAGE), "--enable-metrics", *SPECULATION),
     # Ways to serve that only `make test-wide` starts. See test_ways_to_serve.py.
     "pp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--pp-size", "2", "--enable-metrics"),
     "dp_2": (*_SPARSE, "--chunked-prefill-size", "96", "--dp-size", "2", "--enable-metrics"),
@@ -99,6 +104,7 @@ ENVIRONMENT = {
     "main": {"REQUEST_TIMEOUT": "60"},
     # Dense heads run on the stock backend here, as on a GPU.
     "paged": {**RETRACTS, "SGLANG_MMINFER_DENSE_HEADS": "stock"},
+    "eagle3": RETRACTS,
 }
 
 
@@ -268,6 +274,19 @@ class Served:
         """Used slots of the KV pool, cached tokens included."""
         (load,) = json.loads(self.get("/v1/loads"))["loads"]
         return int(load["num_used_tokens"])
+
+
+def serve(folder: Path, model: Path, flags: Iterable[str], environment: Mapping[str, str | None]) -> Served:
+    """A server, not started, whose log, trace and cache are in `folder`."""
+    trace = folder / "trace.jsonl"
+    for old in folder.glob(f"{trace.name}*"):  # the files of all ranks
+        old.unlink()
+    # A server learns from its flags that it runs on a CPU, not from the environment of the tests.
+    env = {
+        **{settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None},
+        **{"XDG_CACHE_HOME": str(folder / "cache"), **environment},  # no basis of an earlier run
+    }
+    return Served(Server(model, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -1,6 +1,7 @@
 """Whatever a client sends is answered or refused in time, and no other request notices.
 
-`make fuzz` sends as many payloads as MMINFER_FUZZ says; `make test` sends a few, always the same.
+`make fuzz` sends `SHARE` of as many cases as MMINFER_FUZZ says; its variables are those of tests/fuzz/test_fuzz.py.
+`make test` sends a few, always the same.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as from_seed
 from hypothesis import strategies as st
 
 from payloads import chat_bodies, generate_bodies
+from run_record import RunRecord, command
 from serving import Media, Message, OracleAnswer, Served, image, same, text, user, video
 
 SECONDS = 30
 """The longest time until a payload is answered."""
 
 FEW = 60
+SHARE, BATCH = 0.05, 200
 EVERY = 25
 """After this many payloads a known conversation is asked again."""
 
@@ -89,12 +94,12 @@ class Client:
         same(self.before, self.main.ask(self.known))
 
 
-def fuzz(main: Served, media: Media, examples: int, fixed: bool) -> Client:
-    client = Client(main, media)
-
+def fuzz(client: Client, examples: int, seed: int) -> None:
+    @from_seed(seed)
     @settings(
         max_examples=examples,
-        derandomize=fixed,
+        derandomize=False,
+        database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
         verbosity=Verbosity.quiet,
@@ -105,13 +110,12 @@ def fuzz(main: Served, media: Media, examples: int, fixed: bool) -> Client:
 
     send()
     client.ask_again()
-    print(f"{client.sent} payloads: {dict(client.statuses)}, allowed {dict(client.allowed)}")
-    return client
 
 
 @pytest.mark.server("main")
 def test_a_few_payloads(main: Served, media: Media) -> None:
-    client = fuzz(main, media, FEW, fixed=True)
+    client = Client(main, media)
+    fuzz(client, FEW, 0)
     assert client.statuses[200] >= FEW // 10 and client.statuses[400] >= FEW // 10, client.statuses
 
 
@@ -119,4 +123,21 @@ def test_a_few_payloads(main: Served, media: Media) -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.server("main")
 def test_many_payloads(main: Served, media: Media) -> None:
-    fuzz(main, media, int(os.environ.get("MMINFER_FUZZ") or 2000), fixed=False)
+    seed, cases = int(os.environ.get("MMINFER_FUZZ_SEED") or 0), int(os.environ.get("MMINFER_FUZZ") or 100_000)
+    until = time.monotonic() + 60 * float(os.environ.get("MMINFER_FUZZ_MINUTES") or "inf")
+    path = Path(os.environ.get("MMINFER_FUZZ_RECORD") or "build/fuzz.json")
+    record = RunRecord(path, seed, command("make fuzz", "MMINFER_FUZZ"))
+    for batch in record.missing("payloads", round(SHARE * cases / BATCH)):
+        if time.monotonic() > until:
+            break
+        client = Client(main, media)
+        try:
+            fuzz(client, BATCH, seed * 1_000_003 + batch)
+        except BaseException as error:
+            record.faults.append({"kind": "payloads", "what": str(error)[:4000], "batch": batch})
+            record.save()
+            raise
+        record.add("payloads", {"cases": client.sent, **{str(one): n for one, n in client.statuses.items()}})
+        record.ran("payloads", batch)
+        record.save()
+        print(f"{record.part('payloads')['cases']} payloads: {dict(client.statuses)}", flush=True)

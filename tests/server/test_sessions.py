@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from plain_http import Answer, fine, generate, post
 from serving import ROUNDING, TIE, VOCABULARY, Media, Served, wait_for
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 ASK = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 LONG = " ".join(VOCABULARY * 25)
-
-Answer = dict[str, Any]
-
-
-def post(served: Served, path: str, body: Any, timeout: float = 60) -> tuple[int, Any]:
-    """The status and the answer."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(
-        served.server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            status, raw = answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        status, raw = error.code, error.read()
-    try:
-        return status, json.loads(raw)
-    except ValueError:
-        return status, raw.decode(errors="replace")
-
-
-def generate(served: Served, tokens: int = 4, **body: Any) -> tuple[int, Answer]:
-    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    logprobs = {"return_logprob": True, "top_logprobs_num": 20, "return_prompt_token_ids": True}
-    return post(served, "/generate", {"sampling_params": sampling, **logprobs, **body})
-
-
-def fine(answer: tuple[int, Answer]) -> Answer:
-    assert answer[0] == 200, answer
-    return answer[1]
 
 
 def rid(answer: Answer) -> str:
@@ -275,3 +244,42 @@ def test_bad_session_params_are_the_clients_error(covering: Served, session: str
     status, answer = generate(covering, text="So?", session_params=params)
     assert status == 400, answer
     fine(generate(covering, text="So?", session_params={"id": session, "rid": rid(first)}))
+
+
+def turns_about(prompt: tuple[str, str], film: str, picture: str, other: str) -> list[dict[str, Any]]:
+    """A turn with a video and a picture, one with another video, and one of text. image, video: their placeholders."""
+    shown, moving = prompt
+    return [
+        {"text": f"{moving}{shown}Look at both.", "video_data": [film], "image_data": [picture]},
+        {"text": f"And now?\n{moving}", "video_data": [other]},
+        {"text": "Which one came first? " + LONG},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        pytest.param("covering_64", (IMAGE, VIDEO), marks=pytest.mark.server("covering_64")),
+        pytest.param("mixed_internvl", ("<image>", "<video>"), marks=pytest.mark.server("mixed_internvl")),
+    ],
+)
+def test_a_turn_whose_history_is_no_longer_cached(
+    servers: Callable[[str], Served], media: Media, film: str, picture: str, name: str, prompt: tuple[str, str]
+) -> None:
+    """All of it is prefilled again, media included."""
+    served = servers(name)
+    answers: dict[bool, list[Answer]] = {}
+    for evicted in (False, True):
+        served.server.flush_cache()
+        before: dict[str, Any] = {"id": fine(post(served, "/open_session", {"capacity_of_str_len": 100_000}))}
+        answers[evicted] = []
+        for turn in turns_about(prompt, film, picture, str(media.videos[1])):
+            params = {**before, "drop_previous_output": True}
+            answers[evicted].append(fine(generate(served, **turn, session_params=params)))
+            before["rid"] = rid(answers[evicted][-1])
+            if evicted:
+                served.server.flush_cache()
+        post(served, "/close_session", {"session_id": before["id"]})
+    assert [one["meta_info"]["cached_tokens"] for one in answers[True]] == [0, 0, 0]
+    for kept, computed in zip(answers[False], answers[True], strict=True):
+        same(kept, computed)

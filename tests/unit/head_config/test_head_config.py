@@ -201,6 +201,8 @@ def test_a_file_without_permission(tmp_path):
     ("changes", "words"),
     [
         ({"schema": 2, "new": 1}, "schema: expected 1, got 2"),
+        ({"heads": [["\n"]]}, 'no head is named "\\n"'),
+        ({"named": {"\n": 3}}, "named.\\n: expected an object"),
         ({"schema": "1"}, 'schema: expected 1, got "1"'),
         ({"schema": True}, "schema: expected an integer, got true or false"),
         ({"heads": ...}, 'missing key "heads"'),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from prometheus_client import REGISTRY
 
 import observed
 from sglang_mminfer import settings
-from sglang_mminfer.serving import metrics, trace
+from sglang_mminfer.serving import metrics, prompts, telemetry, trace
 from sglang_mminfer.serving.batch import PrefillBatch
 
 
@@ -63,3 +66,38 @@ def test_the_parts_of_an_overlapped_batch_give_account_and_the_whole_does_not(mo
     part.tbo_parent_token_range = (0, 10)
     prefill.begin(part)
     assert isinstance(prefill.batch, PrefillBatch) and prefill.batch.requests[0].dense_reason == "two_batch_overlap"
+
+
+def schedule_batch(mode: str, rows: int, *rids: str) -> Any:
+    """What the scheduler makes a forward batch of."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    requests = [SimpleNamespace(rid=rid, origin_input_ids=[0] * 7) for rid in rids]
+    return SimpleNamespace(forward_mode=ForwardMode[mode], reqs=requests, input_ids=torch.zeros(rows))
+
+
+def metered_tokens() -> float:
+    labels = {"ran": "mode_target_verify"}
+    return REGISTRY.get_sample_value("sglang:mminfer_prefill_tokens_total", labels) or 0.0
+
+
+def test_verified_drafts_are_counted_without_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Where a CUDA graph replays them, too: they are counted where SGLang makes the batch."""
+    monkeypatch.setenv(settings.TRACE.variable, str(tmp_path / "trace"))
+    monkeypatch.setattr(telemetry, "of_process", cache(telemetry.Telemetry))
+    prefill = observed.prefill("test_a_shape", monkeypatch, metrics=True)
+    before = metered_tokens()
+    prompts.note(None, object, schedule_batch("EXTEND", 14, "a", "b"))
+    prompts.note(None, object, schedule_batch("TARGET_VERIFY", 8, "a", "b"))
+    prompts.note(None, object, schedule_batch("DECODE", 2, "a", "b"))
+    prompts.note(None, object, schedule_batch("TARGET_VERIFY", 4, "a"))
+    counters = prefill.telemetry.answer("").counters
+    assert counters.requests == {"mode_target_verify": 3} and counters.tokens == {"mode_target_verify": 12}
+    assert metered_tokens() - before == 12
+    assert not (tmp_path / "trace").exists()
+    assert prompts.length_of("b") == 7
+
+
+def test_another_rank_counts_no_verified_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert leads(monkeypatch, attn_tp_rank=1, attn_tp_size=2, tp_rank=1, tp_size=2).telemetry is None
+    prompts.note(None, object, schedule_batch("TARGET_VERIFY", 8, "a", "b"))  # raises nothing

@@ -105,7 +105,7 @@ REQUESTS: dict[str, tuple[str, Change]] = {
     "zero_frames": ("test_a_shape", data(video_grid_thw=torch.tensor([[0, 8, 8]]))),
     "unreadable": ("test_a_shape", lambda p, b, m: setattr(item(b), "model_specific_data", [1])),
     "unknown_modality": ("test_a_shape", odd_modality),
-    "mode_*": ("test_a_shape", mode("TARGET_VERIFY")),
+    "mode_*": ("test_a_shape", mode("SPLIT_PREFILL")),
     "two_batch_overlap": ("test_a_shape", of_batch(tbo_parent_token_range=(0, LENGTH))),
     "executor_failed": ("test_a_shape", failed),
     "internal_error": ("test_a_shape", failing),
@@ -158,7 +158,7 @@ def test_of_a_request(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     prefill, batch = observed.prefill(config, monkeypatch), observed.batch()
     change(prefill, batch, monkeypatch)
     (record,), answers = records_of(prefill, batch)
-    assert record.dense_reason == ("mode_target_verify" if reason == "mode_*" else reason)
+    assert record.dense_reason == ("mode_split_prefill" if reason == "mode_*" else reason)
     assert record.sparse_layers == 0 and record.density is None
     assert same(answers, stock_answers(monkeypatch, observed.batch(batch.extend_prefix_lens_cpu[0])))
 
@@ -172,6 +172,12 @@ def test_of_a_layer(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     else:
         (record,), _ = records_of(prefill, observed.batch(), **LAYERS[reason])
     assert (record.dense_reason, record.sparse_layers) == (reason, 0)
+
+
+def test_a_layer_that_sees_the_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 and Muse Spark have such layers, and name no window for them."""
+    (record,), _ = records_of(observed.prefill("test_a_shape", monkeypatch), observed.batch(), use_irope=True)
+    assert (record.dense_reason, record.sparse_layers) == ("layer_sliding_window", 0)
 
 
 def test_before_the_basis_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "text_config": TEXT | {"model_type": "mllama_text_model", "num_hidden_layers": 2, "cross_attention_layers": []},
         "vision_config": {"model_type": "mllama_vision_model"},
     },
+    "gemma4": {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "text_config": TEXT | {"model_type": "gemma4_text", "layer_types": ["sliding_attention", "full_attention"]},
+    },
+    "llama4": {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": TEXT | {"model_type": "llama4_text"},
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": TEXT | {"model_type": "gemma3_text"},
+    },
+    "exaone4": {"architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "sliding_window_pattern": 4} | TEXT,
     "own_sparse_attention": {
         "architectures": ["MiniMaxM3SparseForCausalLM"],
         "model_type": "llama",
@@ -484,6 +500,42 @@ def test_blackwell_keeps_its_dense_backend(
     assert ("the page size is" in caplog.text) == (page_size is None and expected is not None)
 
 
+@pytest.mark.parametrize("algorithm, topk", [("EAGLE3", 1), ("EAGLE3", 4), ("NEXTN", 1), ("DFLASH", None)])
+def test_drafts_and_target_on_blackwell_run_where_sglang_would_run_them(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, algorithm: str, topk: int | None
+) -> None:
+    """SGLang's own choice depends on the page size, which it fixes after it has chosen; so do we."""
+    from sglang.srt.arg_groups import model_override_base
+
+    platform = SimpleNamespace(is_hopper_with_cuda_12_3=False, is_sm100=True, is_hip=False, has_flashinfer=True)
+    monkeypatch.setattr(model_override_base, "get_platform", lambda: platform)
+    monkeypatch.setattr(model_override_base.current_platform, "is_out_of_tree", lambda: False)
+    fields = {"speculative_algorithm": algorithm, "speculative_eagle_topk": topk, "device": "cuda"}
+    stock = arguments(models, attention_backend=None, **fields)
+    model = model_override_base.model_config_of(stock)
+    default = model_override_base.get_default_attn_backend(stock, False, model)
+    assert default == ("flashinfer" if topk == 4 else "trtllm_mha")
+    server_args = arguments(models, **fields)
+    launch.check_launch(server_args, lambda server_args: None)
+    shipped = pickle.loads(pickle.dumps(server_args))
+    view = resolving_view(shipped)
+    assert dense_backend.dense_backend_name(shipped, "cuda") == default == view.speculative_draft_attention_backend
+    assert view.page_size == (64 if default == "trtllm_mha" else None)
+
+
+def test_drafts_on_a_cpu_run_on_its_dense_backend(models: dict[str, str]) -> None:
+    server_args = arguments(models, device="cpu", speculative_algorithm="EAGLE3")
+    launch.check_launch(server_args, lambda server_args: None)
+    assert resolving_view(server_args).speculative_draft_attention_backend == "torch_native"
+
+
+def test_a_cpu_without_mminfer_verifies_no_trees_either(models: dict[str, str]) -> None:
+    fields = {"attention_backend": "torch_native", "device": "cpu", "speculative_algorithm": "EAGLE3"}
+    launch.check_launch(arguments(models, **fields), lambda server_args: None)
+    with pytest.raises(hooks.UnsupportedLaunch, match="--speculative-eagle-topk 1"):
+        launch.check_launch(arguments(models, **fields, speculative_eagle_topk=2), lambda server_args: None)
+
+
 @pytest.mark.parametrize(
     "fields, page_size, dense",
     [
@@ -685,7 +737,14 @@ REFUSED: dict[str, dict[str, Any]] = {
     "linear_attention": {"model": "linear_attention"},
     "encoder_decoder": {"model": "encoder_decoder"},
     "own_sparse_attention": {"model": "own_sparse_attention"},
-    "draft_backend": {"speculative_algorithm": "EAGLE", "device": "cpu"},
+    "listed_backends": {"model": "gemma4"},
+    "draft_backend": {
+        "speculative_algorithm": "EAGLE",
+        "prefill_attention_backend": "mminfer",
+        "attention_backend": "flex_attention",
+        "device": "cuda",
+    },
+    "speculation_on_cpu": {"speculative_algorithm": "NGRAM", "device": "cpu"},
     "tokenizer_workers": {"tokenizer_worker_num": 2, "device": "cpu"},
     "hicache_storage": {"enable_hierarchical_cache": True, "hicache_storage_backend": "hf3fs"},
     "hicache_basis": {
@@ -703,12 +762,24 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("media_root_passed_by", {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/", "SGLANG_RUST_SERVER": "1"}}),
     ("own_sparse_attention", {"model": "delta_nets_and_indexer"}),
+    ("listed_backends", {"model": "llama4"}),
+    ("listed_backends", {"model": "llama4", "device": "cpu"}),  # where SGLang itself lets any backend in
+    ("listed_backends", {"model": "exaone4"}),
     ("unified_memory", {"enable_page_major_kv_layout": True}),
     ("block_scaled_kv", {"kv_cache_dtype": "mxfp8"}),
     ("prefill_context_parallel", {"enable_prefill_cp": True}),
     ("decode_only", {"prefill_attention_backend": "triton"}),
     ("tokenizer_workers", {"tokenizer_worker_num": 2, "device": "cuda"}),  # the model's media are mended
     ("hicache_storage", {"enable_hierarchical_cache": True, "hicache_storage_backend": "dynamic"}),
+    *(
+        ("speculation_on_cpu", {"device": "cpu", **fields})
+        for fields in (
+            {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 4},
+            {"speculative_algorithm": "EAGLE3", "enable_multi_layer_eagle": True},
+            {"speculative_algorithm": "EAGLE3", "model": "delta_nets"},
+            {"speculative_algorithm": "STANDALONE"},
+        )
+    ),
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {},
@@ -722,8 +793,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"kv_cache_dtype": "fp8_e4m3"},
     {"kv_cache_dtype": "fp8_e5m2"},
     {"cuda_graph_backend_prefill": "breakable"},
-    {"speculative_algorithm": "NGRAM"},
-    {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "device": "cpu"},
+    *({"speculative_algorithm": name, "device": "cpu"} for name in ("EAGLE3", "eagle3")),
+    {"speculative_algorithm": "NGRAM", "device": "cuda"},
+    {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "device": "cuda"},
     {"tp_size": 2, "pp_size": 2, "dp_size": 2},
     {"disable_radix_cache": True, "chunked_prefill_size": -1},
     {"tokenizer_worker_num": 2, "device": "cuda", "model": "text"},
@@ -740,6 +812,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"is_embedding": True},
     {"model": "text"},
     {"model": "delta_nets"},
+    {"model": "gemma3"},
 ]
 
 
