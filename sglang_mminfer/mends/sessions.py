@@ -75,9 +75,7 @@ def create_request(original: Callable[..., Any], self: Any, turn: Any, *args: An
     return created
 
 
-def place_media(
-    original: Callable[..., None], turn: Any, request: Any, media: Any, *args: Any, **kwargs: Any
-) -> None:
+def place_media(original: Callable[..., None], turn: Any, request: Any, media: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND SessionController.adjust_mm_offsets, which moves a turn's media behind the history.
 
     SGLang then lets the model put the numbers of the turn's media in place of placeholders. Models that look for pairs
