@@ -43,7 +43,8 @@ def test_a_few_conversations_at_once(servers: Callable[[str], Served], media: Me
     wave = soak_wave.run(servers("main"), talk, [f"smoke-{i}" for i in range(WAVE)], CLIENTS)
     print(f"\n{dict(wave.counts)}, log-probabilities within {wave.largest:.1e}")
     assert not wave.faults
-    assert min(wave.counts[kind] for kind in ("chat", "several", "session", "left", "aborted", "sparse")) > 0
+    # Whether a client leaves or aborts before its answer comes is a matter of time.
+    assert min(wave.counts[kind] for kind in ("chat", "several", "session", "sparse")) > 0
 
 
 ANSWER = OracleAnswer([1, 2], [3, 4], [{3: -0.1, 5: -2.0}, {4: -0.2, 6: -1.0}], "")
