@@ -157,18 +157,18 @@ def last_accepted(
     bonus_tokens.copy_(tokens.gather(1, accept_lens[:, None].long() - 1)[:, 0])
 
 
-def select(original: Callable[..., Any], *args: Any) -> Any:
+def select(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """AROUND select_top_k_tokens: SGLang compiles a part of it, which takes a C++ compiler and half a minute here."""
     with torch.compiler.set_stance("force_eager"):
-        return original(*args)
+        return original(*args, **kwargs)
 
 
-def verifies_greedily(original: Callable[..., bool], **circumstances: Any) -> bool:
+def verifies_greedily(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
     """AROUND _verify_uses_greedy: True, as on SGLang's own CPU engine. It has no sampling for drafts there."""
     return True
 
 
-def moves_nothing(original: Callable[[Any], None], pool: Any) -> None:
+def moves_nothing(original: Callable[..., None], pool: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND MHATokenToKVPool._init_kv_copy_and_warmup: the right tokens of a chain are in their place already."""
     pool._kv_copy_config = None
 
@@ -235,15 +235,15 @@ def _step_class() -> Any:
     return DraftStep
 
 
-def draft_steps(original: Callable[[Any], Any], factory: Any) -> Any:
+def draft_steps(original: Callable[..., Any], factory: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND DraftBackendFactory.create_decode_backend. None: there is nothing to do, because the first token comes
     with the pass that fills the draft's cache."""
     runner, steps = factory.draft_model_runner, factory.speculative_num_steps - 1
     if runner.device != "cpu":
-        return original(factory)
+        return original(factory, *args, **kwargs)
     return DraftSteps(runner, steps) if steps > 0 else None
 
 
-def draft_extend(original: Callable[[Any], Any], factory: Any) -> Any:
+def draft_extend(original: Callable[..., Any], factory: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND DraftBackendFactory.create_draft_extend_backend. None: the draft model's own backend does it."""
-    return None if factory.draft_model_runner.device == "cpu" else original(factory)
+    return None if factory.draft_model_runner.device == "cpu" else original(factory, *args, **kwargs)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import multiprocessing
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -335,6 +334,8 @@ def say_if_impossible() -> None:
 
     Such a launch may end before `check_installation` can say so, because SGLang does not know the name.
     """
+    import multiprocessing  # every process of every server imports this module, and few ask
+
     if multiprocessing.parent_process() is not None:
         return
     needed = [hook for hook in _declared if hook.essential and "load" in hook.when]

@@ -31,7 +31,15 @@ def imported_by(load: str, before: str = "") -> list[str]:
 def test_the_entry_point_imports_itself_and_the_settings() -> None:
     new = imported_by("import sglang_mminfer.plugin")
     ours = {name.removeprefix("sglang_mminfer.") for name in new if name.split(".")[0] == "sglang_mminfer"}
-    assert ours == {"sglang_mminfer", "plugin", "settings", "serving", "serving.hooks", "serving.cpu_platform"}
+    assert ours == {
+        "sglang_mminfer",
+        "plugin",
+        "settings",
+        "releases",
+        "serving",
+        "serving.hooks",
+        "serving.cpu_platform",
+    }
     others = {name.split(".")[0] for name in new} - {"sglang_mminfer"}
     assert others <= set(sys.stdlib_module_names), "nothing that is not Python's own"
 

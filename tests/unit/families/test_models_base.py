@@ -58,7 +58,7 @@ def test_other_models_are_left_to_sglang(tmp_path: Path) -> None:
     for content in (None, *contents):
         if content is not None:
             (tmp_path / "config.json").write_text(json.dumps(content))
-        expected = ("self", str(tmp_path), False, {"revision": None, "extra": 1})
+        expected = ("self", str(tmp_path), False, {"extra": 1})
         assert registration.parse_config(original, "self", str(tmp_path), False, extra=1) == expected
         assert registration.load_processor(original, str(tmp_path), use_fast=True) == (
             str(tmp_path),
