@@ -374,6 +374,7 @@ def keeps_states_in_steps(original: Callable[..., bool], *args: Any, **kwargs: A
 
 
 _OPERATOR = "SGLang has this operator of speculative decoding in Triton or CUDA, which need an accelerator."
+_DRAFT_BACKENDS = "SGLang has a list of the backends on which a draft model may run, without the one for a CPU."
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -468,16 +469,11 @@ HOOKS: tuple[Hook, ...] = (
                 "attend",
                 "SGLang's backend for a CPU knows no batch that verifies drafts.",
             ),
-            *(
-                (
-                    f"srt.speculative.draft_utils.DraftBackendFactory.{method}",
-                    function,
-                    "SGLang has a list of the backends on which a draft model may run, without the one for a CPU.",
-                )
-                for method, function in (
-                    ("create_decode_backend", "draft_steps"),
-                    ("create_draft_extend_backend", "draft_extend"),
-                )
+            ("srt.speculative.draft_utils.DraftBackendFactory.create_decode_backend", "draft_steps", _DRAFT_BACKENDS),
+            (
+                "srt.speculative.draft_utils.DraftBackendFactory.create_draft_extend_backend",
+                "draft_extend",
+                _DRAFT_BACKENDS,
             ),
         )
     ),

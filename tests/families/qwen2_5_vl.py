@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from families import Family, Prompt
@@ -25,27 +26,25 @@ def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
     return HFOracle(path, mm_process_config={"video": video})
 
 
+QWEN2_5_VL = Family(
+    name="qwen2_5_vl",
+    title="Qwen2.5-VL",
+    architecture="Qwen2_5_VLForConditionalGeneration",
+    maker=make,
+    oracle=oracle,
+    oracle_title="transformers",
+    one_frame="nframes should in interval",
+    video_options={"max_frames": 48},
+    prompt=Prompt("qwen_vl", *tiny_model.PLACEHOLDERS, ("image", "video")),
+)
+
 FAMILIES = (
-    Family(
-        name="qwen2_5_vl",
-        title="Qwen2.5-VL",
-        architecture="Qwen2_5_VLForConditionalGeneration",
-        maker=make,
-        oracle=oracle,
-        oracle_title="transformers",
-        one_frame="nframes should in interval",
-        video_options={"max_frames": 48},
-        prompt=Prompt("qwen_vl", *tiny_model.PLACEHOLDERS, ("image", "video")),
-    ),
-    Family(
+    QWEN2_5_VL,
+    replace(
+        QWEN2_5_VL,
         name="qwen2_vl",
         title="Qwen2-VL",
         architecture="Qwen2VLForConditionalGeneration",
         maker=make_qwen2_vl,
-        oracle=oracle,
-        oracle_title="transformers",
-        one_frame="nframes should in interval",
-        video_options={"max_frames": 48},
-        prompt=Prompt("qwen_vl", *tiny_model.PLACEHOLDERS, ("image", "video")),
     ),
 )

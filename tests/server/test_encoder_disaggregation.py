@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serving import DENSE_BELOW, Message, References, Served, ran_sparse, same
-from sglang_mminfer import settings
-from sglang_mminfer.tools.server import Server
+from serving import DENSE_BELOW, Message, References, Served, ran_sparse, same, serve
 
 pytestmark = pytest.mark.server("one_shot")  # the server of the references
 
@@ -23,20 +21,13 @@ TRANSPORTS = [TO_SCHEDULER, pytest.param("zmq_to_tokenizer", marks=pytest.mark.w
 def served(
     request: pytest.FixtureRequest, model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp(request.param)
-    env = {
-        **{settings.TRACE.variable: str(folder / "trace.jsonl"), settings.SPARSE.variable: "always"},
-        **{"SGLANG_PLATFORM": None, "XDG_CACHE_HOME": str(folder)},
-    }
     common = ("--attention-backend", "mminfer", "--encoder-transfer-backend", request.param)
-    encoder = Server(model, *common, "--encoder-only", env=env, log=folder / "encoder.log", timeout=400)
+    encoder = serve(tmp_path_factory.mktemp("encoder"), model, (*common, "--encoder-only"), {}).server
     with encoder:
         flags = (*common, "--language-only", "--encoder-urls", encoder.url, "--mminfer-config", str(sparse_config))
-        language = Server(
-            model, *flags, "--chunked-prefill-size", "96", env=env, log=folder / "language.log", timeout=400
-        )
-        with language:
-            yield Served(language, folder / "trace.jsonl")
+        language = serve(tmp_path_factory.mktemp("language"), model, (*flags, "--chunked-prefill-size", "96"), {})
+        with language.server:
+            yield language
 
 
 def kept(length: int, before: Sequence[Message], now: Sequence[Message], prompt_ids: list[int], model: Path) -> int:

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 import no_device
-from serving import DENSE_BELOW, ROUNDING, Message, References, Served, difference, ran_sparse, same
-from sglang_mminfer import settings
-from sglang_mminfer.tools.server import Server
+from serving import DENSE_BELOW, ROUNDING, Message, References, Served, difference, ran_sparse, same, serve
 
 pytestmark = [pytest.mark.server("one_shot"), pytest.mark.wide]
 
@@ -28,21 +26,17 @@ FLAGS = (
 )
 
 
-def server(model: Path, folder: Path, *flags: str, **env: str) -> Server:
+def hicache(model: Path, folder: Path, *flags: str, **env: str) -> Served:
+    """The server, not started."""
     folder.mkdir(exist_ok=True)
-    own = {
-        **{settings.TRACE.variable: str(folder / "trace.jsonl"), settings.SPARSE.variable: "always"},
-        **{"SGLANG_PLATFORM": None, "XDG_CACHE_HOME": str(folder)},
-        **{"PYTHONPATH": no_device.install(folder / "plugin"), **env},
-    }
-    return Server(model, *FLAGS, *flags, env=own, log=folder / "server.log", timeout=400)
+    return serve(folder, model, (*FLAGS, *flags), {"PYTHONPATH": no_device.install(folder / "plugin"), **env})
 
 
 @pytest.fixture(scope="module")
 def in_memory(model: Path, sparse_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("hicache")
-    with server(model, folder, "--mminfer-config", str(sparse_config)) as started:
-        yield Served(started, folder / "trace.jsonl")
+    served = hicache(model, tmp_path_factory.mktemp("hicache"), "--mminfer-config", str(sparse_config))
+    with served.server:
+        yield served
 
 
 def cached(served: Served, prompt: Sequence[Message]) -> dict[str, Any]:
@@ -77,8 +71,8 @@ def test_storage_keeps_head_configs_apart(
     prompt, expected = references.turns[-1]
     found, answers = [], []
     for i, config in enumerate((str(sparse_config), "dense", str(sparse_config))):
-        with server(model, folder / str(i), *storage, "--mminfer-config", config, **pages) as started:
-            served = Served(started, folder / str(i) / "trace.jsonl")
+        served = hicache(model, folder / str(i), *storage, "--mminfer-config", config, **pages)
+        with served.server:
             found.append(cached(served, prompt)["storage"])
             answers.append(served.ask(prompt))
     assert found[:2] == [0, 0] and found[2] > len(expected.prompt_ids) * 0.9

@@ -13,10 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import no_device
-from serving import DENSE_BELOW, References, Served, ran_sparse, same
-from sglang_mminfer import settings
+from serving import DENSE_BELOW, References, Served, ran_sparse, same, serve
 from sglang_mminfer.testing.oracle import OracleAnswer
-from sglang_mminfer.tools.server import Server
 
 pytestmark = [pytest.mark.server("one_shot"), pytest.mark.wide]
 
@@ -52,18 +50,15 @@ def adapted(
     merged = shutil.copytree(model, folder / "merged")
     (file,) = merged.glob("*.safetensors")
     save_file(make_adapter(folder / NAME, load_file(file)), file, metadata={"format": "pt"})
-    env = {settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None, "XDG_CACHE_HOME": str(folder)}
     flags = ("--attention-backend", "mminfer", "--mminfer-config", str(sparse_config))
-    one_shot = ("--chunked-prefill-size", "-1", "--disable-radix-cache")
-    with Server(merged, *flags, *one_shot, env=env, log=folder / "merged.log", timeout=400) as server:
-        served = Served(server, folder / "none")
-        expected = [served.ask(prompt) for prompt, _ in references.turns]
-    env |= {settings.TRACE.variable: str(folder / "trace.jsonl"), "PYTHONPATH": no_device.install(folder / "plugin")}
+    plain = serve(folder, merged, (*flags, "--chunked-prefill-size", "-1", "--disable-radix-cache"), {})
+    with plain.server:
+        expected = [plain.ask(prompt) for prompt, _ in references.turns]
     lora = ("--enable-lora", "--lora-paths", f"{NAME}={folder / NAME}", "--lora-backend", "torch_native")
-    with Server(
-        model, *flags, *lora, "--chunked-prefill-size", "96", env=env, log=folder / "lora.log", timeout=400
-    ) as server:
-        yield Served(server, folder / "trace.jsonl"), expected
+    env = {"PYTHONPATH": no_device.install(folder / "plugin")}
+    served = serve(folder, model, (*flags, *lora, "--chunked-prefill-size", "96"), env)
+    with served.server:
+        yield served, expected
 
 
 def test_a_conversation_with_and_without_the_adapter(
