@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,3 +66,20 @@ def evenly(total: int, rate: float, *, count: int) -> Sampled:
     rate = check(total, rate)
     indices = np.round(np.linspace(0, total - 1, count)).astype(int).tolist()
     return Sampled(indices, [i / rate for i in indices], total / rate)
+
+
+STEP = 0.1
+"""Seconds between the places from which `each_second` chooses frames of a long video."""
+
+
+def each_second(total: int, rate: float, *, most: int) -> Sampled:
+    """MiniCPM-V 4.6: the first frame of each second. Of a video that lasts more than `most` seconds, `most` frames
+    evenly, each of them at a tenth of a second."""
+    rate = check(total, rate)
+    duration = total / rate
+    if duration > most:
+        tenths = np.linspace(0, int(duration / STEP) - 1, most, dtype=int)
+        seconds = [round(int(tenth) * STEP, 1) for tenth in tenths]
+    else:
+        seconds = [float(second) for second in range(math.ceil(duration))]
+    return Sampled([min(int(second * rate), total - 1) for second in seconds], seconds, duration)

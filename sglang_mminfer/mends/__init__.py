@@ -80,6 +80,14 @@ MENDS: tuple[Mend, ...] = (
         "models/llava.py: lay the prompt out in the processor.",
     ),
     Mend(
+        "minicpm_v",
+        "MiniCPM-V does not start: its class hands over an inner model without a field that SGLang's runner reads. "
+        "MiniCPM-V 4.6 would be shown every frame of a video: a minute of it has more than 100,000 tokens.",
+        "MiniCPM-V starts, and 4.6 is shown a frame a second and at most 128, as in its released code, or num_frames.",
+        "tests/server/test_families.py",
+        "models/minicpmv.py: eval returns self; processors/minicpmv4_6.py: sample frames.",
+    ),
+    Mend(
         "hash_of_arrangement",
         "Media with equal patches in different arrangements (a blank page upright and on its side, a black image and a "
         "black video) have the same hash, so the second is answered from the first one's cache.",

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 RECIPE_FILE = "tiny_model.json"
 RECIPE_VERSION = 2
@@ -365,10 +365,14 @@ def _train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return state["vocab"], [(left, right) for left, right in pairs]
 
 
-def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template: str = CHAT_TEMPLATE) -> Any:
+def make_tokenizer(
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    chat_template: str = CHAT_TEMPLATE,
+    named: Mapping[str, str] | None = None,
+) -> Any:
     """Qwen2's tokenizer with a small vocabulary, then the special tokens in their order, the padding token first.
 
-    An empty `chat_template` means none.
+    An empty `chat_template` means none. `named` are attributes that hold some of the special tokens.
     """
     import transformers
 
@@ -383,6 +387,7 @@ def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, chat_template
         chat_template=chat_template or None,
         model_max_length=131072,
         clean_up_tokenization_spaces=False,
+        model_specific_special_tokens=dict(named or {}),
     )
 
 

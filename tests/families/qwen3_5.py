@@ -37,16 +37,15 @@ def make_moe(path: str | os.PathLike[str]) -> Path:
     return tiny_model.make_checkpoint(path, {"arch": "qwen3_5_moe"}, lambda fresh: _write(fresh, moe=True))
 
 
-def make_config(ids: Mapping[str, int], rows: int, moe: bool) -> Any:
-    """The transformers config.
+def text_config(ids: Mapping[str, int], rows: int, moe: bool = False) -> dict[str, Any]:
+    """The part of the config that is the language model's.
 
     Args:
         ids: of the special tokens.
         rows: of the token embedding.
     """
-    import transformers
-
     text: dict[str, Any] = {
+        "model_type": "qwen3_5_moe_text" if moe else "qwen3_5_text",
         "vocab_size": rows,
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
@@ -83,6 +82,19 @@ def make_config(ids: Mapping[str, int], rows: int, moe: bool) -> Any:
         if moe
         else {"intermediate_size": 2 * HIDDEN}
     )
+    return text
+
+
+def make_config(ids: Mapping[str, int], rows: int, moe: bool) -> Any:
+    """The transformers config.
+
+    Args:
+        ids: of the special tokens.
+        rows: of the token embedding.
+    """
+    import transformers
+
+    text = text_config(ids, rows, moe)
     vision = {
         "depth": qwen3_vl.VISION_DEPTH,
         "hidden_size": qwen3_vl.VISION_HIDDEN,
@@ -113,11 +125,11 @@ def _write(path: Path, moe: bool) -> None:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tiny_model.SPECIAL_TOKENS}
     config = make_config(ids, rows, moe)
     kind: Any = transformers.Qwen3_5MoeForConditionalGeneration if moe else transformers.Qwen3_5ForConditionalGeneration
-    tiny_model.save_all(kind(config), processor, tokenizer, rows, SEED, path, _centre)
+    tiny_model.save_all(kind(config), processor, tokenizer, rows, SEED, path, centre)
 
 
 @torch.no_grad()
-def _centre(model: Any) -> None:
+def centre(model: Any) -> None:
     """Changes the weights that mean something else in this architecture than in others.
 
     A norm of the language model multiplies by 1 + weight, except that of a delta net. The decay of a delta net is
