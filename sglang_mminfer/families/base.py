@@ -97,6 +97,10 @@ class Family(ABC):
         """Our class in place of SGLang's model class `base` for an architecture; None to keep SGLang's."""
         return None
 
+    def note(self, dense_backend: str) -> str | None:
+        """What whoever starts a server must know of this family's prompts above that dense backend; None: nothing."""
+        return None
+
     def check_features(self, one: MediaItem, shape: tuple[int, ...], tokens: int, hf_config: Any) -> None:
         """Checks a client's features (`processor_output`) for everything that the model's encoder takes for granted.
 

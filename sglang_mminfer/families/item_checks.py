@@ -21,6 +21,7 @@ from sglang_mminfer.mends.requests import media_in
 from sglang_mminfer.modality.items import GeometryError, modality_of, offsets_of
 
 NAME = "item_checks"
+UNREAD = "unread_media"
 
 _OWN_PREFIX = "mminfer"
 """The prefix of those keys of `model_specific_data` that only this package writes."""
@@ -69,6 +70,23 @@ _FEATURES = (
     *("feature", "pixel_values", "pixel_values_videos", "precomputed_embeddings"),
     *("audio_features", "input_features", "images"),
 )
+
+
+_MADE_OF = {"image": {"IMAGE", "MULTI_IMAGES", "VIDEO"}, "video": {"VIDEO"}, "audio": {"AUDIO"}}
+"""The modalities of the items that a processor may make of each kind of media. LLaVA's takes frames as images."""
+
+
+def check_read(output: Any, processor: Any, request: Any) -> None:
+    """Raises ValueError for media of a kind of which the processor made nothing: it has left them out."""
+    if not mends.active(UNREAD):
+        return
+    made = {item.modality.name for item in (output.mm_items if output is not None else ())}
+    for kind, modalities in _MADE_OF.items():
+        given = [one for one in media_in(request, kind) if one is not None]
+        if given and not made & modalities:
+            config = processor.hf_config
+            name = (getattr(config, "architectures", None) or [config.model_type])[0]
+            raise ValueError(f"{kind}: expected none, because SGLang reads none for {name}, got {len(given)}")
 
 
 def check(output: Any, processor: Any) -> None:

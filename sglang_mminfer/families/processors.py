@@ -131,6 +131,7 @@ def _mended(base: Any) -> type:
                 items.check_placeholders(self, prompt, request)
                 call.arguments["input_text"] = prompt
                 output = await super().process_mm_data_async(*call.args[1:], **call.kwargs)
+                items.check_read(output, self, request)
                 if output is not None:
                     items.check(output, self)
                     identity.add(output, request)

@@ -32,13 +32,13 @@ class HeadConfig:
         name: a built-in config's name, or the name of a file without its ending.
         form: how `rows` are spread over the model. "all": one head for everything. "cycle": one row of n heads, of
             which head h of layer l takes entry (l + h) % n. "layers": one row of heads for each layer of the model,
-            which is empty for a layer without attention.
+            which is empty for a layer without full attention.
         model: the model that the config was made for; None: any model.
         path: the file that the config was read from; on the hub `hf://owner/repo@commit/path/file.json`; None: no file.
         basis: the low-rank forms of the model's heads, for patterns that choose keys by them; None: these choose by
             q . k itself.
         num_layers, num_heads: those of the model that the config is bound to; None before `bind`.
-        full_layers: the layers of that model that have attention, as in `ModelFingerprint`.
+        full_layers: the layers of that model with full attention, as in `ModelFingerprint`.
 
     Raises:
         HeadConfigError: if `rows` do not fit `form` or `model`.

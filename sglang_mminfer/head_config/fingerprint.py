@@ -18,9 +18,9 @@ class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """The fields in which a model must equal the one that a config was made for. The numbers are the text model's.
 
     Attributes:
-        layers: all layers, those without attention included.
-        full_layers: the numbers of the layers that have attention, ascending, in a model where others have a recurrent
-            state instead (Qwen3.5); None: all layers have attention.
+        layers: all layers, those without full attention included.
+        full_layers: the numbers of the layers with full attention, ascending, in a model where others have a recurrent
+            state (Qwen3.5) or a sliding window (Gemma 3); None: all layers have full attention.
     """
 
     architecture: str
@@ -45,11 +45,11 @@ class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     @property
     def attention_layers(self) -> Sequence[int]:
-        """The numbers of the layers that have attention."""
+        """The numbers of the layers with full attention."""
         return range(self.layers) if self.full_layers is None else self.full_layers
 
     def in_all_layers(self, rows: Sequence[Sequence[T]]) -> tuple[tuple[T, ...], ...]:
-        """A row for each layer of the model, empty for those without attention, from the rows of those with it."""
+        """A row for each layer of the model, empty for those without full attention, from the rows of those with it."""
         by_layer = dict(zip(self.attention_layers, rows, strict=True))
         return tuple(tuple(by_layer.get(layer, ())) for layer in range(self.layers))
 
@@ -88,8 +88,11 @@ def fingerprint_of(hf_config: Any) -> ModelFingerprint:
 def _full_layers(text: Any) -> tuple[int, ...] | None:
     """`ModelFingerprint.full_layers`: SGLang's config names the kinds of layers otherwise than transformers' config."""
     kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None) or []
-    full = tuple(number for number, kind in enumerate(kinds) if kind != "linear_attention")
+    full = tuple(number for number, kind in enumerate(kinds) if kind not in _NOT_FULL)
     return None if len(full) == len(kinds) else full
+
+
+_NOT_FULL = ("linear_attention", "sliding_attention")
 
 
 def _rope_theta(text: Any) -> float:

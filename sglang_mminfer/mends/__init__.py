@@ -198,6 +198,14 @@ MENDS: tuple[Mend, ...] = (
         "base_processor.process_and_combine_mm_data: validate items of clients.",
     ),
     Mend(
+        "unread_media",
+        "SGLang's processors of some models read no video or no sound (MiniCPM-V 2.6 to 4.5, Gemma 3, LLaVA in its "
+        "original form), and leave those of a request out without a word.",
+        "The request is a 400 that names the kind of media and the model.",
+        "tests/unit/families/test_unread_media.py",
+        "base_processor: refuse media of a kind that the class does not list.",
+    ),
+    Mend(
         "request_fields",
         "A token id outside the vocabulary, an empty prompt, or a request for more log-probabilities than the "
         "vocabulary has tokens ends the server; a list of media whose length differs from the prompts' is a 500.",

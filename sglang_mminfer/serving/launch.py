@@ -91,6 +91,15 @@ def _backends_are_listed(cfg: Any) -> bool:
     return architecture in CLOSED_LISTS or (architecture in LISTS_FOR_WINDOWS and windows)
 
 
+def _pictures_are_off(cfg: Any) -> bool:
+    """Whether SGLang has switched off the media of a model that takes some, and nobody asked for that."""
+    from sglang.srt.configs.model_config import is_multimodal_model
+
+    model = _model_config(cfg)
+    architectures = getattr(model.hf_config, "architectures", None) or []
+    return cfg.enable_multimodal is None and not model.is_multimodal and is_multimodal_model(architectures)
+
+
 def _full_prefill_graph(cfg: Any) -> bool:
     resolved = getattr(cfg.cuda_graph_config, "prefill", None)
     return (resolved.backend if resolved else cfg.cuda_graph_backend_prefill) == "full"
@@ -362,6 +371,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "backends of a list of its own, and mminfer is not in it; drop --attention-backend mminfer.",
     ),
     Refusal(
+        "pictures_off",
+        _pictures_are_off,
+        "SGLang serves this model (Gemma 3) without pictures unless told otherwise, and leaves those of a request out "
+        "without a word; add --enable-multimodal.",
+    ),
+    Refusal(
         "draft_backend",
         lambda cfg: _needs_draft_backend(cfg) and _draft_backend(cfg) is None,
         "--speculative-algorithm runs a draft model, for which mminfer is no backend; name one with "
@@ -387,6 +402,13 @@ REFUSALS: tuple[Refusal, ...] = (
         f"one only after the start; make a file with `mminfer basis` and name it in {settings.BASIS.variable}.",
     ),
 )
+
+
+def _note(server_args: Any, device: str, hf_config: Any) -> str | None:
+    from sglang_mminfer.families import family_of
+
+    family = family_of(hf_config)
+    return None if family is None else family.note(dense_backend.dense_backend_name(server_args, device))
 
 
 def uses_mminfer(server_args: Any) -> bool:
@@ -454,6 +476,8 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
         basis_choice.settle(server_args, head_config, model)
         if not model.is_multimodal:
             logger.warning("mminfer: this model takes no images or video, so every request will run dense.")
+        if note := _note(server_args, cfg.device or "", model.hf_config):
+            logger.warning("mminfer: %s", note)
     else:
         refuse(server_args, (SPECULATION_ON_CPU,))
         if getattr(server_args, flags.MEDIA_ROOT_ATTRIBUTE, None):

@@ -318,12 +318,13 @@ def vocabulary_rows(tokenizer: Any) -> int:
 
 
 def save_processor(processor: Any, path: Path) -> None:
-    """Write a processor for text, images and videos, with the files of a released checkpoint."""
+    """Write a processor for text, images and perhaps videos, with the files of a released checkpoint."""
     processor.save_pretrained(path)
     # Released checkpoints have these two files, and some loaders look for nothing else.
     processor.image_processor.save_pretrained(path)
-    video = processor.video_processor.to_dict()
-    (path / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2, sort_keys=True) + "\n")
+    if hasattr(processor, "video_processor"):
+        video = processor.video_processor.to_dict()
+        (path / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2, sort_keys=True) + "\n")
 
 
 def save_model(model: Any, path: Path) -> None:

@@ -77,6 +77,14 @@ def test_a_video(running: Running) -> None:
     assert running.rasters("video") == ["video"]
 
 
+def test_a_video_that_nobody_would_read_is_refused(running: Running) -> None:
+    if running.family.video:
+        pytest.skip("this family is served with video")
+    with pytest.raises(openai.BadRequestError, match=r"(?i)video"):
+        running.served.ask([user(video(running.files.videos[0]), text("What do you see in the video?"))], 1)
+    _unharmed(running)
+
+
 def test_several_videos_in_a_turn(running: Running) -> None:
     needs(running.family.several_videos, "with one video in a prompt")
     first, second = running.files.videos

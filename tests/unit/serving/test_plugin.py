@@ -738,6 +738,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "encoder_decoder": {"model": "encoder_decoder"},
     "own_sparse_attention": {"model": "own_sparse_attention"},
     "listed_backends": {"model": "gemma4"},
+    "pictures_off": {"model": "gemma3"},
     "draft_backend": {
         "speculative_algorithm": "EAGLE",
         "prefill_attention_backend": "mminfer",
@@ -812,7 +813,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"is_embedding": True},
     {"model": "text"},
     {"model": "delta_nets"},
-    {"model": "gemma3"},
+    {"model": "gemma3", "enable_multimodal": True},
+    {"model": "gemma3", "enable_multimodal": False},  # asked for
 ]
 
 
