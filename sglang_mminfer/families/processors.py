@@ -131,9 +131,10 @@ def _mended(base: Any) -> type:
                 items.check_placeholders(self, prompt, request)
                 call.arguments["input_text"] = prompt
                 output = await super().process_mm_data_async(*call.args[1:], **call.kwargs)
-                items.check_read(output, self, request)
                 if output is not None:
                     items.check(output, self)
+                items.check_read(output, self, request)
+                if output is not None:
                     identity.add(output, request)
             except (ValueError, MemoryError, ImportError, asyncio.CancelledError):
                 raise

@@ -100,7 +100,7 @@ def test_ids_are_those_of_transformers_and_are_found_again(
         (1, 8, {}, [0]),
         (12, 4, {"num_frames": 4}, [0, 4, 7, 11]),
         (12, 4, {"fps": 2}, [0, 2, 4, 7, 9, 11]),
-        (12, 4, {"max_frames": 2}, [0, 10]),
+        (12, 4, {"max_frames": 2}, [0, 11]),
     ],
 )
 def test_frames_taken(
