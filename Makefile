@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup ready demo chat test test-interpreted test-fast test-server browser test-wheel test-gpu test-gpu-sanitize \
 	check bench bench-plan bench-makespan bench-selectors bench-gpu bench-gpu-fa4 bench-gpu-tune bench-gpu-model soak fuzz \
-	test-families test-wide support-matrix setup-eval test-eval clean
+	test-families test-wide test-sglang support-matrix setup-eval test-eval clean
 
 setup: $(VENV)/.ready
 
@@ -159,10 +159,21 @@ test-families: setup
 test-wide: setup
 	$(BIN)/python -m pytest -m wide tests/server
 
+# What this package stands on in SGLang, and conversations, with another release: VERSION=0.5.22. Its environment is
+# .sglang/VERSION, over that of this checkout. Ten minutes.
+RELEASE = .sglang/$(or $(VERSION),$(error VERSION names a release of SGLang, as in `make test-sglang VERSION=0.5.22`))
+
+test-sglang: setup
+	$(BIN)/python tests/helpers/sglang_release.py $(VERSION) $(RELEASE)
+	OMP_NUM_THREADS=1 $(RELEASE)/bin/python -m pytest -n logical --maxprocesses 8 tests/unit/test_releases.py \
+		tests/unit/serving/test_contract.py tests/unit/serving/test_hooks.py tests/unit/serving/test_plugin.py
+	$(RELEASE)/bin/python -m pytest -m "" tests/server/test_turns.py tests/server/test_families.py \
+		-k "test_turns or (qwen2_5_vl and not 2_ranks)"
+
 # Both, and the table of families in docs/families.md from how they ended.
 support-matrix: setup
 	$(BIN)/python -m pytest -m "" tests/server/test_families.py --support tests/server/support.json
 	PYTHONPATH=tests $(BIN)/python tests/server/support_matrix.py tests/server/support.json docs/families.md
 
 clean:
-	rm -rf build demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build .sglang demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

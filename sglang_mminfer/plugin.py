@@ -90,7 +90,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang_mminfer.serving.head_config_choice:storage_model_name",
         "Pages in HiCache's storage outlive a server and are shared between servers by the model's name, and the KV of "
         "sparse layers is another one for each head config.",
-        essential=True,
+        since="0.5.22",
     ),
     Hook(
         "sglang.srt.managers.mm_schedule.get_embedding_and_mask",
@@ -146,6 +146,7 @@ HOOKS: tuple[Hook, ...] = (
         "before",
         "sglang_mminfer.serving.media_root:before_decision",
         "The one way in that reads a picture before it makes a request of it.",
+        since="0.5.22",
     ),
     Hook(
         "sglang.srt.multimodal.audio_from_video.is_audio_container",

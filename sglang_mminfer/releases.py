@@ -34,6 +34,46 @@ def platform_capabilities() -> Any:
     return interface.PlatformCapabilities() if hasattr(interface, "PlatformCapabilities") else None
 
 
+def allocates_pages_anywhere() -> bool:
+    """Whether SGLang allocates pages of more than one token without Triton. 0.5.21 and 0.5.20 cannot."""
+    return platform_capabilities() is not None
+
+
+def platform_pools() -> type:
+    """A base for an out-of-tree platform. Up to 0.5.21 the platform names the classes of pool and allocator."""
+    return _NoPools if allocates_pages_anywhere() else _Pools
+
+
+class _NoPools:
+    pass
+
+
+class _Pools:
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> Any:
+        """The allocator of pages is in Triton there, so this is the one of single tokens."""
+        from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+
+        def allocator(size: int, *, page_size: int, **fields: Any) -> Any:
+            if page_size != 1:
+                raise NotImplementedError(f"mminfer: a CPU has pages of one token with this SGLang, not of {page_size}")
+            return TokenToKVPoolAllocator(size, **fields)
+
+        return allocator
+
+
 def shards_kv_cache(cfg: Any) -> bool:
     """`enable_kv_cache_sharding` of a view of ServerArgs. 0.5.21 and 0.5.20 cannot do that."""
     return getattr(cfg, "enable_kv_cache_sharding", False)
+
+
+def dp_ranks() -> int:
+    """`num_dp_ranks`: how many schedulers a request may go to. Up to 0.5.21 it is called dp_size."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return parallel.num_dp_ranks if hasattr(parallel, "num_dp_ranks") else parallel.dp_size

@@ -22,7 +22,7 @@ HUB_NAME = r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<path>[\
 PREFIX = "SGLANG_MMINFER_"
 """With which the name of every variable of ours begins."""
 
-TESTED_SGLANG = ">=0.5.23,<0.5.24"
+TESTED_SGLANG = ">=0.5.20,<0.5.24"
 """The versions of SGLang that the tests were run with; the same specifier as in pyproject.toml."""
 
 

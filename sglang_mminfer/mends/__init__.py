@@ -37,7 +37,7 @@ class Mend:
     right: str
     test: str
     upstream: str = ""
-    versions: str = ">=0.5.23,<0.5.24"
+    versions: str = settings.TESTED_SGLANG
 
 
 MENDS: tuple[Mend, ...] = (

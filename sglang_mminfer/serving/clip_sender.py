@@ -16,7 +16,7 @@ import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
-from sglang_mminfer import settings
+from sglang_mminfer import releases, settings
 from sglang_mminfer.mends import batches
 from sglang_mminfer.serving import basis_choice, media_root
 
@@ -179,7 +179,5 @@ async def _no_clip(manager: Any) -> None:
 
 def _replicas() -> list[int | None]:
     """The data-parallel replicas to which a request can be sent; [None] if there is one."""
-    from sglang.srt.runtime_context import get_parallel
-
-    count = get_parallel().num_dp_ranks
+    count = releases.dp_ranks()
     return list(range(count)) if count > 1 else [None]

@@ -120,7 +120,7 @@ def _platform_class() -> type:
     from sglang.srt.platforms.device_mixin import PlatformEnum
     from sglang.srt.platforms.interface import SRTPlatform
 
-    class MMInferCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    class MMInferCpuPlatform(releases.platform_pools(), CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         """The CPU as an out-of-tree device: plain torch operators, gloo, no graphs, no pinned memory."""
 
         # OOT and not CPU: `is_cpu()` stands for SGLang's CPU engine with its own kernels, so it must stay False.
@@ -261,7 +261,9 @@ def can_speculate(cfg: Any) -> bool:
     Args:
         cfg: a view of ServerArgs with a speculative algorithm.
     """
-    known = str(cfg.speculative_algorithm).upper() == SPECULATIVE_ALGORITHM
+    known = str(cfg.speculative_algorithm).upper() == SPECULATIVE_ALGORITHM and not hooks.lacking(
+        "serving.cpu_speculative:"
+    )
     return known and cfg.speculative_eagle_topk in (None, 1) and not cfg.enable_multi_layer_eagle
 
 
@@ -373,6 +375,16 @@ def keeps_states_in_steps(original: Callable[..., bool], *args: Any, **kwargs: A
     return not is_active() and original(*args, **kwargs)
 
 
+def supports_triton(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+    """AROUND support_triton: no on this platform."""
+    return not is_active() and original(*args, **kwargs)
+
+
+def image_processor_device(original: Callable[..., str | None], *args: Any, **kwargs: Any) -> str | None:
+    """AROUND _fast_image_processor_device: None on this platform, which leaves a processor where its input is."""
+    return None if is_active() else original(*args, **kwargs)
+
+
 _OPERATOR = "SGLang has this operator of speculative decoding in Triton or CUDA, which need an accelerator."
 _DRAFT_BACKENDS = "SGLang has a list of the backends on which a draft model may run, without the one for a CPU."
 
@@ -391,6 +403,20 @@ HOOKS: tuple[Hook, ...] = (
         f"{__name__}:get_device",
         "SGLang names a device only for its own CPU engine or an accelerator and raises elsewhere; InternVL's "
         "processor and the Transformers fallback ask for it.",
+        when=("cpu",),
+    ),
+    Hook(
+        "sglang.srt.utils.common.support_triton",
+        "around",
+        f"{__name__}:supports_triton",
+        "Up to 0.5.21 SGLang answers by the name of the attention backend alone, and ours is not among those without.",
+        when=("cpu",),
+    ),
+    Hook(
+        "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor._fast_image_processor_device",
+        "around",
+        f"{__name__}:image_processor_device",
+        "0.5.20 processes images on a CUDA device wherever its own CPU engine does not run.",
         when=("cpu",),
     ),
     Hook(
@@ -441,6 +467,7 @@ HOOKS: tuple[Hook, ...] = (
             f"sglang_mminfer.serving.cpu_speculative:{function}",
             reason,
             when=("cpu",),
+            since="0.5.23",
         )
         for target, function, reason in (
             ("srt.mem_cache.allocation.assign_req_to_token_pool_func", "note_slots", _OPERATOR),

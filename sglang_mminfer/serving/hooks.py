@@ -10,6 +10,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,7 @@ class Hook:
         reason: why SGLang cannot do without it.
         essential: without it answers could be wrong, so where SGLang lacks the target no server starts with mminfer.
             Others are left out with a warning.
+        since: the release of SGLang that brought what is hooked; "" if all have it. Older ones do not miss the hook.
         formerly: the target in older releases of SGLang that we know; "" if it is the same in all.
         when: what makes it needed. load: every process of every server has it. mminfer: a server with mminfer; it is
             installed when a process learns that it works for one. cpu: a server on our CPU platform.
@@ -45,6 +47,7 @@ class Hook:
     function: str
     reason: str
     essential: bool = False
+    since: str = ""
     when: tuple[When, ...] = ("mminfer",)
     formerly: str = ""
 
@@ -76,6 +79,12 @@ class Hook:
             return False
         kinds = {"choice": list, "backend": dict}
         return isinstance(found, kinds[self.kind]) if self.kind in kinds else callable(found)
+
+    def is_missed(self) -> bool:
+        """Whether this SGLang should have the place that is hooked, and has not."""
+        from packaging.version import Version
+
+        return not self.target_exists() and (not self.since or Version(version("sglang")) >= Version(self.since))
 
 
 _declared: tuple[Hook, ...] = ()
@@ -300,11 +309,9 @@ def check_installation(warn: bool = True) -> None:
     Raises:
         UnsupportedLaunch: if mminfer cannot do without it.
     """
-    from importlib.metadata import version
-
     installed = version("sglang")
     begun = [hook for hook in _declared if hook in _begun]
-    missing = [hook for hook in begun if not hook.target_exists()]
+    missing = [hook for hook in begun if hook.is_missed()]
     if essential := [hook.target for hook in missing if hook.essential]:
         raise UnsupportedLaunch(
             f"mminfer: SGLang {installed} has no {', '.join(essential)}, without which answers could be wrong; install "
@@ -324,6 +331,20 @@ def check_installation(warn: bool = True) -> None:
         logger.warning("mminfer: a hook on %s fails (%s), so this goes unmended: %s", hook.target, why, hook.reason)
 
 
+def lacking(*functions: str) -> list[Hook]:
+    """The hooks that this SGLang has no target for, or that could not be installed.
+
+    Args:
+        functions: how the hooks' functions of ours begin: `module:` or `module:name`, without the package's name.
+    """
+    begins = tuple(f"sglang_mminfer.{name}" for name in functions)
+    return [
+        hook
+        for hook in _declared
+        if hook.function.startswith(begins) and (not hook.target_exists() or _why_failed(hook))
+    ]
+
+
 def _why_failed(hook: Hook) -> str | None:
     """Why a hook whose target is there could not be installed; None if it was, or waits."""
     return next((_failed[place] for place in (hook, *hook.at_each_place()) if place in _failed), None)
@@ -340,8 +361,6 @@ def say_if_impossible() -> None:
         return
     needed = [hook for hook in _declared if hook.essential and "load" in hook.when]
     if bad := [hook.target for hook in needed if hook in _failed or not hook.target_exists()]:
-        from importlib.metadata import version
-
         logger.warning(
             "mminfer: SGLang %s lacks %s as this package knows it, so no server can start with --attention-backend "
             "mminfer; others are not affected. It was run with sglang%s.",

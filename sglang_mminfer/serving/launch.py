@@ -158,6 +158,15 @@ def _media_root_is_passed_by(cfg: Any) -> bool:
     return other_programs or cfg.tokenizer_worker_num > 1 or envs.SGLANG_RUST_SERVER.get()
 
 
+def _media_root_is_not_held(cfg: Any) -> bool:
+    """Whether there is a media root, and this SGLang reads media at other places than those that are hooked."""
+    if settings.is_bad(settings.media_root) or flags.media_root(cfg) is None:
+        return False
+    functions = ("media_root:", "clip_sender:generate_request", "ffmpeg:decode_without_ffmpeg")
+    lacking = hooks.lacking(*(f"serving.{function}" for function in functions))
+    return any(hook.is_missed() or hook.target_exists() for hook in lacking)
+
+
 def _keeps_kv_by_head() -> bool:
     from sglang.srt.environ import envs
 
@@ -180,10 +189,15 @@ def _basis_is_unknown(cfg: Any) -> bool:
     return basis_choice.makes_clip(head_config, model)
 
 
+PAGES_ON_CPU = Refusal(
+    "pages_on_cpu",
+    lambda cfg: _on_our_cpu(cfg) and (cfg.page_size or 1) > 1 and not releases.allocates_pages_anywhere(),
+    "--page-size above 1 needs SGLang 0.5.22 or later on a CPU; use 1.",
+)
 SPECULATION_ON_CPU = Refusal(
     "speculation_on_cpu",
     _speculates_in_vain,
-    f"on a CPU --speculative-algorithm is {cpu_platform.SPECULATIVE_ALGORITHM}, with chains of drafts "
+    f"on a CPU --speculative-algorithm is {cpu_platform.SPECULATIVE_ALGORITHM} of SGLang 0.5.23, with chains of drafts "
     "(--speculative-eagle-topk 1), without --enable-multi-layer-eagle, and for models whose layers all have full "
     "attention.",
 )
@@ -254,6 +268,12 @@ REFUSALS: tuple[Refusal, ...] = (
         f"{settings.MEDIA_ROOT.flag} is held in SGLang's own tokenizer process, and with --tokenizer-worker-num above "
         "1, --grpc-mode, --smg-grpc-mode, --language-only, --encoder-only or SGLANG_RUST_SERVER media are read "
         "elsewhere; drop one of the two.",
+    ),
+    Refusal(
+        "media_root_not_held",
+        _media_root_is_not_held,
+        f"{settings.MEDIA_ROOT.flag} cannot be held, because this SGLang reads media at other places than mminfer "
+        f"knows; drop it, or install sglang{settings.TESTED_SGLANG}.",
     ),
     Refusal(
         "decode_only",
@@ -382,6 +402,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "--speculative-algorithm runs a draft model, for which mminfer is no backend; name one with "
         "--speculative-draft-attention-backend.",
     ),
+    PAGES_ON_CPU,
     SPECULATION_ON_CPU,
     Refusal(
         "tokenizer_workers",
@@ -394,6 +415,15 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda cfg: cfg.hicache_storage_backend not in (None, *NAMED_STORAGE),
         "--hicache-storage-backend: this storage does not keep pages by the model's name, to which mminfer adds its "
         f"head config, so servers would read each other's approximated KV; use one of {', '.join(NAMED_STORAGE)}.",
+    ),
+    Refusal(
+        "hicache_names",
+        lambda cfg: (
+            cfg.hicache_storage_backend in NAMED_STORAGE
+            and bool(hooks.lacking("serving.head_config_choice:storage_model_name"))
+        ),
+        "--hicache-storage-backend: this release of SGLang names pages where mminfer cannot add its head config, so "
+        "servers would read each other's approximated KV; SGLang 0.5.22 and later can.",
     ),
     Refusal(
         "hicache_basis",
@@ -479,7 +509,7 @@ def check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
         if note := _note(server_args, cfg.device or "", model.hf_config):
             logger.warning("mminfer: %s", note)
     else:
-        refuse(server_args, (SPECULATION_ON_CPU,))
+        refuse(server_args, (PAGES_ON_CPU, SPECULATION_ON_CPU))
         if getattr(server_args, flags.MEDIA_ROOT_ATTRIBUTE, None):
             raise UnsupportedLaunch(
                 f"mminfer: without --attention-backend mminfer nothing would hold {settings.MEDIA_ROOT.flag}, and "

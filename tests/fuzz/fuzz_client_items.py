@@ -101,7 +101,7 @@ def check(case: Case) -> str:
     prompt = [*ids[:first], *between, *ids[last + 1 :]]
     request = SimpleNamespace(image_data=[data], video_data=None, audio_data=None, modalities=None, rid="fuzz")
     try:
-        with processing.within(processing.context):
+        with processing.published():
             output = asyncio.run(
                 processing.processor.process_mm_data_async(
                     image_data=request.image_data, audio_data=None, input_text=prompt, request_obj=request

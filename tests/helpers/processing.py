@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,17 +55,14 @@ class Processing:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-        from sglang.srt import runtime_context
         from sglang.srt.configs.model_config import ModelConfig
         from sglang.srt.managers.multimodal_processor import PROCESSOR_MAPPING, get_mm_processor_cls
         from sglang.srt.server_args import ServerArgs
         from sglang.srt.utils.hf_transformers_utils import get_processor
 
         fields = {"attention_backend": "mminfer", "tokenizer_path": _tokenizer_of(path), **fields}
-        arguments = ServerArgs(model_path=str(path), **fields)
-        self.context = runtime_context.create_context(arguments, role="tokenizer")
-        self.within = runtime_context.use_context
-        with self.within(self.context):
+        self.arguments = arguments = ServerArgs(model_path=str(path), **fields)
+        with self.published():
             self.hf_config = ModelConfig.from_server_args(arguments).hf_config
             hf_processor = get_processor(
                 arguments.tokenizer_path, model_name=str(path), trust_remote_code=arguments.trust_remote_code
@@ -76,6 +74,18 @@ class Processing:
             # Without a ModelConfig it does not look for the model's class, for which it would import all models.
             kind = get_mm_processor_cls(self.hf_config)
             self.processor = kind(self.hf_config, arguments, hf_processor, "default")
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """SGLang's configuration of this process is that of a tokenizer with the processor's arguments."""
+        from sglang.srt import runtime_context
+
+        before = runtime_context.snapshot_context()
+        runtime_context.publish(self.arguments, role="tokenizer")
+        try:
+            yield
+        finally:
+            runtime_context.restore_context(before)
 
     def token(self, text: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(text))
@@ -89,7 +99,7 @@ class Processing:
             modalities=None,
             rid="test",
         )
-        with self.within(self.context):
+        with self.published():
             output = asyncio.run(
                 self.processor.process_mm_data_async(
                     image_data=request.image_data, audio_data=None, input_text=prompt, request_obj=request

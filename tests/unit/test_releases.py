@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt import runtime_context
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs
 
 from sglang_mminfer import plugin, releases
 from sglang_mminfer.serving import cpu_platform
+from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
 
 
 def test_tokens_of_media_become_keys_of_the_cache() -> None:
@@ -48,3 +53,15 @@ def test_a_release_without_sharding_does_not_shard(fields: dict[str, bool], shar
 )
 def test_a_hook_that_has_moved_has_one_place(hook: plugin.Hook) -> None:
     assert [place.target_exists() for place in hook.at_each_place()].count(True) == 1
+
+
+@pytest.mark.parametrize("fields, ranks", [({}, 1), ({"dp_size": 2}, 2)])
+def test_every_replica_is_counted(tmp_path: Path, fields: dict[str, int], ranks: int) -> None:
+    model = make_tiny_qwen2_5_vl(tmp_path)
+    load_plugins()
+    before = runtime_context.snapshot_context()
+    runtime_context.publish(ServerArgs(model_path=str(model), device="cpu", **fields), role="tokenizer")
+    try:
+        assert releases.dp_ranks() == ranks
+    finally:
+        runtime_context.restore_context(before)

@@ -207,12 +207,13 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
             "mend the errors of this section; if there are none, this SGLang is not one that the package was made for.",
         )
     hooks.install("mminfer")
-    without_target = [hook for hook in plugin.HOOKS if not hook.target_exists()]  # imports the targets' modules
+    there = [hook for hook in plugin.HOOKS if hook.target_exists()]  # imports the targets' modules
+    without_target = [hook for hook in plugin.HOOKS if hook.is_missed()]
     missing = [hook.target for hook in without_target]
     on_cpu = cpu_platform.selected()
-    due = [hook for hook in plugin.HOOKS if hook not in without_target and (on_cpu or hook.when != ("cpu",))]
+    due = [hook for hook in there if on_cpu or hook.when != ("cpu",)]
     unapplied = [hook.target for hook in hooks.unapplied(due)]
-    total = len(plugin.HOOKS)
+    total = len(there) + len(missing)
     if missing:
         yield Finding(
             "plugin",
@@ -231,7 +232,9 @@ def _plugin(problems: list[str]) -> Iterator[Finding]:
             "see the errors above; start SGLang with --log-level debug for its reasons.",
         )
     else:
-        yield Finding("plugin", "hooks", "ok", f"all {total} targets are there")
+        later = len(plugin.HOOKS) - total
+        more = f"; {later} more are of later releases of SGLang" if later else ""
+        yield Finding("plugin", "hooks", "ok", f"all {total} targets are there{more}")
 
 
 def examine_filters(plugins: str | None, selected: str | None) -> Iterator[Finding]:

@@ -60,7 +60,7 @@ def as_embeddings(processing: Processing, whole: Processed, prompt: str, **chang
         ]
     elif any(second is not None for second in seconds):
         said["second_per_grid_ts"] = torch.cat([torch.as_tensor(s).flatten() for s in seconds if s is not None])
-    with processing.within(processing.context):
+    with processing.published():
         output = processing.processor.get_validated_mm_data(prompt, embeddings, **(said | changed))
     return output
 
@@ -100,7 +100,7 @@ def test_equal_embeddings_in_other_arrangements_are_other_media(processing: Proc
     """Positions follow from the arrangement, and keys from the positions."""
     hashes = set()
     for thw in ([[1, 8, 4]], [[1, 4, 8]]):
-        with processing.within(processing.context):
+        with processing.published():
             output = processing.processor.get_validated_mm_data(
                 PROMPTS[2], {Modality.IMAGE: torch.ones(8, 8)}, img_grid_thw=torch.tensor(thw)
             )

@@ -43,7 +43,7 @@ def take(processing: Processing, data: Any, tokens: int, prompt: str = "") -> An
     """What the tokenizer's process makes of a prompt with `tokens` placeholders and one preprocessed picture."""
     prompt = prompt or "Look: " + BEFORE + PAD * tokens + AFTER + " What is it?"
     request = SimpleNamespace(image_data=[data], video_data=None, audio_data=None, modalities=None, rid="test")
-    with processing.within(processing.context):
+    with processing.published():
         return asyncio.run(
             processing.processor.process_mm_data_async(
                 image_data=request.image_data, audio_data=None, input_text=prompt, request_obj=request

@@ -67,7 +67,7 @@ class Asked:
             modalities=None,
             rid="test",
         )
-        with self.processing.within(self.processing.context):
+        with self.processing.published():
             return asyncio.run(
                 self.processing.processor.process_mm_data_async(
                     image_data=request.image_data, audio_data=None, input_text=prompt, request_obj=request

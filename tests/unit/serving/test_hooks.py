@@ -13,7 +13,15 @@ import pytest
 
 from sglang_mminfer import plugin
 
-ON_FUNCTIONS = [hook for hook in plugin.HOOKS if hook.kind in ("before", "after", "around")]
+ON_FUNCTIONS = [
+    place
+    for hook in plugin.HOOKS
+    if hook.kind in ("before", "after", "around")
+    for place in hook.at_each_place()
+    if place.target_exists()
+]
+"""Where they are in this release of SGLang."""
+
 LOAD = {hook.target for hook in ON_FUNCTIONS if "load" in hook.when}
 MMINFER = {hook.target for hook in ON_FUNCTIONS if "mminfer" in hook.when}
 CPU = {hook.target for hook in ON_FUNCTIONS if "cpu" in hook.when}
@@ -22,10 +30,14 @@ PROGRAM = """
 import importlib, json, pkgutil, sys, types
 from sglang_mminfer import plugin
 
+def places():
+    functions = [hook for hook in plugin.HOOKS if hook.kind in ("before", "after", "around")]
+    return [place for hook in functions for place in hook.at_each_place()]
+
 def hooked():
     found = []
-    for hook in plugin.HOOKS:
-        if hook.kind in ("before", "after", "around") and hook.module in sys.modules:
+    for hook in places():
+        if hook.module in sys.modules and hook.target_exists():
             code = getattr(pkgutil.resolve_name(hook.target), "__code__", None)
             if code is not None and code.co_filename.endswith("hook_registry.py"):
                 found.append(hook.target)
@@ -43,8 +55,8 @@ def arguments(backend):
 """
 
 IMPORT_ALL = """
-for hook in plugin.HOOKS:
-    if hook.kind in ("before", "after", "around"):
+for hook in places():
+    if hook.target_exists():
         importlib.import_module(hook.module)
 """
 

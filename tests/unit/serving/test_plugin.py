@@ -14,6 +14,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +26,13 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from config_files import config_file
-from sglang_mminfer import mends, plugin, settings
+from sglang_mminfer import mends, plugin, releases, settings
 from sglang_mminfer.families.qwen_vl.processor import videos_of
 from sglang_mminfer.head_config import HeadConfig, HeadConfigError, ModelBasis, Provenance, fingerprint_of
 from sglang_mminfer.serving import backend_entry, basis_choice, dense_backend, flags, head_config_choice, hooks, launch
 from sglang_mminfer.serving.hooks import Hook
 from sglang_mminfer.tools.media import make_video
+from sglang_versions import skip_before
 
 load_plugins()
 
@@ -230,7 +232,7 @@ def test_another_sglang_is_said_to_be_untested(
 ) -> None:
     monkeypatch.setattr(settings, "TESTED_SGLANG", ">=0.5.24,<0.5.25")
     arguments(models, device="cpu").resolve_once()
-    assert "untested with SGLang 0.5.23" in caplog.text
+    assert f"untested with SGLang {version('sglang')}" in caplog.text
 
 
 def test_the_tested_versions_are_those_of_the_distribution() -> None:
@@ -514,7 +516,8 @@ def test_drafts_and_target_on_blackwell_run_where_sglang_would_run_them(
     stock = arguments(models, attention_backend=None, **fields)
     model = model_override_base.model_config_of(stock)
     default = model_override_base.get_default_attn_backend(stock, False, model)
-    assert default == ("flashinfer" if topk == 4 else "trtllm_mha")
+    if algorithm != "DFLASH":  # for which releases of SGLang choose another one
+        assert default == ("flashinfer" if topk == 4 else "trtllm_mha")
     server_args = arguments(models, **fields)
     launch.check_launch(server_args, lambda server_args: None)
     shipped = pickle.loads(pickle.dumps(server_args))
@@ -524,12 +527,14 @@ def test_drafts_and_target_on_blackwell_run_where_sglang_would_run_them(
 
 
 def test_drafts_on_a_cpu_run_on_its_dense_backend(models: dict[str, str]) -> None:
+    skip_before("0.5.23")
     server_args = arguments(models, device="cpu", speculative_algorithm="EAGLE3")
     launch.check_launch(server_args, lambda server_args: None)
     assert resolving_view(server_args).speculative_draft_attention_backend == "torch_native"
 
 
 def test_a_cpu_without_mminfer_verifies_no_trees_either(models: dict[str, str]) -> None:
+    skip_before("0.5.23")
     fields = {"attention_backend": "torch_native", "device": "cpu", "speculative_algorithm": "EAGLE3"}
     launch.check_launch(arguments(models, **fields), lambda server_args: None)
     with pytest.raises(hooks.UnsupportedLaunch, match="--speculative-eagle-topk 1"):
@@ -600,6 +605,7 @@ def test_sglang_sees_the_dense_backends_name_beside_delta_nets(models: dict[str,
 
 
 def test_pages_in_shared_storage_are_kept_by_head_config(models: dict[str, str]) -> None:
+    skip_before("0.5.22")
     from sglang.srt.managers import cache_controller
 
     pool = SimpleNamespace(storage_format_tag=None)
@@ -713,6 +719,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     "media_root": {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/no such directory"}},
     "media_cache": {"environ": {"SGLANG_MMINFER_MEDIA_CACHE_MB": "inf"}},
     "media_root_passed_by": {"environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"}, "language_only": True},
+    "media_root_not_held": {
+        "environ": {"SGLANG_MMINFER_MEDIA_ROOT": "/"},
+        "gone": ("sglang.srt.utils.video_decoder.VideoDecoderWrapper.__init__",),
+    },
     "decode_only": {"attention_backend": None, "decode_attention_backend": "mminfer"},
     "ray": {"use_ray": True},
     "deterministic": {"enable_deterministic_inference": True},
@@ -724,7 +734,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "chunked_prefill_size": -1,
     },
     "unified_memory": {"enable_unified_memory": True},
-    "kv_sharding": {"enable_kv_cache_sharding": True},
+    "kv_sharding": {"enable_kv_cache_sharding": True, "since": "0.5.22"},
     "kv_layout": {"environ": {"SGLANG_USE_HND_KVCACHE": "1"}},
     "block_scaled_kv": {"kv_cache_dtype": "fp4_mx_block16"},
     "prefill_context_parallel": {"attn_cp_size": 2, "tp_size": 2},
@@ -745,13 +755,21 @@ REFUSED: dict[str, dict[str, Any]] = {
         "attention_backend": "flex_attention",
         "device": "cuda",
     },
+    "pages_on_cpu": {"page_size": 16, "device": "cpu", "unable": ("allocates_pages_anywhere",)},
     "speculation_on_cpu": {"speculative_algorithm": "NGRAM", "device": "cpu"},
     "tokenizer_workers": {"tokenizer_worker_num": 2, "device": "cpu"},
     "hicache_storage": {"enable_hierarchical_cache": True, "hicache_storage_backend": "hf3fs"},
+    "hicache_names": {
+        "enable_hierarchical_cache": True,
+        "hicache_storage_backend": "file",
+        "environ": {"SGLANG_MMINFER_CONFIG": "grid_static"},
+        "gone": ("sglang.srt.managers.cache_controller.storage_model_name",),
+    },
     "hicache_basis": {
         "enable_hierarchical_cache": True,
         "hicache_storage_backend": "file",
         "environ": {"SGLANG_MMINFER_CONFIG": CHOOSES_BY_A_BASIS},
+        "since": "0.5.22",
     },
 }
 ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
@@ -779,6 +797,10 @@ ALSO_REFUSED: list[tuple[str, dict[str, Any]]] = [
             {"speculative_algorithm": "EAGLE3", "enable_multi_layer_eagle": True},
             {"speculative_algorithm": "EAGLE3", "model": "delta_nets"},
             {"speculative_algorithm": "STANDALONE"},
+            {
+                "speculative_algorithm": "EAGLE3",
+                "gone": ("sglang.kernels.ops.speculative.spec_tree.verify_tree_greedy_func",),
+            },
         )
     ),
 ]
@@ -794,7 +816,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"kv_cache_dtype": "fp8_e4m3"},
     {"kv_cache_dtype": "fp8_e5m2"},
     {"cuda_graph_backend_prefill": "breakable"},
-    *({"speculative_algorithm": name, "device": "cpu"} for name in ("EAGLE3", "eagle3")),
+    *({"speculative_algorithm": name, "device": "cpu", "since": "0.5.23"} for name in ("EAGLE3", "eagle3")),
     {"speculative_algorithm": "NGRAM", "device": "cuda"},
     {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "device": "cuda"},
     {"tp_size": 2, "pp_size": 2, "dp_size": 2},
@@ -804,11 +826,13 @@ ACCEPTED: list[dict[str, Any]] = [
         "enable_hierarchical_cache": True,
         "hicache_storage_backend": "file",
         "environ": {"SGLANG_MMINFER_CONFIG": "grid_static"},
+        "since": "0.5.22",
     },
     {
         "enable_hierarchical_cache": True,
         "hicache_storage_backend": "file",
         "environ": {"SGLANG_MMINFER_CONFIG": CHOOSES_BY_A_BASIS, "SGLANG_MMINFER_BASIS": "none"},
+        "since": "0.5.22",
     },
     {"is_embedding": True},
     {"model": "text"},
@@ -819,10 +843,17 @@ ACCEPTED: list[dict[str, Any]] = [
 
 
 def with_environment(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The fields without "environ", whose variables are set."""
+    """The fields without "environ", whose variables are set, "gone", whose targets of hooks SGLang no longer has,
+    "unable", what an older release of SGLang cannot do, and "since", the release of SGLang that the test needs."""
+    skip_before(fields.get("since", "0"))
     for name, value in fields.get("environ", {}).items():
         monkeypatch.setenv(name, value)
-    return {name: value for name, value in fields.items() if name != "environ"}
+    if gone := fields.get("gone"):
+        exists = Hook.target_exists
+        monkeypatch.setattr(Hook, "target_exists", lambda hook: hook.target not in gone and exists(hook))
+    for name in fields.get("unable", ()):
+        monkeypatch.setattr(releases, name, lambda: False)
+    return {name: value for name, value in fields.items() if name not in ("environ", "gone", "unable", "since")}
 
 
 def test_every_refusal_is_tried() -> None:

@@ -1,0 +1,14 @@
+"""Tests of what SGLang has since a release: `make test-sglang` runs them with older ones, too."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+from packaging.version import Version
+
+
+def skip_before(release: str) -> None:
+    """Skip a test if the installed SGLang is older than a release."""
+    if Version(version("sglang")) < Version(release):
+        pytest.skip(f"of SGLang {release} and later")
