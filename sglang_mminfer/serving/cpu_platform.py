@@ -261,10 +261,9 @@ def can_speculate(cfg: Any) -> bool:
     Args:
         cfg: a view of ServerArgs with a speculative algorithm.
     """
-    known = str(cfg.speculative_algorithm).upper() == SPECULATIVE_ALGORITHM and not hooks.lacking(
-        "serving.cpu_speculative:"
-    )
-    return known and cfg.speculative_eagle_topk in (None, 1) and not cfg.enable_multi_layer_eagle
+    if str(cfg.speculative_algorithm).upper() != SPECULATIVE_ALGORITHM or hooks.lacking("serving.cpu_speculative:"):
+        return False
+    return cfg.speculative_eagle_topk in (None, 1) and not cfg.enable_multi_layer_eagle
 
 
 def core_binding(ranks: int, nodes: int, cores: list[int]) -> str | None:
