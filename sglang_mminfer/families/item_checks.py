@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import pairwise
+from types import CodeType
 from typing import Any
 
 from sglang_mminfer import families, mends
@@ -77,16 +78,36 @@ _MADE_OF = {"video": "VIDEO", "audio": "AUDIO"}
 
 
 def check_read(output: Any, processor: Any, request: Any) -> None:
-    """Raises ValueError for media of a kind of which the processor made nothing: it has left them out."""
+    """Raises ValueError for media of a kind of which the processor made nothing: it has left them out.
+
+    Processors of models without a family may make items of another modality of a video, so theirs count as unread only
+    if the class never mentions the request's media of that kind.
+    """
     if not mends.active(UNREAD):
         return
+    config = processor.hf_config
     made = {item.modality.name for item in (output.mm_items if output is not None else ())}
     for kind, modality in _MADE_OF.items():
         given = [one for one in media_in(request, kind) if one is not None]
-        if given and modality not in made:
-            config = processor.hf_config
+        if not given or modality in made:
+            continue
+        if families.family_of(config) is not None or not _mentions(type(processor), f"{kind}_data"):
             name = (getattr(config, "architectures", None) or [config.model_type])[0]
             raise ValueError(f"{kind}: expected none, because SGLang reads none for {name}, got {len(given)}")
+
+
+def _mentions(kind: type, name: str) -> bool:
+    """Whether a method of the processor class `kind`, or of a class between it and SGLang's base, uses that name."""
+    from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+
+    own = [one for one in kind.__mro__ if issubclass(one, BaseMultimodalProcessor) and one is not BaseMultimodalProcessor]
+    codes = [method.__code__ for one in own for method in vars(one).values() if hasattr(method, "__code__")]
+    while codes:
+        code = codes.pop()
+        if name in (*code.co_names, *code.co_varnames, *code.co_consts):
+            return True
+        codes += [part for part in code.co_consts if isinstance(part, CodeType)]
+    return False
 
 
 def check(output: Any, processor: Any) -> None:

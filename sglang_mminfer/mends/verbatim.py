@@ -21,12 +21,17 @@ _BITS = 15
 _NONCE = "".join(chr(_BYTE + byte) for byte in os.urandom(4))
 _WORDS, _IDS, _CLOSE = "\U0010fff0" + _NONCE, "\U0010fff1" + _NONCE, "\U0010fff2"
 
+TIGHT = "\U0010fff3" + _NONCE
+"""A mark beside a placeholder: line breaks that the processor writes between them are left out."""
+
 RESERVED = "\U00108000-\U0010ffff"
 """The characters of marks, as a range for a regular expression. In a client's words such characters are marked."""
 
 _MARK = re.compile(
     f"{_WORDS}([{chr(_BYTE)}-{chr(_BYTE + 255)}]*){_CLOSE}|{_IDS}([{chr(_DIGIT)}-{chr(_BYTE - 1)}]*){_CLOSE}"
 )
+
+_BREAKS = re.compile(f"\n*{TIGHT}\n*")
 
 
 def words(text: str) -> str:
@@ -42,7 +47,7 @@ def ids(tokens: Iterable[int]) -> str:
 
 def has_marks(text: str) -> bool:
     """Whether a text contains a mark of this process."""
-    return _WORDS in text or _IDS in text
+    return any(mark in text for mark in (_WORDS, _IDS, TIGHT))
 
 
 def without_words(text: str) -> str:
@@ -138,7 +143,7 @@ def _aware_class(base: Any) -> type:
                 return any(name in part for name in names)
 
             token_ids: list[int] = []
-            for kind, piece in _pieces(text, is_special):
+            for kind, piece in _pieces(_BREAKS.sub("", text), is_special):
                 if kind == "ids":
                     token_ids += piece
                 elif kind == "text":

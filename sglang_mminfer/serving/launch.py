@@ -95,9 +95,10 @@ def _pictures_are_off(cfg: Any) -> bool:
     """Whether SGLang has switched off the media of a model that takes some, and nobody asked for that."""
     from sglang.srt.configs.model_config import is_multimodal_model
 
+    if cfg.enable_multimodal is not None or _backends_are_listed(cfg):  # these are refused whatever the flag
+        return False
     model = _model_config(cfg)
-    architectures = getattr(model.hf_config, "architectures", None) or []
-    return cfg.enable_multimodal is None and not model.is_multimodal and is_multimodal_model(architectures)
+    return not model.is_multimodal and is_multimodal_model(getattr(model.hf_config, "architectures", None) or [])
 
 
 def _full_prefill_graph(cfg: Any) -> bool:

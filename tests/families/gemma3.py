@@ -165,6 +165,6 @@ FAMILIES = (
         several_videos=False,
         reach=832,  # of three pictures
         flags=("--enable-multimodal",),
-        prompt=Prompt("gemma3", IMAGE),
+        prompt=Prompt("gemma3", IMAGE, expanded=("image",)),
     ),
 )

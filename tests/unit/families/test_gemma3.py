@@ -42,6 +42,26 @@ def test_cells_agree_with_token_ids(processing: Processing, tmp_path: Path) -> N
     assert cells_of(got.map) == expected
 
 
+def test_ids_of_an_answer_keep_the_lines_around_a_picture(processing: Processing, tmp_path: Path) -> None:
+    """Also where the text itself has line breaks there, as the released chat template writes one."""
+    picture = make_image(tmp_path / "a.png", 90, 60, seed=1)
+    for text in (f"user\n{IMAGE}What?", f"{IMAGE}", f"a\n\n\n{IMAGE}\n\n{IMAGE}{IMAGE}\nb"):
+        pictures = [picture] * text.count(IMAGE)
+        first = processing(text, images=pictures)
+        again = processing(first.ids, images=pictures)
+        assert again.ids == first.ids
+        assert [item.offsets for item in again.items] == [item.offsets for item in first.items]
+
+
+def test_a_picture_cut_short_is_refused(processing: Processing, tmp_path: Path) -> None:
+    picture = make_image(tmp_path / "a.png", 90, 60, seed=1)
+    ids = processing(f"Look:{IMAGE}What?", images=[picture]).ids
+    soft = processing.token("<image_soft_token>")
+    for prompt in ([token for i, token in enumerate(ids) if i != ids.index(soft)], f"{IMAGE}<image_soft_token>What?"):
+        with pytest.raises(ValueError, match=r"expected one image placeholder for each of the 1 images"):
+            processing(prompt, images=[picture])
+
+
 def test_another_number_of_tokens_is_named() -> None:
     item: Any = MultimodalDataItem(modality=SglModality.IMAGE, offsets=[(3, 17)])
     with pytest.raises(GeometryError, match=r"span 0 at \[3, 17\]: expected 4 x 4 tokens, got 15") as caught:

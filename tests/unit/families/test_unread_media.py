@@ -10,6 +10,7 @@ from families import gemma3
 from families.gemma3 import IMAGE
 from processing import Processing
 from sglang_mminfer import settings
+from sglang_mminfer.families import item_checks
 from sglang_mminfer.tools.media import make_image, make_video
 
 
@@ -46,3 +47,16 @@ def test_without_the_mend_the_video_is_left_out(
     shown = processing(f"{IMAGE}What?", images=[picture], videos=[film])
     assert shown.ids == processing(f"{IMAGE}What?", images=[picture]).ids
     assert [item.modality.name for item in shown.items] == ["IMAGE"]
+
+
+def test_a_class_that_mentions_a_kind_of_media_is_believed() -> None:
+    """Of a model without a family: the class may make pictures of a video."""
+    from sglang.srt.multimodal.processors.gemma3 import Gemma3SGLangImageProcessor
+    from sglang.srt.multimodal.processors.moss_vl import MossVLImageProcessor
+    from sglang.srt.multimodal.processors.pixtral import PixtralProcessor
+    from sglang.srt.multimodal.processors.qwen_audio import Qwen2AudioMultimodalProcessor
+
+    videos = {kind.__name__: item_checks._mentions(kind, "video_data") for kind in (MossVLImageProcessor, PixtralProcessor)}
+    assert videos == {"MossVLImageProcessor": True, "PixtralProcessor": False}
+    assert item_checks._mentions(Qwen2AudioMultimodalProcessor, "audio_data")
+    assert not item_checks._mentions(Gemma3SGLangImageProcessor, "audio_data")

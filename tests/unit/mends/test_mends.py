@@ -51,6 +51,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = own.make(tmp_path_factory.mktemp(own.name) / "model")
     served = SERVED[own.name]
     fields: dict[str, Any] = {"trust_remote_code": "--trust-remote-code" in own.flags}
+    if "--enable-multimodal" in own.flags:
+        fields["enable_multimodal"] = True
     options = {"mm_process_config": {"video": {**own.video_options}}} if own.video_options else {}
     if own.name == "llava_onevision":
         fields["model_impl"] = "transformers"

@@ -27,9 +27,17 @@ class Gemma3(Family):
 
     model_types = ("gemma3",)
     why = "A picture is a square of as many tokens as the config says; only the layers without a window can be sparse."
+    processors = ("Gemma3SGLangImageProcessor",)
 
     def geometry(self, hf_config: Any) -> Reader:
         return SquareReader(math.isqrt(int(hf_config.mm_tokens_per_image)))
+
+    def processor(self, base: type, hf_config: Any) -> type | None:
+        if hf_config.model_type not in self.model_types:
+            return None
+        from sglang_mminfer.families.gemma3.processor import processor_class
+
+        return processor_class(base)
 
     def note(self, dense_backend: str) -> str | None:
         if dense_backend == MASKED:
