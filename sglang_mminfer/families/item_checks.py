@@ -91,16 +91,18 @@ def check_read(output: Any, processor: Any, request: Any) -> None:
         given = [one for one in media_in(request, kind) if one is not None]
         if not given or modality in made:
             continue
-        if families.family_of(config) is not None or not _mentions(type(processor), f"{kind}_data"):
+        if families.family_of(config) is not None or not mentions(type(processor), f"{kind}_data"):
             name = (getattr(config, "architectures", None) or [config.model_type])[0]
             raise ValueError(f"{kind}: expected none, because SGLang reads none for {name}, got {len(given)}")
 
 
-def _mentions(kind: type, name: str) -> bool:
+def mentions(kind: type, name: str) -> bool:
     """Whether a method of the processor class `kind`, or of a class between it and SGLang's base, uses that name."""
     from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 
-    own = [one for one in kind.__mro__ if issubclass(one, BaseMultimodalProcessor) and one is not BaseMultimodalProcessor]
+    own = [
+        one for one in kind.__mro__ if issubclass(one, BaseMultimodalProcessor) and one is not BaseMultimodalProcessor
+    ]
     codes = [method.__code__ for one in own for method in vars(one).values() if hasattr(method, "__code__")]
     while codes:
         code = codes.pop()

@@ -56,7 +56,9 @@ def test_a_class_that_mentions_a_kind_of_media_is_believed() -> None:
     from sglang.srt.multimodal.processors.pixtral import PixtralProcessor
     from sglang.srt.multimodal.processors.qwen_audio import Qwen2AudioMultimodalProcessor
 
-    videos = {kind.__name__: item_checks._mentions(kind, "video_data") for kind in (MossVLImageProcessor, PixtralProcessor)}
+    videos = {
+        kind.__name__: item_checks.mentions(kind, "video_data") for kind in (MossVLImageProcessor, PixtralProcessor)
+    }
     assert videos == {"MossVLImageProcessor": True, "PixtralProcessor": False}
-    assert item_checks._mentions(Qwen2AudioMultimodalProcessor, "audio_data")
-    assert not item_checks._mentions(Gemma3SGLangImageProcessor, "audio_data")
+    assert item_checks.mentions(Qwen2AudioMultimodalProcessor, "audio_data")
+    assert not item_checks.mentions(Gemma3SGLangImageProcessor, "audio_data")
