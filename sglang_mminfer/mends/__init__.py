@@ -112,6 +112,15 @@ MENDS: tuple[Mend, ...] = (
         "models/qwen2_5_vl.py: cu_seqlens for each temporal patch, as compute_cu_seqlens_from_grid_numpy makes them.",
     ),
     Mend(
+        "video_over_ranks",
+        "With a vision encoder on all ranks (--mm-enable-dp-encoder) each medium goes to one rank. A long video of "
+        "Qwen3-VL or Qwen3.5 is encoded by one of them while the others wait.",
+        "Each rank encodes a clip of it. Embeddings are the same, because these encoders take every temporal patch by "
+        "itself.",
+        "tests/server/test_encoder_ranks.py",
+        "models/qwen3_vl.py: a grid row for each clip, as models/glm4v.py has one for each temporal patch.",
+    ),
+    Mend(
         "placeholder_words",
         "In a conversation with media, words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a "
         "question, an earlier answer or a tool's result end the server, leave the request without an answer, or make "

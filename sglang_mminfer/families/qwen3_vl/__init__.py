@@ -28,6 +28,11 @@ class Qwen3VL(GridFamily):
     def processor(self, base: type, hf_config: Any) -> type | None:
         return _processor_class(base) if hf_config.model_type in self.model_types else None
 
+    def model(self, base: type, architecture: str) -> type | None:
+        from sglang_mminfer.families.qwen3_vl import model
+
+        return model.with_videos_over_ranks(base) if model.is_mended(base) else None
+
 
 @functools.cache
 def _processor_class(base: Any) -> type:
