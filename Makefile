@@ -159,14 +159,15 @@ test-families: setup
 test-wide: setup
 	$(BIN)/python -m pytest -m wide tests/server
 
-# What this package stands on in SGLang, and conversations, with another release: VERSION=0.5.22. Its environment is
-# .sglang/VERSION, over that of this checkout. Ten minutes.
+# What this package stands on in SGLang, mends, families and conversations, with another release: VERSION=0.5.22. Its
+# environment is .sglang/VERSION, over that of this checkout. A quarter of an hour.
 RELEASE = .sglang/$(or $(VERSION),$(error VERSION names a release of SGLang, as in `make test-sglang VERSION=0.5.22`))
 
 test-sglang: setup
 	$(BIN)/python tests/helpers/sglang_release.py $(VERSION) $(RELEASE)
 	OMP_NUM_THREADS=1 $(RELEASE)/bin/python -m pytest -n logical --maxprocesses 8 tests/unit/test_releases.py \
-		tests/unit/serving/test_contract.py tests/unit/serving/test_hooks.py tests/unit/serving/test_plugin.py
+		tests/unit/serving/test_contract.py tests/unit/serving/test_hooks.py tests/unit/serving/test_plugin.py \
+		tests/unit/mends tests/unit/families
 	$(RELEASE)/bin/python -m pytest -m "" tests/server/test_turns.py tests/server/test_families.py \
 		-k "test_turns or (qwen2_5_vl and not 2_ranks)"
 

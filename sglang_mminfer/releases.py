@@ -6,6 +6,7 @@ whose place has moved says so itself, in `Hook.formerly`.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 
@@ -16,6 +17,17 @@ def pad_mm_tokens(input_ids: Any, mm_inputs: Any) -> Any:
     if hasattr(mm_utils, "pad_mm_tokens"):
         return mm_utils.pad_mm_tokens(input_ids, mm_inputs)
     return mm_utils.MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(input_ids, mm_inputs)
+
+
+def pad_values(item: Any) -> tuple[int, ...]:
+    """The numbers that stand for a medium's tokens, in turn; () if it has none yet. Up to 0.5.22 it is one number."""
+    values = getattr(item, "pad_values", None) or (item.pad_value,)
+    return tuple(value for value in values if value is not None)
+
+
+def padding(item: Any, length: int) -> list[int]:
+    """The numbers that stand for the first `length` tokens of a medium, which has at least one."""
+    return list(itertools.islice(itertools.cycle(pad_values(item)), length))
 
 
 def kv_write_loc(forward_batch: Any, layer: Any) -> Any:

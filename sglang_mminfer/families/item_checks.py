@@ -15,7 +15,7 @@ from itertools import pairwise
 from types import CodeType
 from typing import Any
 
-from sglang_mminfer import families, mends
+from sglang_mminfer import families, mends, releases
 from sglang_mminfer.families.base import Family, MediaItem
 from sglang_mminfer.families.maps import map_from_mm_inputs
 from sglang_mminfer.mends.requests import media_in
@@ -190,7 +190,7 @@ def _check_features(one: MediaItem, family: Family | None, hf_config: Any) -> No
     item, name = one.item, one.label
     if own_keys := [key for key in item.model_specific_data if str(key).startswith(_OWN_PREFIX)]:
         raise ValueError(f"{name}: {own_keys[0]} is no field of a client's")
-    pads = (item.pad_value, *(item.pad_values or ()))
+    pads = (item.pad_value, *releases.pad_values(item))
     if any(type(pad) is not int or not MM_PAD_SHIFT_VALUE <= pad < 1 << 63 for pad in pads):
         raise ValueError(f"{name}: expected a pad_value of at least {MM_PAD_SHIFT_VALUE}, got {item.pad_value!r:.40}")
     tokens = sum(last + 1 - first for first, last in offsets_of(item, name))

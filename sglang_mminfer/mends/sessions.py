@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sglang_mminfer import mends
+from sglang_mminfer import mends, releases
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def place_media(original: Callable[..., None], turn: Any, request: Any, media: A
         ids = array("q", turn.input_ids)
         for item in media.mm_items:
             for first, last in item.offsets or ():
-                ids[first : last + 1] = array("q", item.padding_sequence(last + 1 - first))
+                ids[first : last + 1] = array("q", releases.padding(item, last + 1 - first))
         if len(ids) == own and all(item.offsets for item in media.mm_items):
             media.padded_input_ids = ids
     original(turn, request, media, *args, **kwargs)

@@ -93,7 +93,7 @@ def _placeholders(processor: Any) -> Mapping[int, tuple[str, ...]]:
         return media_tokens
     kinds: dict[int, tuple[str, ...]] = {}
     for kind in _KINDS:
-        token = getattr(processor.mm_tokens, f"{kind}_token_id", None)
+        token = getattr(getattr(processor, "mm_tokens", None), f"{kind}_token_id", None)
         if token is None and kind == "image":
             token = getattr(processor.hf_config, "image_token_index", None)
         if token is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sglang_mminfer import releases
 from sglang_mminfer.families.maps import map_from_mm_inputs, reader_of
 from sglang_mminfer.modality.segments import ModalityMap
 
@@ -38,7 +39,7 @@ def check_padding(items: Sequence[Any], ids: Sequence[int]) -> None:
     """Asserts that every token of the media stands for its own item, in ids that SGLang has padded."""
     for item in items:
         ((start, stop),) = item.offsets
-        assert list(ids[start : stop + 1]) == item.padding_sequence(stop + 1 - start)
+        assert list(ids[start : stop + 1]) == releases.padding(item, stop + 1 - start)
 
 
 class Processing:

@@ -62,9 +62,11 @@ def processor_class(base: Any) -> type:
             return frames_at(video, indices, f"{len(indices)} frames")
 
         def _build_items(
-            self, input_ids: Any, pad_token_id: int, media: Any, modality: Any, image_processor: Any
+            self, ids: Any, token: int, media: Any, modality: Any, image_processor: Any = None, /
         ) -> list[Any]:
-            items = super()._build_items(input_ids, pad_token_id, media, modality, image_processor)
+            if image_processor is None:  # up to SGLang 0.5.22 nothing says which slices belong to one medium
+                return super()._build_items(ids, token, media, modality)
+            items = super()._build_items(ids, token, media, modality, image_processor)
             merge = merge_of(image_processor.pad_divisor)
             sizes = [[(rows // merge, cols // merge) for rows, cols in patches] for _, patches, _ in media]
             for item, place in zip(items, places(sizes), strict=True):

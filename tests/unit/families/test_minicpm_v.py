@@ -21,6 +21,7 @@ from sglang_mminfer.families.maps import GeometryError, map_from_mm_inputs
 from sglang_mminfer.families.minicpm_v.geometry import SliceReader
 from sglang_mminfer.testing.oracle_media import open_video
 from sglang_mminfer.tools.media import make_image, make_video
+from sglang_versions import skip_before
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,7 @@ def rasters(got: Processed, processing: Processing) -> Iterator[tuple[str, int, 
 
 
 def test_cells_agree_with_token_ids(processing: Processing, media: dict[str, Path]) -> None:
+    skip_before("0.5.23")  # nothing says which slices belong to one medium
     got = processing(
         f"{IMAGE}What?{VIDEO}{IMAGE}{VIDEO}Who?",
         images=[media["large"], media["small"]],

@@ -54,7 +54,7 @@ class Asked:
         self.name = name
         fields = {"model_impl": "transformers"} if module == "transformers_auto" else {}
         self.processing = Processing(path, module, mm_process_config={"video": video}, trust_remote_code=True, **fields)
-        tokens = self.processing.processor.mm_tokens
+        tokens = getattr(self.processing.processor, "mm_tokens", None)  # a class of SGLang 0.5.22 has none
         usual = (getattr(tokens, "image_token", None) or "<image>", getattr(tokens, "video_token", None) or "<video>")
         self.image, self.video = PLACEHOLDERS.get(name, usual)
 
@@ -396,7 +396,7 @@ def _forms():
 @pytest.mark.parametrize("form", _forms())
 def test_frames_are_as_a_file_of_them(family, form, tmp_path):
     file = str(write_video(tmp_path / "stills.mp4", STILLS, 96, 64, 1))
-    scale = 6.0 if family.processing.processor.mm_tokens.image_token == "<image>" else 0.1
+    scale = 6.0 if family.image == "<image>" else 0.1
     assert same(family(videos=[_forms()[form]]), family(videos=[file]), within=scale)
 
 
@@ -505,7 +505,7 @@ def test_each_video_of_a_prompt_has_its_own(family, film):
 
 @with_videos
 def test_a_request_says_how_large(family, film):
-    assert not same(family(videos=[{"url": film, "max_long_side_pixel": 32}]), family(videos=[film]))
+    assert not same(family(videos=[{"url": film, "max_long_side_pixel": 64}]), family(videos=[film]))
     photo = coded(Image.effect_noise((96, 64), 90).convert("RGB"))
     got = family(images=[{"url": photo, "max_long_side_pixel": 56}])
     assert not same(got, family(images=[photo]))
