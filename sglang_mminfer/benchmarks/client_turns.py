@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from sglang_mminfer.testing.tiny_model import make_tiny_qwen2_5_vl
-from sglang_mminfer.tools import machine
+from sglang_mminfer.tools import connections, machine
 from sglang_mminfer.tools.media import make_video
 from sglang_mminfer.tools.server import Server, shown_wait
 
@@ -113,9 +113,8 @@ class Watch:
 
 def chat(relay: Relay, model: str, videos: Sequence[Path], turns: int, way: Way) -> list[Turn]:
     """The conversation through /v1/chat/completions, as the `openai` package sends it."""
-    import openai
 
-    client = openai.OpenAI(base_url=f"{relay.url}/v1", api_key="none", max_retries=0, timeout=3600)
+    client = connections.openai_client(relay.url, timeout=3600)
     messages: list[Any] = []
     watch = Watch(relay)
     for turn in range(turns):

@@ -29,6 +29,7 @@ import httpx
 import psutil
 
 from sglang_mminfer import settings
+from sglang_mminfer.tools import connections
 from sglang_mminfer.tools.errors import Failed
 
 Progress = Callable[[float, str], None]
@@ -184,16 +185,8 @@ class Server:
                     watcher.stdin.close()
 
     def client(self, timeout: float = 600.0) -> Any:
-        """The official OpenAI client, set up for this server: no retries, no proxy."""
-        import openai
-
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1",
-            api_key="none",
-            timeout=timeout,
-            max_retries=0,
-            http_client=openai.DefaultHttpxClient(trust_env=False, timeout=timeout),
-        )
+        """The official OpenAI client of this server. It asks everything once."""
+        return connections.openai_client(self.url, timeout)
 
     def get_info(self) -> dict[str, Any]:
         """The server's arguments and state, as it reports them."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 import msgspec
 
 from sglang_mminfer.serving.telemetry_http import PATH, RequestReport, ServerReport
 from sglang_mminfer.serving.trace import PrefillRecord
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Hosts that are reached without a proxy."""
+from sglang_mminfer.tools import connections
 
 
 class NoTelemetry(Exception):
@@ -31,8 +29,13 @@ class Telemetry:
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 90.0) -> None:
         base = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        proxied = urlsplit(base).hostname not in LOCAL
-        self._client = httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=proxied)
+        self._client = httpx.Client(
+            base_url=base,
+            headers=headers,
+            timeout=timeout,
+            trust_env=not connections.is_local(base),
+            limits=connections.NOT_KEPT,
+        )
 
     def server(self) -> ServerReport:
         """How the server serves, and what it has done.

@@ -14,17 +14,17 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import openai
 
 from sglang_mminfer.serving.telemetry_http import ServerReport
+from sglang_mminfer.tools import connections
 from sglang_mminfer.tools.chat.conversation import Messages, Question, Sampling, Turn, messages_of
 from sglang_mminfer.tools.chat.reply import Phase, Reply
 from sglang_mminfer.tools.chat.uploads import KINDS, Kind
 from sglang_mminfer.tools.errors import Failed
-from sglang_mminfer.tools.telemetry import LOCAL, NoTelemetry, Telemetry
+from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
 
 CONNECT_SECONDS = 30.0
 """How long a connection may take. An answer may take any time, because a long prefill does; the user stops it."""
@@ -85,7 +85,7 @@ class Endpoint:
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.local = urlsplit(self.url).hostname in LOCAL
+        self.local = connections.is_local(self.url)
         self.as_files = self.local
         self.page_size = 1
         self._model = "default"

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.console import Console
 
 from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
-from sglang_mminfer.tools import paired, verdicts
+from sglang_mminfer.tools import connections, paired, verdicts
 from sglang_mminfer.tools.compare import Entry, entries_of
 from sglang_mminfer.tools.errors import Refused
 from sglang_mminfer.tools.evaluation import figure, lmms, measured, needle_tasks
@@ -35,7 +34,7 @@ from sglang_mminfer.tools.niah.command import (
     write_json,
 )
 from sglang_mminfer.tools.server import Server, shown_wait
-from sglang_mminfer.tools.telemetry import LOCAL, NoTelemetry, Telemetry
+from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class Evaluation:
                         self.tasks,
                         {
                             "base_url": target.url,
-                            "local": urlsplit(target.url).hostname in LOCAL,
+                            "local": connections.is_local(target.url),
                             "model": target.model,
                             "timeout": self.options.timeout,
                             "concurrency": self.options.concurrency,
@@ -373,7 +372,7 @@ def _description(target: Target, api_key: str | None) -> dict[str, Any]:
             f"{base}/server_info",
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=60,
-            trust_env=urlsplit(base).hostname not in LOCAL,
+            trust_env=not connections.is_local(base),
         )
         info = answer.json()
         told |= {name: info[name] for name in DECIDING if name in info}

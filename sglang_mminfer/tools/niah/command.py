@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sglang_mminfer.tools import machine, verdicts
+from sglang_mminfer.tools import connections, machine, verdicts
 from sglang_mminfer.tools.errors import Failed, Refused
 from sglang_mminfer.tools.needles import kits
 from sglang_mminfer.tools.niah import ask as niah
@@ -156,14 +156,7 @@ def target_of(url: str, model: str | None, timeout: float, api_key: str | None =
 
     base = url.rstrip("/")
     base = base if base.endswith("/v1") else f"{base}/v1"
-    is_local = urlsplit(base).hostname in ("127.0.0.1", "localhost", "::1")
-    client = openai.OpenAI(
-        base_url=base,
-        api_key=api_key or "none",
-        timeout=timeout,
-        max_retries=0,
-        http_client=openai.DefaultHttpxClient(trust_env=not is_local, timeout=timeout),
-    )
+    client = connections.openai_client(base, timeout, api_key)
     try:
         listed = [entry.id for entry in client.with_options(timeout=20).models.list().data]
     except openai.APIStatusError as error:

@@ -52,11 +52,16 @@ class Client(lmms):
 
     def __init__(self, settings: str, **_: Any) -> None:
         super().__init__()
+        import httpx
         import openai
 
         self.settings = json.loads(Path(settings).read_text())
-        # Servers of this machine are reached without a proxy.
-        http = openai.DefaultHttpxClient(trust_env=not self.settings["local"], timeout=self.settings["timeout"])
+        # As in tools.connections, which may be missing here: no proxy on this machine, a connection for each request.
+        http = openai.DefaultHttpxClient(
+            trust_env=not self.settings["local"],
+            timeout=self.settings["timeout"],
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
         self.client = openai.OpenAI(
             base_url=self.settings["base_url"],
             api_key=os.environ.get(KEY, "none"),
