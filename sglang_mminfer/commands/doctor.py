@@ -23,6 +23,9 @@ def doctor(
         bool,
         typer.Option("--trust-remote-code", help="of the server: run code that comes with the model (NVILA)"),
     ] = False,
+    enable_multimodal: Annotated[
+        bool, typer.Option("--enable-multimodal", help="of the server: take pictures, where SGLang would not (Gemma 3)")
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="check versions and settings alone, in a second: SGLang is not asked")
     ] = False,
@@ -72,4 +75,5 @@ def doctor(
         from sglang_mminfer.tools.doctor.video import VideoOptions
 
         asked = VideoOptions(str(video), mm_process_config, chunked_prefill_size, time)
-    return run(model_path, mminfer_config, as_json=json, video=asked, trust_remote_code=trust_remote_code, quick=quick)
+    launch = {"trust_remote_code": trust_remote_code, "enable_multimodal": enable_multimodal or None}
+    return run(model_path, mminfer_config, as_json=json, video=asked, launch=launch, quick=quick)

@@ -13,7 +13,7 @@ import os
 import platform as host
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,7 +52,7 @@ def run(
     *,
     as_json: bool = False,
     video: VideoOptions | None = None,
-    trust_remote_code: bool = False,
+    launch: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> int:
     """Print the report. Returns the exit status: 1 if there is an error, else 0.
@@ -62,14 +62,14 @@ def run(
         config_name: the value of --mminfer-config; None: that of the setting.
         as_json: print the findings as one JSON object.
         video: a video to examine; needs a model.
-        trust_remote_code: as SGLang's --trust-remote-code.
+        launch: fields of the server's arguments beside the model and the config.
         quick: versions and settings alone; SGLang and torch are not imported.
     """
     if quick:
         findings = [*examine_versions(), *_settings()]
     else:
         with _waiting() as show_section, _quiet() as problems:
-            findings = list(examine(model_path, config_name, problems, video, trust_remote_code, show_section))
+            findings = list(examine(model_path, config_name, problems, video, launch, show_section))
     ok = all(finding.status != "error" for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
@@ -83,7 +83,7 @@ def examine(
     config_name: str | None = None,
     problems: list[str] | None = None,
     video: VideoOptions | None = None,
-    trust_remote_code: bool = False,
+    launch: Mapping[str, Any] | None = None,
     show_section: Callable[[str], None] = lambda section: None,
 ) -> Iterator[Finding]:
     """All findings, section by section. `problems` receives the errors that SGLang logs meanwhile; see `_quiet`.
@@ -97,16 +97,13 @@ def examine(
         ("machine", _machine),
         ("gpu", examine_gpu),
         ("video", _video),
-        ("model", lambda: examine_model(model_path, config_name, trust_remote_code)),
+        ("model", lambda: examine_model(model_path, config_name, launch)),
     ]
     if video is not None and model_path is not None:
         from sglang_mminfer.tools.doctor import video as doctor_video
 
         sections.append(
-            (
-                doctor_video.SECTION,
-                lambda: doctor_video.examine_video(model_path, config_name, video, trust_remote_code),
-            )
+            (doctor_video.SECTION, lambda: doctor_video.examine_video(model_path, config_name, video, launch))
         )
     for section, check in sections:
         show_section(section)
@@ -302,8 +299,10 @@ def _mends() -> Iterator[Finding]:
         )
         return
     on = mends.active_names()
-    yield Finding("mends", "on", "ok", ", ".join(on) or "none")
-    if off := [mend.name for mend in mends.MENDS if mend.name not in on]:
+    off = [mend.name for mend in mends.MENDS if mend.name not in on]
+    named = f"all {len(on)}, which docs/mends.md tells" if not off else ", ".join(on) or "none"
+    yield Finding("mends", "on", "ok", named)
+    if off:
         yield Finding(
             "mends", "off", "note", f"{', '.join(off)} ({settings.MENDS.variable}, or not a fault of this SGLang)"
         )
@@ -422,7 +421,9 @@ def _video() -> Iterator[Finding]:
         )
 
 
-def examine_model(model_path: str | None, config_name: str | None, trust_remote_code: bool) -> Iterator[Finding]:
+def examine_model(
+    model_path: str | None, config_name: str | None, launch: Mapping[str, Any] | None = None
+) -> Iterator[Finding]:
     """What would run for a model; without a model, the head config only."""
     from sglang_mminfer.head_config import HeadConfig, HeadConfigError
 
@@ -445,7 +446,7 @@ def examine_model(model_path: str | None, config_name: str | None, trust_remote_
     from sglang_mminfer.serving.hooks import UnsupportedLaunch
 
     try:
-        server_args = server_args_of(model_path, config_name, trust_remote_code=trust_remote_code)
+        server_args = server_args_of(model_path, config_name, **(launch or {}))
     except UnsupportedLaunch as error:
         yield Finding("model", model_path, "error", "mminfer cannot serve it", str(error))
         return

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,17 +83,17 @@ class Preparation:
 
 
 def examine_video(
-    model_path: str, config_name: str | None, options: VideoOptions, trust_remote_code: bool = False
+    model_path: str, config_name: str | None, options: VideoOptions, launch: Mapping[str, Any] | None = None
 ) -> Iterator[Finding]:
     """All findings about one video and one model; a single error if the video cannot be served."""
     try:
-        yield from _findings(model_path, config_name, options, trust_remote_code)
+        yield from _findings(model_path, config_name, options, launch)
     except VideoError as error:
         yield Finding(SECTION, "video", "error", str(error), error.fix)
 
 
 def _findings(
-    model_path: str, config_name: str | None, options: VideoOptions, trust_remote_code: bool
+    model_path: str, config_name: str | None, options: VideoOptions, launch: Mapping[str, Any] | None
 ) -> Iterator[Finding]:
     from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 
@@ -105,7 +105,7 @@ def _findings(
         if (value := getattr(options, name)) is not None
     }
     try:
-        server_args = server_args_of(model_path, config_name, trust_remote_code=trust_remote_code, **fields)
+        server_args = server_args_of(model_path, config_name, **(launch or {}), **fields)
     except Exception as error:
         raise VideoError(
             f"not looked at, because no server would start: {brief(error)}", "mend that first; see the section before."

@@ -104,7 +104,7 @@ def test_every_error_has_a_fix(model: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    found = list(doctor.examine_model(str(tmp_path / "absent"), None, False))
+    found = list(doctor.examine_model(str(tmp_path / "absent"), None))
     assert [finding.status for finding in found] == ["error"]
     assert found[0].fix
 
@@ -120,7 +120,7 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         "num_hidden_layers": 2,
     }
     (tmp_path / "config.json").write_text(json.dumps(content))
-    (found,) = doctor.examine_model(str(tmp_path), None, False)
+    (found,) = doctor.examine_model(str(tmp_path), None)
     assert found.status == "error"
     assert "latent attention" in (found.fix or "")
 
