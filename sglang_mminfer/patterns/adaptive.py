@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,8 +39,8 @@ of attention at 128 dimensions, which is what a CPU takes for it at 32K keys."""
 class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     """As `a_shape`, plus every key whose score weighs more than `alpha` times all that the row sees in the sink and the
     window together: (A q) . (B k) * sm_scale > ln(alpha) + log-sum-exp of their q . k * sm_scale. A and B, of `rank`
-    rows, belong to the head; where there are none, the score is q . k. A text row that has vision before it sees all,
-    unless a boundary says otherwise.
+    rows, belong to the head; where there are none, the score is q . k. A text row that has vision before it sees all
+    with `text` "all", unless a boundary says otherwise; with "chosen" it chooses as every other row.
 
     Under a 2D-Boundary sink, window and scores are those of a pair's own keys. What a row asks for depends on the row
     and the keys before it alone, so it is the same however a prompt is cut. A query tile visits what any of its rows
@@ -57,6 +57,7 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     rank: Size
     alpha: Share
     budget: Share = 0.5
+    text: Literal["all", "chosen"] = "all"
 
     # ---- the exact rule ------------------------------------------------------------------------------------
 
@@ -70,12 +71,13 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
             a, b = (part[: self.rank].double() for part in pair.basis)
             scores = (q @ a.T) @ (k @ b.T).T * scale
         mask = window | (scores > (mass + math.log(self.alpha))[:, None])
-        return mask | pair.sees_all[:, None]
+        return mask | pair.sees_all[:, None] if self.text == "all" else mask
 
     # ---- for planning --------------------------------------------------------------------------------------
 
     def index(self, scope: Scope) -> PairIndex:
-        return PairIndex(sink=self.sink, local=self.local, whole=scope.sees_all, estimated=self, query_rows=QUERY_ROWS)
+        whole = scope.sees_all if self.text == "all" else {}
+        return PairIndex(sink=self.sink, local=self.local, whole=whole, estimated=self, query_rows=QUERY_ROWS)
 
     def picks(self, tokens: int) -> int:
         return math.ceil(self.budget * tokens)
@@ -130,7 +132,7 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
 
     @property
     def label(self) -> str:
-        return f"ad {self.rank},{self.alpha:g}"
+        return f"ad {self.rank},{self.alpha:g}{'' if self.text == 'all' else ',t'}"
 
     @property
     def basis_rank(self) -> int:
