@@ -123,8 +123,8 @@ def test_the_default_chooses_keys_in_any_model():
     config = HeadConfig.load("default")
     assert config.patterns(0) == [Adaptive(64, 256, 8, 0.01)] and config.model is None
     assert config.describe() == (
-        "default (any model, handwritten): all heads adaptive(sink 64, local 256, rank 8, alpha 0.01, budget 0.5); "
-        "no basis: by q . k"
+        "default (any model, handwritten): all heads adaptive(sink 64, local 256, rank 8, alpha 0.01, budget 0.5, "
+        "text all); no basis: by q . k"
     )
 
 
