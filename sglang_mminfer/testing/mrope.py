@@ -88,7 +88,8 @@ def positions(
     media = {rule.image: _pictures(images, rule), rule.video: _steps(videos, seconds, rule)}
     word, nothing = torch.zeros(3, 1, dtype=torch.int64), torch.empty(3, 0, dtype=torch.int64)
     parts: list[torch.Tensor] = []
-    token = next_position = 0
+    token = 0
+    next_position: int | float = 0
     while token < len(ids):
         part = next(media[ids[token]], nothing) if ids[token] in media else word
         tokens = part.shape[1]

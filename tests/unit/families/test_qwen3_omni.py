@@ -21,7 +21,6 @@ from sglang_mminfer.head_config.fingerprint import fingerprint_of
 from sglang_mminfer.testing import qwen_video
 from sglang_mminfer.testing.oracle_media import open_video
 from sglang_mminfer.testing.tiny_model import PLACEHOLDERS
-from sglang_mminfer.tools.doctor.video import embedding_bytes
 from sglang_mminfer.tools.media import make_image, make_video, write_video
 from sounds import make_sound
 
@@ -209,5 +208,3 @@ def test_parts_of_the_whole_config_are_found(processing: Processing) -> None:
     assert (fingerprint.layers, fingerprint.heads) == (qwen3_omni.LAYERS, qwen3_omni.HEADS)
     assert (fingerprint.kv_heads, fingerprint.head_dim) == (qwen3_omni.KV_HEADS, qwen3_omni.HEAD_DIM)
     assert fingerprint.rope_theta == 1e6
-    model = SimpleNamespace(hf_config=whole, hf_text_config=whole.get_text_config(), dtype=torch.float32)
-    assert embedding_bytes(model) == qwen3_omni.HIDDEN * 3 * 4, "two layers of deepstack"
