@@ -202,7 +202,7 @@ def _check_features(one: MediaItem, family: Family | None, hf_config: Any) -> No
     value = item.feature if item.precomputed_embeddings is None else item.precomputed_embeddings
     shape = _shape_of(value, name)
     if embedded:
-        wide = _widths(hf_config)
+        wide = _widths(item, hf_config)
         if len(shape) < 2 or shape[-1] not in wide or math.prod(shape[:-1]) != tokens:
             raise ValueError(
                 f"{name}: expected embeddings of {tokens} x {' or '.join(map(str, wide))} for its {tokens} tokens, got "
@@ -226,9 +226,9 @@ def _shape_of(value: Any, name: str) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _widths(hf_config: Any) -> list[int]:
+def _widths(item: Any, hf_config: Any) -> list[int]:
     """The widths that an embedding may have. Qwen3-VL's holds the features of its deepstack layers, too."""
     get = getattr(hf_config, "get_text_config", None)
     width = int(get().hidden_size if get is not None else hf_config.hidden_size)
     deep = getattr(getattr(hf_config, "vision_config", None), "deepstack_visual_indexes", None) or ()
-    return [width * (1 + len(deep))]
+    return [width if item.is_audio() else width * (1 + len(deep))]

@@ -104,6 +104,15 @@ MENDS: tuple[Mend, ...] = (
         "processors/qwen_vl.py: pass video_metadata for qwen2_5_vl, too.",
     ),
     Mend(
+        "qwen3_omni",
+        "Qwen3-Omni's processor assumes that a frame a second was taken of each video, so a video of which 2 were "
+        "taken seems to last twice as long. A prompt with a picture or video and two sounds is an internal error.",
+        "The time between two temporal patches is the real one (with video_seconds), cut to a whole position, because "
+        "SGLang has no other. A prompt may have several sounds.",
+        "tests/unit/families/test_qwen3_omni.py",
+        "processors/qwen_vl.py: seconds of each video and the lengths of all sounds for get_rope_index.",
+    ),
+    Mend(
         "frames_apart",
         "Qwen2.5-VL's vision blocks with full attention see all frames of a video at once.",
         "They see one temporal patch at a time, as in training and as in SGLang's other Qwen models; encoding a long "

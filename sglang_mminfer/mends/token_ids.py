@@ -16,7 +16,7 @@ from typing import Any
 from sglang_mminfer import mends
 from sglang_mminfer.mends import requests, verbatim
 
-_KINDS = ("image", "video")
+_KINDS = ("image", "video", "audio")
 
 _TOKENS_OF_MEDIA = ("vision_start_token_id", "vision_end_token_id", "img_start_token_id", "img_end_token_id")
 """Attributes of SGLang's processors that hold the tokens around a medium, by which they find it."""

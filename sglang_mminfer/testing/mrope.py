@@ -1,4 +1,4 @@
-"""m-RoPE positions of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 by the rule of the released model code.
+"""m-RoPE positions of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and Qwen3-Omni by the rule of the released model code.
 
 The oracle has its own copy of the rule, because both others differ: in transformers, text after a video continues
 behind the video's rows and columns even if its time went further; SGLang takes the seconds that it is told.
@@ -18,6 +18,8 @@ Grid = tuple[int, int, int]
 STEPS_APART = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 """Model types for which each step of a video is a picture of its own, behind its time in words."""
 
+_OMNI = "qwen3_omni_moe_thinker"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -29,6 +31,8 @@ class Rule:
         tokens_per_second: how many positions a second of video takes. None for models that count time in steps
             (Qwen2-VL) and for models with `steps_apart`.
         steps_apart: whether each step of a video is a picture of its own, behind its time in words (`STEPS_APART`).
+        fractions: whether the time of a step is not cut to a whole position, so that all that comes behind the video
+            may have a fraction, too (Qwen3-Omni).
     """
 
     image: int
@@ -36,23 +40,30 @@ class Rule:
     merge: int
     tokens_per_second: float | None
     steps_apart: bool
+    fractions: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Rule:
         """The rule of a model, from its transformers config.
 
         Raises:
-            ValueError: the model type is not one of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5.
+            ValueError: the model type is not one of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and Qwen3-Omni's thinker.
         """
         kind = config.model_type
-        if kind not in ("qwen2_vl", "qwen2_5_vl") and kind not in STEPS_APART:
-            raise ValueError(f"m-RoPE: expected qwen2_vl, qwen2_5_vl, {', '.join(STEPS_APART)}, got {kind!r}")
+        known = ("qwen2_vl", "qwen2_5_vl", _OMNI, *STEPS_APART)
+        if kind not in known:
+            raise ValueError(f"m-RoPE: expected {', '.join(known)}, got {kind!r}")
+        rates = {
+            "qwen2_5_vl": lambda: config.vision_config.tokens_per_second,
+            _OMNI: lambda: config.position_id_per_seconds,
+        }
         return cls(
             image=config.image_token_id,
             video=config.video_token_id,
             merge=config.vision_config.spatial_merge_size,
-            tokens_per_second=config.vision_config.tokens_per_second if kind == "qwen2_5_vl" else None,
+            tokens_per_second=rates[kind]() if kind in rates else None,
             steps_apart=kind in STEPS_APART,
+            fractions=kind == _OMNI,
         )
 
 
@@ -63,7 +74,7 @@ def positions(
     videos: Sequence[Grid] = (),
     seconds: Sequence[float] = (),
 ) -> torch.Tensor:
-    """Time, row and column of each token: int64 [3, len(ids)].
+    """Time, row and column of each token: [3, len(ids)], int64, or float32 if the rule has `fractions`.
 
     Args:
         ids: the prompt's token ids, with one placeholder for each token of a medium.
@@ -75,9 +86,10 @@ def positions(
         ValueError: placeholders and grids do not fit.
     """
     media = {rule.image: _pictures(images, rule), rule.video: _steps(videos, seconds, rule)}
-    word, nothing = torch.zeros(3, 1, dtype=torch.int64), torch.empty(3, 0)
+    word, nothing = torch.zeros(3, 1, dtype=torch.int64), torch.empty(3, 0, dtype=torch.int64)
     parts: list[torch.Tensor] = []
-    token = next_position = 0
+    token = 0
+    next_position: int | float = 0
     while token < len(ids):
         part = next(media[ids[token]], nothing) if ids[token] in media else word
         tokens = part.shape[1]
@@ -85,7 +97,7 @@ def positions(
             raise ValueError(f"m-RoPE: placeholders from token {token} on do not fit the grids {images} and {videos}")
         parts.append(part + next_position)
         token += tokens
-        next_position = int(parts[-1].max()) + 1  # whatever comes next starts after the highest position
+        next_position = parts[-1].max().item() + 1  # whatever comes next starts after the highest position
     if any(next(raster, None) is not None for raster in media.values()):
         raise ValueError(f"m-RoPE: the prompt has fewer placeholders than the grids {images} and {videos}")
     return torch.cat(parts, dim=1)
@@ -108,12 +120,13 @@ def _steps(grids: Sequence[Grid], seconds: Sequence[float], rule: Rule) -> Itera
         elif rule.tokens_per_second is not None:
             # In fp32, as in the released code: the product is truncated, so its rounding matters near whole numbers.
             time = torch.arange(steps) * torch.tensor(seconds[i], dtype=torch.float32) * rule.tokens_per_second
-            yield _raster(time.long(), rows, columns)
+            yield _raster(time if rule.fractions else time.long(), rows, columns)
         else:
             yield _raster(torch.arange(steps), rows, columns)
 
 
 def _raster(time: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """[3, len(time) * rows * columns]"""
-    axes = torch.meshgrid(time, torch.arange(rows), torch.arange(columns), indexing="ij")
+    space = [torch.arange(count, dtype=time.dtype) for count in (rows, columns)]
+    axes = torch.meshgrid(time, *space, indexing="ij")
     return torch.stack([axis.flatten() for axis in axes])

@@ -95,17 +95,21 @@ class HFOracle:
     ) -> None:
         if frames not in ("apart", "joint"):
             raise ValueError(f'HFOracle.frames: expected "apart" or "joint", got {frames!r}')
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoProcessor
 
         name = os.fspath(path)
         self.config = {kind: dict(options) for kind, options in (mm_process_config or {}).items()}
         self.kv_dtype = kv_dtype
         self.processor = AutoProcessor.from_pretrained(name)
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention
-        ).eval()
+        self.model = self.load(name, dtype=torch.float32, attn_implementation=attention).eval()
         if frames == "joint":
             self.model.model.visual.register_forward_pre_hook(_join_frames, with_kwargs=True)
+
+    def load(self, path: str, **options: Any) -> Any:
+        """Transformers' model of a checkpoint. Further arguments are those of its `from_pretrained`."""
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(path, **options)
 
     def inputs(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
         """The model's inputs for the prompt of a conversation: ids, pixels, grids, m-RoPE positions.
@@ -128,17 +132,26 @@ class HFOracle:
                 "do_sample_frames": False,
                 "video_metadata": [video.metadata for video in sampled],
             }
-        inputs = self.processor(text=[text], padding=True, return_tensors="pt", **arguments)
-        for name in ("video_metadata", "second_per_grid_ts"):  # the positions hold this already
+        inputs = self.processed(text, **arguments)
+        for name in (
+            "video_metadata",
+            "second_per_grid_ts",
+            "video_second_per_grid",
+        ):  # the positions hold this already
             inputs.pop(name, None)
-        inputs["position_ids"] = mrope.positions(
+        positions = mrope.positions(
             inputs["input_ids"][0].tolist(),
             mrope.Rule.of(self.model.config),
             inputs.get("image_grid_thw", torch.empty(0, 3)).tolist(),
             inputs.get("video_grid_thw", torch.empty(0, 3)).tolist(),
             [self.model.config.vision_config.temporal_patch_size / video.sampled_fps for video in sampled],
-        )[:, None]
+        )
+        inputs["position_ids"] = positions.long()[:, None]  # a server has whole positions only
         return dict(inputs)
+
+    def processed(self, text: str, **arguments: Any) -> Any:
+        """What the checkpoint's processor makes of a prompt. Further arguments hold its media."""
+        return self.processor(text=[text], padding=True, return_tensors="pt", **arguments)
 
     @torch.no_grad()
     def answer(self, messages: Sequence[Message], max_new_tokens: int = 8, top_logprobs: int = 20) -> OracleAnswer:

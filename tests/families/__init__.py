@@ -48,7 +48,7 @@ class Family:
         oracle_title: what answers are compared with, in words.
         served_by: "SGLang" for its own model class, "fallback" for its class around any of transformers, "plugin"
             for one of this package.
-        images, video, several_videos: what a turn may hold.
+        images, video, several_videos, sound: what a turn may hold.
         cached_turns: whether a turn finds the turns before it in the radix cache.
         recurrent: whether layers have a recurrent state, so that a prefix is found only up to where a request or a
             chunk ended.
@@ -77,6 +77,7 @@ class Family:
     images: bool = True
     video: bool = True
     several_videos: bool = True
+    sound: bool = False
     cached_turns: bool = True
     recurrent: bool = False
     lone_image: bool = False

@@ -91,19 +91,28 @@ class Processing:
     def token(self, text: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(text))
 
-    def __call__(self, prompt: str | list[int], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Processed:
+    def __call__(
+        self,
+        prompt: str | list[int],
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        sounds: Sequence[Any] = (),
+    ) -> Processed:
         """Of files, or of anything else that a request may hold."""
+        media = [
+            [str(one) if isinstance(one, Path) else one for one in kind] or None for kind in (images, videos, sounds)
+        ]
         request = SimpleNamespace(
-            image_data=[str(image) if isinstance(image, Path) else image for image in images] or None,
-            video_data=[str(video) if isinstance(video, Path) else video for video in videos] or None,
-            audio_data=None,
+            image_data=media[0],
+            video_data=media[1],
+            audio_data=media[2],
             modalities=None,
             rid="test",
         )
         with self.published():
             output = asyncio.run(
                 self.processor.process_mm_data_async(
-                    image_data=request.image_data, audio_data=None, input_text=prompt, request_obj=request
+                    image_data=request.image_data, audio_data=request.audio_data, input_text=prompt, request_obj=request
                 )
             )
         return Processed(output, self.hf_config)

@@ -16,6 +16,7 @@ from families import FAMILIES, Family
 from serving import LAYERS, ROUNDING, SPECULATION, Dialogue, Message, Served, assistant, image, text, user, video
 from sglang_mminfer.testing.oracle import OracleAnswer, compare
 from sglang_mminfer.tools.media import make_image, make_video
+from sounds import make_sound
 
 CHUNK = 117
 EVERYTHING = 1 << 30
@@ -96,6 +97,9 @@ class Files:
     """Unusual videos that can be read."""
     unreadable: dict[str, Path]
     """Paths that hold no video."""
+    sounds: tuple[Path, Path]
+    """Noise of two lengths. Transformers pads the end of a sound of less than a second if a longer one is beside it,
+    and so its encoding depends on others."""
 
 
 def make_shown(root: Path) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
@@ -134,6 +138,7 @@ def make_files(root: Path) -> Files:
             "10000_frames": make_video(root / "long.mp4", 10_000, 64, 64, 25, seed=6),
         },
         unreadable={name: root / f"{name}.mp4" for name in ("broken", "words", "missing")},
+        sounds=(make_sound(root / "a.wav", 1.3, seed=1), make_sound(root / "b.wav", 1.6, seed=2)),
     )
 
 

@@ -131,6 +131,10 @@ def image(path: Path) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": str(path)}}
 
 
+def sound(path: Path) -> dict[str, Any]:
+    return {"type": "audio_url", "audio_url": {"url": str(path)}}
+
+
 def user(*parts: dict[str, Any]) -> Message:
     return {"role": "user", "content": list(parts)}
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from families_served import EVERY_SERVER, FAMILY_SERVERS, Files, Running, make_files
 from programs import Recording, chats, conversation
-from serving import LAYERS, Message, Served, assistant, image, same, text, user, video
+from serving import LAYERS, Message, Served, assistant, image, same, sound, text, user, video
 from sglang_mminfer.serving.clip_sender import CLIP_RID
 from sglang_mminfer.tools.media import make_video
 
@@ -90,6 +90,20 @@ def test_several_videos_in_a_turn(running: Running) -> None:
     first, second = running.files.videos
     running.ask([user(video(second), text("What?"), video(first), text("Compare both."))], "several")
     assert running.rasters("several") == ["video", "video"]
+
+
+def test_sounds_beside_pictures_and_videos(running: Running) -> None:
+    """They are read, and for a map they are text. A prompt that has nothing else runs dense."""
+    needs(running.family.sound, "without sound")
+    files = running.files
+    heard = [sound(path) for path in files.sounds]
+    messages = [user(heard[1], text("Who?"))]
+    running.hold(running.oracle.answer(messages), running.served.ask(messages, rid="sound alone"))
+    assert {r.dense_reason for r in running.served.records("sound alone")} == {"no_media"}
+    running.ask([user(heard[0], image(files.images[0]), text("What is this?"))], "sound")
+    assert running.rasters("sound") == ["image"]
+    running.ask([user(heard[0], video(files.videos[0]), text("And"), heard[1])], "sounds")
+    assert running.rasters("sounds") == ["video"]
 
 
 def test_every_turn_of_a_conversation(running: Running) -> None:

@@ -18,7 +18,7 @@ from sglang_mminfer.modality.items import grid_rows
 _PIXELS = frozenset({"min_pixels", "max_pixels", "resized_height", "resized_width"})
 _BY_RATE, _BY_COUNT = frozenset({"fps", "min_frames", "max_frames"}), frozenset({"num_frames"})
 
-_METADATA = "mminfer_video_metadata"
+METADATA = "mminfer_video_metadata"
 """Attribute of what SGLang loads for a prompt: for each video, where its frames stand in the file."""
 
 _KINDS = {"<|image_pad|>": ("image",), "<|video_pad|>": ("video",)}
@@ -64,7 +64,7 @@ def processor_class(base: Any) -> Any:
             setattr(loaded, _SMALL, any(options.on(video).keys() & _SMALLER for video in loaded.videos))
             # The caller takes frames as they are and knows no times for them, so the times are kept beside them.
             loaded.videos = [frames for frames, _ in sampled]
-            setattr(loaded, _METADATA, [metadata for _, metadata in sampled])
+            setattr(loaded, METADATA, [metadata for _, metadata in sampled])
             return loaded
 
         async def _run_preprocess_and_build_artifact_batch(self, entries: Any) -> Any:
@@ -151,7 +151,7 @@ def processor_class(base: Any) -> Any:
             return video.resized(*size), config
 
         async def process_and_combine_mm_data_async(self, base_output: Any, *args: Any, **kwargs: Any) -> Any:
-            metadata = getattr(base_output, _METADATA, None)
+            metadata = getattr(base_output, METADATA, None)
             if metadata and all(metadata):
                 from sglang.srt.multimodal.processors.qwen_vl import _get_processor_video_config
 

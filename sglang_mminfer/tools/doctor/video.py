@@ -298,7 +298,8 @@ def _chunk_size(model: Any, view: Any) -> int | None:
 
 def embedding_bytes(model: Any) -> int:
     """Bytes of one token in SGLang's embedding cache. Models with deepstack keep the features of several layers."""
-    layers = getattr(getattr(model.hf_config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    whole = getattr(model.hf_config, "thinker_config", model.hf_config)
+    layers = getattr(getattr(whole, "vision_config", None), "deepstack_visual_indexes", None) or ()
     return model.hf_text_config.hidden_size * (1 + len(layers)) * model.dtype.itemsize
 
 

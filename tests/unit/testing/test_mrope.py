@@ -42,6 +42,13 @@ def test_text_goes_on_behind_the_highest_position_whichever_axis_has_it() -> Non
     assert long[0].tolist() == [0, 4, 8, 12, 16, 20, 24, 28, 29]
 
 
+def test_qwen3_omni_keeps_fractions() -> None:
+    """A word, a video of three steps of 1 x 1 token 0.6 seconds apart at 2 positions a second, two words."""
+    got = mrope.positions([WORD, *[VIDEO] * 3, WORD, WORD], rule(fractions=True), videos=[(3, 2, 2)], seconds=[0.6])
+    torch.testing.assert_close(got[0], torch.tensor([0, 1, 2.2, 3.4, 4.4, 5.4]))
+    assert got[1].tolist() == got[2].tolist() and got[1, :4].tolist() == [0, 1, 1, 1]
+
+
 def test_qwen2_counts_steps_and_qwen3_pictures() -> None:
     steps = mrope.positions([VIDEO] * 3 + [WORD], rule(tokens_per_second=None), videos=[(3, 2, 2)])
     assert steps[0].tolist() == [0, 1, 2, 3]

@@ -58,10 +58,16 @@ def case(request: pytest.FixtureRequest, video: str, tmp_path_factory: pytest.Te
     return Case(family, str(family.make(tmp_path_factory.mktemp(family.name) / "model")), video)
 
 
+def model_config(path: str) -> dict[str, Any]:
+    """A config.json, or the part of it that is the model's, where others are beside it."""
+    config = json.loads((Path(path) / "config.json").read_text())
+    return config.get("thinker_config") or config
+
+
 def text_config(path: str) -> dict[str, Any]:
     """The language model's part of a config.json, wherever the config has it."""
     root = Path(path)
-    config = json.loads((root / "config.json").read_text())
+    config = model_config(path)
     for name in ("text_config", "llm_config"):
         if name in config:
             return config[name]
@@ -92,7 +98,7 @@ def test_tokens_grid_and_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     layers = config.get("layer_types", []).count("full_attention") or config["num_hidden_layers"]
     kv = total * layers * config["num_key_value_heads"] * 2 * head_dim * FP32
     assert found["KV cache"].text.startswith(f"{kv / MB:.1f} MB for this prompt")
-    deep = json.loads((Path(case.path) / "config.json").read_text()).get("vision_config") or {}
+    deep = model_config(case.path).get("vision_config") or {}
     width = hidden * (1 + len(deep.get("deepstack_visual_indexes") or ()))
     assert found["vision encoder"].text.startswith(f"{media * width * FP32 / MB:.1f} MB of embeddings")
     assert ("in chunks of 32" in found["vision encoder"].text) == case.family.chunked_prefill
