@@ -269,6 +269,7 @@ def test_pages_through_the_wrapper(page_size, layout):
 
 CHOOSING = [
     Adaptive(8, 64, 8, 0.02),
+    Adaptive(8, 64, 8, 0.02, text="chosen"),
     QBoundary({TEXT: Dense(), VISION: Adaptive(8, 30, 4, 0.1)}),
     Boundary2D({(VIDEO, VISION): Adaptive(8, 30, 8, 0.1), (TEXT, TEXT): AShape(4, 60)}),
 ]

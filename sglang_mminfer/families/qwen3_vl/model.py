@@ -30,11 +30,13 @@ def with_videos_over_ranks(base: Any) -> type:
         """
 
         def _get_visual_feature(self, items: list[Any], grid_thw: Any) -> Any:
+            import torch
             from sglang.srt.runtime_context import get_parallel
 
             ranks = get_parallel().attn_tp_size
-            # A feature that is not a tensor here lies on a device of another process, which counts who has read it.
-            if self.use_data_parallel and ranks > 1 and all(hasattr(item.feature, "split") for item in items):
+            # A feature that is no tensor here lies on a device of another process, which counts who has read it.
+            here = all(isinstance(item.feature, torch.Tensor) for item in items)
+            if self.use_data_parallel and ranks > 1 and here and len(items) == len(grid_thw):
                 items, grid_thw = in_clips(items, grid_thw, ranks)
             return super()._get_visual_feature(items, grid_thw)
 
