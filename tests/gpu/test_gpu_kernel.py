@@ -273,7 +273,7 @@ CHOOSING = [
     QBoundary({TEXT: Dense(), VISION: Adaptive(8, 30, 4, 0.1)}),
     Boundary2D({(VIDEO, VISION): Adaptive(8, 30, 8, 0.1), (TEXT, TEXT): AShape(4, 60)}),
 ]
-by_choice = pytest.mark.parametrize("head", CHOOSING, ids=["alone", "q-boundary", "2d-boundary"])
+by_choice = pytest.mark.parametrize("head", CHOOSING, ids=["alone", "text too", "q-boundary", "2d-boundary"])
 
 
 def chosen(
