@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -55,6 +55,7 @@ class Unlaunched:
 @settings(max_examples=60)
 @given(batches(any_pattern))
 def test_the_host_never_waits_for_the_device(batch):
+    assume(any(batch.q_lens))  # a planner knows the device by its requests
     with pytest.MonkeyPatch.context() as patch:
         for module, kernels in KERNELS.items():
             for kernel in kernels:
