@@ -31,6 +31,7 @@ class MediaExecutor(StreamExecutor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ended = False
         self._failed: set[str] = set()
+        self._forks: list[StreamExecutor] = []
         super().__init__(*args, **kwargs)  # starts the thread
 
     def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> list[StreamExecutor]:
@@ -39,7 +40,9 @@ class MediaExecutor(StreamExecutor):
         SGLang looks whether there is a prefix before its thread has written it.
         """
         self.sync()
-        return super().fork(size, position_ids_offset)
+        forks = super().fork(size, position_ids_offset)
+        self._forks += forks
+        return forks
 
     def submit(self, expr: Any) -> None:
         """Execute an expression after those before it.
@@ -89,12 +92,17 @@ class MediaExecutor(StreamExecutor):
 
         SGLang runs a program that streams in a thread, and calls this while an exception ends the program. Nobody but
         the streams can tell the user.
+
+        Forks end, too: SGLang leaves those behind one that failed, and a process waits for their threads for ever.
         """
         failure, first_end, is_fork = sys.exc_info()[1], not self._ended, self.fork_start_text_pos is not None
         self._ended = True
         if isinstance(failure, Exception) and first_end and self.stream and self.use_thread and not is_fork:
             self.queue.put(failure)  # behind all that was submitted before it
         super().end()
+        for fork in self._forks:
+            fork.end()
+        self._forks.clear()
 
     def _thread_worker_func(self) -> None:
         """Executes what is submitted. After an error it executes no more but takes all, because SGLang's thread ends,

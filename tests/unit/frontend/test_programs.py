@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,6 +225,7 @@ def test_a_fork_prefills_what_is_shared_first(server: StandIn, files: dict[str, 
 
 def test_a_failed_child_raises_in_join(server: StandIn, files: dict[str, str]) -> None:
     seen = []
+    before = set(threading.enumerate())
 
     @sgl.function
     def program(s: Any) -> None:
@@ -238,6 +240,10 @@ def test_a_failed_child_raises_in_join(server: StandIn, files: dict[str, str]) -
     server.refuse = lambda body: TOO_LONG if "question 1" in body["text"] else None
     program.run(backend=MediaEndpoint(server.url)).sync()
     assert seen == [(TOO_LONG, " answer 1", " answer 3")]
+    for thread in set(threading.enumerate()) - before:  # a process would wait for them when it ends
+        if not thread.daemon:
+            thread.join(10)
+            assert not thread.is_alive(), thread
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
