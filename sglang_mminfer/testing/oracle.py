@@ -133,11 +133,7 @@ class HFOracle:
                 "video_metadata": [video.metadata for video in sampled],
             }
         inputs = self.processed(text, **arguments)
-        for name in (
-            "video_metadata",
-            "second_per_grid_ts",
-            "video_second_per_grid",
-        ):  # the positions hold this already
+        for name in ("video_metadata", "second_per_grid_ts", "video_second_per_grid"):  # the positions hold this
             inputs.pop(name, None)
         positions = mrope.positions(
             inputs["input_ids"][0].tolist(),

@@ -405,6 +405,14 @@ def _processor(arch: str) -> Any:
     return kind(image_processor=image, tokenizer=tokenizer, video_processor=video, chat_template=CHAT_TEMPLATE)
 
 
+def rename_weights(path: Path, renamed: Callable[[str], str]) -> None:
+    """Gives each weight of a checkpoint without shards another name."""
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    save_file({renamed(name): weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
 def spoken_tokens(tokenizer: Any, rows: int) -> torch.Tensor:
     """bool [rows]: True for the tokens that are a word of WORDS with the space before it."""
     spoken = torch.zeros(rows, dtype=torch.bool)

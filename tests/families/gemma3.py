@@ -99,17 +99,9 @@ def _write(path: Path) -> None:
     model: Any = transformers.Gemma3ForConditionalGeneration(config)
     spoken = tiny_model.spoken_tokens(tokenizer, rows)
     tiny_model.save_all(model, processor, tokenizer, rows, SEED, path, lambda drawn: _adjust(drawn, spoken))
-    _name_as_released(path / "model.safetensors")
-
-
-def _name_as_released(file: Path) -> None:
-    """Transformers writes the vision tower's weights without a part of their names, and SGLang looks for that part."""
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(file)
+    # Transformers writes names without a part that SGLang looks for.
     tower = "vision_tower."
-    named = {name.replace(tower, f"{tower}vision_model.", 1): weight for name, weight in weights.items()}
-    save_file(named, file, metadata={"format": "pt"})
+    tiny_model.rename_weights(path, lambda name: name.replace(tower, f"{tower}vision_model.", 1))
 
 
 @torch.no_grad()

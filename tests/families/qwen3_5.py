@@ -95,16 +95,7 @@ def make_config(ids: Mapping[str, int], rows: int, moe: bool) -> Any:
     import transformers
 
     text = text_config(ids, rows, moe)
-    vision = {
-        "depth": qwen3_vl.VISION_DEPTH,
-        "hidden_size": qwen3_vl.VISION_HIDDEN,
-        "intermediate_size": 2 * qwen3_vl.VISION_HIDDEN,
-        "num_heads": 2,
-        "patch_size": qwen3_vl.PATCH,
-        "out_hidden_size": HIDDEN,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [],
-    }
+    vision = qwen3_vl.vision_config(HIDDEN, deepstack=())
     tokens = {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],

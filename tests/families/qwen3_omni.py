@@ -20,7 +20,6 @@ from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle, Message
 
 SEED = 0
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 128, 2, 8, 2, 32
 AUDIO_HIDDEN, AUDIO_DEPTH = 64, 2
 POSITIONS_PER_SECOND = 13
 
@@ -48,13 +47,7 @@ def _processor() -> Any:
     import transformers
 
     return transformers.Qwen3OmniMoeProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            size={"shortest_edge": qwen3_vl.SMALLEST, "longest_edge": qwen3_vl.LARGEST},
-            patch_size=qwen3_vl.PATCH,
-            merge_size=qwen3_vl.MERGE,
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
-        ),
+        image_processor=qwen3_vl.image_processor(),
         video_processor=transformers.Qwen2VLVideoProcessor(
             patch_size=qwen3_vl.PATCH,
             merge_size=qwen3_vl.MERGE,
@@ -75,43 +68,15 @@ def _write(path: Path) -> None:
     tokenizer = processor.tokenizer
     rows = tiny_model.vocabulary_rows(tokenizer)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    text = {
-        "vocab_size": rows,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 65536,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": qwen3_vl.MROPE_SECTION,
-            "mrope_interleaved": True,
-        },
-        "num_experts": qwen3_vl.EXPERTS,
-        "num_experts_per_tok": qwen3_vl.EXPERTS_PER_TOKEN,
-        "moe_intermediate_size": qwen3_vl.EXPERT_WIDTH,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-    }
-    vision = {
-        "depth": qwen3_vl.VISION_DEPTH,
-        "hidden_size": qwen3_vl.VISION_HIDDEN,
-        "intermediate_size": 2 * qwen3_vl.VISION_HIDDEN,
-        "num_heads": 2,
-        "patch_size": qwen3_vl.PATCH,
-        "out_hidden_size": HIDDEN,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
-    }
+    text = qwen3_vl.text_config(ids, rows, moe=True)
+    text["rope_parameters"]["rope_theta"] = 1e6
+    vision = qwen3_vl.vision_config(qwen3_vl.HIDDEN)
     audio = {
         "encoder_layers": AUDIO_DEPTH,
         "encoder_attention_heads": 2,
         "encoder_ffn_dim": 2 * AUDIO_HIDDEN,
         "d_model": AUDIO_HIDDEN,
-        "output_dim": HIDDEN,
+        "output_dim": qwen3_vl.HIDDEN,
         "downsample_hidden_size": 16,
     }
     thinker = {
@@ -131,19 +96,11 @@ def _write(path: Path) -> None:
         transformers.Qwen3OmniMoeThinkerConfig(**thinker)
     )
     tiny_model.save_all(model, processor, tokenizer, rows, SEED, path)
-    _name_as_released(path / "model.safetensors")
+    tiny_model.rename_weights(path, lambda name: f"thinker.{name}")  # the whole has other parts, too
     whole = transformers.Qwen3OmniMoeConfig(
         thinker_config=thinker, enable_audio_output=False, architectures=["Qwen3OmniMoeForConditionalGeneration"]
     )
     whole.save_pretrained(path)
-
-
-def _name_as_released(file: Path) -> None:
-    """Gives each weight the name that it has in a model with a thinker and other parts."""
-    from safetensors.torch import load_file, save_file
-
-    weights = {f"thinker.{name}": weight for name, weight in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})
 
 
 class Oracle(HFOracle):

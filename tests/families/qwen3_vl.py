@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +31,26 @@ def make_moe(path: str | os.PathLike[str]) -> Path:
     return tiny_model.make_checkpoint(path, {"arch": "qwen3_vl_moe"}, lambda fresh: _write(fresh, moe=True))
 
 
-def make_processor() -> Any:
-    """Tokenizer, image and video processor as one Qwen3VLProcessor."""
+def image_processor() -> Any:
+    """That of all models with this vision tower."""
     import transformers
 
-    return transformers.Qwen3VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            size={"shortest_edge": SMALLEST, "longest_edge": LARGEST},
-            patch_size=PATCH,
-            merge_size=MERGE,
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
-        ),
-        tokenizer=tiny_model.make_tokenizer(),
-        # Its sizes are of a whole video, temporal patches included.
-        video_processor=transformers.Qwen3VLVideoProcessor(
-            size={"shortest_edge": SMALLEST, "longest_edge": 64 * LARGEST}, cap_pixels_per_frame=False
-        ),
-        chat_template=tiny_model.CHAT_TEMPLATE,
+    return transformers.Qwen2VLImageProcessor(
+        size={"shortest_edge": SMALLEST, "longest_edge": LARGEST},
+        patch_size=PATCH,
+        merge_size=MERGE,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
 
 
-def _write(path: Path, moe: bool) -> None:
-    import transformers
+def text_config(ids: Mapping[str, int], rows: int, moe: bool) -> dict[str, Any]:
+    """The part of the config that is the language model's.
 
-    processor = make_processor()
-    tokenizer = processor.tokenizer
-    rows = tiny_model.vocabulary_rows(tokenizer)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tiny_model.SPECIAL_TOKENS}
+    Args:
+        ids: of the special tokens.
+        rows: of the token embedding.
+    """
     text: dict[str, Any] = {
         "vocab_size": rows,
         "hidden_size": HIDDEN,
@@ -82,18 +74,53 @@ def _write(path: Path, moe: bool) -> None:
             "num_experts": EXPERTS,
             "num_experts_per_tok": EXPERTS_PER_TOKEN,
             "moe_intermediate_size": EXPERT_WIDTH,
-            "tie_word_embeddings": False,
         }
-    vision = {
+    return text
+
+
+def vision_config(width: int, deepstack: Sequence[int] = (0, 1)) -> dict[str, Any]:
+    """The part of a config that is the vision tower's.
+
+    Args:
+        width: of the language model.
+        deepstack: the tower's layers whose features go to layers of the language model.
+    """
+    return {
         "depth": VISION_DEPTH,
         "hidden_size": VISION_HIDDEN,
         "intermediate_size": 2 * VISION_HIDDEN,
         "num_heads": 2,
         "patch_size": PATCH,
-        "out_hidden_size": HIDDEN,
+        "out_hidden_size": width,
         "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
+        "deepstack_visual_indexes": list(deepstack),
     }
+
+
+def make_processor() -> Any:
+    """Tokenizer, image and video processor as one Qwen3VLProcessor."""
+    import transformers
+
+    return transformers.Qwen3VLProcessor(
+        image_processor=image_processor(),
+        tokenizer=tiny_model.make_tokenizer(),
+        # Its sizes are of a whole video, temporal patches included.
+        video_processor=transformers.Qwen3VLVideoProcessor(
+            size={"shortest_edge": SMALLEST, "longest_edge": 64 * LARGEST}, cap_pixels_per_frame=False
+        ),
+        chat_template=tiny_model.CHAT_TEMPLATE,
+    )
+
+
+def _write(path: Path, moe: bool) -> None:
+    import transformers
+
+    processor = make_processor()
+    tokenizer = processor.tokenizer
+    rows = tiny_model.vocabulary_rows(tokenizer)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tiny_model.SPECIAL_TOKENS}
+    text = text_config(ids, rows, moe) | ({"tie_word_embeddings": False} if moe else {})
+    vision = vision_config(HIDDEN)
     tokens = {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sglang.srt.utils import VideoData
 
-from families import qwen3_omni
+from families import qwen3_omni, qwen3_vl
 from families.qwen3_omni import POSITIONS_PER_SECOND, SOUND
 from processing import Processed, Processing, cells_of
 from sglang_mminfer import families, settings
@@ -205,6 +205,6 @@ def test_parts_of_the_whole_config_are_found(processing: Processing) -> None:
     assert merged.merge == 4  # type: ignore[union-attr]
     fingerprint = fingerprint_of(whole)
     assert fingerprint.architecture == "Qwen3OmniMoeForConditionalGeneration"
-    assert (fingerprint.layers, fingerprint.heads) == (qwen3_omni.LAYERS, qwen3_omni.HEADS)
-    assert (fingerprint.kv_heads, fingerprint.head_dim) == (qwen3_omni.KV_HEADS, qwen3_omni.HEAD_DIM)
+    assert (fingerprint.layers, fingerprint.heads) == (qwen3_vl.LAYERS, qwen3_vl.HEADS)
+    assert (fingerprint.kv_heads, fingerprint.head_dim) == (qwen3_vl.KV_HEADS, qwen3_vl.HEAD_DIM)
     assert fingerprint.rope_theta == 1e6
