@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_mminfer.modality.runs import Ints
+from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.patterns.base import Count, Share, Size
 from sglang_mminfer.patterns.choice import Between, Rule, pick, project
 from sglang_mminfer.patterns.estimated import Added, Estimated, Evidence, Findings, Picked, QueryTiles
@@ -126,9 +128,9 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     @classmethod
     def ladder(cls, prompt: Prompt) -> Iterator[tuple[str, Adaptive]]:
         local = prompt.windows[min(1, len(prompt.windows) - 1)]
-        for rank in prompt.ranks:
-            for alpha in ALPHAS:
-                yield f"adaptive {rank},{alpha:g}", cls(SINK, local, rank, alpha)
+        for rank, alpha in product(prompt.ranks, ALPHAS):
+            yield f"adaptive {rank},{alpha:g}", cls(SINK, local, rank, alpha)
+            yield f"adaptive {rank},{alpha:g} text chosen", cls(SINK, local, rank, alpha, text="chosen")
 
     @property
     def label(self) -> str:
@@ -137,6 +139,10 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
     @property
     def basis_rank(self) -> int:
         return self.rank
+
+    def plain(self, rows: Modality) -> Adaptive:
+        """`text` is for rows of text only."""
+        return self if rows is Modality.TEXT else replace(self, text="all")
 
 
 def _ranges(start: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

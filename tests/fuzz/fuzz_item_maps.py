@@ -135,10 +135,11 @@ def _cases(draw: st.DrawFn) -> Case:
         elif isinstance(item.model_specific_data, dict) and item.model_specific_data:
             key = draw(st.sampled_from(sorted(item.model_specific_data)))
             value = item.model_specific_data[key]
-            if what == 6 or not isinstance(value, list) or not value or not isinstance(value[0], list | tuple):
+            row = value[0] if isinstance(value, list) and value else None
+            if what == 6 or not isinstance(row, list | tuple) or not row:
                 item.model_specific_data = {**item.model_specific_data, key: draw(ODD)}
             else:
-                row = list(value[0])
+                row = list(row)
                 row[draw(st.integers(0, len(row) - 1))] = draw(ODD)
                 item.model_specific_data = {**item.model_specific_data, key: [row, *value[1:]]}
         else:

@@ -87,13 +87,13 @@ def test_many_cases() -> None:
             if time.monotonic() > said + 20:
                 said = time.monotonic()
                 counts = {kind: part.get("cases", 0) for kind, part in record.parts.items()}
-                print(f"{sum(counts.values())} cases {counts}, {len(record.faults)} faults", flush=True)
+                print(f"{sum(counts.values())} cases {counts}, {len(record.open_faults)} faults", flush=True)
     except BrokenProcessPool:
-        record.faults.append({"what": "a process ended by itself", "batches": sorted(running.values())})
+        record.fault("a process ended by itself", batches=sorted(running.values()))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         record.save()
-    assert not record.faults, record.faults[:3]
+    assert not record.open_faults, record.open_faults[:3]
 
 
 def note(record: RunRecord, seed: int, outcome: fuzz_batch.Outcome) -> None:
@@ -102,4 +102,4 @@ def note(record: RunRecord, seed: int, outcome: fuzz_batch.Outcome) -> None:
     record.ran(outcome.kind, outcome.number)
     if outcome.fault:
         again = f"fuzz_batch.run({outcome.kind!r}, {seed}, {outcome.number}, {BATCH})"
-        record.faults.append({"kind": outcome.kind, "what": outcome.fault, "again": again})
+        record.fault(outcome.fault, kind=outcome.kind, again=again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_mminfer.tools import machine
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(target: str, prefix: str) -> str:
@@ -34,7 +37,7 @@ class RunRecord:
     Attributes:
         parts: by the name of a part its counts, in the order in which parts were begun. `"done": True` in a part
             says that nothing of it is left.
-        faults: each with what it is and with what reproduces it.
+        faults: each with what it is and with what reproduces it; `since` says what became of it.
 
     Raises:
         ValueError: the file's seed is another one.
@@ -71,6 +74,14 @@ class RunRecord:
         part = self.part(name)
         part.update(Counter({key: part.get(key, 0) for key in counts}) + Counter(counts))
 
+    def fault(self, what: str, **facts: Any) -> None:
+        self.faults.append({"what": placeless(what), **facts})
+
+    @property
+    def open_faults(self) -> list[dict[str, Any]]:
+        """Those of which nothing is known to have become."""
+        return [fault for fault in self.faults if "since" not in fault]
+
     def save(self) -> None:
         """Writes the file at once or not at all."""
         self._known["runs"][-1]["seconds"] = round(time.monotonic() - self._began)
@@ -78,3 +89,9 @@ class RunRecord:
         fresh = self.path.with_suffix(".fresh")
         fresh.write_text(json.dumps(self._known, indent=1) + "\n")
         os.replace(fresh, self.path)
+
+
+def placeless(text: str) -> str:
+    """The text without the folders of this machine."""
+    text = re.sub(r"/[^\s\"']*/(?=site-packages/)", "", text)
+    return re.sub(r"/tmp/[^\s\"'/]*/", "", text.replace(f"{ROOT}/", ""))

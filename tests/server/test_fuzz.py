@@ -134,7 +134,7 @@ def test_many_payloads(main: Served, media: Media) -> None:
         try:
             fuzz(client, BATCH, seed * 1_000_003 + batch)
         except BaseException as error:
-            record.faults.append({"kind": "payloads", "what": str(error)[:4000], "batch": batch})
+            record.fault(str(error)[:4000], kind="payloads", batch=batch)
             record.save()
             raise
         record.add("payloads", {"cases": client.sent, **{str(one): n for one, n in client.statuses.items()}})

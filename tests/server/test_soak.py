@@ -26,7 +26,7 @@ import pytest
 import soak_wave
 from families import FAMILIES
 from families_served import make_shown
-from run_record import RunRecord, command
+from run_record import ROOT, RunRecord, command
 from serving import Media, Served
 from sglang_mminfer.testing.oracle import OracleAnswer
 from sglang_mminfer.tools.server import Server
@@ -80,6 +80,19 @@ def test_a_record_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())["runs"]) == 2 and second.total("chat") == 7
     with pytest.raises(ValueError, match="seed 3, not 4"):
         RunRecord(path, 4, "make soak")
+
+
+def test_a_fault_names_no_folder_of_a_machine_and_is_open_until_it_is_told_what_became_of_it(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "soak.json", 3, "make soak")
+    site = f"{ROOT}/.venv/lib/python3.11/site-packages/hypothesis/core.py"
+    record.fault(
+        f'File "{site}", line 1\n  File "{ROOT}/tests/fuzz/x.py"; /tmp/tmpab12/drawn.json: no', again="make soak"
+    )
+    (fault,) = record.open_faults
+    what = 'File "site-packages/hypothesis/core.py", line 1\n  File "tests/fuzz/x.py"; drawn.json: no'
+    assert fault == {"what": what, "again": "make soak"}
+    fault["since"] = "mended"
+    assert not record.open_faults and record.faults
 
 
 def test_a_round_has_every_family_and_a_seed_always_the_same_servers() -> None:
@@ -182,15 +195,16 @@ def test_every_family_in_turn(soak: Soak) -> None:
             part["largest"] = max(part.get("largest", 0.0), wave.largest)  # noqa: B023
             part["done"] = wave.died or part.get("conversations", 0) >= soak.each  # noqa: B023
             again = f"MMINFER_SOAK_REPEAT={one.number} MMINFER_SOAK_SEED={soak.seed} MMINFER_SOAK_EACH={soak.each}"  # noqa: B023
-            record.faults.extend({"server": one.name, **fault, "again": f"{again} make soak"} for fault in wave.faults)  # noqa: B023
+            for fault in wave.faults:
+                record.fault(**fault, server=one.name, again=f"{again} make soak")  # noqa: B023
             record.save()
             seconds = time.monotonic() - began  # noqa: B023
             print(
                 f"{one.name}: {part.get('conversations', 0)} of {soak.each}, {seconds:.0f} s; "  # noqa: B023
-                f"{record.total('conversations')} of {most:.0f} in all, {len(record.faults)} faults",
+                f"{record.total('conversations')} of {most:.0f} in all, {len(record.open_faults)} faults",
                 flush=True,
             )
 
         soak.run(one, part.get("conversations", 0), after, number)
     record.save()
-    assert not record.faults, record.faults[:5]
+    assert not record.open_faults, record.open_faults[:5]

@@ -162,11 +162,11 @@ def _share(
 def _head(picks: list[HeadPattern], modalities: Sequence[Modality], present: np.ndarray) -> HeadPattern:
     """The pattern of a head from the choices of its modalities; only those in the prompts count."""
     patterns = {m: p for m, p, is_present in zip(modalities, picks, present) if is_present}
-    for by_modality in (patterns, {m: _plain(p, m) for m, p in patterns.items()}):
-        first = next(iter(by_modality.values()))
-        if all(pattern == first for pattern in by_modality.values()):
-            return first
-    return QBoundary(cast(dict[Modality, Pattern], by_modality))  # a boundary is chosen for all, so none gets here
+    plain = {m: _plain(p, m) for m, p in patterns.items()}
+    for alone in (*patterns.values(), *plain.values()):
+        if all(_plain(alone, m) == p for m, p in plain.items()):
+            return alone
+    return QBoundary(cast(dict[Modality, Pattern], plain))  # a boundary is chosen for all, so none gets here
 
 
 def _plain(pattern: HeadPattern, rows: Modality) -> HeadPattern:

@@ -10,6 +10,7 @@ import torch
 from sglang_mminfer import Adaptive, AShape, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VerticalSlash
 from sglang_mminfer.head_config import HeadConfig, ModelFingerprint, Provenance
 from sglang_mminfer.kernels.executors import EXECUTORS
+from sglang_mminfer.patterns.base import Pattern
 from sglang_mminfer.patterns.basis import basis_of, second_moments
 from sglang_mminfer.patterns.ladder import RANKS
 from sglang_mminfer.planning.chunk import RequestChunk
@@ -115,9 +116,10 @@ def test_every_planted_head_is_named(seed):
     assert not wrong
 
 
-def test_a_head_whose_rows_look_for_single_keys_chooses_them() -> None:
+@pytest.mark.parametrize("words_after", [20, 2000])
+def test_a_head_whose_rows_look_for_single_keys_chooses_them(words_after: int) -> None:
     """Neighbouring rows look for one key before them, by its code: no line, column or diagonal holds these keys."""
-    chat, random = conversation(20, (170, 5, 5), 20), torch.Generator().manual_seed(3)
+    chat, random = conversation(20, (170, 5, 5), words_after), torch.Generator().manual_seed(3)
     n = chat.length
     codes = torch.nn.functional.normalize(torch.randn(n, 12, generator=random), dim=1)
     first = torch.arange(n) // 64 * 64
@@ -140,6 +142,9 @@ def test_a_head_whose_rows_look_for_single_keys_chooses_them() -> None:
     table = Table(list(tried.values()), error, pairs, probe.causal.numpy(), (TEXT, IMAGE, VIDEO))
     ((found,),) = at_price(table, 1.0).heads
     assert isinstance(rows_see(found, VIDEO), Adaptive)
+    if words_after > 1000:  # enough of them that it pays
+        of_text = rows_see(found, TEXT)
+        assert isinstance(of_text, Adaptive) and of_text.text == "chosen"
     others = [number for number, name in enumerate(tried) if not name.startswith("adaptive")]
     without = replace(table, patterns=[table.patterns[i] for i in others], error=error[others], pairs=pairs[others])
     assert within_density(table, 0.5).error < 0.1 * within_density(without, 0.5).error
@@ -208,6 +213,21 @@ def test_modalities_that_choose_differently_make_a_q_boundary_and_missing_ones_d
     # For rows of a video a tri-shape is only its A-shape.
     assert found.heads == [[QBoundary({TEXT: AShape(1, 1), VIDEO: AShape(1, 2)})]]
     assert found.error == 0 and found.density == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "of_text, of_video",
+    [
+        (Adaptive(64, 256, 8, 0.01, text="chosen"), Adaptive(64, 256, 8, 0.01)),
+        (TriShape(1, 2, 0), AShape(1, 2)),
+        (TriShape(1, 2, 0), TriShape(1, 2, 0)),
+    ],
+)
+def test_choices_that_are_one_pattern_need_no_boundary(of_text: Pattern, of_video: Pattern) -> None:
+    """What distinguishes the two choices is for rows of text alone."""
+    error = np.array([[[[0.0, np.nan, 9.0]]], [[[9.0, np.nan, 0.0]]]])
+    table = Table([[[of_text]], [[of_video]]], error, np.ones((2, 1, 1, 3)), np.ones(3), (TEXT, IMAGE, VIDEO))
+    assert at_price(table, 1.0).heads == [[of_text]]
 
 
 # ---- one budget among some boundaries ----------------------------------------------------------------------
