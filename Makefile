@@ -146,7 +146,8 @@ bench-gpu-model: ready
 soak: setup
 	$(BIN)/python -m pytest -s -m soak tests/server/test_soak.py
 
-# Cases that nobody should write: head configs, conversations, media items, payloads; hours of them. The next run goes on.
+# Cases that nobody should write: head configs, conversations, media items, payloads; 100,000 of them. A run that was
+# stopped goes on.
 # Variables and what must hold: tests/fuzz/test_fuzz.py.
 fuzz: setup
 	$(BIN)/python -m pytest -s -m fuzz tests/fuzz tests/server/test_fuzz.py

@@ -19,6 +19,7 @@ from sglang_mminfer.tools.niah.ask import Answer, Settings
 RESULTS = Path(__file__).parent / "results"
 
 DENSE_OF = {
+    "a03_video_16384": "needles_video_16384",
     "baselines_video": "compare_video",
     "chunks_512_video": "compare_video",
     "chunks_2048_video": "compare_video",
@@ -26,18 +27,33 @@ DENSE_OF = {
     "clip_video_8192": "chosen_video_8192",
     "default_chunks_512_video": "needles_video_4096",
     "default_chunks_2048_video": "needles_video_4096",
+    "pooled_video_8192": "chosen_video_8192",
+    "text_2d_mixed_4096": "needles_mixed_4096",
+    "text_2d_mixed_8192": "needles_mixed_8192",
+    "text_2d_mixed_16384": "needles_mixed_16384",
+    "text_chosen_mixed_4096": "needles_mixed_4096",
+    "text_chosen_mixed_8192": "needles_mixed_8192",
+    "text_chosen_mixed_16384": "needles_mixed_16384",
+    "text_chosen_video_4096": "needles_video_4096",
+    "text_chosen_video_8192": "chosen_video_8192",
+    "text_chosen_video_16384": "needles_video_16384",
 }
-"""Result file -> the file with the dense answers to its questions, of the same model and of the same day."""
+"""Result file -> the file with the dense answers to its questions, of the same model, its videos at the same times."""
 
-DEFAULT = {
-    "needles_video_4096": "default",
-    "clip_video_8192": "a01",
-    "needles_mixed_4096": "default",
-    "needles_mixed_8192": "default",
+OVER_ALL = {
+    "default": {
+        "needles_video_4096": "default",
+        "clip_video_8192": "a01",
+        "needles_video_16384": "default",
+        "needles_mixed_4096": "default",
+        "needles_mixed_8192": "default",
+        "needles_mixed_16384": "default",
+    },
+    "text_chosen": {
+        f"text_chosen_{model}_{length}": "text_chosen" for model in ("video", "mixed") for length in (4096, 8192, 16384)
+    },
 }
-"""Result file -> the config in it that is the built-in default."""
-
-DEFAULT_PAGE = "default.md"
+"""Config -> the result files that have it, over which it is compared with dense, and its name in them."""
 
 KINDS = {"plain needles": ("v-niah", "mm-niah"), "relays": ("v-relay", "mm-relay")}
 
@@ -47,28 +63,28 @@ def main() -> None:
         result = json.loads(path.read_text())
         if "configs" in result:
             path.with_suffix(".md").write_text(page_of(path.stem, result))
-    (RESULTS / DEFAULT_PAGE).write_text(default_page())
+    for config in OVER_ALL:
+        (RESULTS / f"{config}.md").write_text(page_over_all(config))
 
 
-def default_page() -> str:
-    """The default against dense over the questions of all result files that have it."""
-    verdict = verdicts.markdown_section({"default": default_over_all()}, "dense")
-    return f"The built-in default over {', '.join(DEFAULT)}.\n{verdict}"
+def page_over_all(config: str) -> str:
+    """A config against dense over the questions of all result files that have it."""
+    verdict = verdicts.markdown_section({config: over_all(config)}, "dense")
+    return f"`{config}` over {', '.join(OVER_ALL[config])}.\n{verdict}"
 
 
-def default_over_all() -> list[paired.Comparison]:
+def over_all(config: str) -> list[paired.Comparison]:
     """By kind of needle."""
-    right: dict[str, dict[Any, float]] = {"dense": {}, "default": {}}
-    for name, config in DEFAULT.items():
-        dense_file = DENSE_OF.get(name, name)
-        for side, file, chosen in (("dense", dense_file, "dense"), ("default", name, config)):
-            answers = answers_in(json.loads((RESULTS / f"{file}.json").read_text())["configs"])[chosen]
+    right: dict[str, dict[Any, float]] = {"dense": {}, config: {}}
+    for name, called in OVER_ALL[config].items():
+        for side, file, own in (("dense", DENSE_OF.get(name, name), "dense"), (config, name, called)):
+            answers = answers_in(json.loads((RESULTS / f"{file}.json").read_text())["configs"])[own]
             right[side] |= {(name, *question_of(answer)): float(answer.right) for answer in answers}
     comparisons = []
     for kind, tasks in KINDS.items():
-        dense, default = ({key: value for key, value in own.items() if key[1] in tasks} for own in right.values())
+        dense, other = ({key: value for key, value in own.items() if key[1] in tasks} for own in right.values())
         videos = {key: key[:4] for key in dense}
-        comparisons.append(paired.compare(kind, dense, default, videos))
+        comparisons.append(paired.compare(kind, dense, other, videos))
     return paired.corrected(comparisons)
 
 

@@ -6,6 +6,7 @@ a connection that is being closed. It would get no answer, and what is asked her
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -14,15 +15,20 @@ import httpx
 if TYPE_CHECKING:
     import openai
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Hosts that are reached without a proxy."""
-
 NOT_KEPT = httpx.Limits(max_keepalive_connections=0)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host, without its port, is a name of this machine that no other machine can use."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def is_local(url: str) -> bool:
-    """Whether an address is this machine's."""
-    return urlsplit(url).hostname in LOCAL
+    """Whether an address is this machine's, which is reached without a proxy."""
+    return is_loopback(urlsplit(url).hostname or "")
 
 
 def openai_client(url: str, timeout: float, api_key: str | None = None) -> openai.OpenAI:

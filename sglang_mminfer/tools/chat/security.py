@@ -10,12 +10,12 @@ its host what was said, if the page's policy let it.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sglang_mminfer.tools.connections import is_loopback
 from sglang_mminfer.tools.errors import Refused
 
 Scope = MutableMapping[str, Any]
@@ -34,14 +34,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, without its port, is a name of this machine that no other machine can use."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def credentials(host: str, auth_file: Path | None) -> list[tuple[str, str]] | None:

@@ -54,14 +54,13 @@ def test_a_config_that_answered_nothing_has_no_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in result_pages.RESULTS.glob("*.md") if path.name != result_pages.DEFAULT_PAGE)
+    "name", sorted(path.stem for path in result_pages.RESULTS.glob("*.md") if path.stem not in result_pages.OVER_ALL)
 )
 def test_stored_tables_are_those_of_the_stored_answers(name: str) -> None:
     result = json.loads((result_pages.RESULTS / f"{name}.json").read_text())
     assert Path(result_pages.RESULTS / f"{name}.md").read_text() == result_pages.page_of(name, result)
 
 
-def test_the_page_of_the_default_is_that_of_the_stored_answers() -> None:
-    assert (result_pages.RESULTS / result_pages.DEFAULT_PAGE).read_text() == result_pages.default_page()
-    for comparison in result_pages.default_over_all():
-        assert comparison.questions == 432 and (comparison.gained, comparison.lost) == (0, 0)
+@pytest.mark.parametrize("config", result_pages.OVER_ALL)
+def test_the_page_of_a_config_over_all_is_that_of_the_stored_answers(config: str) -> None:
+    assert (result_pages.RESULTS / f"{config}.md").read_text() == result_pages.page_over_all(config)
