@@ -75,5 +75,10 @@ def test_every_client_of_the_tools_has_it(url: str, client: Callable[[str], Call
 
 
 def test_local_addresses() -> None:
-    assert all(map(connections.is_local, ("http://127.0.0.1:30000", "http://localhost/v1", "http://[::1]:1", "http://127.0.1.1")))
+    assert all(
+        map(
+            connections.is_local,
+            ("http://127.0.0.1:30000", "http://localhost/v1", "http://[::1]:1", "http://127.0.1.1"),
+        )
+    )
     assert not any(map(connections.is_local, ("https://example.org", "http://10.0.0.1:30000/v1")))
