@@ -17,7 +17,7 @@ from sglang_mminfer.kernels.indexing import to_device
 from sglang_mminfer.kernels.threads import for_each
 from sglang_mminfer.kernels.triton import interpreted
 from sglang_mminfer.modality.runs import Ints
-from sglang_mminfer.patterns.choice_loops import DIMENSIONS, any_row_above, log_masses
+from sglang_mminfer.patterns.choice_loops import DIMENSIONS, any_row_above, log_masses, side_by_side
 from sglang_mminfer.patterns.estimated import Evidence, Findings, QueryTiles
 
 MARGIN = 1e-3
@@ -304,24 +304,51 @@ def packed(
     Returns:
         `Picked.lanes`; and int64 [H, T], the first key tile of each.
     """
-    device, (heads, num_tiles), block_k = chosen.device, count.shape, between.block_k
     first, room = first_key_tiles(evidence, count, between, most, most_tiles)
-    lanes = torch.full((room * block_k + 1,), -1, dtype=torch.int64, device=device)  # the last lane takes what is left
+    lanes = torch.full((room * between.block_k + 1,), -1, dtype=torch.int64, device=chosen.device)
+    if evidence.on_host:
+        pack_on_host(chosen, count, first, between, lanes)
+    else:
+        pack_on_device(chosen, count, first, between, lanes, int(most.sum()))
+    return lanes[:-1], first
+
+
+def pack_on_host(
+    chosen: torch.Tensor, count: torch.Tensor, first: torch.Tensor, between: Between, lanes: torch.Tensor
+) -> None:
+    """What `pack_on_device` does."""
+    before, keys = between.before, between.first * between.block_k
+    takes, lane, out = (count > 0).numpy(), (first * between.block_k).numpy(), lanes.numpy()
+
+    def pack(head: int) -> None:
+        side_by_side(chosen[head].numpy(), before, keys, takes[head], lane[head], out)
+
+    for_each(pack, range(len(chosen)))
+
+
+def pack_on_device(
+    chosen: torch.Tensor, count: torch.Tensor, first: torch.Tensor, between: Between, lanes: torch.Tensor, most: int
+) -> None:
+    """Write the indices of chosen keys into `lanes`, see `packed`.
+
+    Args:
+        first: int64 [H, T], the key tile of `lanes` where the keys of each begin.
+        lanes: int64; the last one takes what is left of the room for `most` keys of a head.
+    """
+    device, num_tiles, block_k = chosen.device, count.shape[1], between.block_k
     # From a key's place among those of all query tiles to its index in the class.
     sizes, shift = between.upload(device, between.num_keys, between.first * block_k - between.before[:-1])
-    for head in range(heads):
+    for head in range(len(chosen)):
         taken = chosen[head] & torch.repeat_interleave(count[head] > 0, sizes, output_size=chosen.shape[1])
-        number = int(count[head].sum()) if evidence.on_host else int(most.sum())
-        place = torch.nonzero_static(taken, size=number, fill_value=0).squeeze(1)
+        place = torch.nonzero_static(taken, size=most, fill_value=0).squeeze(1)
         # One more query tile takes what is left of the room.
-        counts = torch.cat([count[head], number - count[head].sum(0, keepdim=True)])
-        tile = torch.repeat_interleave(counts, output_size=number)
-        rank = torch.arange(number, device=device) - (counts.cumsum(0) - counts)[tile]
+        counts = torch.cat([count[head], most - count[head].sum(0, keepdim=True)])
+        tile = torch.repeat_interleave(counts, output_size=most)
+        rank = torch.arange(most, device=device) - (counts.cumsum(0) - counts)[tile]
         is_left = tile == num_tiles
         tile = tile.clamp_max(num_tiles - 1)
-        lane = (first[head][tile] * block_k + rank).masked_fill(is_left, room * block_k)
+        lane = (first[head][tile] * block_k + rank).masked_fill(is_left, len(lanes) - 1)
         lanes[lane] = (place + shift[tile]).masked_fill(is_left, -1)
-    return lanes[:-1], first
 
 
 def first_key_tiles(

@@ -77,6 +77,30 @@ def any_row_above(
 
 
 @compiled
+def side_by_side(
+    chosen: NDArray[np.bool_],
+    before: NDArray[np.int64],
+    keys: NDArray[np.int64],
+    takes: NDArray[np.bool_],
+    lane: NDArray[np.int64],
+    lanes: NDArray[np.int64],
+) -> None:
+    """Write the indices of a head's chosen keys into `lanes`, those of a query tile from its first lane on.
+
+    Args:
+        chosen: [N], the keys of all query tiles one after the other. before: [T + 1], where those of each begin.
+        keys: [T], the index of each query tile's first key. takes: [T], whether it takes any. lane: [T].
+    """
+    for t in range(len(keys)):
+        if takes[t]:
+            at, shift = lane[t], keys[t] - before[t]
+            for place in range(before[t], before[t + 1]):
+                if chosen[place]:
+                    lanes[at] = place + shift
+                    at += 1
+
+
+@compiled
 def log_masses(
     scores: NDArray[np.float32],
     sink: int,

@@ -1,5 +1,6 @@
-"""The two ways of choosing keys, for a CPU and for another device, against scores that are written out."""
+"""The two ways of choosing keys and of packing them, for a CPU and for another device, against what is written out."""
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,3 +61,29 @@ def test_the_mass_of_sink_and_window_whatever_the_size_of_scores(heads, rows, si
     for log_mass in (choice.log_mass_on_host, choice.log_mass_on_device):
         mass = log_mass(q, sink_keys, keys, local, keys_of_row.int())
         torch.testing.assert_close(mass.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    heads=st.integers(1, 3),
+    tiles=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=5),
+    share=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_chosen_keys_of_a_query_tile_stand_side_by_side(heads, tiles, share, seed):
+    block, draw = 8, np.random.default_rng(seed)
+    between = choice.Between(*(np.array(column) for column in zip(*tiles)), block)
+    chosen = torch.from_numpy(draw.random((heads, int(between.num_keys.sum()))) < share)
+    parts = [part.nonzero().flatten() for row in chosen for part in row.split(between.num_keys.tolist())]
+    count = torch.tensor([len(part) for part in parts]).view(heads, -1)
+    count[torch.from_numpy(draw.random(count.shape) < 0.3)] = 0  # they asked for too much
+    key_tiles = -(-count.flatten() // block)
+    first = (key_tiles.cumsum(0) - key_tiles).view(heads, -1)
+    expected = torch.full((int(key_tiles.sum()) * block + 1,), -1)
+    for part, number, tile, own in zip(parts, count.flatten(), first.flatten(), between.first.tolist() * heads):
+        if number:
+            expected[tile * block : tile * block + number] = part + own * block
+    on_host, on_device = torch.full_like(expected, -1), torch.full_like(expected, -1)
+    choice.pack_on_host(chosen, count, first, between, on_host)
+    choice.pack_on_device(chosen, count, first, between, on_device, int(between.num_keys.sum()))
+    assert on_host.tolist() == on_device.tolist() == expected.tolist()
