@@ -114,6 +114,12 @@ HOOKS: tuple[Hook, ...] = (
         "of other servers lack the key that this goes by.",
     ),
     Hook(
+        "sglang.srt.disaggregation.encoder.receiver.EmbeddingData.__init__",
+        "after",
+        "sglang_mminfer.mends.pickles:modality_by_value",
+        "What an encoder sends is pickled with a modality in it, in a form that depends on the Python.",
+    ),
+    Hook(
         "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._process_messages",
         "around",
         "sglang_mminfer.mends.words:guard_messages",

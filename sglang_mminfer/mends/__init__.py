@@ -130,6 +130,14 @@ MENDS: tuple[Mend, ...] = (
         "models/qwen3_vl.py: a grid row for each clip, as models/glm4v.py has one for each temporal patch.",
     ),
     Mend(
+        "modality_pickle",
+        "On Python 3.11.0 to 3.11.3 the language server of encoder disaggregation refuses to unpickle what its encoder "
+        "sends, and ends after three minutes.",
+        "The encoder sends what other Pythons send.",
+        "tests/unit/mends/test_pickles.py",
+        "disaggregation/encoder/receiver.py: send the modality's name.",
+    ),
+    Mend(
         "placeholder_words",
         "In a conversation with media, words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a "
         "question, an earlier answer or a tool's result end the server, leave the request without an answer, or make "

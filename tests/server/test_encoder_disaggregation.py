@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,7 @@ import pytest
 
 from serving import DENSE_BELOW, Message, References, Served, ran_sparse, same, serve
 
-pytestmark = [
-    pytest.mark.server("one_shot"),  # the server of the references
-    pytest.mark.skipif(
-        (3, 11) <= sys.version_info < (3, 11, 4),
-        reason="these Pythons pickle members of an enum by getattr, which SGLang's language server refuses to unpickle",
-    ),
-]
+pytestmark = pytest.mark.server("one_shot")  # the server of the references
 
 TO_SCHEDULER = "zmq_to_scheduler"
 TRANSPORTS = [TO_SCHEDULER, pytest.param("zmq_to_tokenizer", marks=pytest.mark.wide)]

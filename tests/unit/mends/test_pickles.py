@@ -1,0 +1,45 @@
+"""Modalities pass SGLang's unpickler whatever Python pickles them."""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+from collections.abc import Iterator
+
+import pytest
+from sglang.srt.disaggregation.encoder.receiver import EmbeddingData
+from sglang.srt.multimodal.modality import Modality
+from sglang.srt.utils.common import safe_pickle_load
+
+from sglang_mminfer import settings
+from sglang_mminfer.mends import pickles
+
+
+@pytest.fixture
+def python_3_11_2(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Members of enums are pickled as there; what a mend adds ends with the test."""
+    monkeypatch.setattr(Modality, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    before = dict(copyreg.dispatch_table)
+    yield
+    copyreg.dispatch_table.clear()
+    copyreg.dispatch_table.update(before)
+
+
+def sent(data: EmbeddingData) -> EmbeddingData:
+    return safe_pickle_load(io.BytesIO(pickle.dumps(data)))
+
+
+@pytest.mark.usefixtures("python_3_11_2")
+def test_the_language_server_reads_what_its_encoder_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = EmbeddingData("a", 1, 0, [[1, 2, 2]], Modality.VIDEO)
+    copyreg.dispatch_table.pop(Modality, None)  # hooks that another test left may have mended it
+    with pytest.raises(RuntimeError, match="Blocked unsafe global"):
+        sent(data)
+    monkeypatch.setenv(settings.MENDS.variable, "none")
+    pickles.modality_by_value(None, data)
+    with pytest.raises(RuntimeError, match="Blocked unsafe global"):
+        sent(data)
+    monkeypatch.delenv(settings.MENDS.variable)
+    pickles.modality_by_value(None, data)
+    assert sent(data).modality is Modality.VIDEO
