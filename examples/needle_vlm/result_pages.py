@@ -18,37 +18,25 @@ from sglang_mminfer.tools.niah.ask import Answer, Settings
 
 RESULTS = Path(__file__).parent / "results"
 
+DENSE = {
+    "video_4096": "needles_video_4096",
+    "video_8192": "chosen_video_8192",
+    "video_16384": "needles_video_16384",
+    "mixed_4096": "needles_mixed_4096",
+    "mixed_8192": "needles_mixed_8192",
+    "mixed_16384": "needles_mixed_16384",
+}
+"""Model and length, with which the name of a result file ends -> the file with the dense answers to its questions."""
+
 DENSE_OF = {
-    "a03_video_16384": "needles_video_16384",
     "baselines_video": "compare_video",
     "chunks_512_video": "compare_video",
     "chunks_2048_video": "compare_video",
     "chunks_512_mixed": "compare_mixed",
-    "clip_video_8192": "chosen_video_8192",
     "default_chunks_512_video": "needles_video_4096",
     "default_chunks_2048_video": "needles_video_4096",
-    "low_rank_mixed_8192": "needles_mixed_8192",
-    "low_rank_video_4096": "needles_video_4096",
-    "low_rank_video_8192": "chosen_video_8192",
-    "others_mixed_16384": "needles_mixed_16384",
-    "others_video_16384": "needles_video_16384",
-    "own_basis_mixed_8192": "needles_mixed_8192",
-    "own_basis_video_4096": "needles_video_4096",
-    "own_basis_video_8192": "chosen_video_8192",
-    "own_basis_video_16384": "needles_video_16384",
-    "pooled_video_4096": "needles_video_4096",
-    "pooled_video_8192": "chosen_video_8192",
-    "text_2d_mixed_4096": "needles_mixed_4096",
-    "text_2d_mixed_8192": "needles_mixed_8192",
-    "text_2d_mixed_16384": "needles_mixed_16384",
-    "text_chosen_mixed_4096": "needles_mixed_4096",
-    "text_chosen_mixed_8192": "needles_mixed_8192",
-    "text_chosen_mixed_16384": "needles_mixed_16384",
-    "text_chosen_video_4096": "needles_video_4096",
-    "text_chosen_video_8192": "chosen_video_8192",
-    "text_chosen_video_16384": "needles_video_16384",
 }
-"""Result file -> the file with the dense answers to its questions, of the same model, its videos at the same times."""
+"""The same for result files whose names do not tell the length, by the whole name."""
 
 OVER_ALL = {
     "default": {
@@ -87,8 +75,8 @@ def over_all(config: str) -> list[paired.Comparison]:
     """By kind of needle."""
     right: dict[str, dict[Any, float]] = {"dense": {}, config: {}}
     for name, called in OVER_ALL[config].items():
-        for side, file, own in (("dense", DENSE_OF.get(name, name), "dense"), (config, name, called)):
-            answers = answers_in(json.loads((RESULTS / f"{file}.json").read_text())["configs"])[own]
+        answers_of = with_dense(name, stored(name))
+        for side, answers in (("dense", answers_of["dense"]), (config, answers_of[called])):
             right[side] |= {(name, *question_of(answer)): float(answer.right) for answer in answers}
     comparisons = []
     for kind, tasks in KINDS.items():
@@ -100,13 +88,23 @@ def over_all(config: str) -> list[paired.Comparison]:
 
 def page_of(name: str, result: dict[str, Any]) -> str:
     """The table of a result file, and its comparison with dense."""
-    answers_of = answers_in(result["configs"])
-    if name in DENSE_OF:
-        other = json.loads((RESULTS / f"{DENSE_OF[name]}.json").read_text())
-        answers_of = {"dense": same_questions(answers_in(other["configs"])["dense"], answers_of), **answers_of}
+    answers_of = with_dense(name, answers_in(result["configs"]))
     settings = Settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in result["settings"].items()})
     baseline, comparisons = compared(answers_of)
     return verdicts.markdown(table_of(result["configs"], settings)) + verdicts.markdown_section(comparisons, baseline)
+
+
+def with_dense(name: str, answers_of: dict[str, list[Answer]]) -> dict[str, list[Answer]]:
+    """The answers of a result file by config, with those of dense, if there are any."""
+    file = DENSE_OF.get(name) or next((file for end, file in DENSE.items() if name.endswith(end)), None)
+    if "dense" in answers_of or file is None:
+        return answers_of
+    return {"dense": same_questions(stored(file)["dense"], answers_of), **answers_of}
+
+
+def stored(name: str) -> dict[str, list[Answer]]:
+    """The answers of a result file by config."""
+    return answers_in(json.loads((RESULTS / f"{name}.json").read_text())["configs"])
 
 
 def same_questions(dense: list[Answer], answers_of: dict[str, list[Answer]]) -> list[Answer]:

@@ -61,6 +61,11 @@ def test_stored_tables_are_those_of_the_stored_answers(name: str) -> None:
     assert Path(result_pages.RESULTS / f"{name}.md").read_text() == result_pages.page_of(name, result)
 
 
-@pytest.mark.parametrize("config", result_pages.OVER_ALL)
-def test_the_page_of_a_config_over_all_is_that_of_the_stored_answers(config: str) -> None:
+@pytest.mark.parametrize("config, gained_and_lost", [("default", [(0, 1), (0, 0)]), ("text_chosen", [(3, 0), (0, 0)])])
+def test_the_page_of_a_config_over_all_is_that_of_the_stored_answers(
+    config: str, gained_and_lost: list[tuple[int, int]]
+) -> None:
     assert (result_pages.RESULTS / f"{config}.md").read_text() == result_pages.page_over_all(config)
+    comparisons = result_pages.over_all(config)
+    assert [comparison.questions for comparison in comparisons] == [648, 648]
+    assert [(comparison.gained, comparison.lost) for comparison in comparisons] == gained_and_lost
