@@ -136,6 +136,7 @@ MENDS: tuple[Mend, ...] = (
         "The encoder sends what other Pythons send.",
         "tests/unit/mends/test_pickles.py",
         "disaggregation/encoder/receiver.py: send the modality's name.",
+        ">=0.5.21,<0.5.24",
     ),
     Mend(
         "placeholder_words",

@@ -72,6 +72,8 @@ def makes_clip(head_config: HeadConfig, model: Any) -> bool:
 
 def why_no_clip(server_args: Any, model: Any) -> str | None:
     """Why a server cannot send itself the clip, as the end of a sentence; None: it can."""
+    from sglang.srt.environ import envs
+
     if getattr(server_args, "disaggregation_mode", "null") != "null":
         return "where prefill and decoding run in different servers"
     if getattr(server_args, "language_only", False) or getattr(server_args, "encoder_only", False):
@@ -82,6 +84,8 @@ def why_no_clip(server_args: Any, model: Any) -> str | None:
         return "where another program tokenizes (--grpc-mode)"
     if getattr(server_args, "tokenizer_worker_num", 1) > 1:
         return "by tokenizer workers, which load no plugins (--tokenizer-worker-num)"
+    if envs.SGLANG_RUST_SERVER.get():
+        return "behind the Rust server, which loads no plugins (SGLANG_RUST_SERVER)"
     if not model.is_generation:
         return "by a server of embeddings"
     return None

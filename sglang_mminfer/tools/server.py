@@ -86,7 +86,7 @@ class Server:
     ) -> None:
         self.model = os.fspath(model_path)
         self.host = host
-        self.port = port or _free_port(host)
+        self.port = port or free_port(host)
         self.timeout = timeout
         self.progress = progress
         self.start_seconds: float | None = None
@@ -290,7 +290,7 @@ def _group_alive(leader: int) -> bool:
     return False
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
     """A free port, below the range from which systems take ports for outgoing connections.
 
     SGLang binds the port only when the model is loaded. By then a port of that range could belong to some client.

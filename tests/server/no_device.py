@@ -1,12 +1,15 @@
-"""What SGLang asks of a GPU's driver, without a GPU: a plugin for SGLang, so that its LoRA and HiCache run on a CPU.
+"""What SGLang asks of a GPU's driver, without a GPU: a plugin for SGLang, so that its LoRA, HiCache and PD
+disaggregation run on a CPU.
 
-Page-locked memory is memory, and HiCache's copy between its pools is an indexed copy. `install` makes a distribution of
-the plugin, which a server finds on its PYTHONPATH.
+Page-locked memory is memory, HiCache's copy between its pools is an indexed copy, and what SGLang tells NIXL of a KV
+pool on a device holds for one in host memory. `install` makes a distribution of the plugin, which a server finds on its
+PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ def register() -> None:
     common = "sglang.srt.mem_cache.pool_host.common"
     HookRegistry.register(f"{common}._cuda_host_register", lambda *args, **kwargs: None, HookType.REPLACE)
     HookRegistry.register("sglang.srt.mem_cache.kv_cache_builder.build_kv_cache", pools, HookType.BEFORE)
+    if importlib.util.find_spec("nixl"):
+        HookRegistry.register("nixl._api.nixl_agent.__init__", device_memory_is_host_memory, HookType.AFTER)
 
 
 def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -59,3 +64,8 @@ def copy_rows(
 ) -> None:
     for source, target in zip(src_layers, dst_layers, strict=True):
         target[dst_indices] = source[src_indices]
+
+
+def device_memory_is_host_memory(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER nixl_agent.__init__."""
+    self.nixl_mems["VRAM"] = self.nixl_mems["DRAM"]

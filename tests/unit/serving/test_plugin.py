@@ -669,14 +669,19 @@ def test_who_sends_itself_the_clip(
         ({"smg_grpc_mode": True}, "--grpc-mode"),
         ({"language_only": True}, "media are encoded by another server"),
         ({"encoder_only": True}, "media are encoded by another server"),
+        ({"disaggregation_mode": "prefill"}, "different servers"),
+        ({"environ": {"SGLANG_RUST_SERVER": "1"}}, "the Rust server"),
     ],
     ids=str,
 )
-def test_no_clip_where_it_would_never_come(models: dict[str, str], fields: dict[str, Any], words: str) -> None:
+def test_no_clip_where_it_would_never_come(
+    models: dict[str, str], fields: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing of ours runs where the requests come in, or the clip's pictures would need another server."""
     model = model_config_of(arguments(models))
-    assert words in (basis_choice.why_no_clip(arguments(models, **fields), model) or "")
     assert basis_choice.why_no_clip(arguments(models), model) is None
+    server_args = arguments(models, **with_environment(fields, monkeypatch))
+    assert words in (basis_choice.why_no_clip(server_args, model) or "")
 
 
 def test_a_file_gives_the_basis(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
