@@ -157,8 +157,12 @@ test-families: setup
 	$(BIN)/python -m pytest -m families tests/server/test_families.py
 
 # What `make test` shows on one setting of a server, on others.
-test-wide: setup
+test-wide: $(VENV)/.wide
 	$(BIN)/python -m pytest -m wide tests/server
+
+$(VENV)/.wide: $(VENV)/.ready
+	$(BIN)/python -m pip install --progress-bar off -e ".[dev,wide]"
+	touch $@
 
 # What this package stands on in SGLang, mends, families and conversations, with another release: VERSION=0.5.22. Its
 # environment is .sglang/VERSION, over that of this checkout. A quarter of an hour.

@@ -201,6 +201,12 @@ HOOKS: tuple[Hook, ...] = (
         "What the scheduler cannot read of a request's media is the request's error, and no exception in its loop.",
     ),
     Hook(
+        "sglang.srt.managers.scheduler.Scheduler._maybe_compute_mrope_positions",
+        "around",
+        "sglang_mminfer.families.routed:compute_positions",
+        "Only here SGLang places the media of a prompt that its own tokenizer process did not make.",
+    ),
+    Hook(
         "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
         "around",
         "sglang_mminfer.mends.requests:normalize",

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import inspect
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer import families, mends
 from sglang_mminfer.mends import (
@@ -18,12 +18,16 @@ from sglang_mminfer.mends import (
     identity,
     media_cache,
     pictures,
+    places,
     stages,
     token_ids,
     verbatim,
     video_features,
     videos,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +101,10 @@ def _mended(base: Any) -> type:
             if modality.name != "IMAGE" or not pictures.is_file(snapshot.data):
                 return decode(modality)
             return pictures.load(lambda data, modality, *_: decode(modality), type(self), snapshot.data, modality)
+
+        @staticmethod
+        def get_mm_items_offset(input_ids: torch.Tensor, mm_token_id: int) -> list[tuple[int, int]]:
+            return places.runs_of(base.get_mm_items_offset, input_ids, mm_token_id)
 
         def clear_preprocess_cache(self) -> None:
             super().clear_preprocess_cache()

@@ -139,6 +139,22 @@ MENDS: tuple[Mend, ...] = (
         ">=0.5.21,<0.5.24",
     ),
     Mend(
+        "media_at_both_ends",
+        "A prompt that begins with a medium and ends with one gets wrong places for them: the answer is to something "
+        "else, or the request fails, or the server ends.",
+        "Media may stand anywhere.",
+        "tests/unit/mends/test_mends.py",
+        "base_processor.get_mm_items_offset: do not compare the first token with the last.",
+    ),
+    Mend(
+        "router_positions",
+        "Behind a router's gRPC server (--grpc-mode) pictures of Qwen and GLM models get the positions of a text, so "
+        "answers are other ones than over HTTP.",
+        "They get the positions that they have over HTTP.",
+        "tests/server/test_front_ends.py",
+        "managers/scheduler.py: compute M-RoPE positions before pad_input_ids replaces the tokens of media.",
+    ),
+    Mend(
         "placeholder_words",
         "In a conversation with media, words that look like placeholders (<image>, <video>, <img>, <|image_pad|>) in a "
         "question, an earlier answer or a tool's result end the server, leave the request without an answer, or make "

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sglang_mminfer import mends, releases
+from sglang_mminfer import mends
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,10 @@ NAME = "sessions"
 
 _INHERITED = "_mminfer_inherited"
 """Attribute of a request: the media that it inherited. Its children inherit them if the request is aborted."""
+
+_pads: Callable[[Any, Any], Any] | None = None
+"""How the model of this scheduler puts numbers of media in place of placeholders; some models leave these as they
+are."""
 
 _FIELDS: dict[str, type] = {"id": str, "rid": str, "offset": int, "replace": bool, "drop_previous_output": bool}
 
@@ -80,16 +84,14 @@ def place_media(original: Callable[..., None], turn: Any, request: Any, media: A
 
     SGLang then lets the model put the numbers of the turn's media in place of placeholders. Models that look for pairs
     of tokens (InternVL and others) find those of the history first, and put the new numbers there: what is cached is
-    found no more, and when the history is computed again the scheduler ends. So the turn's own tokens are filled here.
+    found no more, and when the history is computed again the scheduler ends. So here the model gets the turn's own
+    tokens alone.
     """
     own = len(turn.input_ids)
-    if mends.here(NAME) and own < len(request.origin_input_ids) and media.padded_input_ids is None:
-        ids = array("q", turn.input_ids)
-        for item in media.mm_items:
-            for first, last in item.offsets or ():
-                ids[first : last + 1] = array("q", releases.padding(item, last + 1 - first))
+    if mends.here(NAME) and own < len(request.origin_input_ids) and media.padded_input_ids is None and _pads:
+        ids = _pads(array("q", turn.input_ids), media)
         if len(ids) == own and all(item.offsets for item in media.mm_items):
-            media.padded_input_ids = ids
+            media.padded_input_ids = ids[:]
     original(turn, request, media, *args, **kwargs)
 
 
@@ -107,6 +109,8 @@ def close(original: Callable[..., None], self: Any, session_id: str, *args: Any,
 
 def media_of(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Scheduler._get_multimodal_inputs: unreadable media fail their request and do not end the scheduler."""
+    global _pads
+    _pads = self.pad_input_ids_func
     from sglang.srt.managers.scheduler import _MultimodalInputProcessingError
 
     try:

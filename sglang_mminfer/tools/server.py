@@ -135,7 +135,7 @@ class Server:
         begin = time.monotonic()
         try:
             self._spawn()
-            while not self._healthy():
+            while not self.healthy():
                 seconds = time.monotonic() - begin
                 if not self.running:
                     code = self._process.returncode if self._process else None
@@ -255,7 +255,8 @@ class Server:
                 start_new_session=True,
             )
 
-    def _healthy(self) -> bool:
+    def healthy(self) -> bool:
+        """Whether it answers."""
         try:
             self._request("/health", timeout=5.0)
         except httpx.HTTPError:

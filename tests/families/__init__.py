@@ -113,3 +113,8 @@ def _found() -> tuple[Family, ...]:
 
 FAMILIES: tuple[Family, ...] = _found()
 """By the names of their modules."""
+
+
+def prompt_of(family: Family) -> Prompt | None:
+    """How its prompts are written, if one of the families of its module says it: they agree."""
+    return next((one.prompt for one in FAMILIES if one.module == family.module and one.prompt), None)

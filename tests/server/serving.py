@@ -280,7 +280,13 @@ class Served:
         return int(load["num_used_tokens"])
 
 
-def serve(folder: Path, model: Path, flags: Iterable[str], environment: Mapping[str, str | None]) -> Served:
+def serve(
+    folder: Path,
+    model: Path,
+    flags: Iterable[str],
+    environment: Mapping[str, str | None],
+    make: Callable[..., Server] = Server,
+) -> Served:
     """A server, not started, whose log, trace and cache are in `folder`."""
     trace = folder / "trace.jsonl"
     for old in folder.glob(f"{trace.name}*"):  # the files of all ranks
@@ -290,7 +296,7 @@ def serve(folder: Path, model: Path, flags: Iterable[str], environment: Mapping[
         **{settings.TRACE.variable: str(trace), settings.SPARSE.variable: "always", "SGLANG_PLATFORM": None},
         **{"XDG_CACHE_HOME": str(folder / "cache"), **environment},  # no basis of an earlier run
     }
-    return Served(Server(model, *flags, env=env, log=folder / "server.log", timeout=400), trace)
+    return Served(make(model, *flags, env=env, log=folder / "server.log", timeout=400), trace)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

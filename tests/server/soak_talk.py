@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from families import FAMILIES, Family, Prompt
+from families import Family, Prompt, prompt_of
 from plain_http import as_oracle_answer, fine, generate, post
 from serving import Media, Message, Served, assistant, image, scripted, text, user, video
 from sglang_mminfer.testing.oracle import OracleAnswer
@@ -139,11 +139,6 @@ class Talk:
             turns.append(parts)
         return turns
 
-    def prompt(self) -> Prompt | None:
-        """How its prompts are written, if one of the families of its module says it: they agree."""
-        prompts = (one.prompt for one in FAMILIES if one.module == self.family.module)
-        return next((prompt for prompt in prompts if prompt is not None), None)
-
     def session(self, draw: random.Random, written: Prompt) -> Session:
         turns = []
         for parts in self.questions(draw):
@@ -166,7 +161,7 @@ class Talk:
         )
         # Some conversations have the first turns, or all media, of another one.
         shared = random.Random(f"{self.family.name}-{draw.randrange(40)}")
-        if kind == "session" and (written := self.prompt()):
+        if kind == "session" and (written := prompt_of(self.family)):
             session = self.session(shared, written)
             yield "session", session, session.ask(served)
             return

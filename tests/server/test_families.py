@@ -14,7 +14,9 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+from families import prompt_of
 from families_served import EVERY_SERVER, FAMILY_SERVERS, Files, Running, make_files
+from plain_http import as_oracle_answer, fine, generate, post
 from programs import Recording, chats, conversation
 from serving import LAYERS, Message, Served, assistant, image, same, sound, text, user, video
 from sglang_mminfer.serving.clip_sender import CLIP_RID
@@ -221,6 +223,26 @@ def test_media_within_the_request(running: Running) -> None:
     ]
     for message, within in pairs if running.family.video else pairs[:1]:
         same(running.served.ask([message]), running.served.ask([user(within, told)]))
+
+
+def test_a_session_with_media_in_both_turns(running: Running) -> None:
+    """As the whole prompt in one request."""
+    written = prompt_of(running.family)
+    needs(written is not None, "without prompts of its own")
+    served = running.served
+    pictures = [str(path) for path in running.files.images[:2]]
+    words = [f"{written.image}\nWhat do you see?\n", f"{written.image}\nAnd here?\n"]
+    session = {"id": fine(post(served, "/open_session", {"capacity_of_str_len": 100_000}))}
+    first = fine(generate(served, text=words[0], image_data=pictures[0], session_params=session))
+    follows = {**session, "rid": first["meta_info"]["id"], "drop_previous_output": True}
+    second = fine(generate(served, text=words[1], image_data=pictures[1], session_params=follows))
+    fine(post(served, "/close_session", {"session_id": session["id"]}))
+    served.server.flush_cache()
+    whole = as_oracle_answer(fine(generate(served, text="".join(words), image_data=pictures)))
+    own = second["prompt_token_ids"]  # of the turn
+    needs(own == whole.prompt_ids[-len(own) :], "with tokens of a turn that depend on the turns before it")
+    assert second["meta_info"]["prompt_tokens"] == len(whole.prompt_ids)
+    same(whole, as_oracle_answer({**second, "prompt_token_ids": whole.prompt_ids}))
 
 
 def test_words_that_look_like_placeholders_are_words(running: Running) -> None:

@@ -256,6 +256,31 @@ def test_without_the_mends_words_and_ids_are_lost(
     assert processing(prompt, videos=[files[1]]).ids[-len(odd) :] != odd
 
 
+def test_media_at_both_ends_of_a_prompt(family: tuple[Prompt, Processing], files: tuple[Path, Path]) -> None:
+    """They have as many tokens as in the midst of one."""
+    prompt, processing = family
+    pictures = [files[0], files[0]]
+
+    def lengths(before: str, behind: str) -> list[int]:
+        got = processing(f"{before}{prompt.image.strip()} or {prompt.image.strip()}{behind}", images=pictures)
+        return [last + 1 - first for item in got.items for first, last in item.offsets]
+
+    assert lengths("", "") == lengths("Is it ", "?")
+
+
+def test_without_the_mend_media_at_both_ends_are_misplaced(
+    tmp_path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILY["llava_onevision"]
+    assert family.prompt is not None
+    processing = Processing(family.make(tmp_path / "model"), family.prompt.module, model_impl="transformers")
+    prompt = family.prompt.image.strip() + " or " + family.prompt.image.strip()
+    assert processing(prompt, images=[files[0]] * 2)
+    without("media_at_both_ends", monkeypatch)
+    with pytest.raises(ValueError, match="expected offsets in a prompt"):
+        processing(prompt, images=[files[0]] * 2)
+
+
 # ---- marks -------------------------------------------------------------------------------------------------
 
 
