@@ -11,7 +11,7 @@ from serving import DENSE_BELOW, LAYERS, References, Served, ran_sparse, same
 from sglang_mminfer.serving.trace import PrefillRecord, read_trace
 
 PARALLEL = ["pp_2", "dp_2"]
-"""Data-parallel attention is not among them: SGLang's `torch_native` has no idle batches, so no CPU runs it."""
+"""Data-parallel attention is not among them: SGLang runs no padded and no idle batches on a CPU."""
 
 TOKENS = re.compile(r"^sglang:mminfer_prefill_tokens_total(?:\{[^}]*\})? ([\d.e+-]+)$", re.MULTILINE)
 
