@@ -79,7 +79,7 @@ def test_what_a_page_of_a_package_index_shows(wheel: Path) -> None:
     described = wheels.metadata_of(wheel)
     assert described["License-Expression"] == "Apache-2.0" and described.get_all("License-File") == ["LICENSE"]
     assert described["Keywords"] and described.get_all("Classifier") and described.get_all("Project-URL")
-    assert set(described.get_all("Provides-Extra", [])) == {"tools", "chat", "dev"}
+    assert set(described.get_all("Provides-Extra", [])) == {"tools", "chat", "dev", "wide"}
 
 
 def test_whoever_serves_declares_what_is_imported() -> None:
