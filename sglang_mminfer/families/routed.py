@@ -10,9 +10,10 @@ from sglang_mminfer import mends
 def compute_positions(original: Any, self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Scheduler._maybe_compute_mrope_positions: a request may have media without positions. SGLang looks for
     the tokens of media in the ids to place them, and by then it has put other numbers there."""
+    if not mends.here("router_positions"):
+        return original(self, req, *args, **kwargs)
     media, processor = req.multimodal_inputs, self._mm_processor
-    missing = media is not None and media.mrope_positions is None and _places_media(processor)
-    if not missing or not mends.here("router_positions"):
+    if media is None or media.mrope_positions is not None or not _places_media(processor):
         return original(self, req, *args, **kwargs)
     padded = req.origin_input_ids
     try:

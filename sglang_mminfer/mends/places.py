@@ -24,5 +24,7 @@ def runs_of(
         input_ids: (n,).
     """
     if mends.active("media_at_both_ends"):
-        input_ids = input_ids.new_tensor([*input_ids.tolist(), NO_TOKEN])
+        ids = input_ids.new_full((len(input_ids) + 1,), NO_TOKEN)
+        ids[:-1] = input_ids
+        input_ids = ids
     return find(input_ids, mm_token_id)

@@ -88,9 +88,10 @@ def place_media(original: Callable[..., None], turn: Any, request: Any, media: A
     tokens alone.
     """
     own = len(turn.input_ids)
-    if mends.here(NAME) and own < len(request.origin_input_ids) and media.padded_input_ids is None and _pads:
+    follows = own < len(request.origin_input_ids) and media.padded_input_ids is None
+    if follows and _pads is not None and all(item.offsets for item in media.mm_items) and mends.here(NAME):
         ids = _pads(array("q", turn.input_ids), media)
-        if len(ids) == own and all(item.offsets for item in media.mm_items):
+        if len(ids) == own:
             media.padded_input_ids = ids[:]
     original(turn, request, media, *args, **kwargs)
 
@@ -110,7 +111,7 @@ def close(original: Callable[..., None], self: Any, session_id: str, *args: Any,
 def media_of(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Scheduler._get_multimodal_inputs: unreadable media fail their request and do not end the scheduler."""
     global _pads
-    _pads = self.pad_input_ids_func
+    _pads = getattr(self, "pad_input_ids_func", None)
     from sglang.srt.managers.scheduler import _MultimodalInputProcessingError
 
     try:

@@ -37,9 +37,7 @@ Answered = list[tuple[Turn, OracleAnswer]]
 
 
 @pytest.fixture(scope="module")
-def turns(
-    servers: Callable[[str], Served], tmp_path_factory: pytest.TempPathFactory
-) -> list[tuple[Turn, OracleAnswer]]:
+def turns(servers: Callable[[str], Served], tmp_path_factory: pytest.TempPathFactory) -> Answered:
     """A conversation about three pictures, and the answers of SGLang's HTTP server."""
     folder, words, pictures, found = tmp_path_factory.mktemp("pictures"), "", [], []
     for i in range(3):
