@@ -203,7 +203,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.managers.scheduler.Scheduler._maybe_compute_mrope_positions",
         "around",
-        "sglang_mminfer.families.routed:compute_positions",
+        "sglang_mminfer.mends.routed:compute_positions",
         "Only here SGLang places the media of a prompt that its own tokenizer process did not make.",
     ),
     Hook(

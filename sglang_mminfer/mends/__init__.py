@@ -147,6 +147,14 @@ MENDS: tuple[Mend, ...] = (
         "base_processor.get_mm_items_offset: do not compare the first token with the last.",
     ),
     Mend(
+        "router_pictures",
+        "Behind a router's gRPC server (--grpc-mode) all pictures of a request are one medium, so a further picture "
+        "in a later turn means that all of them and everything behind them are computed again.",
+        "Each picture is a medium, as over HTTP.",
+        "tests/server/test_front_ends.py",
+        "Scheduler._get_multimodal_inputs: get_new_expanded_mm_items, as the processors do.",
+    ),
+    Mend(
         "router_positions",
         "Behind a router's gRPC server (--grpc-mode) pictures of Qwen and GLM models get the positions of a text, so "
         "answers are other ones than over HTTP.",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang_mminfer import mends
+from sglang_mminfer.mends import routed
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +109,15 @@ def close(original: Callable[..., None], self: Any, session_id: str, *args: Any,
     original(self, session_id, *args, **kwargs)
 
 
-def media_of(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def media_of(original: Callable[..., Any], self: Any, mm_inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND Scheduler._get_multimodal_inputs: unreadable media fail their request and do not end the scheduler."""
     global _pads
     _pads = getattr(self, "pad_input_ids_func", None)
     from sglang.srt.managers.scheduler import _MultimodalInputProcessingError
 
     try:
-        return original(self, *args, **kwargs)
+        routed.separate(self, mm_inputs)
+        return original(self, mm_inputs, *args, **kwargs)
     except _MultimodalInputProcessingError:
         raise
     except Exception as error:

@@ -150,10 +150,13 @@ def test_smg(model: Path, sparse_config: Path, turns: Answered, tmp_path: Path) 
     processor = AutoProcessor.from_pretrained(model)
     with served.server as server:
         assert isinstance(server, SmgServer)
+        before = 0
         for i, (turn, expected) in enumerate(turns):
             answer = server.generate(processor, turn, f"turn-{i}")
             same(expected, answer)
-            check_records(served.records(f"turn-{i}"), turn, answer, answer.cached_tokens or 0)
+            assert answer.cached_tokens == before
+            check_records(served.records(f"turn-{i}"), turn, answer, before)
+            before = len(expected.prompt_ids)
         with pytest.raises(grpc.RpcError, match="media: cannot be placed in the prompt"):
             server.generate(processor, turns[1][0], "one-raster", rasters=1)
         same(turns[0][1], server.generate(processor, turns[0][0], "after"))

@@ -1,10 +1,27 @@
-"""Prompts that a router sends as token ids and pixels (SMG's gRPC server): the positions of their media."""
+"""Prompts that a router sends as token ids and pixels (SMG's gRPC server): their media, and where these are."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sglang_mminfer import mends
+
+
+def separate(scheduler: Any, made: Any) -> None:
+    """Makes each picture of a prompt a medium of its own, as SGLang's tokenizer process does. A router sends them as
+    one, so that a further picture changes the hash of all, and nothing that is cached fits.
+
+    Args:
+        scheduler: SGLang's Scheduler.
+        made: the MultimodalProcessorOutput that came with a request. Its items are replaced.
+    """
+    from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
+
+    server_args = scheduler.server_args
+    if not (getattr(server_args, "grpc_mode", False) or getattr(server_args, "smg_grpc_mode", False)):
+        return
+    if mends.here("router_pictures") and getattr(made, "mm_items", None):
+        made.mm_items = get_new_expanded_mm_items(made.mm_items)
 
 
 def compute_positions(original: Any, self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
