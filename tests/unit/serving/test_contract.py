@@ -153,6 +153,19 @@ CALLABLES: list[tuple[str, tuple[str, ...]]] = [
         ("input_ids", "forward_batch", "language_model", "data_embedding_funcs", "kwargs"),
     ),
     ("sglang.srt.runtime_context.get_model", ()),
+    (
+        "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor.get_mm_items_offset",
+        ("input_ids", "mm_token_id"),
+    ),
+    (
+        "sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor.compute_mrope_positions",
+        ("self", "input_ids", "mm_items"),
+    ),
+    (
+        "sglang.srt.multimodal.processors.base_processor.MultimodalSpecialTokens.get_token_id_by_modality",
+        ("self", "modality"),
+    ),
+    ("sglang.srt.managers.schedule_batch.Req.set_finish_with_abort", ("self", "error_msg")),
 ]
 
 OPERATORS = "sglang.kernels.ops"
@@ -314,6 +327,7 @@ FIELDS: list[tuple[str, tuple[str, ...]]] = [
 
 SET_IN_INIT: list[tuple[str, tuple[str, ...]]] = [
     # (class, attributes that its __init__ sets and we read)
+    ("sglang.srt.managers.scheduler.Scheduler", ("_mm_processor", "pad_input_ids_func")),
     (
         "sglang.srt.layers.radix_attention.RadixAttention",
         (
