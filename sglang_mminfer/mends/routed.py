@@ -7,20 +7,19 @@ from typing import Any
 from sglang_mminfer import mends
 
 
-def separate(scheduler: Any, made: Any) -> None:
+def separate(server_args: Any, made: Any) -> None:
     """Makes each picture of a prompt a medium of its own, as SGLang's tokenizer process does. A router sends them as
     one, so that a further picture changes the hash of all, and nothing that is cached fits.
 
     Args:
-        scheduler: SGLang's Scheduler.
+        server_args: of the scheduler. Other servers than a router's have separated them before.
         made: the MultimodalProcessorOutput that came with a request. Its items are replaced.
     """
-    from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
-
-    server_args = scheduler.server_args
     if not (getattr(server_args, "grpc_mode", False) or getattr(server_args, "smg_grpc_mode", False)):
         return
     if mends.here("router_pictures") and getattr(made, "mm_items", None):
+        from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
+
         made.mm_items = get_new_expanded_mm_items(made.mm_items)
 
 

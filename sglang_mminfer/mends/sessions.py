@@ -116,7 +116,7 @@ def media_of(original: Callable[..., Any], self: Any, mm_inputs: Any, *args: Any
     from sglang.srt.managers.scheduler import _MultimodalInputProcessingError
 
     try:
-        routed.separate(self, mm_inputs)
+        routed.separate(self.server_args, mm_inputs)
         return original(self, mm_inputs, *args, **kwargs)
     except _MultimodalInputProcessingError:
         raise

@@ -19,6 +19,7 @@ from smg_grpc_proto import sglang_scheduler_pb2_grpc as calls
 from transformers import AutoProcessor
 
 from plain_http import as_oracle_answer, fine, generate
+from processing import runs_of
 from serving import DENSE_BELOW, References, Served, ran_sparse, same, serve
 from sglang_mminfer.serving.trace import PrefillRecord
 from sglang_mminfer.testing.oracle import OracleAnswer
@@ -84,12 +85,11 @@ def test_the_rust_server(model: Path, sparse_config: Path, turns: Answered, tmp_
     flags = (*FLAGS, "--mminfer-config", str(sparse_config))
     served = serve(tmp_path, model, flags, {"SGLANG_RUST_SERVER": "1"})
     with served.server:
+        before = 0
         for i, (turn, expected) in enumerate(turns):
             answer = fine(generate(served, rid=f"turn-{i}", **turn))
             assert answer["meta_info"]["prompt_tokens"] == len(expected.prompt_ids)
             same(expected, as_oracle_answer({**answer, "prompt_token_ids": expected.prompt_ids}))
-        before = 0
-        for i, (turn, expected) in enumerate(turns):
             check_records([r for r in served.records() if r.rid.startswith(f"turn-{i}#")], turn, expected, before)
             before = len(expected.prompt_ids)
 
@@ -116,8 +116,7 @@ class SmgServer(Server):
         pictures = [Image.open(path) for path in turn["image_data"]]
         made = processor(text=[turn["text"]], images=pictures, return_tensors="pt")
         ids, token = made["input_ids"][0].tolist(), processor.image_token_id
-        starts = [i for i, one in enumerate(ids) if one == token and ids[i - 1] != token]
-        lengths = [next(n for n, one in enumerate(ids[start:]) if one != token) for start in starts]
+        places = [(start, stop - start) for one, start, stop in runs_of(ids) if one == token]
         request = proto.GenerateRequest(
             request_id=rid,
             tokenized=proto.TokenizedInput(original_text=turn["text"], input_ids=ids),
@@ -126,7 +125,7 @@ class SmgServer(Server):
                 model_specific_tensors={"image_grid_thw": tensor(made["image_grid_thw"][:rasters])},
                 modalities=["image"],
                 im_token_id=token,
-                mm_placeholders=[proto.PlaceholderRange(offset=a, length=n) for a, n in zip(starts, lengths)],
+                mm_placeholders=[proto.PlaceholderRange(offset=a, length=n) for a, n in places],
             ),
             sampling_params=proto.SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True),
             return_logprob=True,
