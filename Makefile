@@ -49,9 +49,11 @@ test-interpreted: setup
 		tests/unit/serving/test_self_check.py tests/unit/serving/test_stock_rows.py \
 		-k "triton or every_pattern_is_visited or with_real_tile_sizes or found_right"
 
-# Everything that needs no server, a process for each core.
+# Everything that needs no server, a process for each core. The tests of a GPU are skipped here, but not overlooked: one
+# that cannot be imported fails.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --durations=20 tests/unit tests/properties tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --durations=20 tests/unit tests/properties tests/fuzz \
+		tests/gpu
 
 # What needs servers, which keep the cores busy by themselves.
 test-server: setup browser
@@ -101,8 +103,8 @@ bench-selectors: setup
 	$(BIN)/python -m sglang_mminfer.benchmarks.selectors
 	$(BIN)/python -m sglang_mminfer.benchmarks.selectors_report sglang_mminfer/benchmarks/results/selectors.json
 
-# What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch, triton, numpy and
-# msgspec: for a machine without SGLang. The tests then need pytest and hypothesis in it.
+# What only a card can tell. BARE=1 installs nothing and takes $(PYTHON) as it is, with its torch, triton, numpy, numba and
+# msgspec: for a machine without SGLang. The tests then need pytest, pytest-xdist and hypothesis in it.
 ifdef BARE
 RUN := PYTHONPATH=$(CURDIR)/build/bare$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -P
 ready:
@@ -114,19 +116,21 @@ RUN := $(BIN)/python
 ready: setup
 endif
 
-# The kernel in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; then
-# a small case under compute-sanitizer.
+# The kernels in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; WORKERS
+# processes share the card, because most of the time kernels are compiled. Then what a clock decides, alone.
 test-gpu: ready
-	$(RUN) -m pytest tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py tests/gpu/test_gpu_benchmarks.py \
-		tests/gpu/test_gpu_speculative.py
+	$(RUN) -m pytest -n $(or $(WORKERS),8) --maxprocesses $(or $(WORKERS),8) tests/gpu/test_gpu_kernel.py \
+		tests/gpu/test_gpu_flashinfer.py
+	$(RUN) -m pytest tests/gpu/test_gpu_benchmarks.py tests/gpu/test_gpu_speculative.py
 
+# A small case under compute-sanitizer.
 test-gpu-sanitize: ready
 	$(RUN) -m pytest tests/gpu/test_gpu_sanitizer.py
 
 # The self-check several times, then speed against dense and others: of the Triton kernel, and of FlashAttention-4, which
-# must be installed. Resumable, under 8 minutes each; into sglang_mminfer/benchmarks/results/. BLOCK_K=128 takes key
-# tiles of 128 keys.
-TILES = $(if $(BLOCK_K),--block-k $(BLOCK_K))
+# must be installed. Resumable, under 8 minutes each, or no case after MINUTES; into sglang_mminfer/benchmarks/results/.
+# BLOCK_K=128 takes key tiles of 128 keys.
+TILES = $(if $(BLOCK_K),--block-k $(BLOCK_K)) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench-gpu: ready
 	$(RUN) -m sglang_mminfer.benchmarks.tile_attention $(TILES)

@@ -45,8 +45,7 @@ class Build:
     shared:       bytes of shared memory of a program.
     tensor_cores: the tensor core instruction that the kernel uses most.
     serialized:   whether the assembler waits for every wgmma by itself (its advisories C7510 and C7512).
-    unfenced:     loops that copy with cp.async what wgmma or tcgen05 reads, without a `fence.proxy.async`. The copy is
-                  seen by the matrix unit only after one; Triton 3.6.0 left it out of loops (triton-lang/triton 9610).
+    unfenced:     loops that copy with cp.async what wgmma or tcgen05 reads, without a `fence.proxy.async`: `fences.py`.
     """
 
     kernel: str

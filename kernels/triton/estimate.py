@@ -16,6 +16,7 @@ import triton.language as tl
 from ..torch_gather import LOG2_E
 from . import interpreted
 from .configurations import Configuration
+from .fences import fenced
 
 BLOCK = 64  # rows of the estimate, at most, and keys of a tile
 PROGRAMS = 1024  # enough that every multiprocessor has several
@@ -48,6 +49,7 @@ def _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, B
     return head, tl.load(offsets, mask=(rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
 
+@fenced
 @triton.jit(do_not_specialize=COUNTS)
 def row_lse(
     q,
@@ -92,6 +94,7 @@ def row_lse(
     tl.store(lse + (number * tl.num_programs(1) + part) * BLOCK_N + rows, value)
 
 
+@fenced
 @triton.jit(do_not_specialize=COUNTS)
 def masses(
     q,

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .fences import fenced
+
 
 @triton.jit
 def _form(basis, number, stride_form, ranks, dims, RANK: tl.constexpr, HEAD_DIM: tl.constexpr):
@@ -51,6 +53,7 @@ def _halves(x):
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
+@fenced
 @triton.jit(do_not_specialize=["num_keys"], do_not_specialize_on_alignment=["slots", "forms", "basis_keys"])
 def low_rank_keys(
     k_cache,
@@ -94,6 +97,7 @@ def low_rank_keys(
     tl.store(row + columns[None, :], tl.broadcast_to(ones[None, :], KEYS, WIDTH), mask=rest)
 
 
+@fenced
 @triton.jit(
     do_not_specialize=["num_tiles", "sink", "local"],
     do_not_specialize_on_alignment=["slots", "rows", "keys_of_row", "tiles", "heads", "basis_queries", "basis_keys"],
@@ -179,6 +183,7 @@ def low_rank_queries(
     tl.store(out + columns[None, :], rest, mask=tl.broadcast_to((columns >= 3 * RANK)[None, :], ROWS, WIDTH))
 
 
+@fenced
 @triton.jit(do_not_specialize=["num_tiles", "num_asked"], do_not_specialize_on_alignment=["tiles", "groups"])
 def any_row_above(
     low_keys,

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .fences import fenced
+
 
 @triton.jit
 def load_tile(cache, slots, stride_slot, dims, in_tile, in_head, ALL_LANES: tl.constexpr, ALL_DIMS: tl.constexpr):
@@ -104,6 +106,7 @@ _ANYWHERE = [
 ]
 
 
+@fenced
 @triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
 def tile_attention(
     q,

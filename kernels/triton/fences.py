@@ -1,0 +1,54 @@
+"""The proxy fence that Triton before 3.7 leaves out, put in after Triton has written a kernel's PTX.
+
+On Hopper and Blackwell the matrix unit reads shared memory through another proxy than the threads that copy into it,
+and sees what cp.async copied only after a `fence.proxy.async`. Triton 3.6 has none in a pipelined loop
+(triton-lang/triton 9610), so a product may now and then read what was there before. SGLang's releases bring Triton 3.7
+or later. With torch 2.11, on which the wrapper and the benchmarks run, it is 3.6.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import triton
+
+FENCE = "\tfence.proxy.async.shared::cta;\n"
+
+Kernel = TypeVar("Kernel", bound=Any)
+
+
+def fenced(kernel: Kernel) -> Kernel:
+    """Decorates a kernel that multiplies: its builds have the fences, whichever Triton makes them."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        _mend_builds_of(kernel.fn.__name__)
+    return kernel
+
+
+def with_fences(ptx: str) -> str:
+    """The same kernel with a fence after each wait for cp.async, if it multiplies on the matrix unit of sm_90 or later.
+
+    The thread that copied fences, before the barrier that lets the others read.
+    """
+    if re.search(r"wgmma\.mma_async|tcgen05\.mma", ptx) is None:
+        return ptx
+    return re.sub(r"^.*\bcp\.async\.wait_(?:group|all)\b.*\n", lambda wait: wait[0] + FENCE, ptx, flags=re.MULTILINE)
+
+
+def _mend_builds_of(name: str) -> None:
+    """Hooks into the compiler, behind whoever did so before, and changes nothing of other kernels."""
+    from triton import knobs
+
+    others = knobs.runtime.add_stages_inspection_hook
+
+    def change_stages(backend: Any, stages: dict[str, Callable[..., str]], *rest: Any) -> None:
+        if others is not None:
+            others(backend, stages, *rest)
+        if (write := stages.get("ptx")) is not None:
+            stages["ptx"] = lambda source, metadata: mended(write(source, metadata), metadata["name"])
+
+    def mended(ptx: str, of: str) -> str:
+        return with_fences(ptx) if of == name else ptx
+
+    knobs.runtime.add_stages_inspection_hook = change_stages
