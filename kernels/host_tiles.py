@@ -11,9 +11,11 @@ import torch
 
 from .block_plan import PAD_POSITION, BlockPlan, unpack_lanes
 
-MAX_BATCHED_PAIRS = 1 << 18  # (row, key) pairs of one head in a stack of tiles: few, so that every thread gets stacks
+MAX_STACKED_PAIRS = 1 << 18  # (row, key) pairs of one head in a stack of tiles: few, so that every thread gets stacks
+MAX_STACKED_KEYS = 2048  # keys of a stack: few, so that what is gathered of them stays in a core's cache
 MAX_MASKED_KEYS = 4096  # a tile with more masked keys is cut into strips of rows
 ROWS_OF_A_STRIP = 32
+MAX_CAUSAL_ROWS = 2048  # of a run of plain causal attention: few, so that every thread gets runs
 
 
 def host_tiles(plan: BlockPlan) -> HostTiles:
@@ -60,7 +62,7 @@ class HostTiles:
             first, t = t, t + 1
             if first_key[first] < 0:
                 continue
-            while t < self.plan.num_tiles and follows(t):
+            while t < self.plan.num_tiles and follows(t) and last_row[t] - first_row[first] < MAX_CAUSAL_ROWS:
                 t += 1
             if t - first > 1:
                 keys = slice(first_key[first], first_key[first] + stop[t - 1])
@@ -127,7 +129,8 @@ class HostTiles:
                         TileBatch(self.plan, [t], self.plan.head_groups[heads], strip, blocks, full, gathered, skip)
                     )
                 continue
-            size = max(1, MAX_BATCHED_PAIRS // (rows * blocks * self.plan.block_k))
+            keys = blocks * self.plan.block_k
+            size = max(1, min(MAX_STACKED_PAIRS // (rows * keys), MAX_STACKED_KEYS // keys))
             for i in range(0, len(members), size):
                 stack = members[i : i + size]
                 batches.append(TileBatch(self.plan, stack, self.plan.head_groups[heads], rows, blocks, full, gathered))

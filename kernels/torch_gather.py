@@ -8,13 +8,15 @@ the attention is a few torch operations.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from .block_plan import BlockPlan
 from .host_tiles import CausalRun, TileBatch, host_tiles
-from .threads import for_each
+from .threads import for_each, one_thread
 
 LN_2 = math.log(2)
 LOG2_E = 1 / LN_2
@@ -38,59 +40,105 @@ def run(
         overwritten.
         sm_scale: factor on q . k.
     """
-    q = q.contiguous()
-    group = q.shape[1] // k_cache.shape[1]
-    out.zero_()
-    lse.fill_(-torch.inf)
-    for number, block_plan in enumerate(plan.passes):
-        walk = host_tiles(block_plan)
-        layouts = {heads: _HeadLayout(heads, group, q.shape[1], q.device) for heads in block_plan.head_groups}
-
-        def run_tiles(tiles: TileBatch, layouts: dict = layouts, merge: bool = number > 0) -> None:
-            _run_tiles(q, k_cache, v_cache, tiles, layouts[tiles.heads], sm_scale, out, lse, merge)
-            if plan.once:
-                tiles.forget()
-
-        if q.device.type != "cpu":
-            for tiles in walk.batches:
-                run_tiles(tiles)
-            continue
-        for causal in walk.causal_runs if FUSED is not None else []:
-            _run_causal(q, k_cache, v_cache, causal, layouts[causal.heads], sm_scale, out, lse, number > 0)
-        for_each(run_tiles, walk.scattered if FUSED is not None else walk.batches)
+    with one_thread():  # a pass shares out its work by itself
+        q = q.contiguous()
+        out.zero_()
+        lse.fill_(-torch.inf)
+        for number, block_plan in enumerate(plan.passes):
+            _Pass(block_plan, plan.once, q, k_cache, v_cache, sm_scale, out, lse, merge=number > 0).run()
 
 
-def _run_causal(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    run: CausalRun,
-    heads: _HeadLayout,
-    sm_scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    merge: bool,
-) -> None:
-    """Plain causal attention of many rows at once, which the fused kernel does best.
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of a plan: what it visits, what it reads, and where it writes.
 
-    The kernel's causal mask is aligned at the first row, so the keys before the run's first row are a second call.
+    once:  whether the plan runs in one layer only, so that nothing made of it is kept.
+    merge: whether `out` and `lse` hold what earlier passes have found.
     """
-    m = run.q_rows.stop - run.q_rows.start
-    selection = run.q_rows if heads.all_q else (run.q_rows, heads.q_heads)
-    by_head = q[selection].transpose(0, 1)[None]  # [1, heads, m, D]
-    k, v = (heads.take_kv(cache, run).to(q.dtype) for cache in (k_cache, v_cache))
-    prefix = k.shape[2] - m
-    chunk_kv = [t[:, :, prefix:].repeat_interleave(heads.per_kv, dim=1) for t in (k, v)]
-    o, s = FUSED(by_head, *chunk_kv, 0.0, True, attn_mask=None, scale=sm_scale)
-    s = s.float() * LOG2_E
-    if prefix:
-        packed = by_head.unflatten(1, (-1, heads.per_kv)).flatten(2, 3)  # [1, kv, per_kv * m, D]
-        prefix_o, prefix_s = attend(packed, k[:, :, :prefix], v[:, :, :prefix], None, sm_scale)
-        o, s = merge_state(o, s, prefix_o.reshape(o.shape), prefix_s.reshape(s.shape))
-    o, s = o[0].transpose(0, 1), s[0].transpose(0, 1)
-    if merge:
-        o, s = merge_state(out[selection], lse[selection], o, s)
-    out[selection], lse[selection] = o.to(out.dtype), s
+
+    plan: BlockPlan
+    once: bool
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    sm_scale: float
+    out: torch.Tensor
+    lse: torch.Tensor
+    merge: bool
+
+    @cached_property
+    def group(self) -> int:
+        """How many query heads share a KV head."""
+        return self.q.shape[1] // self.k_cache.shape[1]
+
+    @cached_property
+    def layouts(self) -> dict[tuple[int, ...], _HeadLayout]:
+        num_heads, device = self.q.shape[1], self.q.device
+        return {heads: _HeadLayout(heads, self.group, num_heads, device) for heads in self.plan.head_groups}
+
+    def run(self) -> None:
+        walk = host_tiles(self.plan)
+        if self.q.device.type != "cpu":
+            for tiles in walk.batches:
+                self.run_tiles(tiles)
+        elif FUSED is None:
+            for_each(self.run_tiles, walk.batches)
+        else:
+            by_head = [(run, head) for run in walk.causal_runs for head in run.heads]
+            for_each(self.run_part, [*by_head, *walk.scattered])
+
+    def run_part(self, part: TileBatch | tuple[CausalRun, int]) -> None:
+        if isinstance(part, TileBatch):
+            self.run_tiles(part)
+        else:
+            self.run_causal(*part)
+
+    def run_causal(self, run: CausalRun, head: int) -> None:
+        """Plain causal attention of many rows at once with one query head, which the fused kernel does best.
+
+        The kernel's causal mask is aligned at the first row, so the keys before the run's first row are a second call.
+        """
+        rows, caches = run.q_rows, [cache[:, head // self.group] for cache in (self.k_cache, self.v_cache)]
+        taken = [x[run.kv_slice] if run.kv_slice is not None else x.index_select(0, run.kv_slots) for x in caches]
+        q, k, v = (x.to(self.q.dtype)[None, None] for x in (self.q[rows, head], *taken))  # [1, 1, m or n, D]
+        prefix = k.shape[2] - q.shape[2]
+        o, s = FUSED(q, k[:, :, prefix:], v[:, :, prefix:], 0.0, True, attn_mask=None, scale=self.sm_scale)
+        s = s.float() * LOG2_E
+        if prefix:
+            o, s = merge_state(o, s, *attend(q, k[:, :, :prefix], v[:, :, :prefix], None, self.sm_scale))
+        o, s = o[0, 0], s[0, 0]
+        if self.merge:
+            o, s = merge_state(self.out[rows, head], self.lse[rows, head], o, s)
+        self.out[rows, head], self.lse[rows, head] = o.to(self.out.dtype), s
+
+    def run_tiles(self, tiles: TileBatch) -> None:
+        if tiles.kv_slots.shape[1]:
+            self._attend_tiles(tiles)
+        if self.once:
+            tiles.forget()
+
+    def _attend_tiles(self, tiles: TileBatch) -> None:
+        heads, q = self.layouts[tiles.heads], self.q
+        index = heads.index(tiles.q_rows)
+        packed = q.view(-1, q.shape[2]).index_select(0, index.flatten()).view(*index.shape, -1)
+        k, v = heads.take_kv(self.k_cache, tiles), heads.take_kv(self.v_cache, tiles)
+        num_unmasked, parts = tiles.num_unmasked, []
+        if num_unmasked:
+            parts.append(attend(packed, k[:, :, :num_unmasked], v[:, :, :num_unmasked], None, self.sm_scale))
+        if k.shape[2] > num_unmasked:
+            mask = tiles.additive_mask.repeat(1, heads.per_kv, 1)[:, None]
+            o, s = attend(packed, k[:, :, num_unmasked:], v[:, :, num_unmasked:], mask, self.sm_scale)
+            if (empty := tiles.empty_rows) is not None:
+                empty = empty.repeat(1, heads.per_kv)[:, None]
+                o, s = o.masked_fill(empty[..., None], 0), s.masked_fill(empty, -torch.inf)
+            parts.append((o, s))
+        o, s = parts[0] if len(parts) == 1 else merge_state(*parts[0], *parts[1])
+        index, o, s = index.flatten(), o.reshape(-1, o.shape[-1]), s.flatten()
+        rows_out, rows_lse = self.out.view(-1, o.shape[-1]), self.lse.view(-1)
+        if self.merge:
+            o, s = merge_state(rows_out[index], rows_lse[index], o, s)
+        rows_out.index_copy_(0, index, o.to(rows_out.dtype))
+        rows_lse.index_copy_(0, index, s)
 
 
 class _HeadLayout:
@@ -108,7 +156,6 @@ class _HeadLayout:
             distinct, per_kv = kv_of, 1
         self.per_kv = per_kv
         self.num_heads = num_heads
-        self.all_q = len(heads) == num_heads
         self.q_heads = torch.tensor(heads, device=device)
         self.kv_heads = None if len(distinct) == num_heads // group and per_kv == group else distinct
 
@@ -120,53 +167,18 @@ class _HeadLayout:
         index = rows[:, None, :] * self.num_heads + self.q_heads[:, None]
         return index.view(len(rows), -1, self.per_kv * rows.shape[1])
 
-    def take_kv(self, cache: torch.Tensor, tiles: TileBatch | CausalRun) -> torch.Tensor:
+    def take_kv(self, cache: torch.Tensor, tiles: TileBatch) -> torch.Tensor:
         """The keys or values of `tiles`: [B, kv, n, D]. A view of the cache if they lie side by side in it."""
         if tiles.kv_slice is not None:
             view = cache[None, tiles.kv_slice]
             return (view if self.kv_heads is None else view[:, :, self.kv_heads]).transpose(1, 2)
-        slots = tiles.kv_slots if tiles.kv_slots.dim() == 2 else tiles.kv_slots[None]
+        slots = tiles.kv_slots
         if self.kv_heads is None:
             return cache.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
         taken = cache.new_empty(len(self.kv_heads), slots.numel(), cache.shape[2])
         for own, head in zip(taken, self.kv_heads):  # whole rows, which an index over slots and heads does not copy
             torch.index_select(cache[:, head], 0, slots.flatten(), out=own)
         return taken.unflatten(1, slots.shape).transpose(0, 1)
-
-
-def _run_tiles(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    tiles: TileBatch,
-    heads: _HeadLayout,
-    sm_scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    merge: bool,
-) -> None:
-    if not tiles.kv_slots.shape[1]:
-        return
-    index = heads.index(tiles.q_rows)
-    packed = q.view(-1, q.shape[2]).index_select(0, index.flatten()).view(*index.shape, -1)
-    k, v = heads.take_kv(k_cache, tiles), heads.take_kv(v_cache, tiles)
-    num_unmasked, parts = tiles.num_unmasked, []
-    if num_unmasked:
-        parts.append(attend(packed, k[:, :, :num_unmasked], v[:, :, :num_unmasked], None, sm_scale))
-    if k.shape[2] > num_unmasked:
-        mask = tiles.additive_mask.repeat(1, heads.per_kv, 1)[:, None]
-        o, s = attend(packed, k[:, :, num_unmasked:], v[:, :, num_unmasked:], mask, sm_scale)
-        if (empty := tiles.empty_rows) is not None:
-            empty = empty.repeat(1, heads.per_kv)[:, None]
-            o, s = o.masked_fill(empty[..., None], 0), s.masked_fill(empty, -torch.inf)
-        parts.append((o, s))
-    o, s = parts[0] if len(parts) == 1 else merge_state(*parts[0], *parts[1])
-    index, o, s = index.flatten(), o.reshape(-1, o.shape[-1]), s.flatten()
-    rows_out, rows_lse = out.view(-1, out.shape[-1]), lse.view(-1)
-    if merge:
-        o, s = merge_state(rows_out[index], rows_lse[index], o, s)
-    rows_out.index_copy_(0, index, o.to(out.dtype))
-    rows_lse.index_copy_(0, index, s)
 
 
 def attend(
