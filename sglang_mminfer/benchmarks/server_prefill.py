@@ -1,6 +1,6 @@
 """Prefill of long videos in the real server on a CPU: mminfer against stock dense, in one run.
 
-    python -m sglang_mminfer.benchmarks.server_prefill [--tokens 4096 8192 16384 32768] [--out FILE]
+    python -m sglang_mminfer.benchmarks.server_prefill [--tokens 4096 8192 16384 32768] [--runs 3] [--out FILE]
 
 Stock dense is measured twice, with chunked prefill and without, because SGLang's `torch_native` computes redundant
 rows for every chunk. Its figures come from the plugin with the config `dense`, which hands every layer to the stock
@@ -63,7 +63,7 @@ SERVERS = {
 
 def measure(
     names: list[str], config: str, model: Path, videos: dict[int, Path], repeats: int, folder: Path, console: Console
-) -> dict[str, dict[int, dict[str, Any]]]:
+) -> Results:
     """server -> tokens -> {"prompt_tokens", "attn_ms", "plan_ms", "forward_ms", "ttft_ms", "density"}, medians, and
     "rounds", the times of each round.
 
@@ -141,29 +141,35 @@ def _line(figure: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value:,.4g}" for key, value in figure.items() if isinstance(value, (int, float)))
 
 
+Results = dict[str, dict[int, dict[str, Any]]]
+"""Of one run: server -> tokens -> figures; see `measure`."""
+
 Spread = dict[str, float]
-"""The "median", the "least" and the "most" of several rounds."""
+"""The "median" of what each run has as median, the "least" and the "most" of all rounds."""
 
 
-def speedups(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[str, Spread]]]:
+def speedups(runs: list[Results]) -> dict[str, dict[int, dict[str, Spread]]]:
     """mminfer server -> tokens -> speed-up of attention and of the whole forward over the better stock server.
 
     Servers take turns, so that each round is a comparison of its own: a machine that changes its pace between rounds
     shows in the spread.
     """
-    stock = [results[name] for name in results if name.startswith("stock")]
 
-    def spread(tokens: int, own: dict[str, Any], key: str) -> Spread:
-        best = [min(times) for times in zip(*([r[key] for r in run[tokens]["rounds"]] for run in stock))]
-        ratios = [round(theirs / r[key], 3) for theirs, r in zip(best, own["rounds"])]
-        return {"median": round(median(ratios), 3), "least": min(ratios), "most": max(ratios)}
+    def of_rounds(results: Results, name: str, tokens: int, key: str) -> list[float]:
+        stock = [[r[key] for r in results[other][tokens]["rounds"]] for other in results if other.startswith("stock")]
+        own = [r[key] for r in results[name][tokens]["rounds"]]
+        return [round(min(theirs) / ours, 3) for *theirs, ours in zip(*stock, own)]
+
+    def spread(name: str, tokens: int, key: str) -> Spread:
+        ratios = [of_rounds(results, name, tokens, key) for results in runs]
+        every = [ratio for run in ratios for ratio in run]
+        return {"median": round(median(map(median, ratios)), 3), "least": min(every), "most": max(every)}
 
     return {
         name: {
-            tokens: {key: spread(tokens, figure, f"{key}_ms") for key in ("attn", "forward")}
-            for tokens, figure in results[name].items()
+            tokens: {key: spread(name, tokens, f"{key}_ms") for key in ("attn", "forward")} for tokens in runs[0][name]
         }
-        for name in results
+        for name in runs[0]
         if name.startswith("mminfer")
     }
 
@@ -175,7 +181,8 @@ def _shown(ratio: Spread) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="video tokens")
-    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each prompt (median)")
+    parser.add_argument("--runs", type=int, default=1, help="how often all servers are started anew")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds of a run: how often each prompt is timed")
     parser.add_argument("--config", default="default", help="head config of the sparse servers")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -198,8 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
         for tokens in sorted(options.tokens):
             frames = 2 * (tokens // FRAME_TOKENS)
             videos[tokens] = make_video(folder / f"{tokens}.mp4", frames, SIDE, SIDE, 2.0, seed=tokens)
-        results = measure(options.servers, options.config, model, videos, options.repeats, folder, console)
-    ratios = speedups(results)
+        runs = []
+        for number in range(options.runs):
+            place = folder / f"run_{number}"
+            place.mkdir()
+            runs.append(measure(options.servers, options.config, model, videos, options.repeats, place, console))
+    ratios = speedups(runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         **machine.describe(),
@@ -208,21 +219,21 @@ def main(arguments: list[str] | None = None) -> int:
         "config": options.config,
         "chunk": CHUNK,
         "repeats": options.repeats,
-        "results": results,
+        "runs": runs,
         "speedup_over_better_stock": ratios,
     }
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     table = Table("server", "video tokens", "density", "attention ms", "over stock", "forward ms", "over stock")
     for server, by_length in ratios.items():
         for tokens, ratio in by_length.items():
-            figure = results[server][tokens]
+            figures = [run[server][tokens] for run in runs]
             table.add_row(
                 server,
                 f"{tokens:,}",
-                f"{figure['density']:.3f}",
-                f"{figure['attn_ms']:,.0f}",
+                f"{figures[0]['density']:.3f}",
+                f"{median(figure['attn_ms'] for figure in figures):,.0f}",
                 _shown(ratio["attn"]),
-                f"{figure['forward_ms']:,.0f}",
+                f"{median(figure['forward_ms'] for figure in figures):,.0f}",
                 _shown(ratio["forward"]),
             )
     console.print(table)

@@ -7,6 +7,11 @@ from typing import Any
 from sglang_mminfer import mends
 
 
+def by_router(server_args: Any) -> bool:
+    """Whether requests reach the server's scheduler from a router, as token ids and pixels."""
+    return bool(server_args.grpc_mode or server_args.smg_grpc_mode)
+
+
 def separate(server_args: Any, made: Any) -> None:
     """Makes each picture of a prompt a medium of its own, as SGLang's tokenizer process does. A router sends them as
     one, so that a further picture changes the hash of all, and nothing that is cached fits.
@@ -15,9 +20,7 @@ def separate(server_args: Any, made: Any) -> None:
         server_args: of the scheduler. Other servers than a router's have separated them before.
         made: the MultimodalProcessorOutput that came with a request. Its items are replaced.
     """
-    if not (getattr(server_args, "grpc_mode", False) or getattr(server_args, "smg_grpc_mode", False)):
-        return
-    if mends.here("router_pictures") and getattr(made, "mm_items", None):
+    if by_router(server_args) and mends.here("router_pictures") and getattr(made, "mm_items", None):
         from sglang.srt.managers.mm_utils import get_new_expanded_mm_items
 
         made.mm_items = get_new_expanded_mm_items(made.mm_items)

@@ -12,6 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_mminfer import settings
+from sglang_mminfer.serving import readers
 
 if TYPE_CHECKING:
     from sglang_mminfer.head_config import HeadConfig, ModelBasis
@@ -72,20 +73,12 @@ def makes_clip(head_config: HeadConfig, model: Any) -> bool:
 
 def why_no_clip(server_args: Any, model: Any) -> str | None:
     """Why a server cannot send itself the clip, as the end of a sentence; None: it can."""
-    from sglang.srt.environ import envs
-
-    if getattr(server_args, "disaggregation_mode", "null") != "null":
+    if server_args.disaggregation_mode != "null":
         return "where prefill and decoding run in different servers"
-    if getattr(server_args, "language_only", False) or getattr(server_args, "encoder_only", False):
-        return "where media are encoded by another server"
-    if getattr(server_args, "skip_tokenizer_init", False):
+    if server_args.skip_tokenizer_init:
         return "without a tokenizer (--skip-tokenizer-init)"
-    if getattr(server_args, "grpc_mode", False) or getattr(server_args, "smg_grpc_mode", False):
-        return "where another program tokenizes (--grpc-mode)"
-    if getattr(server_args, "tokenizer_worker_num", 1) > 1:
-        return "by tokenizer workers, which load no plugins (--tokenizer-worker-num)"
-    if envs.SGLANG_RUST_SERVER.get():
-        return "behind the Rust server, which loads no plugins (SGLANG_RUST_SERVER)"
+    if elsewhere := readers.read_elsewhere(server_args):
+        return elsewhere
     if not model.is_generation:
         return "by a server of embeddings"
     return None

@@ -15,6 +15,7 @@ from sglang_mminfer.serving import (
     flags,
     head_config_choice,
     hooks,
+    readers,
 )
 from sglang_mminfer.serving.hooks import UnsupportedLaunch
 
@@ -151,12 +152,9 @@ def _guard_sees_nothing(cfg: Any) -> bool:
 
 def _media_root_is_passed_by(cfg: Any) -> bool:
     """Whether there is a media root, and requests or media come in where nothing of ours runs."""
-    from sglang.srt.environ import envs
-
     if settings.is_bad(settings.media_root) or flags.media_root(cfg) is None:
         return False
-    other_programs = cfg.grpc_mode or cfg.smg_grpc_mode or cfg.language_only or cfg.encoder_only
-    return other_programs or cfg.tokenizer_worker_num > 1 or envs.SGLANG_RUST_SERVER.get()
+    return readers.read_elsewhere(cfg) is not None
 
 
 def _media_root_is_not_held(cfg: Any) -> bool:
