@@ -20,6 +20,7 @@ from .threads import for_each, one_thread
 
 LN_2 = math.log(2)
 LOG2_E = 1 / LN_2
+Part = TileBatch | tuple[CausalRun, int]  # what a thread takes: tiles, or a run with one query head
 FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -84,10 +85,10 @@ class _Pass:
         elif FUSED is None:
             for_each(self.run_tiles, walk.batches)
         else:
-            by_head = [(run, head) for run in walk.causal_runs for head in run.heads]
-            for_each(self.run_part, [*by_head, *walk.scattered])
+            parts: list[Part] = [(run, head) for run in walk.causal_runs for head in run.heads]
+            for_each(self.run_part, [*parts, *walk.scattered])
 
-    def run_part(self, part: TileBatch | tuple[CausalRun, int]) -> None:
+    def run_part(self, part: Part) -> None:
         if isinstance(part, TileBatch):
             self.run_tiles(part)
         else:
