@@ -119,8 +119,7 @@ endif
 # The kernels in bf16 and fp16, every pattern, at a million keys, and against FlashInfer where that is installed; WORKERS
 # processes share the card, because most of the time kernels are compiled. Then what a clock decides, alone.
 test-gpu: ready
-	$(RUN) -m pytest -n $(or $(WORKERS),8) --maxprocesses $(or $(WORKERS),8) tests/gpu/test_gpu_kernel.py \
-		tests/gpu/test_gpu_flashinfer.py
+	$(RUN) -m pytest -n $(or $(WORKERS),8) --dist loadgroup tests/gpu/test_gpu_kernel.py tests/gpu/test_gpu_flashinfer.py
 	$(RUN) -m pytest tests/gpu/test_gpu_benchmarks.py tests/gpu/test_gpu_speculative.py
 
 # A small case under compute-sanitizer.

@@ -380,6 +380,7 @@ def test_runs_over_a_long_prefix_are_the_same_bit_by_bit(execute):
         assert all(map(torch.equal, found[0], again)), "plan and run differ from one time to the next"
 
 
+@pytest.mark.xdist_group("much memory")  # one after the other, where processes share the card
 @every_executor
 @pytest.mark.parametrize(
     "heads",
