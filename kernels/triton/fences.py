@@ -1,9 +1,9 @@
-"""The proxy fence that Triton before 3.7 leaves out, put in after Triton has written a kernel's PTX.
+"""The proxy fence that Triton before 3.7.1 leaves out, put in after Triton has written a kernel's PTX.
 
 On Hopper and Blackwell the matrix unit reads shared memory through another proxy than the threads that copy into it,
-and sees what cp.async copied only after a `fence.proxy.async`. Triton 3.6 has none in a pipelined loop
-(triton-lang/triton 9610), so a product may now and then read what was there before. SGLang's releases bring Triton 3.7
-or later. With torch 2.11, on which the wrapper and the benchmarks run, it is 3.6.
+and sees what cp.async copied only after a `fence.proxy.async`. Triton 3.6 and 3.7.0 have none in a pipelined loop
+(triton-lang/triton 9610), so a product may now and then read what was there before. SGLang's releases bring Triton
+3.7.1 or later. With torch 2.11, on which the wrapper and the benchmarks run, it is 3.6.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import triton
 
 FENCE = "\tfence.proxy.async.shared::cta;\n"
+WRITES_FENCES = (3, 7, 1)
 
 Kernel = TypeVar("Kernel", bound=Any)
 
 
 def fenced(kernel: Kernel) -> Kernel:
     """Decorates a kernel that multiplies: its builds have the fences, whichever Triton makes them."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < WRITES_FENCES:
         _mend_builds_of(kernel.fn.__name__)
     return kernel
 
@@ -42,11 +43,17 @@ def _mend_builds_of(name: str) -> None:
 
     others = knobs.runtime.add_stages_inspection_hook
 
-    def change_stages(backend: Any, stages: dict[str, Callable[..., str]], *rest: Any) -> None:
+    def change_stages(*given: Any) -> tuple[str, str] | None:
+        """What Triton 3.7 asks for without arguments goes into the keys of its caches."""
+        if not given:
+            key, digest = others() if others is not None else ("", "")
+            return f"{key} {name} is fenced", f"{digest} {name} is fenced"
         if others is not None:
-            others(backend, stages, *rest)
+            others(*given)
+        stages: dict[str, Callable[..., str]] = given[1]
         if (write := stages.get("ptx")) is not None:
             stages["ptx"] = lambda source, metadata: mended(write(source, metadata), metadata["name"])
+        return None
 
     def mended(ptx: str, of: str) -> str:
         return with_fences(ptx) if of == name else ptx
