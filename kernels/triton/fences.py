@@ -15,14 +15,18 @@ from typing import Any, TypeVar
 import triton
 
 FENCE = "\tfence.proxy.async.shared::cta;\n"
-WRITES_FENCES = (3, 7, 1)
 
 Kernel = TypeVar("Kernel", bound=Any)
 
 
+def triton_writes_fences() -> bool:
+    """Whether this Triton puts fences into loops by itself."""
+    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
+
+
 def fenced(kernel: Kernel) -> Kernel:
     """Decorates a kernel that multiplies: its builds have the fences, whichever Triton makes them."""
-    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < WRITES_FENCES:
+    if not triton_writes_fences():
         _mend_builds_of(kernel.fn.__name__)
     return kernel
 
