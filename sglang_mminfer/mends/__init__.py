@@ -133,7 +133,7 @@ MENDS: tuple[Mend, ...] = (
         "modality_pickle",
         "On Python 3.11.0 to 3.11.3 the language server of encoder disaggregation refuses to unpickle what its encoder "
         "sends, and ends after three minutes.",
-        "The encoder sends what other Pythons send.",
+        "The encoder, if it is started with mminfer too, sends what other Pythons send.",
         "tests/unit/mends/test_pickles.py",
         "disaggregation/encoder/receiver.py: send the modality's name.",
         ">=0.5.21,<0.5.24",

@@ -10,12 +10,13 @@ from enum import Enum
 from typing import Any
 
 from sglang_mminfer import mends
+from sglang_mminfer.mends import asked
 
 
 def modality_by_value(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER EmbeddingData.__init__: the encoder's data holds a modality. From now on this process pickles all of them
-    by value, as other Pythons do."""
-    if isinstance(self.modality, Enum) and mends.active("modality_pickle"):
+    """AFTER EmbeddingData.__init__: the encoder's data holds a modality. From now on an encoder started with mminfer
+    pickles all of them by value, as other Pythons do."""
+    if isinstance(self.modality, Enum) and asked.for_mminfer() and mends.active("modality_pickle"):
         copyreg.pickle(type(self.modality), _by_value)
 
 

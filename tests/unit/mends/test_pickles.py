@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.utils.common import safe_pickle_load
 
 from sglang_mminfer import settings
-from sglang_mminfer.mends import pickles
+from sglang_mminfer.mends import asked, pickles
 from sglang_versions import skip_before
 
 
@@ -38,6 +39,10 @@ def test_the_language_server_reads_what_its_encoder_sends(monkeypatch: pytest.Mo
     copyreg.dispatch_table.pop(Modality, None)  # hooks that another test left may have mended it
     with pytest.raises(RuntimeError, match="Blocked unsafe global"):
         sent(data)
+    pickles.modality_by_value(None, data)
+    with pytest.raises(RuntimeError, match="Blocked unsafe global"):
+        sent(data)  # an encoder without mminfer is left as it is
+    monkeypatch.setattr(asked, "_last", types.SimpleNamespace(attention_backend=settings.BACKEND_NAME))
     monkeypatch.setenv(settings.MENDS.variable, "none")
     pickles.modality_by_value(None, data)
     with pytest.raises(RuntimeError, match="Blocked unsafe global"):
