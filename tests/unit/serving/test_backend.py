@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 import observed
-from sglang_mminfer.serving.backend import create_backend
+from observed import LENGTH, Stock
+from sglang_mminfer.serving.backend import create_backend, sparse_class
+from sglang_mminfer.serving.trace import TraceFile
 
 
 def test_backends_of_adaptive_speculation_share_what_they_learn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +32,25 @@ def test_a_draft_model_has_the_dense_backend(monkeypatch: pytest.MonkeyPatch) ->
     runner = observed.runner("test_a_shape", monkeypatch)
     runner.is_draft_worker = True
     assert not hasattr(create_backend(runner), "mminfer")
+
+
+def test_a_trace_does_not_wait_for_the_gpu_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang captures the batches that verify drafts, whose layers are those of a prefill, and CUDA allows no wait in a
+    capture. In a prefill batch the times of a trace need waits."""
+
+    class Captured(Stock):
+        def init_forward_metadata_out_graph(self, batch: Any, in_capture: bool = False) -> None: ...
+
+    prefill: Any = observed.prefill("test_a_shape", monkeypatch)
+    backend: Any = sparse_class(Captured)()
+    backend.mminfer, backend.pool = prefill, prefill.kv_pool
+    waits: list[None] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    monkeypatch.setattr(prefill, "trace", TraceFile("/dev/null"))
+    batch, q = observed.batch(LENGTH - 4), prefill.kv_pool.q[0, -4:]
+    for expected, init in ((False, backend.init_forward_metadata_out_graph), (True, backend.init_forward_metadata)):
+        init(batch)
+        monkeypatch.setattr(prefill, "device", torch.device("cuda"))
+        backend.forward_extend(q, None, None, observed.layer(0), batch)
+        monkeypatch.setattr(prefill, "device", torch.device("cpu"))
+        assert bool(waits) == expected
