@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import observed
-from observed import LENGTH, Stock
+from observed import HEADS, LENGTH, D, Stock
+from sglang_mminfer import settings
 from sglang_mminfer.serving.backend import create_backend, sparse_class
 from sglang_mminfer.serving.trace import TraceFile
 
@@ -54,3 +55,36 @@ def test_a_trace_does_not_wait_for_the_gpu_while_a_graph_is_captured(monkeypatch
         backend.forward_extend(q, None, None, observed.layer(0), batch)
         monkeypatch.setattr(prefill, "device", torch.device("cpu"))
         assert bool(waits) == expected
+
+
+class IntoRoom(Stock):
+    """A stock backend that writes its answer into the batch's room for it, as SGLang's FA3 and Triton do."""
+
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True) -> Any:
+        o = super().forward_extend(q, k, v, layer, batch, save_kv_cache)
+        if batch._attn_output is None:
+            return o
+        room = batch._attn_output.view(-1, layer.tp_q_head_num, D)
+        assert len(room) == len(q), "there is room for other heads"
+        return room.copy_(o.view(room.shape)).view(len(q), -1)
+
+
+def test_dense_heads_do_not_write_into_the_room_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang makes this room where it pads a prefill or replays it as a CUDA graph."""
+    monkeypatch.setenv(settings.DENSE_HEADS.variable, "stock")
+    prefill: Any = observed.prefill("test_mixed_heads", monkeypatch)
+    backend: Any = sparse_class(IntoRoom)()
+    backend.mminfer, backend.pool = prefill, prefill.kv_pool
+    answers = []
+    for room in (None, torch.full((LENGTH, HEADS * D), torch.nan)):
+        batch = observed.batch()
+        batch._attn_output = room
+        backend.init_forward_metadata(batch)
+        answers.append(
+            [
+                backend.forward_extend(prefill.kv_pool.q[number], None, None, observed.layer(number), batch)
+                for number in range(observed.LAYERS)
+            ]
+        )
+        assert batch._attn_output is room and prefill.failures == 0
+    assert all(map(torch.equal, *answers))
