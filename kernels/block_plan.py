@@ -160,11 +160,19 @@ class BlockPlan:
         area = self.sizes.rows * visits * heads[self.sizes.group] * self.block_k
         return np.bincount(self.sizes.request, area, minlength=num_requests).astype(np.int64)
 
-    @cached_property
+    def for_keeping(self) -> BlockPlan:
+        """The same plan for what is kept in `derived`. A plan that kept itself would be freed whenever Python looks for
+        cycles next, and its tensors of a GPU would stay there until then.
+        """
+        return replace(self)
+
+    @property
     def passes(self) -> tuple[BlockPlan, ...]:
         """Each pass as a plan of its own, whose tensors are views of this one's."""
-        if len(self.pass_indptr) == 2:
-            return (self,)
+        return (self,) if len(self.pass_indptr) == 2 else self._several_passes
+
+    @cached_property
+    def _several_passes(self) -> tuple[BlockPlan, ...]:
         rows = np.concatenate([[0], self.sizes.rows.cumsum()])
         views = []
         for first, stop in zip(self.pass_indptr[:-1], self.pass_indptr[1:]):

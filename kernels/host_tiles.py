@@ -21,7 +21,7 @@ MAX_CAUSAL_ROWS = 2048  # of a run of plain causal attention: few, so that every
 def host_tiles(plan: BlockPlan) -> HostTiles:
     """The tiles of a plan of one pass, made once for all layers that run it."""
     if ("host_tiles",) not in plan.derived:
-        plan.derived["host_tiles",] = HostTiles(plan)
+        plan.derived["host_tiles",] = HostTiles(plan.for_keeping())
     return plan.derived["host_tiles",]
 
 

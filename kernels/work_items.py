@@ -130,7 +130,7 @@ def work_items(plan: BlockPlan, group: int, pairs: int, most_visits: int | None 
     """
     key = ("work_items", group, pairs, most_visits)
     if key not in plan.derived:
-        plan.derived[key] = _made(plan, group, pairs, most_visits)
+        plan.derived[key] = _made(plan.for_keeping(), group, pairs, most_visits)
     return plan.derived[key]
 
 

@@ -216,8 +216,8 @@ def _visited_once(
     counts = torch.arange(len(tiles), device=tiles.device) < plan.block_indptr[-1]
     visited = torch.zeros(num_tiles + 1, dtype=torch.int64, device=tiles.device)
     tiles = tiles.long().where(counts, num_tiles)
-    visited[tiles] = 1
-    visited[-1] = 0
+    visited.index_fill_(0, tiles, 1)  # to assign a number would make the host wait
+    visited[-1:] = 0
     new_number = visited.cumsum(0) - 1
     room = min(num_tiles, int(plan.sizes.visits.sum()))
     old_number = torch.zeros(num_tiles + 1, dtype=torch.int64, device=tiles.device)

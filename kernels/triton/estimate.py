@@ -50,7 +50,7 @@ def _rows(q, heads, stride_q, stride_q_head, num_rows, dims, number, HEAD_DIM, B
 
 
 @fenced
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["heads"])
 def row_lse(
     q,
     k_cache,
@@ -95,7 +95,7 @@ def row_lse(
 
 
 @fenced
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["heads"])
 def masses(
     q,
     k_cache,

@@ -57,7 +57,7 @@ class Groups:
         number, tile_of_row = (x.long() for x in to_device(tiles.rows.device, self.number, tile))
         group = torch.searchsorted(number, (tiles.rows + self.q_start) // self.size)
         share = torch.zeros(len(tiles.rows_per_tile), len(number), device=tiles.rows.device)
-        share[tile_of_row, group] = 1
+        share[tile_of_row, group] = share.new_ones(())  # a number of the host would make it wait for the device
         return share
 
 

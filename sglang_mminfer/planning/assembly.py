@@ -147,5 +147,5 @@ def _without_unvisited(tiles: Sequence[Tiles | EstimatedTiles], excluded: torch.
     """The rows of `excluded` of key tiles that are visited, and then as many rows as are left."""
     counts = [torch.ones_like(own.excluded[:, 0]) if isinstance(own, Tiles) else own.gathered_count for own in tiles]
     visited = torch.cat(counts).bool()
-    row = (visited.cumsum(0) - 1).where(visited, len(excluded))  # those not visited: all to a row at the end
-    return excluded.new_zeros(len(excluded) + 1, excluded.shape[1]).index_copy_(0, row, excluded)
+    row = (visited.cumsum(0) - 1).where(visited, len(excluded))  # those not visited: all to a row at the end, cut off
+    return excluded.new_zeros(len(excluded) + 1, excluded.shape[1]).index_copy_(0, row, excluded)[:-1]

@@ -8,6 +8,8 @@ without a sparse request runs stock code only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,6 +46,21 @@ def create_backend(runner: Any) -> Any:
     return backend
 
 
+@contextmanager
+def without_room(forward_batch: Any) -> Iterator[None]:
+    """Takes from a batch the room that SGLang made for the answer of all heads, where it pads a prefill or replays it
+    as a CUDA graph: a stock backend that runs some of the heads would write into it."""
+    room = getattr(forward_batch, "_attn_output", None)
+    if room is None:
+        yield
+        return
+    forward_batch._attn_output = None
+    try:
+        yield
+    finally:
+        forward_batch._attn_output = room
+
+
 _prefills: WeakKeyDictionary[Any, SparsePrefill] = WeakKeyDictionary()
 """The sparse side of each model runner."""
 
@@ -77,7 +94,8 @@ def sparse_class(dense: Any) -> Any:
                 dense_forward = super().forward_extend
 
                 def stock(some_heads: torch.Tensor, view: Any) -> torch.Tensor:
-                    return dense_forward(some_heads, k, v, view, forward_batch, False)
+                    with without_room(forward_batch):
+                        return dense_forward(some_heads, k, v, view, forward_batch, False)
 
                 o = sparse.run_layer(q, k, v, layer, stock)
             if o is None:

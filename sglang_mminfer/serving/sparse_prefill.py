@@ -533,8 +533,9 @@ class SparsePrefill:
     def clock(self) -> float:
         """The host's clock, in seconds.
 
-        A GPU runs kernels asynchronously, so with a trace each reading waits for the GPU once.
+        A GPU runs kernels asynchronously, so with a trace each reading waits for the GPU once. Outside of a batch
+        nothing is timed: SGLang may be capturing a CUDA graph, and a wait would end that with an error.
         """
-        if self.trace.enabled and self.device.type != "cpu":
+        if self.batch is not None and self.trace.enabled and self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
         return time.perf_counter()

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 import support
 from fa4_emulated import Emulated, forward, join
 from raw_plans import SLOTS, counted_slots, raw_plans
-from sglang_mminfer import AShape, Boundary2D, Dense, Dilated, Grid, Modality, QBoundary, TriShape, VerticalSlash
+from sglang_mminfer import (
+    Adaptive,
+    AShape,
+    Boundary2D,
+    Dense,
+    Dilated,
+    Grid,
+    Modality,
+    QBoundary,
+    TriShape,
+    VerticalSlash,
+)
 from sglang_mminfer.kernels import fa4, reference
 from sglang_mminfer.kernels.block_plan import nothing
 from sglang_mminfer.kernels.fa4.arguments import call_arguments
@@ -132,6 +143,19 @@ def test_plans_that_share_a_key_table_keep_their_own_key_tiles(form):
     for plan in (*plans, *plans):
         given = q, k, v, plan, 0.3
         assert_close(ran(Emulated(16, **FORMS[form]), *given), ran(reference.run, *given))
+
+
+def test_keys_that_were_picked_are_not_copied():
+    """A layer's heads may have picked gigabytes of them. Nothing is excluded from their key tiles, so the kernel reads
+    them where the plan has them."""
+    slots = torch.randperm(CHAT.length, generator=torch.Generator().manual_seed(0))
+    q, k = (randn(CHAT.length, heads, D, seed=seed) for seed, heads in enumerate((2, 1)))
+    planner = BatchPlanner([RequestChunk(CHAT, 0, CHAT.length, 0, slots)], len(q), block_k=16)
+    plan = planner.plan([Adaptive(8, 24, 8, 0.1, 1.0)] * 2, q, k, 0.3)
+    assert len(plan.keys.kv_slots) > CHAT.length + 16 and not len(plan.excluded_lanes)
+    arguments = call_arguments(plan, 2, 1, 16, False)
+    assert arguments.kv_slots.data_ptr() == plan.keys.kv_slots.data_ptr()
+    assert arguments.kv_pos.data_ptr() == plan.keys.kv_pos.data_ptr()
 
 
 @forms

@@ -1,8 +1,10 @@
 """The executors by themselves: the literal meaning of a plan's arrays against what each executor computes."""
 
+import gc
 import math
 from dataclasses import replace
 from functools import partial
+from weakref import ref
 
 import pytest
 import torch
@@ -157,6 +159,24 @@ def test_a_plan_without_passes_writes_every_output(execute):
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
     execute(q, cache, cache, nothing(3, 2, 8, 8, torch.device("cpu")), 1.0, out, lse)
     assert not out.any() and bool(lse.isneginf().all())
+
+
+@pytest.mark.parametrize("execute", EXECUTORS)
+@pytest.mark.parametrize("heads", [HEADS, HEADS[:1] * 4], ids=["several passes", "one pass"])
+def test_a_plan_that_nobody_holds_is_freed_at_once(execute, heads):
+    """Of a layer whose heads choose their keys it may have a gigabyte on a GPU, which must not stay there until Python
+    looks for cycles."""
+    q, k = randn(CHAT.length, 4, D), randn(CHAT.length, 2, D, seed=1)
+    gc.collect()
+    gc.disable()
+    try:
+        plan = BatchPlanner([RequestChunk(CHAT, 0, len(q), 0, torch.arange(len(q)))], len(q)).plan(heads, q, k, 0.3)
+        execute(q, k, k, plan, 0.3, torch.empty_like(q), torch.empty(q.shape[:2]))
+        held = [ref(x) for x in (plan, plan.block_indices, plan.keys.kv_slots)]
+        del plan
+        assert not any(x() is not None for x in held)
+    finally:
+        gc.enable()
 
 
 @settings(max_examples=60)

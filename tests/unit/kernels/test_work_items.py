@@ -1,5 +1,8 @@
 """Work items: every pair meets every visit once, and no program is much longer than its share."""
 
+import gc
+from weakref import ref
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from raw_plans import raw_plans
 from sglang_mminfer import HeadConfig
 from sglang_mminfer.kernels import work_items as module
 from sglang_mminfer.kernels.block_plan import BlockPlan
+from sglang_mminfer.kernels.fa4.arguments import call_arguments
 from sglang_mminfer.kernels.work_items import (
     DIRECT,
     FIRST_HEAD,
@@ -97,6 +101,22 @@ def test_slots_are_found_again(plan, group, pairs, limit):
                     assert found.setdefault(first + part * pairs, place) == place
     assert found == written and said_direct == direct
     assert not direct & set(written.values())
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_what_a_plan_keeps_for_executors_of_a_gpu_does_not_keep_the_plan(gathered):
+    """Else the plan of every layer would stay on the GPU until Python looks for cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        plan = last_chunk("grid_static", 20_000, 64)
+        arguments = call_arguments(plan, 7, 4, 128, gathered)
+        assert len(arguments.padded_lists) == 4 and len(arguments.items.first_slot)
+        held = ref(plan), ref(work_items(plan, 7, 128)), ref(arguments)
+        del plan, arguments
+        assert [x() for x in held] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 # ---- how much of the machine works ---------------------------------------------------------------------------

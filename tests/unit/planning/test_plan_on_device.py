@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import support
+from absent_card import WaitsForCopy, absent_card
 from sglang_mminfer import AShape, Basis, Boundary2D, Dense, Grid, Modality, QBoundary, TriShape, VisionGrid
 from sglang_mminfer.kernels.fa4.arguments import call_arguments, keys_of, queries_of
 from sglang_mminfer.kernels.triton import estimate, low_rank_scan, picked_keys
@@ -22,12 +23,9 @@ VIDEO, TEXT = Modality.VIDEO, Modality.TEXT
 
 # ---- no waiting --------------------------------------------------------------------------------------------
 
-# In torch's fake mode a tensor says which device it is on and what shape it has, and holds nothing: whatever the
-# host would have to ask a card for raises, and so does whatever mixes tensors of the host with those of a card.
-
 
 def test_the_check_below_notices_a_host_that_waits():
-    with FakeTensorMode():
+    with absent_card():
         on_card = torch.ones(3, device="cuda")
         with pytest.raises(DataDependentOutputException):
             on_card.sum().item()
@@ -35,6 +33,19 @@ def test_the_check_below_notices_a_host_that_waits():
             on_card.nonzero()
         with pytest.raises(RuntimeError, match="device"):
             on_card + torch.ones(3)
+        on_host = torch.arange(3)
+        index = on_host.to("cuda", non_blocking=True)
+        on_card[index] = on_card
+        on_card[1:] = 0
+        for wait in (
+            lambda: on_host.to("cuda"),
+            lambda: torch.tensor([1, 2], device="cuda"),
+            lambda: on_card.copy_(torch.ones(3)),
+            lambda: on_card.__setitem__(0, 1.0),
+            lambda: on_card.__setitem__(index, 1.0),
+        ):
+            with pytest.raises(WaitsForCopy):
+                wait()
 
 
 KERNELS = {
@@ -66,7 +77,7 @@ def test_the_host_never_waits_for_the_device(batch):
 
 def plan_on_a_card_that_is_not_there(batch):
     q, chunks = batch.q, chunks_of(batch)
-    with FakeTensorMode():
+    with absent_card():
         on_card = [torch.empty(len(chunk.slots), dtype=torch.int64, device="cuda") for chunk in chunks]
         chunks = [replace(chunk, slots=slots) for chunk, slots in zip(chunks, on_card)]
         q = torch.empty(q.shape, device="cuda")

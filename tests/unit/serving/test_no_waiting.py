@@ -9,26 +9,28 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import observed
+from absent_card import absent_card
 from observed import LENGTH
 from sglang_mminfer.planning.cost import Comparison
 from sglang_mminfer.planning.planner import is_static
-from sglang_mminfer.serving import observe, prompts
+from sglang_mminfer.serving import audit, observe, prompts
 from sglang_mminfer.serving.choice import Choice
 from sglang_mminfer.serving.guard import Guard
 from sglang_mminfer.serving.moments import Moments
 from sglang_mminfer.serving.served_heads import MixedHeads, of_request
 
 ALL = ("a_shape", "grid_frame", "grid_row", "tri_shape", "q_boundary", "2d_boundary", "vertical_slash", "pooled")
-ALL += ("mixed_heads",)
+ALL += ("mixed_heads", "adaptive")
 
 
 def test_the_check_below_notices_a_host_that_waits() -> None:
-    with FakeTensorMode():
+    with absent_card():
         rows = torch.ones(3, 5, device="cuda")
         with pytest.raises(DataDependentOutputException):
             rows[torch.zeros(1, dtype=torch.long, device="cuda")[0], :2]  # how a request's slots were read in the past
@@ -96,7 +98,7 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: 
         prefill.guard.served = prefill.served.with_dense([(0, 0), (1, 1)])
     for media in filter(None, batch.mm_inputs):
         media.mm_items[0].model_specific_data["video_grid_thw"] = [[24, 8, 8]]  # on the host
-    with FakeTensorMode():
+    with absent_card():
         pool = prefill.kv_pool
         for name in ("layers", "slots"):
             setattr(pool, name, torch.empty(getattr(pool, name).shape, dtype=getattr(pool, name).dtype, device="cuda"))
@@ -124,7 +126,7 @@ def test_a_batch_with_metrics(monkeypatch: pytest.MonkeyPatch, name: str, make: 
 
 @pytest.mark.parametrize("by_head", [False, True])
 def test_moments_of_the_clip_are_summed_up_on_the_device(by_head: bool) -> None:
-    with FakeTensorMode():
+    with absent_card():
         q, cache = torch.ones(700, 8, 64, device="cuda"), torch.ones(1000, 2, 64, device="cuda")
         slots = torch.zeros(1500, dtype=torch.long, device="cuda")
         request = observe.RequestView("clip", 800, 700, 0, 1500, None, "no_basis", slots)
@@ -133,3 +135,13 @@ def test_moments_of_the_clip_are_summed_up_on_the_device(by_head: bool) -> None:
             moments.add(observe.LayerView(layer, 0, q, cache, cache, 0.1, (request,), (), (), q), request)
         assert all(part.is_cuda for layer in moments.layers.values() for part in (layer.q, layer.k))
         assert [layer.rows for layer in moments.layers.values()] == [1400, 700]
+
+
+def test_a_layer_is_audited_on_the_device() -> None:
+    with absent_card():
+        q, cache = torch.ones(700, 8, 64, device="cuda"), torch.ones(1000, 2, 64, device="cuda")
+        slots, lse = torch.zeros(1500, dtype=torch.long, device="cuda"), torch.zeros(700, 8, device="cuda")
+        request = observe.RequestView("asked", 800, 700, 0, 1500, None, None, slots)
+        view = observe.LayerView(0, 0, q, cache, cache, 0.1, (request,), (), (2, 7), q, lse=lse)
+        found = audit.examine(view, request, np.array([900, 1499]))
+        assert found.error.is_cuda and found.recall.is_cuda
