@@ -64,11 +64,11 @@ def tensor(name: str, value: Any, shape: Sequence[int], dtype: torch.dtype, orig
 
 def dtype(name: str, value: Any, known: Sequence[torch.dtype]) -> torch.dtype:
     """The dtype that `value` is or names."""
-    named = getattr(torch, value, None) if isinstance(value, str) else value
+    named: Any = getattr(torch, value, None) if isinstance(value, str) else value
     expect(isinstance(named, torch.dtype), name, "a torch dtype or its name", repr(value))
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
     expect(named in known, name, f"one of {names}", repr(value))
-    return named  # type: ignore[no-any-return]
+    return named
 
 
 def head_shape(num_qo_heads: Any, num_kv_heads: Any, head_dim_qk: Any, page_size: Any) -> None:

@@ -78,4 +78,4 @@ def _maps(values: Any, batch: int) -> Sequence[ModalityMap]:
     expect(len(values) == batch, name, expected, str(len(values)))
     for i, value in enumerate(values):
         expect(isinstance(value, ModalityMap), f"{name}[{i}]", "a ModalityMap", repr(value))
-    return values  # type: ignore[no-any-return]
+    return values
