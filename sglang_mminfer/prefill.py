@@ -17,7 +17,8 @@ from sglang_mminfer.kernels.executors import EXECUTORS
 from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern
-from sglang_mminfer.planning.chunk import RequestChunk
+from sglang_mminfer.planning import checks as check
+from sglang_mminfer.planning.paged_batch import paged_batch
 from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.planning.tiles import BLOCK_K, BLOCK_Q
 
@@ -48,10 +49,10 @@ class SparsePrefillWithPagedKVCacheWrapper:
         block_q: int = BLOCK_Q,
         block_k: int = BLOCK_K,
     ) -> None:
-        _expect(kv_layout in ("NHD", "HND"), "kv_layout", '"NHD" or "HND"', repr(kv_layout))
-        _expect(backend in executors.CHOICES, "backend", "one of " + ", ".join(executors.CHOICES), repr(backend))
+        check.expect(kv_layout in ("NHD", "HND"), "kv_layout", '"NHD" or "HND"', repr(kv_layout))
+        check.expect(backend in executors.CHOICES, "backend", "one of " + ", ".join(executors.CHOICES), repr(backend))
         for name, value in (("block_q", block_q), ("block_k", block_k)):
-            _expect(isinstance(value, int) and value >= 1, name, "an integer >= 1", repr(value))
+            check.integer(name, value, least=1)
         self.backend = backend
         self._kv_layout, self._block_q, self._block_k = kv_layout, block_q, block_k
         self._planner: BatchPlanner | None = None
@@ -93,98 +94,24 @@ class SparsePrefillWithPagedKVCacheWrapper:
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
-        row_starts = _int_vector("qo_indptr", qo_indptr)
-        page_starts = _int_vector("paged_kv_indptr", paged_kv_indptr)
-        last_page_len = _int_vector("paged_kv_last_page_len", paged_kv_last_page_len)
-        batch = len(row_starts) - 1
-        _expect(batch >= 0 and row_starts[0] == 0, "qo_indptr", "batch + 1 values from 0 on", str(row_starts[:8]))
-        _expect(row_starts == sorted(row_starts), "qo_indptr", "values that do not decrease", str(row_starts[:8]))
-        _expect(len(page_starts) == batch + 1, "paged_kv_indptr", f"{batch + 1} values", str(len(page_starts)))
-        _expect(
-            page_starts[0] == 0 and page_starts == sorted(page_starts),
-            "paged_kv_indptr",
-            "values from 0 on that do not decrease",
-            str(page_starts[:8]),
+        shape = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
+        check.head_shape(*shape)
+        check.integer("dense_below", dense_below, least=0)
+        patterns = check.head_patterns(head_patterns, num_qo_heads)
+        check.basis(basis, num_qo_heads, num_kv_heads, head_dim_qk)
+        sm_scale = head_dim_qk**-0.5 if sm_scale is None else check.number("sm_scale", sm_scale)
+        dtypes = (
+            check.dtype("q_data_type", q_data_type, check.QUERIES),
+            check.dtype("kv_data_type", q_data_type if kv_data_type is None else kv_data_type, check.CACHES),
         )
-        _expect_int_vector("paged_kv_indices", paged_kv_indices)
-        _expect(
-            len(paged_kv_indices) >= page_starts[-1],
-            "paged_kv_indices",
-            f"at least {page_starts[-1]} values",
-            str(len(paged_kv_indices)),
+        batch = paged_batch(
+            qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size, modality_maps
         )
-        lowest, highest = map(int, paged_kv_indices[: page_starts[-1]].aminmax()) if page_starts[-1] else (0, -1)
-        _expect(lowest >= 0, "paged_kv_indices", "values >= 0", str(lowest))
-        _expect(len(last_page_len) == batch, "paged_kv_last_page_len", f"{batch} values", str(len(last_page_len)))
-        for name, value in (("page_size", page_size), ("num_kv_heads", num_kv_heads), ("head_dim_qk", head_dim_qk)):
-            _expect(isinstance(value, int) and value >= 1, name, "an integer >= 1", repr(value))
-        _expect(
-            num_qo_heads >= 1 and num_qo_heads % num_kv_heads == 0,
-            "num_qo_heads",
-            f"a multiple of num_kv_heads={num_kv_heads}",
-            repr(num_qo_heads),
-        )
-        _expect(dense_below >= 0, "dense_below", "an integer >= 0", repr(dense_below))
-        _expect(
-            len(modality_maps) == batch,
-            "modality_maps",
-            f"{batch} maps, one for each request",
-            str(len(modality_maps)),
-        )
-        is_list = isinstance(head_patterns, Sequence) and not isinstance(head_patterns, str)
-        patterns: list[Any] = list(head_patterns) if is_list else [head_patterns]  # type: ignore[arg-type]
-        for i, pattern in enumerate(patterns):
-            name = f"head_patterns[{i}]"
-            _expect(isinstance(pattern, HeadPattern), name, "a pattern or a boundary", repr(pattern))
-        if len(patterns) == 1:
-            patterns = patterns * num_qo_heads
-        _expect(
-            len(patterns) == num_qo_heads,
-            "head_patterns",
-            f"{num_qo_heads} patterns (or one for all)",
-            str(len(patterns)),
-        )
-        if basis is not None:
-            expected = f"forms for {num_kv_heads} or {num_qo_heads} heads of {head_dim_qk} dimensions"
-            fits = len(basis.keys) in (num_kv_heads, num_qo_heads) and basis.keys.shape[2] == head_dim_qk
-            _expect(fits, "basis", expected, str(list(basis.keys.shape)))
-        sm_scale = head_dim_qk**-0.5 if sm_scale is None else sm_scale
-        _expect(isinstance(sm_scale, int | float), "sm_scale", "a number", repr(sm_scale))
-        dtypes = _dtype("q_data_type", q_data_type), _dtype("kv_data_type", kv_data_type or q_data_type)
-
-        requests = []
-        lane = torch.arange(page_size, device=paged_kv_indices.device)
-        for i in range(batch):
-            pages = paged_kv_indices[page_starts[i] : page_starts[i + 1]].long()
-            rows = row_starts[i + 1] - row_starts[i]
-            if len(pages):
-                _expect(
-                    1 <= last_page_len[i] <= page_size,
-                    f"paged_kv_last_page_len[{i}]",
-                    f"1 to {page_size}",
-                    str(last_page_len[i]),
-                )
-            kv_len = (len(pages) - 1) * page_size + last_page_len[i] if len(pages) else 0
-            _expect(
-                rows <= kv_len,
-                f"qo_indptr[{i + 1}]",
-                f"at most {kv_len} rows (the request's keys)",
-                str(rows),
-            )
-            name, modality_map = f"modality_maps[{i}]", modality_maps[i]
-            _expect(isinstance(modality_map, ModalityMap), name, "a ModalityMap", repr(modality_map))
-            expected = f"a length of at least {kv_len} (the request's keys)"
-            _expect(modality_map.length >= kv_len, name, expected, str(modality_map.length))
-            slots = (pages[:, None] * page_size + lane).flatten()[:kv_len]
-            if rows:
-                requests.append(RequestChunk(modality_map, kv_len - rows, kv_len, row_starts[i], slots))
-        self._requests = {r.row_start: r for r in requests}
-        self._row_starts = row_starts
-        self._patterns = patterns
-        self._shape = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
-        self._sm_scale, self._dtypes, self._num_pages = sm_scale, dtypes, highest + 1
+        self._batch, self._patterns, self._shape = batch, patterns, shape
+        self._sm_scale, self._dtypes = sm_scale, dtypes
+        with_rows = [request for request in batch.requests if request.num_rows]
         self._planner = BatchPlanner(
-            requests, row_starts[-1], dense_below=dense_below, block_q=self._block_q, block_k=self._block_k
+            with_rows, batch.num_rows, dense_below=dense_below, block_q=self._block_q, block_k=self._block_k
         )
         self._basis = basis
         self._last_plan = None
@@ -220,19 +147,18 @@ class SparsePrefillWithPagedKVCacheWrapper:
         if self._planner is None:
             raise RuntimeError("SparsePrefillWithPagedKVCacheWrapper.run: call plan() first")
         num_qo_heads, _, head_dim, _ = self._shape
-        expected = (self._row_starts[-1], num_qo_heads, head_dim)
-        _expect(tuple(q.shape) == expected, "q", f"the shape {expected}", str(tuple(q.shape)))
-        _expect(q.dtype == self._dtypes[0], "q", f"the planned dtype {self._dtypes[0]}", str(q.dtype))
+        check.tensor("q", q, (self._batch.num_rows, num_qo_heads, head_dim), self._dtypes[0], "planned ")
+        sm_scale = self._sm_scale * check.number("k_scale", k_scale)
+        v_scale = check.number("v_scale", v_scale)
         k_cache, v_cache = self._flat_caches(paged_kv_cache)
         if out is None:
             out = q.new_empty(q.shape)
         if lse is None:
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        _expect(out.shape == q.shape, "out", f"the shape {tuple(q.shape)}", str(tuple(out.shape)))
-        _expect(out.dtype == q.dtype, "out", f"the dtype {q.dtype}", str(out.dtype))
-        _expect(lse.shape == q.shape[:2], "lse", f"the shape {tuple(q.shape[:2])}", str(tuple(lse.shape)))
-        _expect(lse.dtype == torch.float32, "lse", "the dtype torch.float32", str(lse.dtype))
-        sm_scale = self._sm_scale * k_scale
+        check.tensor("out", out, q.shape, q.dtype)
+        check.tensor("lse", lse, q.shape[:2], torch.float32)
+        if sm_scale <= 0:  # executors compare scores before they scale them, so theirs is above 0
+            q, sm_scale = (-q, -sm_scale) if sm_scale else (torch.zeros_like(q), 1.0)
         self._last_plan = self._planner.plan(self._patterns, q, k_cache, sm_scale, self._basis)
         # Executors write contiguous outputs; the caller's tensors may be views of larger ones.
         outputs = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (out, lse)]
@@ -256,7 +182,7 @@ class SparsePrefillWithPagedKVCacheWrapper:
             RuntimeError: before `plan`.
         """
         plan = self._current_plan()
-        causal = sum(r.causal_pairs for r in self._requests.values())
+        causal = sum(request.causal_pairs for request in self._batch.requests)
         if causal == 0:
             return torch.ones(self._shape[0], dtype=torch.float64)
         return plan.visited_by_row.sum(dim=0).double() / causal
@@ -269,12 +195,11 @@ class SparsePrefillWithPagedKVCacheWrapper:
             ValueError: if there is no such request or head.
         """
         plan = self._current_plan()
-        for name, value, count in (("request", request, len(self._row_starts) - 1), ("head", head, self._shape[0])):
-            _expect(0 <= value < count, name, f"0 to {count - 1}", repr(value))
-        rows = slice(self._row_starts[request], self._row_starts[request + 1])
-        chunk = self._requests.get(rows.start) if rows.stop > rows.start else None
-        if chunk is None:
-            return torch.zeros(0, 0, dtype=torch.bool)
+        for name, value, count in (("request", request, len(self._batch.requests)), ("head", head, self._shape[0])):
+            is_index = isinstance(value, int) and 0 <= value < count
+            check.expect(is_index, name, f"0 to {count - 1}", repr(value))
+        chunk = self._batch.requests[request]
+        rows = slice(chunk.row_start, chunk.row_start + chunk.num_rows)
         return reference.visited_mask(plan, head, rows, chunk.kv_len)
 
     def _current_plan(self) -> BlockPlan:
@@ -287,54 +212,28 @@ class SparsePrefillWithPagedKVCacheWrapper:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v as [slots, Hkv, D]."""
         _, num_kv_heads, head_dim, page_size = self._shape
-        if isinstance(paged_kv_cache, torch.Tensor):
-            _expect(
-                paged_kv_cache.ndim == 5 and paged_kv_cache.shape[1] == 2,
-                "paged_kv_cache",
-                "a 5-D tensor [pages, 2, ...] or a tuple (k, v)",
-                str(tuple(paged_kv_cache.shape)),
-            )
-            paged_kv_cache = (paged_kv_cache[:, 0], paged_kv_cache[:, 1])
-        name, got = "paged_kv_cache", str(len(paged_kv_cache))
-        _expect(len(paged_kv_cache) == 2, name, "a 5-D tensor [pages, 2, ...] or a tuple (k, v)", got)
-        pages = len(paged_kv_cache[0])
-        _expect(pages >= self._num_pages, name, f"at least {self._num_pages} pages (paged_kv_indices)", str(pages))
+        name, expected = "paged_kv_cache", "a 5-D tensor [pages, 2, ...] or a tuple (k, v)"
+        caches: Any = paged_kv_cache
+        if isinstance(caches, torch.Tensor):
+            check.expect(caches.ndim == 5 and caches.shape[1] == 2, name, expected, str(tuple(caches.shape)))
+            caches = (caches[:, 0], caches[:, 1])
+        check.expect(isinstance(caches, Sequence), name, expected, type(caches).__name__)
+        check.expect(len(caches) == 2, name, expected, str(len(caches)))
+        for cache in caches:
+            check.expect(isinstance(cache, torch.Tensor), name, "tensors of k and of v", type(cache).__name__)
+        pages, needed = len(caches[0]), self._batch.num_pages
+        check.expect(pages >= needed, name, f"at least {needed} pages (paged_kv_indices)", str(pages))
         flat = []
-        for cache in paged_kv_cache:
+        for cache in caches:
             if self._kv_layout == "HND" and cache.ndim == 4:
                 cache = cache.transpose(1, 2)
-            _expect(
+            check.expect(
                 cache.ndim == 4 and tuple(cache.shape[1:]) == (page_size, num_kv_heads, head_dim),
-                "paged_kv_cache",
+                name,
                 f"pages of (page_size={page_size}, Hkv={num_kv_heads}, D={head_dim}) in {self._kv_layout} layout",
                 str(tuple(cache.shape)),
             )
-            _expect(len(cache) == pages, name, f"{pages} pages of k and of v", str(len(cache)))
-            _expect(cache.dtype == self._dtypes[1], name, f"the planned dtype {self._dtypes[1]}", str(cache.dtype))
+            check.expect(len(cache) == pages, name, f"{pages} pages of k and of v", str(len(cache)))
+            check.expect(cache.dtype == self._dtypes[1], name, f"the planned dtype {self._dtypes[1]}", str(cache.dtype))
             flat.append(cache.reshape(-1, num_kv_heads, head_dim))
         return flat[0], flat[1]
-
-
-def _expect(condition: bool, name: str, expected: str, got: str) -> None:
-    if not condition:
-        raise ValueError(f"SparsePrefillWithPagedKVCacheWrapper: {name}: expected {expected}, got {got}")
-
-
-def _expect_int_vector(name: str, values: torch.Tensor) -> None:
-    _expect(
-        isinstance(values, torch.Tensor) and values.ndim == 1 and not values.is_floating_point(),
-        name,
-        "a 1-D integer tensor",
-        f"{type(values).__name__} {getattr(values, 'dtype', '')} {list(getattr(values, 'shape', []))}",
-    )
-
-
-def _int_vector(name: str, values: torch.Tensor) -> list[int]:
-    _expect_int_vector(name, values)
-    return values.tolist()
-
-
-def _dtype(name: str, value: torch.dtype | str) -> torch.dtype:
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    _expect(isinstance(dtype, torch.dtype), name, "a torch dtype or its name", repr(value))
-    return dtype  # type: ignore[return-value]

@@ -56,7 +56,7 @@ SEED = 2
 """The first seed whose conversation has media in four messages, each with text, a video and at least one image."""
 
 A_SHAPE_DENSITY = 0.25
-"""Of the baseline on the whole prompt; searched and default visit about as much."""
+"""The density of the baseline on the whole prompt; searched and default visit about as much."""
 
 FLAGS = (
     *mm_process_flags(GLYPHS),  # the server samples every frame of the videos, each at its own size
@@ -66,8 +66,8 @@ FLAGS = (
 )
 
 ENVIRONMENT = {settings.SPARSE.variable: "always"}
-"""Of the servers with mminfer. By itself a server runs a chunk dense where that is estimated to be faster, as for short
-prompts on a CPU. The tables would then show stock's attention under other names."""
+"""The variables of the servers with mminfer. By itself a server runs a chunk dense where that is estimated to be
+faster, as for short prompts on a CPU. The tables would then show stock's attention under other names."""
 
 BYTES_PER_SERVER = 4 << 30
 """What a server may need, with some to spare. With less free memory than for two, the servers run one by one."""

@@ -19,7 +19,7 @@ BUILDS = {
     90: ("128 64 cache", "128 128 cache", "128 64 gathered", "256 64 gathered"),
     100: ("128 64 gathered", "128 128 gathered"),
 }
-"""Of what the launcher asks for on GPUs of each compute capability: head dim, keys of a key tile, and where K and V are
+"""What the launcher asks for on GPUs of each compute capability: head dim, keys of a key tile, and where K and V are
 read."""
 
 

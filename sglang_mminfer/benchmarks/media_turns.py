@@ -53,7 +53,7 @@ def prepared(folder: Path, frames: int) -> tuple[Path, list[Path]]:
 
 
 def processor_seconds(server: Server) -> float:
-    """Of all processes of a server since they began."""
+    """CPU seconds of all processes of a server since they began."""
     root = psutil.Process(server.pid)
     times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
     return sum(one.user + one.system for one in times)

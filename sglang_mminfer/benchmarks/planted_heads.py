@@ -16,7 +16,7 @@ import torch
 from sglang_mminfer.modality.segments import Modality, ModalityMap, Segment, VisionGrid
 
 ROWS, COLS, TEXT = 12, 16, 64
-"""Of a frame in tokens, and the tokens of text before and after the video."""
+"""Tokens of a column and of a row of a frame, and of the text before and after the video."""
 
 NOISE = 0.4
 """Standard deviation of logits that noise of q and of k makes by itself."""

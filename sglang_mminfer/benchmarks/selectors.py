@@ -50,7 +50,7 @@ from sglang_mminfer.planning.visited import visited_rows
 from sglang_mminfer.tools import machine
 
 SINK, LOCAL = 64, 256
-"""Of the selectors that choose."""
+"""What the selectors that choose always keep."""
 
 WINDOWS = (64, 256, 512, 1024, 2048, 4096)
 ALPHAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0005, 0.00025, 0.0001)
@@ -64,7 +64,7 @@ MOST = 0.5
 """A curve ends behind this density."""
 
 RANK = 16
-"""Of the basis; smaller ranks take its first rows."""
+"""The rank of the basis; smaller ranks take its first rows."""
 
 DENSITIES = (0.13, 0.15, 0.2, 0.3)
 HEADS = 2

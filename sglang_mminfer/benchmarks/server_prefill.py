@@ -142,7 +142,7 @@ def _line(figure: dict[str, Any]) -> str:
 
 
 Results = dict[str, dict[int, dict[str, Any]]]
-"""Of one run: server -> tokens -> figures; see `measure`."""
+"""What one run gives: server -> tokens -> figures; see `measure`."""
 
 Spread = dict[str, float]
 """The "median" of what each run has as median, the "least" and the "most" of all rounds."""

@@ -1,6 +1,6 @@
 """Qwen3.5 and Qwen3.6, dense and MoE.
 
-Media are laid out as in Qwen3-VL, whose processor SGLang uses for them. Of the language model's layers a quarter is
+Media are laid out as in Qwen3-VL, whose processor SGLang uses for them. A quarter of the language model's layers is
 full attention, which can be sparse; the others are gated delta nets, which SGLang runs.
 """
 

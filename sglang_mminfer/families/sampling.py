@@ -73,8 +73,8 @@ STEP = 0.1
 
 
 def each_second(total: int, rate: float, *, most: int) -> Sampled:
-    """MiniCPM-V 4.6: the first frame of each second. Of a video that lasts more than `most` seconds, `most` frames
-    evenly, each of them at a tenth of a second."""
+    """MiniCPM-V 4.6: the first frame of each second. A video that lasts more than `most` seconds gives `most`
+    frames evenly, each of them at a tenth of a second."""
     rate = check(total, rate)
     duration = total / rate
     if duration > most:

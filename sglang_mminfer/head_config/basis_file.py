@@ -94,7 +94,7 @@ class ModelBasis:
 
     @cached_property
     def digest(self) -> str:
-        """Of the numbers by which rows choose: what rows see, and so what is cached, follows from them."""
+        """A digest of the numbers by which rows choose: what rows see, and so what is cached, follows from them."""
         content = hashlib.sha256()
         for part in (self.queries, self.keys):
             content.update(str(tuple(part.shape)).encode())
@@ -102,7 +102,7 @@ class ModelBasis:
         return content.hexdigest()[:12]
 
     def layer(self, number: int, first_head: int, count: int, device: torch.device) -> Basis:
-        """Of the query heads [first_head, first_head + count) of a layer, which are those of one rank."""
+        """The basis of the query heads [first_head, first_head + count) of a layer, which are those of one rank."""
         own = slice(first_head, first_head + count)
         shares = self.shares_of(number)
         return Basis(self.queries[number], self.keys[number], shares).part(own, self.model.heads).to(device)

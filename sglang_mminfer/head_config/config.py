@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
@@ -95,12 +94,12 @@ class HeadConfig:
             config = cls._parse(_read(path, str(path)), path.stem, str(path))
             beside = path.with_name(path.stem + ENDING)
             return dataclasses.replace(config, basis=ModelBasis.load(beside)) if beside.is_file() else config
-        packaged = resources.files(_PACKAGE) / f"{text}.json"
-        if not re.fullmatch(r"[\w-]+", text) or not packaged.is_file():
+        if text not in cls.available():
             raise HeadConfigError(
                 f'head config "{text}": no built-in config has this name; available: '
                 f"{', '.join(cls.available())}. A path needs a separator or the ending .json."
             )
+        packaged = resources.files(_PACKAGE) / f"{text}.json"
         return cls._parse(_read(packaged, str(packaged)), text, str(packaged))
 
     @staticmethod
@@ -137,8 +136,9 @@ class HeadConfig:
         """
         heads = num_heads if num_heads is not None else self.num_heads
         layers = len(self.rows) if self.form == "layers" else self.num_layers
-        if layer < 0 or (layers is not None and layer >= layers):
-            self._fail("heads", f"expected a layer of 0 .. {(layers or 1) - 1}, asked for layer {layer}")
+        if not isinstance(layer, int) or layer < 0 or (layers is not None and layer >= layers):
+            expected = "a layer" if layers is None else f"a layer of 0 .. {layers - 1}"
+            self._fail("heads", f"expected {expected}, asked for layer {layer!r}")
         if self.full_layers is not None and layer not in self.full_layers:
             return []
         if self.form == "all":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -36,6 +37,8 @@ class ModelFingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         for name in ("layers", "heads", "kv_heads", "head_dim", "hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta: expected a number above 0, got {self.rope_theta}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of {self.heads} heads, got {self.kv_heads}")
         if (full := self.full_layers) is not None and (

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import msgspec
 
 from sglang_mminfer.head_config.fingerprint import ModelFingerprint
-from sglang_mminfer.head_config.provenance import LARGEST, NEEDED, NO_DEFAULTS, Defaults, Provenance
+from sglang_mminfer.head_config.provenance import NEEDED, NO_DEFAULTS, Defaults, Provenance
 from sglang_mminfer.modality.segments import Modality
 from sglang_mminfer.patterns.base import Pattern, fields_of, kinds
 from sglang_mminfer.patterns.boundary import Boundary, Boundary2D, HeadPattern, QBoundary
@@ -58,6 +58,10 @@ def decode(text: str) -> Content:
         raise Misplaced(f"not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise Misplaced("not valid JSON: nested too deeply") from None
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # an escape that is half of a pair: nobody can write it again, or print it
+        raise Misplaced(f"expected Unicode text, got {error.object[error.start]!a}") from None
     schema = document.get("schema", SCHEMA) if isinstance(document, dict) else SCHEMA
     if schema != SCHEMA:  # before anything else: another version may have other keys
         raise Misplaced(f"schema: expected {SCHEMA}, got {json.dumps(schema)}")
@@ -114,11 +118,7 @@ def _pattern_struct(kind: str, pattern: type[Pattern]) -> type[msgspec.Struct]:
         fields.append((field.name, field.type, *default))
 
     def to_pattern(self: Any) -> Pattern:
-        values = {field.name: getattr(self, field.name) for field in fields_of(pattern)}
-        for name, value in values.items():
-            if isinstance(value, int) and value > LARGEST:
-                raise ValueError(f"{name}: expected an integer <= {LARGEST}, got {value}")
-        return pattern(**values)
+        return pattern(**{field.name: getattr(self, field.name) for field in fields_of(pattern)})
 
     return msgspec.defstruct(
         f"_{pattern.__name__}",

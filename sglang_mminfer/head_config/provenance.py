@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-LARGEST = 2**31 - 1  # positions are int32 in the index tables
+from sglang_mminfer.patterns.base import LARGEST
 
 NEEDED = {"handwritten": (), "search": ("calibration", "budget", "date"), "calibration": ("calibration", "date")}
 """What must be told beside the note, by how it came about."""

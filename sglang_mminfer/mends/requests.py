@@ -54,7 +54,7 @@ def validate(original: Callable[..., None], self: Any, obj: Any, input_ids: Any,
             if isinstance(ids := getattr(obj, "input_ids", None), list):
                 check_ids(ids, self.model_config.vocab_size)
             _check_numbers(obj, self.model_config.vocab_size)
-            # Of media that another server encodes the scheduler makes the prompt.
+            # Where another server encodes the media, the scheduler makes the prompt.
             later = getattr(obj, "session_params", None) or getattr(obj, "need_wait_for_mm_inputs", False)
             if not input_ids and not later and obj.input_embeds is None:
                 raise ValueError("prompt: expected at least one token, got none")

@@ -6,7 +6,8 @@ included. Stops are exclusive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -30,6 +31,33 @@ class Modality(StrEnum):
     def covers(self, other: Modality) -> bool:
         """True if tokens of modality `other` belong to this one (VISION covers IMAGE and VIDEO)."""
         return self is other or (self is Modality.VISION and other in (Modality.IMAGE, Modality.VIDEO))
+
+
+def modality_named(name: str, value: Any) -> Modality:
+    """The modality that `value` is or names; `name` is the argument, for errors."""
+    try:
+        return Modality(value)
+    except ValueError:
+        known = ", ".join(Modality)
+        raise ValueError(f"{name}: expected one of {known}, got {value!r}") from None
+
+
+def _integer(name: str, value: Any) -> int:
+    """`value` as a plain int: an integer of NumPy or torch is one, too."""
+    if type(value) is int:
+        return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: expected an integer, got {value!r}")
+
+
+def _items(name: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a sequence, got {values!r}")
+    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -56,11 +84,14 @@ class VisionGrid:
     raster: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "frame_starts", tuple(int(start) for start in self.frame_starts))
+        starts = _items("VisionGrid.frame_starts", self.frame_starts)
+        starts = tuple(_integer(f"VisionGrid.frame_starts[{i}]", start) for i, start in enumerate(starts))
+        object.__setattr__(self, "frame_starts", starts)
         for name in ("frames", "rows", "cols"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            value = _integer(f"VisionGrid.{name}", getattr(self, name))
+            if value < 1:
                 raise ValueError(f"VisionGrid.{name}: expected an integer >= 1, got {value!r}")
+            object.__setattr__(self, name, value)
         if not self.raster and self.rows != 1:
             raise ValueError(f"VisionGrid.rows: expected 1 where there is no raster, got {self.rows}")
         if len(self.frame_starts) != self.frames:
@@ -109,13 +140,17 @@ class Segment:
     grid: VisionGrid | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modality", Modality(self.modality))
+        object.__setattr__(self, "modality", modality_named("Segment.modality", self.modality))
+        for name in ("start", "stop"):
+            object.__setattr__(self, name, _integer(f"Segment.{name}", getattr(self, name)))
         if self.modality is Modality.VISION:
             raise ValueError("Segment.modality: expected text, image or video, got vision")
         if not 0 <= self.start < self.stop:
             raise ValueError(f"Segment: expected 0 <= start < stop, got [{self.start}, {self.stop})")
         if self.grid is None:
             return
+        if not isinstance(self.grid, VisionGrid):
+            raise ValueError(f"Segment.grid: expected a VisionGrid or None, got {self.grid!r}")
         if self.modality is Modality.TEXT:
             raise ValueError(f"Segment [{self.start}, {self.stop}): a text segment has no grid")
         first, end = self.grid.frame_starts[0], self.grid.frame_starts[-1] + self.grid.cells
@@ -137,9 +172,11 @@ class ModalityMap:
     segments: tuple[Segment, ...]
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        object.__setattr__(self, "segments", tuple(segments))
+        object.__setattr__(self, "segments", _items("ModalityMap.segments", segments))
         position = 0
         for i, segment in enumerate(self.segments):
+            if not isinstance(segment, Segment):
+                raise ValueError(f"ModalityMap.segments[{i}]: expected a Segment, got {segment!r}")
             if segment.start != position:
                 fault = "overlaps the one before" if segment.start < position else "leaves a gap"
                 raise ValueError(

@@ -113,7 +113,7 @@ class Adaptive(Estimated, kind="adaptive", colour="#1f77b4"):
 
     def shares(self, evidence: Evidence, findings: Findings, tiles: QueryTiles) -> torch.Tensor:
         """float32 [H, T]: the share of the keys between sink and window that each query tile visits; NaN where there
-        are none. Of a tile that asks for more than the budget it is 1."""
+        are none. It is 1 for a tile that asks for more than the budget."""
         between = Between.of(self.sink, self.local, tiles)
         _, _, count, overflow = pick(evidence, findings, tiles, between, self._rule)
         (keys,) = between.upload(count.device, between.num_keys)

@@ -33,6 +33,7 @@ from sglang_mminfer.patterns.pair import Pair
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Size = Annotated[int, msgspec.Meta(ge=1)]
+LARGEST = 2**31 - 1  # positions are int32 in the index tables
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 _BY_KIND: dict[str, type[Pattern]] = {}
@@ -74,6 +75,8 @@ class Pattern(ABC):
             value = getattr(self, field.name)
             if not field.allows(value):
                 raise ValueError(f"{type(self).__name__}.{field.name}: expected {field.expected}, got {value!r}")
+            if isinstance(value, int) and value > LARGEST:
+                raise ValueError(f"{type(self).__name__}.{field.name}: expected an integer <= {LARGEST}, got {value}")
 
     @abstractmethod
     def visible(self, pair: Pair) -> torch.Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from sglang_mminfer.modality.segments import Modality
+from sglang_mminfer.modality.segments import Modality, modality_named
 from sglang_mminfer.patterns.a_shape import AShape
 from sglang_mminfer.patterns.base import Pattern
 from sglang_mminfer.patterns.dense import Dense
@@ -37,7 +37,8 @@ class QBoundary:
     patterns: Mapping[Modality, Pattern] = field(hash=False)
 
     def __post_init__(self) -> None:
-        patterns = {Modality(m): p for m, p in _checked("QBoundary", self.patterns).items()}
+        named = _checked("QBoundary.patterns", self.patterns)
+        patterns = {modality_named("a key of QBoundary.patterns", key): pattern for key, pattern in named.items()}
         object.__setattr__(self, "patterns", patterns)
         if Modality.VISION in patterns and {Modality.IMAGE, Modality.VIDEO} & set(patterns):
             raise ValueError("QBoundary.patterns: vision and image or video name the same rows twice")
@@ -70,7 +71,8 @@ class Boundary2D:
     patterns: Mapping[tuple[Modality, Modality], Pattern] = field(hash=False)
 
     def __post_init__(self) -> None:
-        patterns = {(Modality(q), Modality(k)): p for (q, k), p in _checked("Boundary2D", self.patterns).items()}
+        named = _checked("Boundary2D.patterns", self.patterns)
+        patterns = {_pair(key): pattern for key, pattern in named.items()}
         object.__setattr__(self, "patterns", patterns)
         pairs = list(patterns)
         for i, (q1, k1) in enumerate(pairs):
@@ -113,11 +115,20 @@ HeadPattern = Pattern | QBoundary | Boundary2D
 Boundary = QBoundary | Boundary2D
 
 
-def _checked(owner: str, patterns: Mapping) -> Mapping:
+def _checked(name: str, patterns: Any) -> Mapping[Any, Pattern]:
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"{name}: expected a dict, got {patterns!r}")
     for key, pattern in patterns.items():
         if not isinstance(pattern, Pattern):
-            raise TypeError(f"{owner}.patterns[{key!r}]: expected a pattern, got {type(pattern).__name__}")
+            raise ValueError(f"{name}[{key!r}]: expected a pattern, got {pattern!r}")
     return patterns
+
+
+def _pair(key: Any) -> tuple[Modality, Modality]:
+    name = "a key of Boundary2D.patterns"
+    if not isinstance(key, tuple) or len(key) != 2:
+        raise ValueError(f"{name}: expected (query modality, key modality), got {key!r}")
+    return modality_named(name, key[0]), modality_named(name, key[1])
 
 
 def boundary_of(head: HeadPattern) -> str:

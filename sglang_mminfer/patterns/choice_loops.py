@@ -19,7 +19,7 @@ ONE, HALF, LOG2_E, LOWEST = np.float32(1), np.float32(0.5), np.float32(1 / math.
 SMALLEST = np.float32(-126)
 """The least power of 2 that a float32 has in full."""
 C1, C2, C3, C4, C5, C6 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 7))
-"""Of the series of 2^x, from -1/2 to 1/2 within 1.2e-7."""
+"""Coefficients of the series of 2^x, from -1/2 to 1/2 within 1.2e-7."""
 
 
 @compiled

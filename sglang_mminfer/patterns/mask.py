@@ -44,8 +44,21 @@ def pattern_mask(
         bool [q_stop - q_start, kv_stop].
 
     Raises:
-        ValueError: positions out of range, or q and k missing where the pattern is estimated.
+        ValueError: an argument of another type, positions out of range, or q and k missing where the pattern is
+            estimated.
     """
+    if not isinstance(modality_map, ModalityMap):
+        raise ValueError(f"pattern_mask: modality_map: expected a ModalityMap, got {modality_map!r}")
+    if not isinstance(pattern, HeadPattern):
+        raise ValueError(f"pattern_mask: pattern: expected a pattern or a boundary, got {pattern!r}")
+    for name, position in (("q_start", q_start), ("q_stop", q_stop), ("kv_stop", kv_stop)):
+        if not isinstance(position, int):
+            raise ValueError(f"pattern_mask: {name}: expected an integer, got {position!r}")
+    for name, rows in (("q", q), ("k", k)):
+        if rows is not None and not isinstance(rows, torch.Tensor):
+            raise ValueError(f"pattern_mask: {name}: expected a tensor or None, got {rows!r}")
+    if sm_scale is not None and not isinstance(sm_scale, int | float):
+        raise ValueError(f"pattern_mask: sm_scale: expected a number or None, got {sm_scale!r}")
     if not 0 <= q_start <= q_stop <= kv_stop <= modality_map.length:
         raise ValueError(
             f"pattern_mask: expected 0 <= q_start <= q_stop <= kv_stop <= {modality_map.length} (the map's length), "

@@ -234,7 +234,7 @@ class Diagonals:
         """bool [H, T, X]: whether any diagonal crosses key tile blocks[h, t, x] (blocks: [H or 1, T or 1, X])."""
         heads, tiles = len(self.distances), len(self.keys_of_first_row)
         blocks = blocks.int().expand(heads, tiles, -1)
-        # Of those that start at or before the tile's end, the nearest reaches farthest.
+        # The nearest of those that start at or before the tile's end reaches farthest.
         bound = self.keys_of_first_row.int()[:, None] - 1 - (blocks + 1) * self.block_k
         number = torch.searchsorted(self.distances, bound.flatten(1), right=True)
         distances = torch.nn.functional.pad(self.distances, (0, 1), value=1 << 30)

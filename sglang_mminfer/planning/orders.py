@@ -96,7 +96,7 @@ class KeyOrders:
         return self._first_tile[request, order]
 
     def table(self, device: torch.device) -> KeyTable:
-        """Of all orders so far. Numbers of tiles stay what they are when it grows."""
+        """The keys of all orders so far. Numbers of tiles stay what they are when it grows."""
         if self._table is None:
             none = torch.empty(0, dtype=torch.int32, device=device)
             self._table = KeyTable(none, none)

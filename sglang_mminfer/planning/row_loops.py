@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from sglang_mminfer.kernels.compiled import compiled
 
 Array = NDArray[Any]
-"""Of a type that the docstrings name: to numba a number of an array is a plain number, to other checkers it is not."""
+"""An array of a type that the docstrings name: to numba a number of an array is a plain number, to other checkers it is
+not."""
 
 # How a key tile is visited, and so which mask it needs: none, a comparison of positions, that and a mask of lanes.
 FULL, PARTIAL, GATHERED = range(3)

@@ -23,7 +23,7 @@ from sglang_mminfer.serving.trace import PrefillRecord
 
 logger = logging.getLogger(__name__)
 
-NOTE = "Of the built-in clip, which a server computes densely at its start. How well it fits other input is not told."
+NOTE = "Made of the built-in clip, which a server computes densely at its start. How it fits other input is not told."
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ NO_CLIP_RID = "mminfer-basis-none"
 """With which the request id begins that says: no clip will come."""
 
 CACHE_SALT = "mminfer-basis"
-"""Of the clip in the radix cache, so that no conversation of a user's begins with what is cached of it."""
+"""The salt of the clip in the radix cache, so that no conversation of a user's begins with what is cached of it."""
 
 MOST_SECONDS = 240.0
 """After which the clip is given up: SGLang ends an HTTP server whose warm-up takes 10 minutes, or what

@@ -28,7 +28,7 @@ REQUESTS = 3
 """A head becomes dense when its error exceeds the bound in so many audited requests in a row."""
 
 MOST_UNFINISHED = 64
-"""Of more requests whose prompts are not complete the oldest is forgotten: a client may have aborted it."""
+"""Where more requests have incomplete prompts, the oldest is forgotten: a client may have aborted it."""
 
 Head = tuple[int, int]
 """A layer, and a head numbered as in the whole model."""

@@ -34,7 +34,7 @@ class KnownShares:
         return cls(basis.rule, torch.stack([unknown if shares is None else shares for shares in by_layer]))
 
     def mean(self, head_config: HeadConfig) -> float | None:
-        """Of the heads that choose by the rule; None: none does whose share is known."""
+        """The mean over the heads that choose by the rule; None: none does whose share is known."""
         by_head = (
             (pattern, share)
             for layer, shares in enumerate(self.of_heads.tolist())

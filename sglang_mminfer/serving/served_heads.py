@@ -134,7 +134,7 @@ class ServedHeads:
 
     @property
     def mean_share(self) -> float | None:
-        """Of the keys between sink and window, that heads visit which choose; None: it is not known."""
+        """How much of the keys between sink and window the heads that choose visit; None: it is not known."""
         return None if self.shares is None else self.shares.mean(self.head_config)
 
     def with_dense(self, heads: Sequence[tuple[int, int]]) -> ServedHeads:

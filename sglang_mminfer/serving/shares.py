@@ -26,7 +26,7 @@ TILES = 4
 """Query tiles of a conversation that are looked at. For 28 heads of 128 dimensions their rows take 1.8 MiB a layer."""
 
 LEAST = 512
-"""Keys between sink and window that such a tile has, at least. Of fewer a larger share is chosen: they are nearer."""
+"""Keys between sink and window that such a tile has, at least. A larger share of fewer is chosen: they are nearer."""
 
 Stretch = tuple[int, int]
 """Positions [start, stop)."""
@@ -62,7 +62,7 @@ class LayerSample:
 
     @classmethod
     def of(cls, rule: Adaptive, view: LayerView, request: RequestView) -> LayerSample:
-        """Of a conversation whose first chunk this is."""
+        """The sample of a conversation whose first chunk this is."""
         stretches = [] if request.map is None else sampled(rule, request.map, request.prompt_stop)
         return cls(rule, stretches, [[] for _ in stretches], view, request)
 

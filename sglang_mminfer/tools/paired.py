@@ -26,13 +26,13 @@ MARGIN = 0.01
 """One point: by how much a config may be worse and still pass for as good as dense."""
 
 CONFIDENCE = 0.95
-"""Of every interval."""
+"""The confidence of every interval."""
 
 POWER = 0.8
 """The probability of a verdict that the number of questions which would do is made for."""
 
 DRAWS = 10_000
-"""Of the bootstrap, and of the test by signs where they are too many to be counted."""
+"""Draws of the bootstrap, and of the test by signs where the cases are too many to be counted."""
 
 FEW = 5
 """So many videos have to differ before it can be told how much questions of one video hang together."""

@@ -24,10 +24,10 @@ SEED = 0
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 128, 2, 8, 2, 32
 VISION_HIDDEN, VISION_DEPTH, VISION_HEADS = 64, 2, 2
 TILE, PATCH = 448, 56
-"""Of 56, not 14: a tile is 4 x 4 tokens, not 16 x 16. SGLang cuts tiles of 448 whatever a config says."""
+"""A patch of 56, not 14: a tile is 4 x 4 tokens, not 16 x 16. SGLang cuts tiles of 448 whatever a config says."""
 
 TOKENS = (TILE // PATCH // 2) ** 2
-"""Of a tile."""
+"""Tokens of a tile."""
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 """The system message of released models."""

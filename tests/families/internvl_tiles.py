@@ -1,8 +1,8 @@
 """How InternVL cuts a picture into tiles: by the code it was released with, and by SGLang's.
 
-They are not the same. Of shapes whose proportions are equally near, the released code takes the one with more tiles
-only if the picture fills half of them; SGLang always does, so that a small square picture becomes nine tiles and a
-thumbnail. The released code resizes bytes with PIL, SGLang normalised floats without antialiasing. The released code
+They are not the same. Among shapes whose proportions are equally near, the released code takes the one with more
+tiles only if the picture fills half of them; SGLang always does, so that a small square picture becomes nine tiles and
+a thumbnail. The released code resizes bytes with PIL, SGLang normalised floats without antialiasing. The released code
 takes frames from the middle of equal parts of a video, SGLang from the first to the last.
 """
 

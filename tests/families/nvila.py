@@ -65,7 +65,7 @@ class Variant:
 
     @property
     def side(self) -> int:
-        """Of a tile, in tokens."""
+        """The side of a tile, in tokens."""
         return -(-self.patches // self.merge)
 
 
@@ -265,7 +265,8 @@ class NVILAOracle(EmbeddedOracle):
 def best_shape(width: int, height: int, least: int, side: int) -> tuple[int, int]:
     """Rows and columns of `least` to 12 tiles whose proportions are nearest to a picture's.
 
-    Of equally near ones the last that the picture fills by more than half, else the first, in the order of their count.
+    Where several are equally near: the last that the picture fills by more than half, else the first, in the order of
+    their count.
     """
     shapes = [(r, c) for count in range(least, 13) for c in range(1, 13) for r in range(1, 13) if r * c == count]
     nearest = min(abs(width / height - c / r) for r, c in shapes)

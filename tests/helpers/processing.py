@@ -31,7 +31,7 @@ class Processed:
 
 
 def kind_of(part: str | Path) -> str:
-    """Of a part of a prompt: "str", or the suffix of a file."""
+    """The kind of a part of a prompt: "str", or the suffix of a file."""
     return "str" if isinstance(part, str) else part.suffix
 
 
@@ -98,7 +98,7 @@ class Processing:
         videos: Sequence[Any] = (),
         sounds: Sequence[Any] = (),
     ) -> Processed:
-        """Of files, or of anything else that a request may hold."""
+        """What becomes of files, or of anything else that a request may hold."""
         media = [
             [str(one) if isinstance(one, Path) else one for one in kind] or None for kind in (images, videos, sounds)
         ]

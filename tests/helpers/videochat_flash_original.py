@@ -6,7 +6,7 @@ writes `data/videochat_flash.npz`, where CHECKOUT is a checkout of github.com/Op
 was made with commit 2f8e2f5, torch 2.11, timm 1.0 and einops 0.8, on a CPU, in fp32). Nothing of that repository
 is kept but these numbers: towers of hidden size 32 with weights drawn from their names, run on pixels drawn here
 with attention's eager branch; token merging at the sizes of the released towers; positions; sampled frames;
-preprocessed pictures. Of large results every few rows are kept.
+preprocessed pictures. Only every few rows of large results are kept.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ FRESH = os.environ.get("MMINFER_FRESH", "") not in ("", "0")
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an environment with the wheel."""
+    """The Python of an environment with the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     return wheels.install(wheels.build(folder), folder / "environment", fresh=FRESH)
 

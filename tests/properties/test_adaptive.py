@@ -112,7 +112,7 @@ def test_what_else_is_in_the_batch_changes_nothing(kind, data):
 
 
 def scores_and_bounds(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the only head: float64 [n, n] low-rank scores, and [n] the bounds that they have to exceed, key by key."""
+    """float64 [n, n]: low-rank scores of the only head; and [n]: the bounds that they have to exceed, key by key."""
     (head,), q, k = batch.heads, batch.qs[0][:, 0].double(), batch.ks[0][:, 0].double()
     exact, n = q @ k.T * batch.scale, len(q)
     low = exact

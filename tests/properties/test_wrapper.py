@@ -400,6 +400,12 @@ def test_scales_of_a_cache_are_factors_of_its_keys_and_values(batch):
     torch.testing.assert_close((out, lse), expected, rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=examples(20))
+@given(batches(static, max_requests=2), st.sampled_from([-1.0, -0.1, 0.0]))
+def test_a_scale_of_zero_or_below_is_a_factor_like_any_other(batch, scale):
+    check(replace(batch, sm_scale=scale), EXECUTORS[0])
+
+
 @settings(max_examples=20)
 @given(maps(max_length=60), heads(any_pattern), st.sampled_from([(4, 1), (4, 2), (6, 3), (8, 1)]), st.integers(0, 99))
 def test_one_pattern_for_all_heads_may_be_given_alone_or_once(chat, head, layout, seed):
@@ -435,7 +441,7 @@ def test_requests_without_rows_or_without_keys(backend):
     wrapper = batch.planned(backend)
     out, lse = batch.run(wrapper)
     assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
-    assert wrapper.visited_mask(0, 0).numel() == 0 and wrapper.visited_mask(1, 0).shape == (6, n)
+    assert [wrapper.visited_mask(i, 0).shape for i in range(4)] == [(0, n), (6, n), (0, 0), (n, n)]
     nobody = Batch([chat], [0], [n], [AShape(2, 3)])
     wrapper = nobody.planned(backend)
     out, lse = nobody.run(wrapper)

@@ -82,6 +82,7 @@ def test_init_refuses(arguments, name, expected, got):
         ("qo_indptr", ints(0, 8, 15), "qo_indptr[1]", "at most 7 rows", "8"),
         ("qo_indptr", ints(0, 5, 16), "qo_indptr[2]", "at most 10 rows", "11"),
         ("qo_indptr", ints(0, 5), "paged_kv_indptr", "2 values", "3"),
+        ("qo_indptr", torch.tensor([False, True]), "qo_indptr", "a 1-D integer tensor", "torch.bool"),
         ("paged_kv_indptr", (0, 2, 5), "paged_kv_indptr", "a 1-D integer tensor", "tuple"),
         ("paged_kv_indptr", ints(0, 2), "paged_kv_indptr", "3 values", "2"),
         ("paged_kv_indptr", ints(1, 2, 5), "paged_kv_indptr", "from 0 on", r"\[1, 2, 5\]"),
@@ -95,12 +96,20 @@ def test_init_refuses(arguments, name, expected, got):
         ("paged_kv_last_page_len", ints(5, 2), "paged_kv_last_page_len[0]", "1 to 4", "5"),
         ("num_qo_heads", 3, "num_qo_heads", "a multiple of num_kv_heads=2", "3"),
         ("num_qo_heads", 0, "num_qo_heads", "a multiple of num_kv_heads=2", "0"),
+        ("num_qo_heads", 4.0, "num_qo_heads", "a multiple of num_kv_heads=2", "4.0"),
+        ("num_qo_heads", "4", "num_qo_heads", "a multiple of num_kv_heads=2", "'4'"),
+        ("num_kv_heads", True, "num_kv_heads", "an integer >= 1", "True"),
         ("num_kv_heads", 0, "num_kv_heads", "an integer >= 1", "0"),
         ("head_dim_qk", 0, "head_dim_qk", "an integer >= 1", "0"),
         ("head_dim_qk", 8.0, "head_dim_qk", "an integer >= 1", "8.0"),
         ("page_size", 0, "page_size", "an integer >= 1", "0"),
         ("page_size", 4.0, "page_size", "an integer >= 1", "4.0"),
         ("dense_below", -1, "dense_below", "an integer >= 0", "-1"),
+        ("dense_below", "9", "dense_below", "an integer >= 0", "'9'"),
+        ("dense_below", 1.5, "dense_below", "an integer >= 0", "1.5"),
+        ("basis", 3, "basis", "a Basis or None", "3"),
+        ("modality_maps", None, "modality_maps", "a list of 2 maps", "None"),
+        ("modality_maps", CHAT, "modality_maps", "a list of 2 maps", "ModalityMap"),
         ("modality_maps", [CHAT], "modality_maps", "2 maps, one for each request", "1"),
         ("modality_maps", [CHAT, None], "modality_maps[1]", "a ModalityMap", "None"),
         ("modality_maps", [CHAT, conversation(9)], "modality_maps[1]", "a length of at least 10", "9"),
@@ -116,6 +125,11 @@ def test_init_refuses(arguments, name, expected, got):
         ("head_patterns", "dense", "head_patterns[0]", "a pattern or a boundary", "'dense'"),
         ("head_patterns", None, "head_patterns[0]", "a pattern or a boundary", "None"),
         ("sm_scale", "0.1", "sm_scale", "a number", "'0.1'"),
+        ("sm_scale", float("nan"), "sm_scale", "a number", "nan"),
+        ("sm_scale", float("inf"), "sm_scale", "a number", "inf"),
+        ("sm_scale", True, "sm_scale", "a number", "True"),
+        ("q_data_type", torch.int32, "q_data_type", "one of float32, bfloat16, float16", "torch.int32"),
+        ("kv_data_type", "bool", "kv_data_type", "one of .*float8_e4m3fn", "'bool'"),
         ("q_data_type", "float33", "q_data_type", "a torch dtype or its name", "'float33'"),
         ("q_data_type", 32, "q_data_type", "a torch dtype or its name", "32"),
         ("kv_data_type", "manual_seed", "kv_data_type", "a torch dtype or its name", "'manual_seed'"),
@@ -148,6 +162,13 @@ def test_plan_refuses(name, value, where, expected, got):
         ),
         ("paged_kv_cache", (torch.zeros(6, 4, 2, D), torch.zeros(5, 4, 2, D)), "6 pages", "5"),
         ("paged_kv_cache", (torch.zeros(5, 4, 2, D),) * 2, "at least 6 pages", "5"),
+        ("q", None, r"a tensor of the shape \(15, 4, 8\)", "NoneType"),
+        ("paged_kv_cache", None, "a 5-D tensor .* or a tuple", "NoneType"),
+        ("paged_kv_cache", (torch.zeros(6, 4, 2, D), None), "tensors of k and of v", "NoneType"),
+        ("k_scale", "2", "a number", "'2'"),
+        ("k_scale", float("nan"), "a number", "nan"),
+        ("v_scale", None, "a number", "None"),
+        ("out", [0.0], r"a tensor of the shape \(15, 4, 8\)", "list"),
         ("out", torch.zeros(15, 4, 4), r"the shape \(15, 4, 8\)", r"\(15, 4, 4\)"),
         ("out", torch.zeros(15, 4, D).half(), "the dtype torch.float32", "torch.float16"),
         ("lse", torch.zeros(15, 2), r"the shape \(15, 4\)", r"\(15, 2\)"),
@@ -200,6 +221,12 @@ def test_visited_mask_refuses_what_is_not_there(request_, head, word):
     wrapper = wrapper_of()
     with refuses(word, "0 to", str(max(request_, head) if request_ >= 0 else request_)):
         wrapper.visited_mask(request_, head)
+
+
+@pytest.mark.parametrize(("request_", "head", "word", "got"), [("0", 0, "request", "'0'"), (0, None, "head", "None")])
+def test_visited_mask_refuses_what_is_no_number(request_, head, word, got):
+    with refuses(word, "0 to", got):
+        wrapper_of().visited_mask(request_, head)
 
 
 def test_a_failed_plan_does_not_leave_half_of_it_behind():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +44,8 @@ LIGHT = (
 KNOW_SGLANG = {"releases", "serving", "families", "mends", "frontend", "tools", "benchmarks"}
 
 DOTTED = re.compile(rf"^{PACKAGE}(\.\w+)+")
+
+OF_SENTENCE = re.compile(r"""(?:^(?:\# |[fr]?\"{3}|[-*] )?|[.:]\s+|\n\s*\n\s*)Of [a-z]""")
 
 PRIVATE = re.compile(r"_(?!_)\w+")
 
@@ -205,6 +209,21 @@ def private_doors(root: Path) -> list[str]:
     ]
 
 
+def of_sentences(root: Path) -> list[str]:
+    """Sentences of comments, docstrings and documents that begin with "Of": the noun comes first."""
+    wrong = []
+    for path in sources(root):
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            is_prose = token.type == tokenize.COMMENT or token.string.startswith(('"""', 'f"""', 'r"""'))
+            if is_prose and OF_SENTENCE.search(token.string):
+                wrong.append(f"{path.relative_to(root)}:{token.start[0]}: {token.string[:60]}")
+    for path in [*root.glob("docs/*.md"), *root.glob("*.md")]:
+        for paragraph in re.split(r"\n\s*\n|\n(?=[-*|#])", path.read_text()):
+            if OF_SENTENCE.search(paragraph.strip()):
+                wrong.append(f"{path.relative_to(root)}: {paragraph.strip()[:60]}")
+    return wrong
+
+
 RULES = {
     "a room imports from lines below its own": upward,
     "light modules stay light": heavy,
@@ -212,6 +231,7 @@ RULES = {
     "nobody touches a foreign __dict__": foreign_dicts,
     "sglang is imported where SGLang is met": strangers,
     "nobody enters by a private door": private_doors,
+    "no sentence begins with Of": of_sentences,
 }
 
 
@@ -241,6 +261,7 @@ BREAKS = {
         "def f(): import sglang.srt.server_args\n",
     ),
     "nobody enters by a private door": ("tests/unit/mends/test_mends.py", "def f(asked): asked._last = None\n"),
+    "no sentence begins with Of": (f"{PACKAGE}/patterns/dense.py", "# Rows see keys. Of these all.\n"),
 }
 
 

@@ -21,7 +21,7 @@ ROOT = wheels.ROOT
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 DISTRIBUTIONS = {"PIL": "pillow"}
-"""Of modules that are not called as their distribution; the others are, but for _ in place of -."""
+"""The distributions of modules with another name; the others are, but for _ in place of -."""
 
 FROM_SGLANG = {"flashinfer", "flash_attn", "flash_attn_interface", "cutlass", "quack", "torchcodec"}
 """Imported only where SGLang brought them."""

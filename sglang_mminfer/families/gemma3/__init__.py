@@ -3,7 +3,7 @@
 A picture is `<start_of_image>`, a square of tokens, and `<end_of_image>`, whatever its size; pieces that the processor
 may cut from a picture (pan and scan) are pictures of their own behind it. There is no video.
 
-Of six layers five have a sliding window and stay dense. Gemma 3 was trained with tokens of a picture that see each
+Five of six layers have a sliding window and stay dense. Gemma 3 was trained with tokens of a picture that see each
 other. In SGLang only the Triton backend has that, as a mask of the model's own, and no pattern here has it, because
 every pattern is causal.
 """

@@ -71,7 +71,7 @@ def run(options: SimpleNamespace) -> int:
         q, k, shares, rows = observer.read(Path(folder), model.layers, model.heads, model.kv_heads)
     how = Provenance(
         "calibration",
-        f"Of the queries and keys of {rows:,} tokens, computed densely.",
+        f"Made of the queries and keys of {rows:,} tokens, computed densely.",
         calibration=", ".join(names),
         date=datetime.date.today().isoformat(),
         details={"tokens": rows},

@@ -72,7 +72,7 @@ class Reply:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the answer, after its first token; None for an answer of one token."""
+        """The speed of the answer after its first token; None for an answer of one token."""
         if self.first is None or self.last is None or self.last <= self.first or (self.answer_tokens or 0) < 2:
             return None
         return ((self.answer_tokens or 0) - 1) / (self.last - self.first)

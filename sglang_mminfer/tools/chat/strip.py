@@ -8,7 +8,7 @@ from html import escape
 from sglang_mminfer.serving.trace import MapEntry
 
 COLOURS = {"text": "#64748b", "image": "#d97706", "video": "#2563eb"}
-"""Of the segments, by modality."""
+"""Colours of the segments, by modality."""
 
 WIDTH, HEIGHT = 1000.0, 18.0
 

@@ -17,7 +17,7 @@ from sglang_mminfer.tools.errors import Failed
 from sglang_mminfer.tools.evaluation.tasks import Task, score_of
 
 VERSION = "0.7.3"
-"""Of lmms-eval, which the client and the tasks were written and tested with."""
+"""The release of lmms-eval with which the client and the tasks were written and tested."""
 
 PLUGIN = "mminfer_in_lmms"
 """The package that lmms-eval finds our client in."""

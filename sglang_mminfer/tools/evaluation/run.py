@@ -224,7 +224,7 @@ class Evaluation:
             yield Target(f"{server.url}/v1", server.model, telemetry_of(server.url)), served
 
     def _flags(self) -> list[str]:
-        """Of servers that are started: how many frames they see, and the report of what was cached."""
+        """Flags of servers that are started: how many frames they see, and the report of what was cached."""
         config: dict[str, Any] = {}
         if self.needles is not None:
             config = json.loads(json.dumps(self.kit.mm_process_config))

@@ -134,8 +134,9 @@ class SearchObserver:
 
 
 def _moments(view: LayerView, request: RequestView) -> dict[str, np.ndarray]:
-    """Of the heads of this rank. float32 [heads, D, D], "q" and "k": the second moments of the request's queries and
-    keys. float32 [heads], "shares": those of `default` by a basis of these; NaN where the request is too short."""
+    """What is measured of the heads of this rank. float32 [heads, D, D], "q" and "k": the second moments of the
+    request's queries and keys. float32 [heads], "shares": those of `default` by a basis of these; NaN where the request
+    is too short."""
     rule = default_rule()
     moments = Moments(by_head=True, rule=rule)
     moments.add(view, request)

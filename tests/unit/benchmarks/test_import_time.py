@@ -54,7 +54,7 @@ def test_registering_imports_nothing_that_only_mminfer_needs() -> None:
 
 
 def test_the_measurement() -> None:
-    """Of the very files that are imported here: a fresh process each time, the first round left out."""
+    """It measures the very files that are imported here: a fresh process each time, the first round left out."""
     root = Path(sglang_mminfer.__file__).parents[1]
     found = import_time.medians({"one": root, "other": root}, import_time.IMPORT, runs=3)
     assert set(found) == {"one", "other"}

@@ -82,7 +82,7 @@ def test_an_image_is_laid_out_as_the_model_packs_it(kind, height, width):
     cells = torch.tensor([where for _, medium, where in cells_of(mmap) if medium is not None])
     first = tokens[:, 0] == 0
     assert torch.equal(tokens[first][:, 1:].long(), cells[first][:, 1:])
-    # Of the cut image: each row ends with the newline, and nowhere else is one.
+    # In the cut image each row ends with the newline, and nowhere else is one.
     newline = (tokens == NEWLINE).all(dim=1)
     rows, cols = cut.grid.shape
     assert torch.equal(newline[~first], cells[~first][:, 2] == cols - 1)

@@ -88,7 +88,7 @@ def test_cells_agree_with_token_ids_and_positions(
 def test_positions_are_those_of_transformers(
     checkpoint: tuple[str, Path], processing: Processing, media: tuple[Path, Path, Path]
 ) -> None:
-    """Of the oracle, whose positions are written out, of transformers and of SGLang."""
+    """The positions of the oracle, whose positions are written out, of transformers and of SGLang."""
     oracle = glm4v.Oracle(checkpoint[1], {})
     parts = [
         {"type": "video_url", "video_url": {"url": str(media[0])}},

@@ -50,7 +50,7 @@ def test_without_the_mend_the_video_is_left_out(
 
 
 def test_a_class_that_mentions_a_kind_of_media_is_believed() -> None:
-    """Of a model without a family: the class may make pictures of a video."""
+    """A model without a family has its class alone, and the class may make pictures of a video."""
     from sglang.srt.multimodal.processors.gemma3 import Gemma3SGLangImageProcessor
     from sglang.srt.multimodal.processors.moss_vl import MossVLImageProcessor
     from sglang.srt.multimodal.processors.pixtral import PixtralProcessor

@@ -142,7 +142,7 @@ def test_a_user_chooses_among_three_and_the_baselines():
 # Names and paths
 
 
-@pytest.mark.parametrize("name", ["defualt", "", "..", "README", "default\n", "__init__"])
+@pytest.mark.parametrize("name", ["defualt", "", "..", "README", "default\n", "__init__", "a" * 5000])
 def test_an_unknown_name_lists_the_known_ones(name):
     with pytest.raises(HeadConfigError, match=r"no built-in config has this name; available: .*default, dense"):
         HeadConfig.load(name)
@@ -170,6 +170,11 @@ def test_paths(tmp_path, monkeypatch):
         (b"[" * 100_000, "not valid JSON: nested too deeply"),
         (b'{"schema": 1, "schema": 1}', 'key "schema" stands twice in one object'),
         (b'{"schema": NaN}', "NaN is not JSON"),
+        (b'{"te\\ud800t": 1}', "expected Unicode text, got '\\ud800'"),
+        (
+            json.dumps(document(model=TINY)).replace("1000000.0", "1e999").encode(),
+            "model.rope_theta: expected a number",
+        ),
         (b"[]", "expected an object, got a list"),
         (b"{}", 'missing key "schema"'),
     ],
@@ -218,6 +223,7 @@ def test_a_file_without_permission(tmp_path):
         ({"defaults": {"dense_bellow": 1}}, 'defaults: unknown key "dense_bellow"'),
         ({"model": TINY | {"layers": 0}}, "model.layers: expected an integer >= 1, got 0"),
         ({"model": TINY | {"kv_heads": 3}}, "model.kv_heads: expected a divisor of 4 heads, got 3"),
+        ({"model": TINY | {"rope_theta": -1.0}}, "model.rope_theta: expected a number above 0, got -1.0"),
         ({"model": TINY | {"heads": "4"}}, "model.heads: expected an integer, got a string"),
         ({"model": {"layers": 2}}, 'model: missing key "architecture"'),
         ({"heads": {}}, 'heads: expected {"all": head}, {"cycle": [heads]} or a list of layers, got the'),
@@ -417,7 +423,7 @@ def test_patterns_of_each_form():
     assert layers.patterns(0) == [a, b] and [layers.is_dense(i) for i in range(2)] == [False, True]
     with pytest.raises(HeadConfigError, match="has 2 heads, asked for 4"):
         layers.patterns(0, 4)
-    for config, layer in ((layers, 2), (layers, -1), (cycle.bind(tiny_model()), 2)):
+    for config, layer in ((layers, 2), (layers, -1), (layers, "0"), (cycle.bind(tiny_model()), 2)):
         with pytest.raises(HeadConfigError, match=r"expected a layer of 0 .. 1, asked for layer"):
             config.patterns(layer)
     all_dense = HeadConfig("x", BY_HAND, "all", ((QBoundary({Modality.TEXT: Dense()}),),))

@@ -155,7 +155,7 @@ def test_triton_keys_of_fp8(dtype, kv_dtype):
 
 @interpreted
 def test_triton_scores_of_any_size():
-    """Of tens and hundreds, where a half alone would be off by a tenth; and all of them small."""
+    """Scores of tens and hundreds, where a half alone would be off by a tenth; and all of them small."""
     for scale in (10, 60, 1e-3):
         Case(scale_of_keys=scale, prefix=200).assert_right()
     Case(scale_of_keys=1000, scale_of_basis=30, dim=128, rank=16).assert_right(margins=40)

@@ -1,6 +1,8 @@
 """The modality map itself: what it refuses, and its per-token views against token-by-token loops."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,3 +95,31 @@ def test_a_map_has_no_gaps_and_no_overlaps(segments, words):
 def test_segments_and_grids_refuse_what_cannot_be(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Segment("text", 0.0, 5), "Segment.start: expected an integer, got 0.0"),
+        (lambda: Segment("text", 0, "5"), "Segment.stop: expected an integer, got '5'"),
+        (lambda: Segment("text", 0, True), "Segment.stop: expected an integer, got True"),
+        (lambda: Segment("audio", 0, 5), "Segment.modality: expected one of text, image, video, vision, got 'audio'"),
+        (lambda: Segment("video", 0, 5, (1, 2, 2)), r"Segment.grid: expected a VisionGrid or None, got \(1, 2, 2\)"),
+        (lambda: VisionGrid(1, 2.0, 2, (0,)), "VisionGrid.rows: expected an integer, got 2.0"),
+        (lambda: VisionGrid(True, 2, 2, (0,)), "VisionGrid.frames: expected an integer, got True"),
+        (lambda: VisionGrid(1, 2, 2, 0), "VisionGrid.frame_starts: expected a sequence, got 0"),
+        (lambda: VisionGrid(1, 2, 2, (0.5,)), r"VisionGrid.frame_starts\[0\]: expected an integer, got 0.5"),
+        (lambda: ModalityMap(None), "ModalityMap.segments: expected a sequence, got None"),
+        (lambda: ModalityMap([("text", 0, 5)]), r"ModalityMap.segments\[0\]: expected a Segment, got \('text', 0, 5\)"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(make, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        make()
+
+
+def test_integers_of_numpy_and_torch_are_integers():
+    one = VisionGrid(np.int64(2), torch.tensor(1), np.int32(2), np.array([3, 5]))
+    segment = Segment("video", np.int64(3), torch.tensor(7), one)
+    assert segment == Segment(Modality.VIDEO, 3, 7, VisionGrid(2, 1, 2, (3, 5)))
+    assert {type(value) for value in (segment.start, segment.stop, one.frames, one.rows, *one.frame_starts)} == {int}

@@ -17,7 +17,7 @@ import sglang_mminfer
 from sglang_mminfer import Adaptive, Dense, Grid
 from sglang_mminfer.patterns import grid
 from sglang_mminfer.patterns.__main__ import table
-from sglang_mminfer.patterns.base import Pattern, fields_of, kinds
+from sglang_mminfer.patterns.base import LARGEST, Pattern, fields_of, kinds
 from sglang_mminfer.patterns.boundary import Boundary2D, QBoundary
 from sglang_mminfer.patterns.index import PairIndex, Scope
 from sglang_mminfer.patterns.ladder import RANKS, STRIDES, Prompt
@@ -81,6 +81,15 @@ def test_values_beside_the_bounds_are_refused_by_name(kind: str, data: st.DataOb
             words = rf"^{type(pattern).__name__}\.{field.name}: expected {field.expected}, "
             with pytest.raises(ValueError, match=words):
                 dataclasses.replace(pattern, **{field.name: wrong})
+
+
+@pytest.mark.parametrize("field", ["phase", "sink", "local"])
+def test_a_size_fits_the_index_tables(field: str) -> None:
+    """Larger ones would fail inside planning."""
+    pattern = Grid("frame", True, True, True, 0, 1, 1)
+    assert dataclasses.replace(pattern, **{field: LARGEST}) != pattern
+    with pytest.raises(ValueError, match=rf"^Grid\.{field}: expected an integer <= 2147483647, got 2147483648"):
+        dataclasses.replace(pattern, **{field: LARGEST + 1})
 
 
 def test_fields_say_what_they_may_hold() -> None:

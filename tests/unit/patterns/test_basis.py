@@ -19,7 +19,7 @@ def moments(dim: int, directions: int) -> torch.Tensor:
 
 
 def mean_squared_error(form: torch.Tensor, q_moment: torch.Tensor, k_moment: torch.Tensor) -> float:
-    """Of q' form k for q . k, over independent q and k."""
+    """The error of q' form k for q . k, over independent q and k."""
     off = torch.eye(len(form), dtype=torch.float64) - form
     return float((q_moment @ off @ k_moment @ off.T).trace())
 

@@ -301,7 +301,7 @@ def test_2d_boundary_counts_columns_and_diagonals_in_the_key_modality():
 
 
 def test_2d_boundary_softmax_of_the_estimate_runs_over_all_keys():
-    """Of the images, row 5 looks at key 2 alone, but hardly at all beside text; row 6 really looks at keys 3 and 4."""
+    """Row 5 looks at key 2 alone among the images, but hardly at all beside text; row 6 looks at keys 3 and 4."""
     chat = conversation(1, (1, 1, 4), 2)
     q, k = torch.zeros(7, 7), torch.eye(7)
     q[5, [0, 1, 2, 3]] = torch.tensor([40.0, 20.0, 30.0, 20.0])
@@ -388,6 +388,24 @@ def test_the_mask_of_a_chunk_is_a_part_of_the_whole_mask(conversation_, head, da
 def test_positions_out_of_range_are_refused(arguments, words):
     with pytest.raises(ValueError, match=f"pattern_mask: .*{words}"):
         pattern_mask(FRAMES, Dense(), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"modality_map": None}, "modality_map: expected a ModalityMap, got None"),
+        ({"pattern": "dense"}, "pattern: expected a pattern or a boundary, got 'dense'"),
+        ({"pattern": Dense}, "pattern: expected a pattern or a boundary, got <class"),
+        ({"q_stop": 5.0}, "q_stop: expected an integer, got 5.0"),
+        ({"kv_stop": "7"}, "kv_stop: expected an integer, got '7'"),
+        ({"q": [[1.0]]}, r"q: expected a tensor or None, got \[\[1.0\]\]"),
+        ({"sm_scale": "1"}, "sm_scale: expected a number or None, got '1'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(changes, words):
+    whole = {"modality_map": FRAMES, "pattern": Dense(), "q_start": 0, "q_stop": 7, "kv_stop": 7}
+    with pytest.raises(ValueError, match=f"^pattern_mask: {words}"):
+        pattern_mask(**whole | changes)
 
 
 @pytest.mark.parametrize(

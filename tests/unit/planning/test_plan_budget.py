@@ -57,7 +57,7 @@ def test_within_the_budget_a_chunk_is_sparse(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_each_chunk_is_decided_by_itself_and_always_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three chunks the second is the largest: it alone is dense, whoever asks and however often."""
+    """The second of three chunks is the largest: it alone is dense, whoever asks and however often."""
     chunks = ((0, 150), (150, 600), (600, observed.LENGTH))
     watch = observed.Keeps()
     prefill = observed.prefill("test_grid_frame", monkeypatch, watch)

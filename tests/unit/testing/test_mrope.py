@@ -78,7 +78,7 @@ def asked(video: Path, *more: Path) -> list[dict[str, Any]]:
 
 
 def times(oracle: HFOracle, inputs: dict[str, torch.Tensor]) -> list[int]:
-    """Of the steps of a video, from 0."""
+    """The times of the steps of a video, from 0."""
     own = inputs["position_ids"][0, 0, inputs["input_ids"][0] == oracle.model.config.video_token_id]
     return (own.unique() - own.min()).tolist()
 
