@@ -6,11 +6,9 @@ use it. Conversations are a function of the seed, so every server gets the same 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
 import json
-import mimetypes
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_mminfer.tools.media import data_url
 from sglang_mminfer.tools.needles.kits import Kit
 from sglang_mminfer.tools.needles.placed import MAX_DEPTHS, SHORTEST, Placed, mixed_needles, video_needles
 from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
@@ -173,10 +172,7 @@ def _inlined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for part in message["content"] if isinstance(message["content"], list) else ():
             if part["type"] != "text":
                 reference = part[part["type"]]
-                kind = mimetypes.guess_type(reference["url"])[0]
-                reference["url"] = (
-                    f"data:{kind};base64," + base64.b64encode(Path(reference["url"]).read_bytes()).decode()
-                )
+                reference["url"] = data_url(Path(reference["url"]), part["type"].removesuffix("_url"))
     return inlined
 
 
