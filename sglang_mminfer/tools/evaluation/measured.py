@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from sglang_mminfer.serving.trace import density_of_records
 from sglang_mminfer.tools.evaluation.lmms import answers_in
-from sglang_mminfer.tools.figures import density_of_records
 from sglang_mminfer.tools.niah.command import bar_of_answers
 from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
 
@@ -112,9 +112,11 @@ def figures(answers: Path, prefills: Path, begins_at: int) -> dict[str, Any]:
     by_turn = {turn: _cached_share(e for e in entries if e["turn"] == turn) for turn in {e["turn"] for e in entries}}
     visited = causal = 0.0
     for entry, prefill in known:
+        if prefill["density"] is None:
+            continue
         pairs = (entry["prompt_tokens"] ** 2 - (entry["cached_tokens"] or 0) ** 2) / 2
         causal += pairs
-        visited += pairs * (1.0 if prefill["density"] is None else prefill["density"])
+        visited += pairs * prefill["density"]
     timed = [prefill for _, prefill in known if prefill["forward_ms"]]
     return {
         "requests": len(keys),

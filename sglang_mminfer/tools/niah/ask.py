@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_mminfer.serving.trace import density_of_records
 from sglang_mminfer.tools.media import data_url
 from sglang_mminfer.tools.needles.kits import Kit
 from sglang_mminfer.tools.needles.placed import MAX_DEPTHS, SHORTEST, Placed, mixed_needles, video_needles
@@ -245,8 +246,6 @@ def _ask(target: Target, media: Media, case: Case, answer: Answer) -> None:
             answer.cached_tokens = int(details.cached_tokens or 0) if details else 0
     answer.seconds = round(time.perf_counter() - begun, 3)
     if target.telemetry is not None and answer.error is None:
-        from sglang_mminfer.tools.figures import density_of_records  # imports torch
-
         with contextlib.suppress(NoTelemetry):  # of a request whose prompt was cached as a whole, for example
             records = target.telemetry.records(answer.request_id)
             answer.density = density_of_records(records)
