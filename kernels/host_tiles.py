@@ -67,7 +67,7 @@ class HostTiles:
             if t - first > 1:
                 keys = slice(first_key[first], first_key[first] + stop[t - 1])
                 rows = slice(first_row[first], last_row[t - 1] + 1)
-                slots = self.plan.keys.kv_slots[keys].long()
+                slots = self.plan.keys.kv_slots[keys][None]
                 runs.append(CausalRun(range(first, t), self.plan.head_groups[heads[first]], rows, slots))
         return runs
 
@@ -141,7 +141,7 @@ class HostTiles:
 class CausalRun:
     """Causal attention of the rows q[q_rows] over the keys of positions 0 to n - 1, aligned at the last row.
 
-    kv_slots: int64 [n], rows of the cache.
+    kv_slots: int32 [1, n], rows of the cache.
     """
 
     tiles: range
@@ -152,7 +152,7 @@ class CausalRun:
     @cached_property
     def kv_slice(self) -> slice | None:
         """`kv_slots` as a slice of the cache, if the keys lie side by side in it."""
-        return slice_of(self.kv_slots)
+        return slice_of(self.kv_slots[0])
 
 
 def slice_of(slots: torch.Tensor) -> slice | None:

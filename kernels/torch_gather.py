@@ -97,11 +97,14 @@ class _Pass:
     def run_causal(self, run: CausalRun, head: int) -> None:
         """Plain causal attention of many rows at once with one query head, which the fused kernel does best.
 
-        The kernel's causal mask is aligned at the first row, so the keys before the run's first row are a second call.
+        Each query head takes the keys again: that is about 1% of the work, and heads together are too few parts for
+        many threads. The kernel's causal mask is aligned at the first row, so the keys before the run's first row are
+        a second call.
         """
-        rows, caches = run.q_rows, [cache[:, head // self.group] for cache in (self.k_cache, self.v_cache)]
-        taken = [x[run.kv_slice] if run.kv_slice is not None else x.index_select(0, run.kv_slots) for x in caches]
-        q, k, v = (x.to(self.q.dtype)[None, None] for x in (self.q[rows, head], *taken))  # [1, 1, m or n, D]
+        rows, kv_head = run.q_rows, head // self.group
+        q = self.q[None, None, rows, head]  # [1, 1, m, D]
+        caches = self.k_cache, self.v_cache
+        k, v = (take_kv(cache, run, slice(kv_head, kv_head + 1)).to(q.dtype) for cache in caches)
         prefix = k.shape[2] - q.shape[2]
         o, s = FUSED(q, k[:, :, prefix:], v[:, :, prefix:], 0.0, True, attn_mask=None, scale=self.sm_scale)
         s = s.float() * LOG2_E
@@ -122,7 +125,7 @@ class _Pass:
         heads, q = self.layouts[tiles.heads], self.q
         index = heads.index(tiles.q_rows)
         packed = q.view(-1, q.shape[2]).index_select(0, index.flatten()).view(*index.shape, -1)
-        k, v = heads.take_kv(self.k_cache, tiles), heads.take_kv(self.v_cache, tiles)
+        k, v = (take_kv(cache, tiles, heads.kv_heads) for cache in (self.k_cache, self.v_cache))
         num_unmasked, parts = tiles.num_unmasked, []
         if num_unmasked:
             parts.append(attend(packed, k[:, :, :num_unmasked], v[:, :, :num_unmasked], None, self.sm_scale))
@@ -143,7 +146,7 @@ class _Pass:
 
 
 class _HeadLayout:
-    """How the query heads of a tile share KV heads: `kv` KV heads, each for `per_kv` query heads.
+    """How the query heads of a tile share KV heads: the KV heads `kv_heads`, each for `per_kv` query heads.
 
     If every KV head serves the same number of the tile's query heads, these are computed together, so that K and V
     are gathered once for a GQA group. Otherwise each query head brings its own copy of its KV head.
@@ -158,7 +161,8 @@ class _HeadLayout:
         self.per_kv = per_kv
         self.num_heads = num_heads
         self.q_heads = torch.tensor(heads, device=device)
-        self.kv_heads = None if len(distinct) == num_heads // group and per_kv == group else distinct
+        side_by_side = distinct == list(range(distinct[0], distinct[0] + len(distinct)))
+        self.kv_heads = slice(distinct[0], distinct[-1] + 1) if side_by_side else distinct
 
     def index(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [B, m] -> int64 [B, kv, per_kv * m], rows of q viewed as [tokens * heads, D].
@@ -168,18 +172,19 @@ class _HeadLayout:
         index = rows[:, None, :] * self.num_heads + self.q_heads[:, None]
         return index.view(len(rows), -1, self.per_kv * rows.shape[1])
 
-    def take_kv(self, cache: torch.Tensor, tiles: TileBatch) -> torch.Tensor:
-        """The keys or values of `tiles`: [B, kv, n, D]. A view of the cache if they lie side by side in it."""
-        if tiles.kv_slice is not None:
-            view = cache[None, tiles.kv_slice]
-            return (view if self.kv_heads is None else view[:, :, self.kv_heads]).transpose(1, 2)
-        slots = tiles.kv_slots
-        if self.kv_heads is None:
-            return cache.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
-        taken = cache.new_empty(len(self.kv_heads), slots.numel(), cache.shape[2])
-        for own, head in zip(taken, self.kv_heads):  # whole rows, which an index over slots and heads does not copy
+
+def take_kv(cache: torch.Tensor, keys: TileBatch | CausalRun, kv_heads: slice | list[int]) -> torch.Tensor:
+    """The keys or values at `keys.kv_slots`: [B, kv, n, D]. A view of the cache if they lie side by side in it."""
+    slots = keys.kv_slots
+    if isinstance(kv_heads, list):
+        taken = cache.new_empty(len(kv_heads), slots.numel(), cache.shape[2])
+        for own, head in zip(taken, kv_heads):  # whole rows, which an index over slots and heads does not copy
             torch.index_select(cache[:, head], 0, slots.flatten(), out=own)
         return taken.unflatten(1, slots.shape).transpose(0, 1)
+    cache = cache[:, kv_heads]
+    if keys.kv_slice is not None:
+        return cache[None, keys.kv_slice].transpose(1, 2)
+    return cache.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
 
 
 def attend(

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_mminfer.serving.trace import PrefillRecord
-from sglang_mminfer.tools.figures import density_of_records
+from sglang_mminfer.serving.trace import PrefillRecord, density_of_records
 from sglang_mminfer.tools.needles.kits import GLYPHS
 from sglang_mminfer.tools.needles.task import Conversation, Turn
 from sglang_mminfer.tools.niah.ask import Media, Settings

@@ -21,6 +21,7 @@ CELLS = 256  # tokens of a frame, 16 x 16
 CHUNK = 8192
 K = 1024
 TARGET = 128 * K  # keys of the cases that the throughput aim is set for
+AIM_TFLOPS = {"fa4": 550, "triton": 450}  # on visited tiles, by executor
 LENGTHS = (32 * K, 64 * K, 128 * K, 256 * K, 512 * K, 1024 * K)
 SHORT = (2 * K, 4 * K, 8 * K, 16 * K)  # where sparse attention may not pay
 

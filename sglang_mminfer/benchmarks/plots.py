@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_mminfer.benchmarks.cases import CHUNK, MEASURED
-from sglang_mminfer.benchmarks.report import AIM_TFLOPS
+from sglang_mminfer.benchmarks.cases import AIM_TFLOPS, CHUNK, MEASURED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from sglang_mminfer.benchmarks.cases import CHUNK, LENGTHS, TARGET
+from sglang_mminfer.benchmarks.cases import AIM_TFLOPS, CHUNK, LENGTHS, TARGET
 
-AIM_TFLOPS = {"fa4": 550, "triton": 450}  # on visited tiles, by executor
 AIM_OF_IDEAL = 0.86  # of dense's speed over density
 AIM_PLAN = 0.02  # of attention
 WORTH_IT = 8192  # keys

@@ -120,6 +120,10 @@ def evaluate(
         raise Refused("name running servers with --url, or a model to serve with --model-path; one of the two")
     if mminfer_config and not model_path:
         raise Refused("--mminfer-config is for servers that are started: give --model-path, too")
+    if frames is not None and not model_path:
+        raise Refused("--frames is for servers that are started; a running one has --mm-process-config")
+    if len(set(tasks)) != len(tasks):
+        raise Refused(f"--tasks: expected none twice, got {', '.join(tasks)}")
     from sglang_mminfer.tools.evaluation.run import Options, run
 
     return run(

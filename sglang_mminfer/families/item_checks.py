@@ -202,10 +202,10 @@ def _check_features(one: MediaItem, family: Family | None, hf_config: Any) -> No
     value = item.feature if item.precomputed_embeddings is None else item.precomputed_embeddings
     shape = _shape_of(value, name)
     if embedded:
-        wide = _widths(item, hf_config)
-        if len(shape) < 2 or shape[-1] not in wide or math.prod(shape[:-1]) != tokens:
+        width = _embedding_width(item, hf_config)
+        if len(shape) < 2 or shape[-1] != width or math.prod(shape[:-1]) != tokens:
             raise ValueError(
-                f"{name}: expected embeddings of {tokens} x {' or '.join(map(str, wide))} for its {tokens} tokens, got "
+                f"{name}: expected embeddings of {tokens} x {width} for its {tokens} tokens, got "
                 f"{' x '.join(map(str, shape))}"
             )
         return
@@ -226,9 +226,13 @@ def _shape_of(value: Any, name: str) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _widths(item: Any, hf_config: Any) -> list[int]:
-    """The widths that an embedding may have. Qwen3-VL's holds the features of its deepstack layers, too."""
+def _embedding_width(item: Any, hf_config: Any) -> int:
     get = getattr(hf_config, "get_text_config", None)
     width = int(get().hidden_size if get is not None else hf_config.hidden_size)
-    deep = getattr(getattr(hf_config, "vision_config", None), "deepstack_visual_indexes", None) or ()
-    return [width if item.is_audio() else width * (1 + len(deep))]
+    return width if item.is_audio() else width * layers_of_embedding(hf_config)
+
+
+def layers_of_embedding(hf_config: Any) -> int:
+    """How many layers' features an embedding of a picture holds: with Qwen3-VL those of its deepstack layers, too."""
+    thinker = getattr(hf_config, "thinker_config", hf_config)
+    return 1 + len(getattr(getattr(thinker, "vision_config", None), "deepstack_visual_indexes", None) or ())

@@ -55,6 +55,7 @@ class Between:
 
     @classmethod
     def of(cls, sink: int, local: int, tiles: QueryTiles) -> Between:
+        """What lies between sink and window of each query tile."""
         window = np.maximum(tiles.keys_of_first_row - local, 0) // tiles.block_k
         first = np.minimum(window, -(-sink // tiles.block_k))
         return cls(first, window - first, tiles.block_k)
@@ -88,6 +89,7 @@ class HeadsOfKeys:
 
     @classmethod
     def of(cls, evidence: Evidence) -> list[HeadsOfKeys]:
+        """The heads to estimate, by KV head and form."""
         num_heads, kv_heads = evidence.q.shape[1], evidence.k_cache.shape[1]
         by_form: dict[tuple[int, int | None], list[int]] = {}
         for head in evidence.heads:

@@ -334,37 +334,6 @@ def get_device(original: Callable[..., str], *args: Any, **kwargs: Any) -> str:
     return "cpu" if is_active() or not accelerators() else original(*args, **kwargs)
 
 
-def attend_by_sequence(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND VisionSdpaAttention.forward: the same attention, one sequence of `cu_seqlens` at a time.
-
-    SGLang's code builds a mask of all patches by all patches (and keeps 128 of them): 16 GB for the 131K patches of a
-    video of 32K tokens, although each patch sees only its frame or window.
-    """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    arguments = dict(zip(("q", "k", "v", "bsz", "cu_seqlens", "attention_mask"), args)) | kwargs
-    cu_seqlens = arguments.get("cu_seqlens")
-    masked = arguments.get("attention_mask") is not None or self.softmax_in_single_precision
-    if cu_seqlens is None or masked or arguments["bsz"] != 1:
-        return original(self, *args, **kwargs)
-    q, k, v = arguments["q"], arguments["k"], arguments["v"]  # [patches, heads, D]
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != q.shape[0]:
-        return original(self, *args, **kwargs)
-    starts, lengths = torch.tensor(bounds[:-1]), cu_seqlens.diff().cpu()
-    out = torch.empty_like(q)
-    for length in lengths.unique().tolist():
-        if length == 0:
-            continue
-        rows = starts[lengths == length][:, None] + torch.arange(length)  # [sequences, length]
-        q_part, k_part, v_part = (tensor[rows].transpose(1, 2) for tensor in (q, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        out_part = scaled_dot_product_attention(q_part, k_part, v_part, scale=self.scale, enable_gqa=grouped)
-        out[rows] = out_part.transpose(1, 2)
-    return out
-
-
 def keeps_states_in_steps(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
     """AROUND supports_mamba_cache_extra_buffer: False on our platform.
 
@@ -421,7 +390,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.layers.attention.vision.VisionSdpaAttention.forward",
         "around",
-        f"{__name__}:attend_by_sequence",
+        "sglang_mminfer.serving.cpu_vision:attend_by_sequence",
         "SGLang's vision attention on a CPU masks all patches by all patches: memory grows with the square of "
         "the video's length, and a long video ends the scheduler.",
         when=("cpu",),

@@ -57,6 +57,11 @@ class Hook:
         *path, _ = self.target.split(".")
         return ".".join(itertools.takewhile(lambda part: part[0].islower(), path))
 
+    @property
+    def on_function(self) -> bool:
+        """Whether it is installed on a function, and not in a list, a registry or a step of argument resolution."""
+        return self.kind in ("before", "after", "around")
+
     def resolve(self) -> Callable[..., Any]:
         """Our function."""
         return pkgutil.resolve_name(self.function)
@@ -111,9 +116,9 @@ def install(when: When) -> None:
     """
     due = [hook for hook in _declared if when in hook.when and hook not in _begun]
     _begun.extend(due)
-    functions = [hook for hook in due if hook.kind in ("before", "after", "around")]
+    functions = [hook for hook in due if hook.on_function]
     for hook in due:
-        if hook not in functions:
+        if not hook.on_function:
             _try(_extend, hook)
     if when == "load":
         for hook in functions:
@@ -129,7 +134,11 @@ def _try(how: Callable[[Hook], None], hook: Hook) -> None:
     try:
         how(hook)
     except Exception as error:
-        _failed[hook] = f"{type(error).__name__}: {error}"
+        _note_failure(hook, error)
+
+
+def _note_failure(hook: Hook, error: Exception) -> None:
+    _failed[hook] = f"{type(error).__name__}: {error}"
 
 
 def note(server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -150,7 +159,7 @@ def unapplied(some: Iterable[Hook]) -> list[Hook]:
             return hook.target in HookRegistry._patched
         return any(place in _applied for place in hook.at_each_place())
 
-    return [hook for hook in some if hook.kind in ("before", "after", "around") and not there(hook)]
+    return [hook for hook in some if hook.on_function and not there(hook)]
 
 
 def _extend(hook: Hook) -> None:
@@ -241,7 +250,7 @@ def _apply(functions: list[Hook]) -> None:
 
             function = hook.resolve()
         except Exception as error:  # in the middle of an import of SGLang's, which must not fail for it
-            _failed[hook] = f"{type(error).__name__}: {error}"
+            _note_failure(hook, error)
             continue
         path, _, name = hook.target.rpartition(".")
         holder = pkgutil.resolve_name(path)
@@ -338,11 +347,12 @@ def lacking(*functions: str) -> list[Hook]:
         functions: how the hooks' functions of ours begin: `module:` or `module:name`, without the package's name.
     """
     begins = tuple(f"sglang_mminfer.{name}" for name in functions)
-    return [
-        hook
-        for hook in _declared
-        if hook.function.startswith(begins) and (not hook.target_exists() or _why_failed(hook))
-    ]
+    return [hook for hook in _declared if hook.function.startswith(begins) and _lacks(hook)]
+
+
+def _lacks(hook: Hook) -> bool:
+    """Whether a hook has no target, or could not be installed."""
+    return not hook.target_exists() or _why_failed(hook) is not None
 
 
 def _why_failed(hook: Hook) -> str | None:
@@ -360,7 +370,7 @@ def say_if_impossible() -> None:
     if multiprocessing.parent_process() is not None:
         return
     needed = [hook for hook in _declared if hook.essential and "load" in hook.when]
-    if bad := [hook.target for hook in needed if hook in _failed or not hook.target_exists()]:
+    if bad := [hook.target for hook in needed if _lacks(hook)]:
         logger.warning(
             "mminfer: SGLang %s lacks %s as this package knows it, so no server can start with --attention-backend "
             "mminfer; others are not affected. It was run with sglang%s.",

@@ -57,8 +57,11 @@ MOST_FAILURES = 3
 class SparsePrefill:
     """Plans and runs the sparse layers of one model runner's prefill batches, and records what it did.
 
-    `begin` runs while SGLang makes a batch's metadata, because SGLang drops the batch's media before the first layer.
-    The plan of a layer is made when the layer runs, and all layers whose heads have the same patterns share it.
+    The backend (`backend.sparse_class`) calls, for each batch:
+    1. `begin`, while SGLang makes the batch's metadata, because SGLang drops the batch's media before the first layer.
+    2. for each layer `takes`; if that is True, `save_kv` and `run_layer`, which makes the plan. All layers whose heads
+       have the same patterns share a plan. At last `layer_done`, for dense layers, too.
+    3. `end`, which writes the records. `layer_done` of the last layer calls it, and else the next batch does.
 
     Args:
         runner: SGLang's ModelRunner.
@@ -74,42 +77,42 @@ class SparsePrefill:
     ) -> None:
         from sglang.srt.runtime_context import get_parallel
 
-        hf_config = runner.model_config.hf_config
-        head_config, self._config_choice = head_config_choice.load_for_model(runner.server_args, hf_config)
+        server_args, hf_config = runner.server_args, runner.model_config.hf_config
+        head_config, self._config_choice = head_config_choice.load_for_model(server_args, hf_config)
         self.reader = reader_of(hf_config)
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.kv_pool = runner.token_to_kv_pool
         self.device = torch.device(runner.device)
+
         parallel = get_parallel()
         self.rank, self.ranks = parallel.attn_tp_rank, parallel.attn_tp_size
         # One rank keeps the records of each group of ranks that have the same requests. Tensor-parallel ranks and
         # pipeline stages have the same requests; ranks of data-parallel attention have different ones.
         self.leads = self.rank == 0 and getattr(parallel, "pp_rank", 0) == 0
-        data_rank = getattr(parallel, "attn_dp_rank", 0)
-        audit_rate, guard_error = flags.audit_rate(runner.server_args), flags.guard_error(runner.server_args)
-        self.trace = TraceFile(None)
-        if self.leads or (audit_rate and self.rank):
-            self.trace = TraceFile.from_environment(self.rank, data_rank)
-        self.metrics = metrics.prefill_metrics() if runner.server_args.enable_metrics and self.leads else None
-        self.telemetry = telemetry.of_process() if self.leads else None
-        if self.telemetry is not None:
-            self.telemetry.serving = self.serving
-        self.failures = 0
-        prompts.watch(self._count_verified)
-        # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
-        self.waits = self.device.type == "cpu" or self.trace.enabled
-        self._encoder = EncoderWatch()
-        if self.leads:
-            encoder_watch.watch = self._encoder
         self.num_layers = runner.model_config.num_hidden_layers
         stage = getattr(runner, "layer_info", None)
         self._layers = (stage.start_layer, stage.end_layer) if stage is not None else (0, self.num_layers)
         own = range(*self._layers)
         self._last_layer = max((n for n in head_config.full_layers or own if n in own), default=None)
         self._shapes: set[LayerShape] = set()
+
+        audit_rate, guard_error = flags.audit_rate(server_args), flags.guard_error(server_args)
+        self.trace = TraceFile(None)
+        if self.leads or (audit_rate and self.rank):
+            self.trace = TraceFile.from_environment(self.rank, getattr(parallel, "attn_dp_rank", 0))
+        self.metrics = metrics.prefill_metrics() if server_args.enable_metrics and self.leads else None
+        self.telemetry = telemetry.of_process() if self.leads else None
+        if self.telemetry is not None:
+            self.telemetry.serving = self.serving
+        prompts.watch(self._count_verified)
+        # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
+        self.waits = self.device.type == "cpu" or self.trace.enabled
+        self._encoder = EncoderWatch()
+        if self.leads:
+            encoder_watch.watch = self._encoder
+
         head_dim = runner.model_config.head_dim
-        case = self.device, head_dim, BLOCK_K, runner.dtype
-        names = executors.names_for(settings.executor(), *case)
+        names = executors.names_for(settings.executor(), self.device, head_dim, BLOCK_K, runner.dtype)
         self.executor, self.unfit = names[0], None
         if not head_config.all_dense:
             self_check.compile_ahead()
@@ -117,84 +120,28 @@ class SparsePrefill:
             self.executor, self.unfit = self_check.first_fit(
                 runner, names, self.device, self.ranks, dense_backend, estimates
             )
+        self.failures = 0
+        self.dense_backend = dense_backend
         placement = Placement(self.rank, self.device, head_dim, self.executor, dense_backend)
         self.served = ServedHeads(head_config, placement)
-        self.dense_backend = dense_backend
         self._log_shares()
         self.second_instance = None if self.served.all_dense or self.unfit else second_instance()
         self.batch: PrefillBatch | None = None
-        self.observers = observe.from_environment(
-            observe.RankInfo(self.rank, self.ranks, self.num_layers, runner.server_args)
-        )
+
+        self.observers = observe.from_environment(observe.RankInfo(self.rank, self.ranks, self.num_layers, server_args))
         self._calibration: calibration.Calibration | None = None
-        if basis_choice.is_awaited(runner.server_args) and head_config.basis_rank:
+        if basis_choice.is_awaited(server_args) and head_config.basis_rank:
             stages = getattr(parallel, "pp_size", 1)
-            place = calibration.Place(runner.server_args, hf_config, self.rank, self.ranks, self._layers, stages)
-            self._await_basis(place)
+            self._await_basis(calibration.Place(server_args, hf_config, self.rank, self.ranks, self._layers, stages))
         self.guard: Guard | None = None
         if guard_error:
-            guard_metrics = metrics.guard_metrics() if runner.server_args.enable_metrics else None
+            guard_metrics = metrics.guard_metrics() if server_args.enable_metrics else None
             self.guard = Guard(guard_error, self.served, guard_metrics)
             if self.leads:
                 logger.info("mminfer: %s; %g of the requests are audited", self.guard, audit_rate)
         if audit_rate:
-            audit_metrics = metrics.audit_metrics() if runner.server_args.enable_metrics else None
+            audit_metrics = metrics.audit_metrics() if server_args.enable_metrics else None
             self.observers.add(Audit(audit_rate, audit_metrics, self.guard))
-
-    # ---- the basis -----------------------------------------------------------------------------------------
-
-    def _await_basis(self, place: calibration.Place) -> None:
-        """Requests run dense until the clip has given the basis, or somebody says that it will not."""
-        rank, rule = self.served.head_config.basis_rank, self.served.head_config.rule
-        self._calibration = calibration.Calibration(
-            rank,
-            rule,
-            lambda bases: self._settle_basis(place, rule, bases),
-            lambda bases: calibration.keep(place, rank, bases, rule),
-        )
-        self.observers.add(self._calibration)
-
-    def _settle_basis(self, place: calibration.Place, rule: Adaptive | None, bases: Mapping[int, Basis] | None) -> None:
-        """Fixes the basis of this rank's heads for the server's life. None: they choose keys by q . k itself."""
-        if self._calibration is not None:
-            self.observers.remove(self._calibration)
-            self._calibration = None
-        shares = None
-        if rule is not None:
-            shares = KnownShares(rule, calibration.shares_of_all_ranks(place, bases or {}))
-        self.served.settle_basis(bases or {}, shares)
-        if self.leads:
-            rank = self.served.head_config.basis_rank
-            how = f"a basis of rank {rank} from the built-in clip" if bases else "q . k itself"
-            logger.info("mminfer: heads choose keys by %s.", how)
-        self._log_shares()
-
-    def _log_shares(self) -> None:
-        if self.leads and (mean := self.served.mean_share) is not None:
-            logger.info("mminfer: heads that choose visit %.0f%% of the keys between sink and window.", 100 * mean)
-
-    def serving(self) -> telemetry.Serving:
-        """How this backend serves now."""
-        head_config = self.served.head_config
-        all_dense = self.unfit or ("dense_config" if self.served.all_dense else None)
-        return telemetry.Serving(
-            head_config=self._config_choice.name,
-            named_by=self._config_choice.source,
-            description=head_config.describe(self._without_basis()),
-            provenance=head_config.provenance.note,
-            executor=self.executor,
-            dense_backend=self.dense_backend,
-            dense_reason=all_dense or ("no_basis" if self._calibration is not None else None),
-            guarded_heads=self.guard.served.guarded if self.guard is not None else 0,
-        )
-
-    def _without_basis(self) -> str:
-        """How heads choose keys where the head config brings no basis."""
-        if self._calibration is not None:
-            return "no basis yet"
-        if self.served.bases:
-            return f"keys are chosen by a basis of rank {self.served.head_config.basis_rank} from the built-in clip"
-        return "no basis: by q . k"
 
     # ---- a batch -------------------------------------------------------------------------------------------
 
@@ -216,40 +163,8 @@ class SparsePrefill:
             self._failed("planning a prefill batch")
         batch.plan_s = self.clock() - start
 
-    def end(self) -> None:
-        """Ends the current batch, if any, and writes its records. Without this a plan could outlive its batch."""
-        batch, self.batch = self.batch, None
-        if batch is None:
-            return
-        encoded_again, encode_ms = self._encoder.take(), self._encoder.milliseconds()
-        if self.trace.enabled or self.metrics is not None or self.telemetry is not None or self.observers:
-            records = batch.records(encoded_again, encode_ms, self.waits)
-            self.observers.batch_done(records)
-            self.trace.append(records if self.leads else [r for r in records if r.audit or r.guard])
-            if self.metrics is not None:
-                self.metrics.add(records)
-            if self.telemetry is not None:
-                self.telemetry.add(records)
-
-    def _count_verified(self, requests: int, rows: int) -> None:
-        """Counts a batch that verifies drafts. It is a kind of decoding, so the trace has no record of it."""
-        for counters in (self.metrics, self.telemetry):
-            if counters is not None:
-                counters.count("mode_target_verify", requests, rows)
-
-    def _failed(self, what: str) -> None:
-        """Counts a failure of ours; called in the handler of its exception.
-
-        Logs the traceback of the first failure. After `MOST_FAILURES` everything runs dense.
-        """
-        self.failures += 1
-        if self.failures == 1:
-            logger.exception("mminfer: %s failed; it runs dense", what)
-        if self.failures == MOST_FAILURES:
-            logger.error("mminfer: %d failures, the last one in %s; everything runs dense now", MOST_FAILURES, what)
-            self.unfit = "executor_failed"
-
     def _decide(self, batch: PrefillBatch, forward_batch: Any) -> None:
+        """Settles for each request whether it runs sparse, and makes the planner if one does."""
         mode = forward_batch.forward_mode
         if mode.name not in ("EXTEND", "MIXED"):
             return batch.run_dense(f"mode_{mode.name.lower()}")
@@ -261,8 +176,12 @@ class SparsePrefill:
         if self.observers:
             for i, request in enumerate(batch.requests):
                 request.slots = self._slots(forward_batch, i, request)
-        if all(request.dense_reason for request in batch.requests):
-            return None
+        if not all(request.dense_reason for request in batch.requests):
+            self._lay_out(batch, forward_batch)
+        return None
+
+    def _lay_out(self, batch: PrefillBatch, forward_batch: Any) -> None:
+        """Makes the planner: which rows of the batch run on a plan, and which on the stock backend."""
         chunks, on_stock = [], []
         for i, request in enumerate(batch.requests):
             # Rows without a map see everything before them. These are the rows of a dense request that shares a batch
@@ -290,7 +209,6 @@ class SparsePrefill:
         # Only layers that ran in an earlier batch have said how many heads they have.
         layers = [heads.of(shape).planned for shape in sorted(self._shapes) if not heads.is_dense(shape.layer_id)]
         batch.planner.prepare(layers, worker() if self.device.type != "cpu" else None)
-        return None
 
     def _stock_takes(self, start: int, stop: int) -> bool:
         """Whether the stock backend computes rows [start, stop) of a request, which see everything."""
@@ -339,6 +257,21 @@ class SparsePrefill:
             return None, error.reason
         choice = request.served.choice
         return modality_map, choice.why_dense(modality_map, request.prefix_len, request.seq_len, prompt)
+
+    def end(self) -> None:
+        """Ends the current batch, if any, and writes its records. Without this a plan could outlive its batch."""
+        batch, self.batch = self.batch, None
+        if batch is None:
+            return
+        encoded_again, encode_ms = self._encoder.take(), self._encoder.milliseconds()
+        if self.trace.enabled or self.metrics is not None or self.telemetry is not None or self.observers:
+            records = batch.records(encoded_again, encode_ms, self.waits)
+            self.observers.batch_done(records)
+            self.trace.append(records if self.leads else [r for r in records if r.audit or r.guard])
+            if self.metrics is not None:
+                self.metrics.add(records)
+            if self.telemetry is not None:
+                self.telemetry.add(records)
 
     # ---- a layer -------------------------------------------------------------------------------------------
 
@@ -511,10 +444,21 @@ class SparsePrefill:
         self._shapes.add(shape)
         return batch.heads.of(shape)
 
+    # ---- what is told --------------------------------------------------------------------------------------
+
+    def _count_verified(self, requests: int, rows: int) -> None:
+        """Counts a batch that verifies drafts. It is a kind of decoding, so the trace has no record of it."""
+        for counters in (self.metrics, self.telemetry):
+            if counters is not None:
+                counters.count("mode_target_verify", requests, rows)
+
     def _note_density(self, batch: PrefillBatch, plan: BlockPlan, heads: LayerHeads) -> None:
-        """Notes the density of a layer in each sparse request. If the host does not wait for the device, it is that of
-        the tiles by their area, where the host knows them. So it is, too, if only the telemetry wants it, because to
-        count what each row sees takes longer."""
+        """Notes the density of a layer in each sparse request.
+
+        It is counted by what each row sees. If the host does not wait for the device, it is the visited tiles' area,
+        and nothing where an estimate picks the tiles. The telemetry alone gets the area, too, because counting takes
+        longer.
+        """
         if batch.planner is None or not (self.waits or heads.static):
             return
         stock_heads = heads.planned.count(None)
@@ -529,6 +473,75 @@ class SparsePrefill:
             else:
                 visited = min(area[number] / chunk.causal_pairs, plan.num_heads - stock_heads)
             request.densities.append((visited + stock_heads) / plan.num_heads)
+
+    def serving(self) -> telemetry.Serving:
+        """How this backend serves now."""
+        head_config = self.served.head_config
+        all_dense = self.unfit or ("dense_config" if self.served.all_dense else None)
+        return telemetry.Serving(
+            head_config=self._config_choice.name,
+            named_by=self._config_choice.source,
+            description=head_config.describe(self._without_basis()),
+            provenance=head_config.provenance.note,
+            executor=self.executor,
+            dense_backend=self.dense_backend,
+            dense_reason=all_dense or ("no_basis" if self._calibration is not None else None),
+            guarded_heads=self.guard.served.guarded if self.guard is not None else 0,
+        )
+
+    def _without_basis(self) -> str:
+        """How heads choose keys where the head config brings no basis."""
+        if self._calibration is not None:
+            return "no basis yet"
+        if self.served.bases:
+            return f"keys are chosen by a basis of rank {self.served.head_config.basis_rank} from the built-in clip"
+        return "no basis: by q . k"
+
+    # ---- the basis -----------------------------------------------------------------------------------------
+
+    def _await_basis(self, place: calibration.Place) -> None:
+        """Requests run dense until the clip has given the basis, or somebody says that it will not."""
+        rank, rule = self.served.head_config.basis_rank, self.served.head_config.rule
+        self._calibration = calibration.Calibration(
+            rank,
+            rule,
+            lambda bases: self._settle_basis(place, rule, bases),
+            lambda bases: calibration.keep(place, rank, bases, rule),
+        )
+        self.observers.add(self._calibration)
+
+    def _settle_basis(self, place: calibration.Place, rule: Adaptive | None, bases: Mapping[int, Basis] | None) -> None:
+        """Fixes the basis of this rank's heads for the server's life. None: they choose keys by q . k itself."""
+        if self._calibration is not None:
+            self.observers.remove(self._calibration)
+            self._calibration = None
+        shares = None
+        if rule is not None:
+            shares = KnownShares(rule, calibration.shares_of_all_ranks(place, bases or {}))
+        self.served.settle_basis(bases or {}, shares)
+        if self.leads:
+            rank = self.served.head_config.basis_rank
+            how = f"a basis of rank {rank} from the built-in clip" if bases else "q . k itself"
+            logger.info("mminfer: heads choose keys by %s.", how)
+        self._log_shares()
+
+    def _log_shares(self) -> None:
+        if self.leads and (mean := self.served.mean_share) is not None:
+            logger.info("mminfer: heads that choose visit %.0f%% of the keys between sink and window.", 100 * mean)
+
+    # ---- failures, and the clock ---------------------------------------------------------------------------
+
+    def _failed(self, what: str) -> None:
+        """Counts a failure of ours; called in the handler of its exception.
+
+        Logs the traceback of the first failure. After `MOST_FAILURES` everything runs dense.
+        """
+        self.failures += 1
+        if self.failures == 1:
+            logger.exception("mminfer: %s failed; it runs dense", what)
+        if self.failures == MOST_FAILURES:
+            logger.error("mminfer: %d failures, the last one in %s; everything runs dense now", MOST_FAILURES, what)
+            self.unfit = "executor_failed"
 
     def clock(self) -> float:
         """The host's clock, in seconds.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -170,6 +170,20 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     overflowing_tiles: int = 0
     guarded_heads: int = 0
     guard: list[GuardedHead] | None = None
+
+
+def density_of_records(records: Iterable[PrefillRecord]) -> float | None:
+    """Visited over causal pairs of all rows that some chunks computed; a dense chunk counts as 1. None without chunks,
+    or if a sparse one does not tell."""
+    visited = causal = 0.0
+    for record in records:
+        density = 1.0 if record.dense_reason else record.density
+        if density is None:
+            return None
+        pairs = (record.prefix_len + 1 + record.seq_len) * record.chunk_len / 2
+        causal += pairs
+        visited += pairs * density
+    return visited / causal if causal else None
 
 
 def rank_path(path: str | os.PathLike[str], rank: int, data_rank: int = 0) -> str:

@@ -21,10 +21,9 @@ from rich.console import Console
 
 from sglang_mminfer import settings
 from sglang_mminfer.head_config import HeadConfig
-from sglang_mminfer.serving.trace import PrefillRecord, read_trace
+from sglang_mminfer.serving.trace import PrefillRecord, density_of_records, read_trace
 from sglang_mminfer.tools import baselines, verdicts
 from sglang_mminfer.tools.errors import Refused
-from sglang_mminfer.tools.figures import density_of_records
 from sglang_mminfer.tools.needles import kits
 from sglang_mminfer.tools.niah import ask as niah
 from sglang_mminfer.tools.niah.against import compared

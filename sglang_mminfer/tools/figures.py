@@ -74,16 +74,6 @@ def turn_of_records(label: str, records: Iterable[PrefillRecord]) -> Turn:
     return Turn(label, chunks)
 
 
-def density_of_records(records: Iterable[PrefillRecord]) -> float | None:
-    """Visited over causal pairs of all new rows of one request; a dense chunk counts as 1. None without records."""
-    visited = causal = 0.0
-    for record in records:
-        pairs = (record.prefix_len + 1 + record.seq_len) * record.chunk_len / 2
-        causal += pairs
-        visited += pairs * (1.0 if record.density is None else record.density)
-    return visited / causal if causal else None
-
-
 def placeholder_spans(prompt_ids: Sequence[int], token: int) -> list[tuple[int, int]]:
     """[start, stop) of every run of one placeholder token in a prompt."""
     spans: list[tuple[int, int]] = []

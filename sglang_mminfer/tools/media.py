@@ -1,12 +1,15 @@
-"""Videos and images for the demo, the tests and the benchmarks: moving shapes, the same for the same seed.
+"""Files of videos and images: those of moving shapes, for the demo, the tests and the benchmarks, and others.
 
     make_video("a.mp4", frames=240, width=448, height=252, fps=24, seed=1)
 
-Successive frames resemble each other, as in a real video: grid patterns depend on it.
+Moving shapes are the same for the same seed. Successive frames resemble each other, as in a real video: grid patterns
+depend on it.
 """
 
 from __future__ import annotations
 
+import base64
+import mimetypes
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,6 +132,17 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
         raise ValueError(
             f"{source}: expected a video file that FFmpeg can decode ({source.stat().st_size} bytes): {reason}"
         ) from error
+
+
+def data_url(path: Path, kind: str) -> str:
+    """A file as a URL that any server can read.
+
+    Args:
+        kind: "image" or "video": what it is called where its name does not say more.
+    """
+    guessed = mimetypes.guess_type(path.name)[0] or ""
+    mime = guessed if guessed.startswith(f"{kind}/") else {"image": "image/png", "video": "video/mp4"}[kind]
+    return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _positive(**values: float) -> None:

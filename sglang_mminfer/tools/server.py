@@ -216,6 +216,7 @@ class Server:
             return ""
 
     def tail(self, lines: int = 40) -> str:
+        """The last lines of the log."""
         return "\n".join(self.log().splitlines()[-lines:])
 
     def last_line(self) -> str:

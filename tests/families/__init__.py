@@ -35,6 +35,11 @@ class Prompt:
     expanded: tuple[str, ...] = ()
 
 
+def with_options(oracle: Callable[..., Any]) -> Callable[..., Any]:
+    """The `Family.oracle` of an oracle that takes --mm-process-config, as `HFOracle` does."""
+    return lambda path, video: oracle(path, mm_process_config={"video": video})
+
+
 @dataclass(frozen=True)
 class Family:
     """One family as SGLang serves it with this plugin.
@@ -113,6 +118,9 @@ def _found() -> tuple[Family, ...]:
 
 FAMILIES: tuple[Family, ...] = _found()
 """By the names of their modules."""
+
+FAMILY = {family.name: family for family in FAMILIES}
+"""The same by their own names."""
 
 
 def prompt_of(family: Family) -> Prompt | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from families import Family, Prompt
+from families import Family, Prompt, with_options
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle, Message, split_messages
 from sglang_mminfer.testing.oracle_media import Video, open_video, read_picture
@@ -161,17 +161,13 @@ class LlavaOracle(HFOracle):
         return torch.from_numpy(video.frames([int(i) for i in wanted])).permute(0, 3, 1, 2)
 
 
-def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> LlavaOracle:
-    return LlavaOracle(path, mm_process_config={"video": video})
-
-
 FAMILIES = (
     Family(
         name="llava_onevision",
         title="LLaVA-OneVision (Hugging Face)",
         architecture="LlavaOnevisionForConditionalGeneration",
         maker=make_onevision,
-        oracle=oracle,
+        oracle=with_options(LlavaOracle),
         oracle_title="transformers",
         served_by="fallback",
         cached_turns=False,  # SGLang turns both off for media in its Transformers fallback
@@ -186,7 +182,7 @@ FAMILIES = (
         title="LLaVA-NeXT-Video (Hugging Face)",
         architecture="LlavaNextVideoForConditionalGeneration",
         maker=make_next_video,
-        oracle=oracle,
+        oracle=with_options(LlavaOracle),
         oracle_title="transformers",
         served_by="fallback",
         cached_turns=False,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from families import Family, Prompt
+from families import Family, Prompt, with_options
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle
 
@@ -22,16 +21,12 @@ def make_qwen2_vl(path: str | os.PathLike[str]) -> Path:
     return tiny_model.make_tiny_qwen2_vl(path, layers=2, heads=8, kv_heads=2, head_dim=16)
 
 
-def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
-    return HFOracle(path, mm_process_config={"video": video})
-
-
 QWEN2_5_VL = Family(
     name="qwen2_5_vl",
     title="Qwen2.5-VL",
     architecture="Qwen2_5_VLForConditionalGeneration",
     maker=make,
-    oracle=oracle,
+    oracle=with_options(HFOracle),
     oracle_title="transformers",
     one_frame="nframes should in interval",
     video_options={"max_frames": 48},

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from families import Family, Prompt, qwen3_vl
+from families import Family, Prompt, qwen3_vl, with_options
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle
 
@@ -133,17 +133,13 @@ def centre(model: Any) -> None:
             weight.copy_(weight - 3)
 
 
-def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
-    return HFOracle(path, mm_process_config={"video": video})
-
-
 FAMILIES = (
     Family(
         name="qwen3_5",
         title="Qwen3.5, Qwen3.6",
         architecture="Qwen3_5ForConditionalGeneration",
         maker=make,
-        oracle=oracle,
+        oracle=with_options(HFOracle),
         oracle_title="transformers",
         recurrent=True,
         one_frame="nframes should in interval",
@@ -155,7 +151,7 @@ FAMILIES = (
         title="Qwen3.5-MoE, Qwen3.6-MoE",
         architecture="Qwen3_5MoeForConditionalGeneration",
         maker=make_moe,
-        oracle=oracle,
+        oracle=with_options(HFOracle),
         oracle_title="transformers",
         recurrent=True,
         one_frame="nframes should in interval",

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from families import Family, Prompt, qwen3_vl
+from families import Family, Prompt, qwen3_vl, with_options
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle, Message
 
@@ -135,17 +135,13 @@ def read_sound(path: str | os.PathLike[str]) -> np.ndarray:
         return np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32) / 32768
 
 
-def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> Oracle:
-    return Oracle(path, mm_process_config={"video": video})
-
-
 FAMILIES = (
     Family(
         name="qwen3_omni",
         title="Qwen3-Omni (thinker)",
         architecture="Qwen3OmniMoeForConditionalGeneration",
         maker=make,
-        oracle=oracle,
+        oracle=with_options(Oracle),
         oracle_title="transformers, with whole positions as in SGLang",
         sound=True,
         one_frame="nframes should in interval",

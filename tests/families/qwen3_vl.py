@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from families import Family, Prompt
+from families import Family, Prompt, with_options
 from sglang_mminfer.testing import tiny_model
 from sglang_mminfer.testing.oracle import HFOracle
 
@@ -154,17 +154,13 @@ def _lay_out_experts(file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def oracle(path: str | os.PathLike[str], video: Mapping[str, int]) -> HFOracle:
-    return HFOracle(path, mm_process_config={"video": video})
-
-
 FAMILIES = (
     Family(
         name="qwen3_vl",
         title="Qwen3-VL",
         architecture="Qwen3VLForConditionalGeneration",
         maker=make,
-        oracle=oracle,
+        oracle=with_options(HFOracle),
         oracle_title="transformers",
         one_frame="nframes should in interval",
         video_options={"max_frames": 56},
@@ -175,7 +171,7 @@ FAMILIES = (
         title="Qwen3-VL-MoE",
         architecture="Qwen3VLMoeForConditionalGeneration",
         maker=make_moe,
-        oracle=oracle,
+        oracle=with_options(HFOracle),
         oracle_title="transformers",
         one_frame="nframes should in interval",
         video_options={"max_frames": 56},

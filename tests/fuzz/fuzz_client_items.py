@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from families import FAMILIES
+from families import FAMILY
 from processing import Processing
 from sglang_mminfer.families.maps import map_from_mm_inputs, reader_of
 from sglang_mminfer.tools.media import make_image
@@ -69,7 +69,7 @@ def cases() -> st.SearchStrategy[Case]:
 @cache
 def served(name: str) -> tuple[Processing, dict[str, Any], list[int], int, int]:
     """A family's processor, a picture as it makes it, the ids of its prompt, and where the picture's tokens are."""
-    family = next(one for one in FAMILIES if one.name == name)
+    family = FAMILY[name]
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
     processing = Processing(family.make(folder / "model"), family.prompt.module)
     path = make_image(folder / "a.png", 84, 56)

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 import soak_wave
-from families import FAMILIES
+from families import FAMILIES, FAMILY
 from families_served import make_shown
 from run_record import ROOT, RunRecord, command
 from serving import Media, Served
@@ -34,7 +34,7 @@ from soak_shift import Shift, shift
 from soak_talk import SECONDS, Talk
 
 WAVE, CLIENTS = 24, 8
-QWEN = next(family for family in FAMILIES if family.name == "qwen2_5_vl")
+QWEN = FAMILY["qwen2_5_vl"]
 
 
 @pytest.mark.server("main")

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from sglang_mminfer.serving.trace import PrefillRecord
+from sglang_mminfer.serving.trace import PrefillRecord, density_of_records
 
 
 class Phase(StrEnum):
@@ -86,13 +86,8 @@ class Reply:
 
     @property
     def density(self) -> float | None:
-        """Visited over causal pairs, mean over the computed tokens; dense chunks count 1. None if nothing is known, or
-        where estimates choose tiles on a GPU and nobody counts."""
-        computed = [(1.0 if r.dense_reason else r.density, r.chunk_len) for r in self.records]
-        tokens = sum(length for _, length in computed)
-        if not tokens or any(density is None for density, _ in computed):
-            return None
-        return sum((density or 0.0) * length for density, length in computed) / tokens
+        """Visited over causal pairs of the new tokens; None where the server does not tell."""
+        return density_of_records(self.records)
 
     @property
     def dense_reasons(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import mimetypes
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
+
+from sglang_mminfer.tools import media
 
 Kind = Literal["image", "video"]
 KINDS: tuple[Kind, ...] = ("image", "video")
@@ -51,11 +52,7 @@ class Upload:
 @lru_cache(maxsize=64)
 def data_url(upload: Upload) -> str:
     """A file as a URL. It is read and encoded once, however many turns send it."""
-    guessed = mimetypes.guess_type(upload.path.name)[0] or ""
-    mime = (
-        guessed if guessed.startswith(f"{upload.kind}/") else {"image": "image/png", "video": "video/mp4"}[upload.kind]
-    )
-    return f"data:{mime};base64,{base64.b64encode(upload.path.read_bytes()).decode()}"
+    return media.data_url(upload.path, upload.kind)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from html import escape
 
+from sglang_mminfer.serving.trace import density_of_records
 from sglang_mminfer.tools.chat.conversation import Conversation, Turn
 from sglang_mminfer.tools.chat.endpoint import Facts
 from sglang_mminfer.tools.chat.reply import Phase, Reply
@@ -129,9 +130,9 @@ def totals(replies: Sequence[Reply]) -> list[tuple[str, str]]:
         rows.append(("prompt tokens", f"{prompt:,}"))
         rows.append(("of them cached", f"{cached:,} ({cached / prompt:.0%})"))
     rows.append(("answer tokens", f"{sum(reply.answer_tokens or 0 for reply in replies):,}"))
-    known = [(reply.density, reply.new_tokens or 0) for reply in replies if reply.density is not None]
-    if new := sum(tokens for _, tokens in known):
-        rows.append(("density", f"{sum((d or 0) * tokens for d, tokens in known) / new:.2f}"))
+    told = [record for reply in replies if reply.density is not None for record in reply.records]
+    if (density := density_of_records(told)) is not None:
+        rows.append(("density", f"{density:.2f}"))
     if waits := [reply.first_token_seconds for reply in replies if reply.first_token_seconds is not None]:
         rows.append(("to first tokens", f"{sum(waits):.1f} s"))
     if sent := sum(reply.sent_bytes for reply in replies):

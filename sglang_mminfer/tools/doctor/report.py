@@ -6,20 +6,19 @@ at the start of a server.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import platform as host
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer import settings
-from sglang_mminfer.serving import basis_choice, dense_backend, flags, head_config_choice
+from sglang_mminfer.tools.doctor.finding import Finding, brief
+from sglang_mminfer.tools.doctor.model import examine_model
+from sglang_mminfer.tools.doctor.model import server_args_of as server_args_of
+from sglang_mminfer.tools.doctor.terminal import print_findings, quiet, waiting
 
 if TYPE_CHECKING:
     import torch
@@ -31,19 +30,6 @@ GROUPS = {"sglang.srt.plugins": "mminfer", "sglang.srt.platforms": "mminfer_cpu"
 
 _SHOWN = ("sglang", "torch", "transformers")  # requirements with a line; the others have one only if they do not fit
 _OPTIONAL = ("triton", "flash-attn-4", "flashinfer-python", "sglang-kernel")  # not required, but shown if installed
-
-Status = Literal["ok", "note", "warning", "error"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. An "error" makes the exit status 1, and every error has a fix."""
-
-    section: str
-    name: str
-    status: Status
-    text: str
-    fix: str | None = None
 
 
 def run(
@@ -68,13 +54,13 @@ def run(
     if quick:
         findings = [*examine_versions(), *_settings()]
     else:
-        with _waiting() as show_section, _quiet() as problems:
+        with waiting() as show_section, quiet() as problems:
             findings = list(examine(model_path, config_name, problems, video, launch, show_section))
     ok = all(finding.status != "error" for finding in findings)
     if as_json:
         print(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
-        _print(findings, ok)
+        print_findings(findings, ok)
     return 0 if ok else 1
 
 
@@ -86,8 +72,12 @@ def examine(
     launch: Mapping[str, Any] | None = None,
     show_section: Callable[[str], None] = lambda section: None,
 ) -> Iterator[Finding]:
-    """All findings, section by section. `problems` receives the errors that SGLang logs meanwhile; see `_quiet`.
-    `show_section` is called with the name of each section before its checks."""
+    """All findings, section by section.
+
+    Args:
+        problems: receives the errors that SGLang logs meanwhile; see `terminal.quiet`.
+        show_section: called with the name of each section before its checks.
+    """
     problems = [] if problems is None else problems
     sections: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("installed", examine_versions),
@@ -421,109 +411,6 @@ def _video() -> Iterator[Finding]:
         )
 
 
-def examine_model(
-    model_path: str | None, config_name: str | None, launch: Mapping[str, Any] | None = None
-) -> Iterator[Finding]:
-    """What would run for a model; without a model, the head config only."""
-    from sglang_mminfer.head_config import HeadConfig, HeadConfigError
-
-    if model_path is None:
-        choice = (
-            head_config_choice.ConfigChoice(config_name, settings.CONFIG.flag)
-            if config_name
-            else head_config_choice.resolve(None)
-        )
-        try:
-            described = HeadConfig.load(choice.name).describe()
-            yield Finding("model", "head config", "ok", f"{described}  [{choice.source}]")
-        except HeadConfigError as error:
-            yield _bad_config(f"{choice.source}: {error}")
-        yield Finding("model", "model", "note", "none given; --model-path P says what would run for one")
-        return
-
-    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
-
-    from sglang_mminfer.serving.hooks import UnsupportedLaunch
-
-    try:
-        server_args = server_args_of(model_path, config_name, **(launch or {}))
-    except UnsupportedLaunch as error:
-        yield Finding("model", model_path, "error", "mminfer cannot serve it", str(error))
-        return
-    except HeadConfigError as error:
-        yield _bad_config(str(error))
-        return
-    except Exception as error:
-        yield Finding(
-            "model",
-            model_path,
-            "error",
-            f"SGLang does not accept it: {brief(error)}",
-            "check the path and its config.json; a name on the hub needs network access or a filled cache.",
-        )
-        return
-    model, view = model_config_of(server_args), resolving_view(server_args)
-    hf_config = model.hf_config
-    architecture = (hf_config.architectures or ["?"])[0]
-    if model.is_multimodal:
-        yield Finding("model", "model", "ok", architecture)
-    else:
-        yield Finding(
-            "model",
-            "model",
-            "warning",
-            f"{architecture} takes no images or video: every request would run dense",
-            "use mminfer with a vision-language model.",
-        )
-    head_config, choice = head_config_choice.load_for_model(server_args, hf_config)
-    described = head_config.describe(basis_choice.without_basis(server_args))
-    yield Finding("model", "head config", "ok", f"{described}  [{choice.source}]")
-    fits = "made for this model" if head_config.model else "for any model"
-    layers = f"{model.num_hidden_layers} layers"
-    if head_config.full_layers is not None:
-        layers += f", of which {len(head_config.full_layers)} have attention"
-    yield Finding("model", "fingerprint", "ok", f"{fits}; {layers}")
-    dense = dense_backend.dense_backend_name(server_args, view.device)
-    yield Finding("model", "dense backend", "ok", f"{dense}, on {view.device} in {model.dtype}")
-
-
-def server_args_of(model_path: str, config_name: str | None, **fields: Any) -> Any:
-    """SGLang's ServerArgs for a model on our backend, resolved as at the start of a server.
-
-    If the machine has no accelerator and `fields` names no device, the device is "cpu".
-
-    Args:
-        model_path: a folder or a hub name.
-        config_name: the value of --mminfer-config; None: that of the setting.
-        **fields: further fields of ServerArgs.
-
-    Raises:
-        UnsupportedLaunch: mminfer cannot serve the model.
-        HeadConfigError: the head config cannot be used, or was made for another model.
-        Exception: any other error by which SGLang refuses the arguments.
-    """
-    from sglang.srt.server_args import ServerArgs
-
-    from sglang_mminfer.serving import cpu_platform
-
-    if not cpu_platform.accelerators():
-        fields.setdefault("device", "cpu")
-    server_args = ServerArgs(model_path=model_path, attention_backend=settings.BACKEND_NAME, **fields)
-    setattr(server_args, flags.CONFIG_ATTRIBUTE, config_name)
-    server_args.resolve_once()
-    return server_args
-
-
-def _bad_config(text: str) -> Finding:
-    return Finding(
-        "model",
-        "head config",
-        "error",
-        text,
-        f"correct the file, or name another with {settings.CONFIG.flag}; `default` and `dense` fit every model.",
-    )
-
-
 # Helpers
 
 
@@ -559,104 +446,3 @@ def _torchcodec() -> tuple[bool, str]:
         if "Could not load libtorchcodec" in str(error):
             return False, f"{version_of('torchcodec')} finds no FFmpeg libraries"
     return True, ""
-
-
-def brief(error: BaseException) -> str:
-    """The type of an error and the first line of its message, cut to 300 characters."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
-
-
-class _Collect(logging.Handler):
-    """Collects logged errors, with the message of their exception, instead of printing them."""
-
-    def __init__(self, into: list[str]) -> None:
-        super().__init__(logging.ERROR)
-        self._into = into
-
-    def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        self._into.append(record.getMessage() + (f" ({brief(error)})" if error else ""))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Keep logging and warnings off the terminal. Yields the list in which logged errors are collected."""
-    problems: list[str] = []
-    root, handler = logging.getLogger(), _Collect(problems)
-    before, root.handlers = root.handlers, [handler]
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            yield problems
-    finally:
-        root.handlers = before
-
-
-_MARKS = {"ok": "[green]✓[/]", "note": "[dim]·[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
-
-
-@contextlib.contextmanager
-def _waiting() -> Iterator[Callable[[str], None]]:
-    """Yields a function that shows on standard error which section is being checked: beside a spinner on a terminal, if
-    `rich` is installed, else as a line each."""
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError:
-        console = None
-    else:
-        console = Console(stderr=True)
-    stream = sys.stderr
-    if console is None or not console.is_terminal:
-        yield lambda section: print(f"checking: {section} ...", file=stream, flush=True)
-        return
-    with console.status("Asking SGLang ...") as status:
-        yield lambda section: status.update(f"Checking: {section} ...")
-
-
-def _print(findings: list[Finding], ok: bool) -> None:
-    try:
-        import rich  # noqa: F401
-    except ModuleNotFoundError:
-        _print_plainly(findings, ok)
-    else:
-        _print_in_colour(findings, ok)
-
-
-def _print_plainly(findings: list[Finding], ok: bool) -> None:
-    widths = [max(len(getattr(finding, field)) for finding in findings) for field in ("section", "status", "name")]
-    section = ""
-    for finding in findings:
-        cells = ("" if finding.section == section else finding.section, finding.status, finding.name)
-        section = finding.section
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), finding.text]))
-        if finding.fix:
-            print(" " * (sum(widths) + 6) + f"fix: {finding.fix}")
-    print(_verdict(findings, ok))
-
-
-def _verdict(findings: list[Finding], ok: bool) -> str:
-    wrong = sum(finding.status == "error" for finding in findings)
-    return "All that is needed is fine." if ok else f"{wrong} thing(s) to mend, see the fixes."
-
-
-def _print_in_colour(findings: list[Finding], ok: bool) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    section = ""
-    for finding in findings:
-        shown = "" if finding.section == section else finding.section
-        section = finding.section
-        table.add_row(shown, _MARKS[finding.status], escape(finding.name), escape(finding.text))
-        if finding.fix:
-            table.add_row("", "", "", f"[bold]fix:[/] {escape(finding.fix)}")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(_verdict(findings, ok), style="green" if ok else "red")

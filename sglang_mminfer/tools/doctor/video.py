@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer import settings
 from sglang_mminfer.families import llava_original
+from sglang_mminfer.families.item_checks import layers_of_embedding
 from sglang_mminfer.mends import media_cache, stages
 from sglang_mminfer.serving import dense_backend, head_config_choice
 from sglang_mminfer.serving.encoder_watch import ENVIRONMENT, MB, entries_of, suggested_mb, tokens_of
-from sglang_mminfer.tools.doctor.report import Finding, brief, server_args_of
+from sglang_mminfer.tools.doctor.finding import Finding, brief
+from sglang_mminfer.tools.doctor.model import server_args_of
 
 if TYPE_CHECKING:
     from sglang_mminfer.head_config import HeadConfig
@@ -297,10 +299,8 @@ def _chunk_size(model: Any, view: Any) -> int | None:
 
 
 def embedding_bytes(model: Any) -> int:
-    """Bytes of one token in SGLang's embedding cache. Models with deepstack keep the features of several layers."""
-    whole = getattr(model.hf_config, "thinker_config", model.hf_config)
-    layers = getattr(getattr(whole, "vision_config", None), "deepstack_visual_indexes", None) or ()
-    return model.hf_text_config.hidden_size * (1 + len(layers)) * model.dtype.itemsize
+    """Bytes of one token in SGLang's embedding cache."""
+    return model.hf_text_config.hidden_size * layers_of_embedding(model.hf_config) * model.dtype.itemsize
 
 
 def _embeddings(prompt: Prompt, model: Any, view: Any) -> Finding:

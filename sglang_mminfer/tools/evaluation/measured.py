@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sglang_mminfer.serving.trace import density_of_records
 from sglang_mminfer.tools.evaluation.lmms import answers_in
-from sglang_mminfer.tools.figures import density_of_records
+from sglang_mminfer.tools.niah.command import bar_of_answers
 from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
 
 
@@ -20,25 +20,14 @@ from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
 def progress(console: Console, label: str) -> Iterator[Callable[[int, int, int], None]]:
     """A function that takes (answers so far, requests, failures) and shows them: a bar on a terminal, else a line for
     each quarter."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[failed]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
     told = -1
-    with bar:
-        task = bar.add_task(f"{label}: lmms-eval", total=None, failed="")
+    with bar_of_answers(console) as bar:
+        task = bar.add_task(f"{label}: lmms-eval", total=None, words="")
 
         def heard(done: int, planned: int, failed: int) -> None:
             nonlocal told
             words = f"{failed} failed" if failed else ""
-            bar.update(task, completed=done, total=planned or None, failed=words)
+            bar.update(task, completed=done, total=planned or None, words=words)
             quarter = 4 * done // planned if planned else 0
             if not console.is_terminal and quarter != told:
                 told = quarter
@@ -123,9 +112,11 @@ def figures(answers: Path, prefills: Path, begins_at: int) -> dict[str, Any]:
     by_turn = {turn: _cached_share(e for e in entries if e["turn"] == turn) for turn in {e["turn"] for e in entries}}
     visited = causal = 0.0
     for entry, prefill in known:
+        if prefill["density"] is None:
+            continue
         pairs = (entry["prompt_tokens"] ** 2 - (entry["cached_tokens"] or 0) ** 2) / 2
         causal += pairs
-        visited += pairs * (1.0 if prefill["density"] is None else prefill["density"])
+        visited += pairs * prefill["density"]
     timed = [prefill for _, prefill in known if prefill["forward_ms"]]
     return {
         "requests": len(keys),

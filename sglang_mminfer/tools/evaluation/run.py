@@ -103,13 +103,13 @@ class Evaluation:
     """One run of the command.
 
     Raises:
-        Refused: the options do not make sense, or the result file belongs to others.
+        Refused: an option cannot be used, or the result file belongs to others.
         LmmsError: lmms-eval is missing.
     """
 
     def __init__(self, options: Options, console: Console) -> None:
         self.options, self.console, self.out = options, console, options.out
-        _check(options)
+        _check_judge(options.tasks)
         self.tasks = [task_of(name) for name in options.tasks]
         chosen = entries_of(_with_dense(options), [], None) if options.model_path else []
         self.entries = {entry.name: entry for entry in chosen}
@@ -332,24 +332,14 @@ def table_of(configs: Mapping[str, Any], tasks: Sequence[Task]) -> list[list[str
     return rows
 
 
-def _check(options: Options) -> None:
-    if bool(options.urls) == bool(options.model_path):
-        raise Refused("name running servers with --url, or a model to serve with --model-path; one of the two")
-    if options.configs and not options.model_path:
-        raise Refused("--mminfer-config is for servers that are started: give --model-path, too")
-    if options.frames is not None and not options.model_path:
-        raise Refused("--frames is for servers that are started; a running one has --mm-process-config")
-    if not options.tasks or len(set(options.tasks)) != len(options.tasks):
-        raise Refused(f"--tasks: expected at least one, and none twice, got {', '.join(options.tasks) or 'none'}")
-    judged = [name for name in options.tasks if task_of(name).judge]
+def _check_judge(names: Sequence[str]) -> None:
+    """Raises Refused for tasks whose answers a language model judges, if none is set for lmms-eval."""
+    judged = [name for name in names if task_of(name).judge]
     if judged and not any(os.environ.get(key) for key in JUDGE_KEYS):
         raise Refused(
             f"--tasks: a language model judges the answers of {', '.join(judged)}, and without one lmms-eval counts "
             f"them as wrong; set {' or '.join(JUDGE_KEYS[:2])} for it"
         )
-    for path in options.include:
-        if not path.is_dir():
-            raise Refused(f"--include-path: no folder {path}")
 
 
 def _with_dense(options: Options) -> list[str]:

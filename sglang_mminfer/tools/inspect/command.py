@@ -17,7 +17,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sglang_mminfer.serving.trace import LayerAudit, MapEntry, PrefillRecord, map_of_entries, read_trace
+from sglang_mminfer.serving.trace import (
+    LayerAudit,
+    MapEntry,
+    PrefillRecord,
+    density_of_records,
+    map_of_entries,
+    read_trace,
+)
 from sglang_mminfer.tools.errors import Failed
 
 RID = "mminfer-inspect"
@@ -276,7 +283,7 @@ def from_trace(options: SimpleNamespace) -> Path:
     Raises:
         InspectError: the trace has no such request.
     """
-    from sglang_mminfer.tools.figures import density_of_records, save, turn_of_records
+    from sglang_mminfer.tools.figures import save, turn_of_records
     from sglang_mminfer.tools.inspect import figures
     from sglang_mminfer.tools.page import Page
 

@@ -6,11 +6,9 @@ use it. Conversations are a function of the seed, so every server gets the same 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
 import json
-import mimetypes
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from sglang_mminfer.serving.trace import density_of_records
+from sglang_mminfer.tools.media import data_url
 from sglang_mminfer.tools.needles.kits import Kit
 from sglang_mminfer.tools.needles.placed import MAX_DEPTHS, SHORTEST, Placed, mixed_needles, video_needles
 from sglang_mminfer.tools.telemetry import NoTelemetry, Telemetry
@@ -173,10 +173,7 @@ def _inlined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for part in message["content"] if isinstance(message["content"], list) else ():
             if part["type"] != "text":
                 reference = part[part["type"]]
-                kind = mimetypes.guess_type(reference["url"])[0]
-                reference["url"] = (
-                    f"data:{kind};base64," + base64.b64encode(Path(reference["url"]).read_bytes()).decode()
-                )
+                reference["url"] = data_url(Path(reference["url"]), part["type"].removesuffix("_url"))
     return inlined
 
 
@@ -249,8 +246,6 @@ def _ask(target: Target, media: Media, case: Case, answer: Answer) -> None:
             answer.cached_tokens = int(details.cached_tokens or 0) if details else 0
     answer.seconds = round(time.perf_counter() - begun, 3)
     if target.telemetry is not None and answer.error is None:
-        from sglang_mminfer.tools.figures import density_of_records  # imports torch
-
         with contextlib.suppress(NoTelemetry):  # of a request whose prompt was cached as a whole, for example
             records = target.telemetry.records(answer.request_id)
             answer.density = density_of_records(records)

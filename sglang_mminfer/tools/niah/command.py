@@ -189,29 +189,33 @@ def unique(label: str, labels: dict[str, Any]) -> str:
     return name
 
 
-@contextlib.contextmanager
-def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
-    """A function to call after each answer. If the output is no terminal, it prints a line for each quarter."""
-    done = right = errors = 0
-    bar = Progress(
+def bar_of_answers(console: Console) -> Progress:
+    """A bar that goes when it is done, and is shown on a terminal only. Its tasks have `words` behind the count."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[score]}"),
+        TextColumn("{task.fields[words]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    with bar:
-        bar_task = bar.add_task(label, total=total, score="")
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
+    """A function to call after each answer. If the output is no terminal, it prints a line for each quarter."""
+    done = right = errors = 0
+    with bar_of_answers(console) as bar:
+        bar_task = bar.add_task(label, total=total, words="")
 
         def count_answer(answer: Answer) -> None:
             nonlocal done, right, errors
             done, right, errors = done + 1, right + answer.right, errors + (answer.error is not None)
             score = f"{right} right" + (f", {errors} errors" if errors else "")
-            bar.update(bar_task, completed=done, score=score)
+            bar.update(bar_task, completed=done, words=score)
             if not console.is_terminal and done * 4 // total != (done - 1) * 4 // total:
                 console.print(f"{label}: {done} of {total} answers, {score}", highlight=False)
 

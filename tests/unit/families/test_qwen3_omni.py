@@ -39,7 +39,7 @@ def processing(checkpoint: Path) -> Processing:
 
 @pytest.fixture(scope="module")
 def oracle(checkpoint: Path) -> qwen3_omni.Oracle:
-    return qwen3_omni.oracle(checkpoint, {})
+    return qwen3_omni.Oracle(checkpoint, mm_process_config={"video": {}})
 
 
 @pytest.fixture(scope="module")

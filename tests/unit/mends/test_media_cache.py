@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from families import FAMILIES
+from families import FAMILY
 from processing import Processing
 from sglang_mminfer import settings
 from sglang_mminfer.mends import asked, decoders, media_cache, video_features
@@ -161,10 +161,9 @@ class Turns:
     """A family's processor, which gets one video after the other."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        (family,) = [one for one in FAMILIES if one.name == name]
         module, video, self.placeholder = MODULES[name]
         fields = {"model_impl": "transformers"} if module == "transformers_auto" else {}
-        path = family.make(folder / name)
+        path = FAMILY[name].make(folder / name)
         self.processing = Processing(path, module, mm_process_config={"video": video}, trust_remote_code=True, **fields)
 
     def __call__(self, *videos: Any) -> Any:

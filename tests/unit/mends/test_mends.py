@@ -15,7 +15,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 
-from families import FAMILIES, Prompt
+from families import FAMILIES, FAMILY, Prompt
 from processing import Processed, Processing
 from sglang_mminfer import mends, settings
 from sglang_mminfer.mends import verbatim
@@ -25,7 +25,6 @@ from sglang_mminfer.tools.media import make_image, make_video
 
 QWEN_IMAGE, QWEN_VIDEO = tiny_model.PLACEHOLDERS
 SERVED = {family.name: family.prompt for family in FAMILIES if family.prompt}
-FAMILY = {family.name: family for family in FAMILIES}
 
 
 def make_still(path: Path, frames: int, width: int, height: int, fps: float = 4) -> Path:

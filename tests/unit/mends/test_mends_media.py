@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from families import FAMILIES
+from families import FAMILY
 from processing import Processing
 from sglang_mminfer import settings
 from sglang_mminfer.families import sampling
@@ -48,9 +48,8 @@ class Asked:
     """A family's processor; calls pass any media through it."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        (family,) = [one for one in FAMILIES if one.name == name]
         module, video = MODULES[name]
-        path = family.make(folder / name)
+        path = FAMILY[name].make(folder / name)
         self.name = name
         fields = {"model_impl": "transformers"} if module == "transformers_auto" else {}
         self.processing = Processing(path, module, mm_process_config={"video": video}, trust_remote_code=True, **fields)

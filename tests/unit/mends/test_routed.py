@@ -12,7 +12,7 @@ from sglang.srt.managers.mm_utils import MultiModalityDataPaddingPatternMultimod
 from sglang.srt.managers.schedule_batch import MultimodalInputs
 from sglang.srt.managers.scheduler import Scheduler
 
-from families import FAMILIES, Prompt
+from families import FAMILY, Prompt
 from processing import Processing
 from sglang_mminfer import settings
 from sglang_mminfer.tools.media import make_image, make_video
@@ -20,7 +20,7 @@ from sglang_mminfer.tools.media import make_image, make_video
 
 def served(name: str, folder: Path) -> tuple[Prompt, Processing]:
     """How the prompts of a family are written, and its processor."""
-    family = next(one for one in FAMILIES if one.name == name)
+    family = FAMILY[name]
     assert family.prompt is not None
     return family.prompt, Processing(family.make(folder / "model"), family.prompt.module)
 

@@ -9,7 +9,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.layers.attention.vision import VisionSdpaAttention
 
-from sglang_mminfer.serving.cpu_platform import attend_by_sequence
+from sglang_mminfer.serving.cpu_vision import attend_by_sequence
 
 
 @pytest.fixture(scope="module")

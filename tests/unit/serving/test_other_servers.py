@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from families import FAMILIES
+from families import FAMILY
 from launches import launch
 from sglang_mminfer.serving import cpu_platform
 
@@ -26,7 +26,7 @@ on_cpu = pytest.mark.skipif(bool(cpu_platform.accelerators()), reason="this mach
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    return {family.name: str(family.make(root / family.name)) for family in FAMILIES if family.name in MODELS}
+    return {name: str(FAMILY[name].make(root / name)) for name in MODELS}
 
 
 def test_other_backends_are_served_as_without_the_package(models: dict[str, str]) -> None:

@@ -73,7 +73,7 @@ parts = [
     {"type": "video_url", "video_url": {"url": str(make_video("a.mp4", 8, 56, 56, 4))}},
     {"type": "image_url", "image_url": {"url": str(make_image("a.png", 56, 56))}},
 ]
-oracle = qwen2_5_vl.oracle(qwen2_5_vl.make("model"), {})
+oracle = qwen2_5_vl.QWEN2_5_VL.make_oracle(qwen2_5_vl.make("model"))
 assert len(oracle.answer([{"role": "user", "content": parts}], 1).token_ids) == 1
 strangers = {"sglang", "decord", "torchcodec"} & {name.partition(".")[0] for name in sys.modules}
 assert not strangers, strangers

@@ -223,7 +223,7 @@ def test_the_line_under_an_answer() -> None:
     reply = Reply("r", Phase.DONE, began=10.0, first=10.41, last=11.41, prompt_tokens=12_418, answer_tokens=39)
     reply.take([record(11_902, 300, 0.2), record(12_202, 216, None, "short")])
     assert figures(reply) == (
-        "12,418 prompt = 11,902 cached + 516 new · first token 0.41 s · 38 tok/s · density 0.53 · sparse in 28 layers "
+        "12,418 prompt = 11,902 cached + 516 new · first token 0.41 s · 38 tok/s · density 0.54 · sparse in 28 layers "
         "· dense: short"
     )
     assert dict(totals([reply]))["of them cached"] == "11,902 (96%)"

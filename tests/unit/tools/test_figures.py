@@ -14,7 +14,7 @@ from sglang_mminfer import AShape, Boundary2D, Grid, Modality, ModalityMap, QBou
 from sglang_mminfer.families.grid_thw import GridReader
 from sglang_mminfer.families.maps import GeometryError
 from sglang_mminfer.kernels import reference
-from sglang_mminfer.serving.trace import PrefillRecord
+from sglang_mminfer.serving.trace import PrefillRecord, density_of_records
 from sglang_mminfer.tools import figures as f
 from support import maps
 
@@ -120,8 +120,11 @@ def test_turns_and_density_of_a_trace() -> None:
     assert turn == f.Turn("one", ((16, 116), (116, 150)))
     assert (turn.cached, turn.prompt) == (16, 150)
     dense, sparse = (17 + 116) * 100 / 2, (117 + 150) * 34 / 2
-    assert f.density_of_records(records) == pytest.approx((dense + 0.25 * sparse) / (dense + sparse))
-    assert f.density_of_records([]) is None
+    assert density_of_records(records) == pytest.approx((dense + 0.25 * sparse) / (dense + sparse))
+    assert density_of_records([]) is None
+    unknown = record(150, 10)
+    unknown.density = None  # as on a GPU without a trace, where an estimate picks tiles
+    assert density_of_records([*records, unknown]) is None
     with pytest.raises(ValueError, match="expected a chunk that starts at 150, got one at 140"):
         f.turn_of_records("one", [*records, record(140, 5)])
 
