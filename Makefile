@@ -84,9 +84,11 @@ check: setup
 	cp -rs $(CURDIR)/head_configs build/types/sglang_mminfer/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sglang_mminfer
 
-# Prefill time of the real server against stock dense, into sglang_mminfer/benchmarks/results/.
+# Prefill time of the real server against stock dense, three times anew: the table in docs/performance.md.
 bench: setup
-	$(BIN)/python -m sglang_mminfer.benchmarks.server_prefill
+	$(BIN)/python -m sglang_mminfer.benchmarks.server_prefill --config grid_static --tokens 8192 16384 32768 --servers \
+		'mminfer, whole prompt' 'mminfer, chunked' 'stock, whole prompt' --runs 3 --repeats 3 \
+		--out sglang_mminfer/benchmarks/results/cpu_prefill_runs.json
 
 # What planning one chunk costs, many small images and frames among the cases.
 bench-plan: setup

@@ -32,8 +32,8 @@ DENSE = {"bf16": makespan.DENSE, "fp8": 1200.0}
 """TFLOP/s of dense attention. fp8: FlashAttention-3 is published with close to 1,200."""
 
 PICKED = {"bf16": makespan.RATES["triton"], "fp8": makespan.RATES["triton"] * DENSE["fp8"] / DENSE["bf16"]}
-"""TFLOP/s of attention over the keys that were picked. fp8: as much more as dense gains. (So far the plugin runs
-requests dense whose KV cache is fp8.)"""
+"""TFLOP/s of attention over the keys that were picked. fp8: as much more as dense gains, which is
+more than the executors reach: they convert an fp8 cache to the dtype of the queries."""
 
 PRODUCTS_OF_A_CYCLE = 4096
 """FLOP of the matrix unit of one multiprocessor in a cycle, in halves."""
