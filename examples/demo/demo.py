@@ -6,7 +6,7 @@ two at a time, through the official OpenAI client:
 * stock:     SGLang's own dense attention (torch_native), without mminfer;
 * default:   mminfer with its built-in config, as a server is started without further flags: rows choose their keys;
 * searched:  mminfer with a config that `mminfer search` made for this model from other conversations;
-* a_shape:   a baseline that sees the first keys and the nearest, at about the same density.
+* a_shape:   a baseline that sees the first keys and the nearest, at about the density of searched.
 
 A table of right and wrong grows while the servers answer; another has tokens, density and times. Figures, a picture,
 the conversation with its media and the servers' logs go to the output folder. The exit status is 0 only if stock,
@@ -56,7 +56,7 @@ SEED = 2
 """The first seed whose conversation has media in four messages, each with text, a video and at least one image."""
 
 A_SHAPE_DENSITY = 0.25
-"""The density of the baseline on the whole prompt; searched and default visit about as much."""
+"""The density of the baseline on the whole prompt; searched visits about as much."""
 
 FLAGS = (
     *mm_process_flags(GLYPHS),  # the server samples every frame of the videos, each at its own size

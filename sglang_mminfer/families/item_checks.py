@@ -19,6 +19,7 @@ from sglang_mminfer import families, mends, releases
 from sglang_mminfer.families.base import Family, MediaItem
 from sglang_mminfer.families.maps import map_from_mm_inputs
 from sglang_mminfer.mends.requests import media_in
+from sglang_mminfer.mends.text_config import text_config_of
 from sglang_mminfer.modality.items import GeometryError, modality_of, offsets_of
 
 NAME = "item_checks"
@@ -202,7 +203,7 @@ def _check_features(one: MediaItem, family: Family | None, hf_config: Any) -> No
     value = item.feature if item.precomputed_embeddings is None else item.precomputed_embeddings
     shape = _shape_of(value, name)
     if embedded:
-        width = _embedding_width(item, hf_config)
+        width = int(text_config_of(hf_config).hidden_size) if item.is_audio() else embedding_width(hf_config)
         if len(shape) < 2 or shape[-1] != width or math.prod(shape[:-1]) != tokens:
             raise ValueError(
                 f"{name}: expected embeddings of {tokens} x {width} for its {tokens} tokens, got "
@@ -226,13 +227,8 @@ def _shape_of(value: Any, name: str) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _embedding_width(item: Any, hf_config: Any) -> int:
-    get = getattr(hf_config, "get_text_config", None)
-    width = int(get().hidden_size if get is not None else hf_config.hidden_size)
-    return width if item.is_audio() else width * layers_of_embedding(hf_config)
-
-
-def layers_of_embedding(hf_config: Any) -> int:
-    """How many layers' features an embedding of a picture holds: with Qwen3-VL those of its deepstack layers, too."""
+def embedding_width(hf_config: Any) -> int:
+    """Numbers of a token's embedding of a picture or video: with Qwen3-VL those of its deepstack layers, too."""
     thinker = getattr(hf_config, "thinker_config", hf_config)
-    return 1 + len(getattr(getattr(thinker, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    deepstack = getattr(getattr(thinker, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    return int(text_config_of(hf_config).hidden_size) * (1 + len(deepstack))

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from sglang_mminfer.mends.text_config import text_config_of
+
 T = TypeVar("T")
 
 
@@ -63,14 +65,7 @@ def fingerprint_of(hf_config: Any) -> ModelFingerprint:
     Raises:
         HeadConfigError: if the config lacks a field that the fingerprint needs.
     """
-    text = hf_config
-    # A config with numbers of its own is its text model's: SGLang hangs a text_config of transformers' defaults on that
-    # of an original LLaVA when it makes the model.
-    if "num_attention_heads" not in vars(hf_config):
-        if hasattr(hf_config, "get_text_config"):
-            text = hf_config.get_text_config()
-        elif getattr(hf_config, "text_config", None) is not None:
-            text = hf_config.text_config
+    text = text_config_of(hf_config)
     architectures = getattr(hf_config, "architectures", None) or [getattr(hf_config, "model_type", None)]
     try:
         heads, hidden = int(text.num_attention_heads), int(text.hidden_size)

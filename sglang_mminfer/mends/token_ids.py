@@ -15,6 +15,7 @@ from typing import Any
 
 from sglang_mminfer import mends
 from sglang_mminfer.mends import requests, verbatim
+from sglang_mminfer.mends.text_config import text_config_of
 
 _KINDS = ("image", "video", "audio")
 
@@ -78,8 +79,9 @@ def _with_marks_resolved(processor: Any, prompt: Any, request: Any) -> Any:
 
 def vocabulary_of(processor: Any) -> int:
     """Rows of the model's token embedding."""
-    text = processor.hf_config.get_text_config() if hasattr(processor.hf_config, "get_text_config") else None
-    sizes = [getattr(config, "vocab_size", None) for config in (text, processor.hf_config)]
+    sizes = [
+        getattr(config, "vocab_size", None) for config in (text_config_of(processor.hf_config), processor.hf_config)
+    ]
     return int(next((size for size in sizes if size), len(processor._tokenizer)))
 
 

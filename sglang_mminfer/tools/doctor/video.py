@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_mminfer import settings
 from sglang_mminfer.families import llava_original
-from sglang_mminfer.families.item_checks import layers_of_embedding
+from sglang_mminfer.families.item_checks import embedding_width
 from sglang_mminfer.mends import media_cache, stages
 from sglang_mminfer.serving import dense_backend, head_config_choice
 from sglang_mminfer.serving.encoder_watch import ENVIRONMENT, MB, entries_of, suggested_mb, tokens_of
@@ -300,7 +300,7 @@ def _chunk_size(model: Any, view: Any) -> int | None:
 
 def embedding_bytes(model: Any) -> int:
     """Bytes of one token in SGLang's embedding cache."""
-    return model.hf_text_config.hidden_size * layers_of_embedding(model.hf_config) * model.dtype.itemsize
+    return embedding_width(model.hf_config) * model.dtype.itemsize
 
 
 def _embeddings(prompt: Prompt, model: Any, view: Any) -> Finding:

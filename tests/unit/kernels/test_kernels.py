@@ -164,8 +164,8 @@ def test_a_plan_without_passes_writes_every_output(execute):
 @pytest.mark.parametrize("execute", EXECUTORS)
 @pytest.mark.parametrize("heads", [HEADS, HEADS[:1] * 4], ids=["several passes", "one pass"])
 def test_a_plan_that_nobody_holds_is_freed_at_once(execute, heads):
-    """Of a layer whose heads choose their keys it may have a gigabyte on a GPU, which must not stay there until Python
-    looks for cycles."""
+    """The plan of a layer whose heads choose their keys may have a gigabyte on a GPU, which must not stay there until
+    Python looks for cycles."""
     q, k = randn(CHAT.length, 4, D), randn(CHAT.length, 2, D, seed=1)
     gc.collect()
     gc.disable()

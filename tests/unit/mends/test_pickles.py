@@ -24,6 +24,7 @@ def python_3_11_2(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Modality, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
     before = dict(copyreg.dispatch_table)
     yield
+    asked.note(None)
     copyreg.dispatch_table.clear()
     copyreg.dispatch_table.update(before)
 
@@ -42,7 +43,7 @@ def test_the_language_server_reads_what_its_encoder_sends(monkeypatch: pytest.Mo
     pickles.modality_by_value(None, data)
     with pytest.raises(RuntimeError, match="Blocked unsafe global"):
         sent(data)  # an encoder without mminfer is left as it is
-    monkeypatch.setattr(asked, "_last", types.SimpleNamespace(attention_backend=settings.BACKEND_NAME))
+    asked.note(types.SimpleNamespace(attention_backend=settings.BACKEND_NAME))
     monkeypatch.setenv(settings.MENDS.variable, "none")
     pickles.modality_by_value(None, data)
     with pytest.raises(RuntimeError, match="Blocked unsafe global"):
