@@ -94,9 +94,9 @@ class SparsePrefillWithPagedKVCacheWrapper:
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
-        shape = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
-        check.head_shape(*shape)
-        check.integer("dense_below", dense_below, least=0)
+        shape = check.head_shape(num_qo_heads, num_kv_heads, head_dim_qk, page_size)
+        num_qo_heads, num_kv_heads, head_dim_qk, page_size = shape
+        dense_below = check.integer("dense_below", dense_below, least=0)
         patterns = check.head_patterns(head_patterns, num_qo_heads)
         check.basis(basis, num_qo_heads, num_kv_heads, head_dim_qk)
         sm_scale = head_dim_qk**-0.5 if sm_scale is None else check.number("sm_scale", sm_scale)
@@ -195,9 +195,8 @@ class SparsePrefillWithPagedKVCacheWrapper:
             ValueError: if there is no such request or head.
         """
         plan = self._current_plan()
-        for name, value, count in (("request", request, len(self._batch.requests)), ("head", head, self._shape[0])):
-            is_index = isinstance(value, int) and 0 <= value < count
-            check.expect(is_index, name, f"0 to {count - 1}", repr(value))
+        request = check.index("request", request, len(self._batch.requests))
+        head = check.index("head", head, self._shape[0])
         chunk = self._batch.requests[request]
         rows = slice(chunk.row_start, chunk.row_start + chunk.num_rows)
         return reference.visited_mask(plan, head, rows, chunk.kv_len)

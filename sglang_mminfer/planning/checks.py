@@ -4,6 +4,7 @@ came."""
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -27,9 +28,25 @@ def expect(condition: bool, name: str, expected: str, got: str) -> None:
         raise ValueError(f"SparsePrefillWithPagedKVCacheWrapper: {name}: expected {expected}, got {got}")
 
 
-def integer(name: str, value: Any, least: int) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    expect(is_integer and value >= least, name, f"an integer >= {least}", repr(value))
+def integer(name: str, value: Any, least: int) -> int:
+    """`value` as a plain int: an integer of NumPy or torch is one, too."""
+    plain = _plain(value)
+    expect(plain is not None and plain >= least, name, f"an integer >= {least}", repr(value))
+    return plain
+
+
+def index(name: str, value: Any, count: int) -> int:
+    plain = _plain(value)
+    expect(plain is not None and 0 <= plain < count, name, f"0 to {count - 1}", repr(value))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """The value as an int, None if it is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def number(name: str, value: Any) -> float:
@@ -71,12 +88,15 @@ def dtype(name: str, value: Any, known: Sequence[torch.dtype]) -> torch.dtype:
     return named
 
 
-def head_shape(num_qo_heads: Any, num_kv_heads: Any, head_dim_qk: Any, page_size: Any) -> None:
-    for name, value in (("page_size", page_size), ("num_kv_heads", num_kv_heads), ("head_dim_qk", head_dim_qk)):
-        integer(name, value, least=1)
-    is_integer = isinstance(num_qo_heads, int) and not isinstance(num_qo_heads, bool)
-    fits = is_integer and num_qo_heads >= 1 and num_qo_heads % num_kv_heads == 0
+def head_shape(num_qo_heads: Any, num_kv_heads: Any, head_dim_qk: Any, page_size: Any) -> tuple[int, int, int, int]:
+    """The same four, each as a plain int."""
+    page_size = integer("page_size", page_size, least=1)
+    num_kv_heads = integer("num_kv_heads", num_kv_heads, least=1)
+    head_dim_qk = integer("head_dim_qk", head_dim_qk, least=1)
+    plain = _plain(num_qo_heads)
+    fits = plain is not None and plain >= 1 and plain % num_kv_heads == 0
     expect(fits, "num_qo_heads", f"a multiple of num_kv_heads={num_kv_heads}", repr(num_qo_heads))
+    return plain, num_kv_heads, head_dim_qk, page_size
 
 
 def head_patterns(value: Any, num_qo_heads: int) -> list[HeadPattern]:

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,15 @@ def refuses(name: str, expected: str, got: str):
 def test_the_good_arguments_are_good():
     out = wrapper_of().run(**tensors())
     assert out.shape == (15, 4, D) and not out.any()
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor])
+def test_integers_of_numpy_and_torch_are_integers(integer):
+    sizes = ("num_qo_heads", "num_kv_heads", "head_dim_qk", "page_size")
+    wrapper = wrapper_of(dense_below=integer(3), **{name: integer(GOOD[name]) for name in sizes})
+    same = wrapper_of(dense_below=3)
+    assert torch.equal(wrapper.run(**tensors()), same.run(**tensors()))
+    assert torch.equal(wrapper.visited_mask(integer(1), integer(2)), same.visited_mask(1, 2))
 
 
 @pytest.mark.parametrize(
