@@ -27,13 +27,8 @@ class PrefillMetrics:
         )
         self._density_tokens = Counter(
             "sglang:mminfer_density_tokens",
-            "Density times new tokens of sparse prefills whose density is known; over tokens_with_density it is the "
-            "mean density. On a GPU without a trace it is by the area of tiles.",
-        )
-        self._tokens_with_density = Counter(
-            "sglang:mminfer_tokens_with_density",
-            "New tokens of sparse prefills whose density is known. On a GPU without a trace: of configs that choose "
-            "nothing by queries and keys.",
+            "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density. On a GPU "
+            "without a trace: by the area of tiles, and only for configs that estimate nothing.",
         )
         self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
         self._attn_ms = Counter(
@@ -57,7 +52,6 @@ class PrefillMetrics:
             self.count(record.dense_reason or "sparse", 1, record.chunk_len)
             if record.density is not None:
                 self._density_tokens.inc(record.density * record.chunk_len)
-                self._tokens_with_density.inc(record.chunk_len)
         if records:
             self._plan_ms.inc(records[0].plan_ms)
             self._attn_ms.inc(records[0].attn_ms)

@@ -39,8 +39,7 @@ class Counters(msgspec.Struct, kw_only=True):
     Attributes:
         requests, tokens: requests and new tokens in prefill batches, by how they ran: "sparse", or the reason for
             dense. Batches that verify drafts are counted, too, with the tokens that they verify.
-        density_tokens: density times new tokens of sparse prefills whose density is known.
-        tokens_with_density: these tokens; density_tokens over them is the mean density.
+        density_tokens: density times new tokens of sparse prefills; over the sparse tokens it is the mean density.
         plan_ms, attn_ms: milliseconds spent on plans, and in attention.
         encoded_again, encoded_again_ms: media that the vision encoder ran on once more, and how long that took.
     """
@@ -48,7 +47,6 @@ class Counters(msgspec.Struct, kw_only=True):
     requests: dict[str, int] = {}
     tokens: dict[str, int] = {}
     density_tokens: float = 0.0
-    tokens_with_density: int = 0
     plan_ms: float = 0.0
     attn_ms: float = 0.0
     encoded_again: int = 0
@@ -63,9 +61,7 @@ class Counters(msgspec.Struct, kw_only=True):
         """Counts the records of one batch."""
         for record in records:
             self.count(record.dense_reason or "sparse", 1, record.chunk_len)
-            if record.density is not None:
-                self.density_tokens += record.density * record.chunk_len
-                self.tokens_with_density += record.chunk_len
+            self.density_tokens += (record.density or 0.0) * record.chunk_len
         if records:
             self.plan_ms += records[0].plan_ms
             self.attn_ms += records[0].attn_ms

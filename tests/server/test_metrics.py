@@ -29,9 +29,7 @@ def traced(served: Served) -> dict[tuple[str, str], float]:
         ran = record.dense_reason or "sparse"
         sums["prefill_requests", ran] += 1
         sums["prefill_tokens", ran] += record.chunk_len
-        if record.density is not None:
-            sums["density_tokens", ""] += record.density * record.chunk_len
-            sums["tokens_with_density", ""] += record.chunk_len
+        sums["density_tokens", ""] += (record.density or 0.0) * record.chunk_len
         batch = record.plan_ms, record.attn_ms
         audits[batch] = max(audits.get(batch, 0.0), record.audit_ms)  # requests that are not audited have 0
     sums["plan_ms", ""] = sum(plan_ms for plan_ms, _ in audits)
@@ -80,7 +78,7 @@ def test_every_sparse_layer_is_audited(worked: Served) -> None:
 def test_every_figure_explains_itself(worked: Served) -> None:
     page = worked.get("/metrics").decode()
     for name in (
-        *("prefill_requests", "prefill_tokens", "density_tokens", "tokens_with_density", "plan_ms", "attn_ms"),
+        *("prefill_requests", "prefill_tokens", "density_tokens", "plan_ms", "attn_ms"),
         *("encoded_again", "encoded_again_ms"),
         *("audit_rows", "audit_error_rows", "audit_lost_rows", "audit_ms", "audit_failures"),
     ):

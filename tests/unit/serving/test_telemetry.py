@@ -78,25 +78,21 @@ def test_counters_are_sums() -> None:
     counters = Counters()
     counters.add([record("a"), record("b", sparse_layers=0, density=None, dense_reason="no_media", chunk_len=7)])
     counters.add([record("a", 1, density=0.5, encoded_again=2, encoded_again_ms=4.0)])
-    counters.add(
-        [record("a", density=None, chunk_len=3)]
-    )  # a GPU without a trace knows no density of heads that choose
     counters.add([])
     assert counters == Counters(
-        requests={"sparse": 3, "no_media": 1},
-        tokens={"sparse": 203, "no_media": 7},
+        requests={"sparse": 2, "no_media": 1},
+        tokens={"sparse": 200, "no_media": 7},
         density_tokens=75.0,
-        tokens_with_density=200,
-        plan_ms=3.0,  # of batches
-        attn_ms=9.0,
+        plan_ms=2.0,  # of batches
+        attn_ms=6.0,
         encoded_again=2,
         encoded_again_ms=4.0,
     )
     other = Counters(requests={"sparse": 1, "short": 2}, tokens={"short": 5}, density_tokens=1.0, plan_ms=0.5)
     joined = counters.joined(other)
-    assert joined.requests == {"sparse": 4, "no_media": 1, "short": 2}
-    assert joined.tokens == {"sparse": 203, "no_media": 7, "short": 5}
-    assert (joined.density_tokens, joined.plan_ms, joined.attn_ms) == (76.0, 3.5, 9.0)
+    assert joined.requests == {"sparse": 3, "no_media": 1, "short": 2}
+    assert joined.tokens == {"sparse": 200, "no_media": 7, "short": 5}
+    assert (joined.density_tokens, joined.plan_ms, joined.attn_ms) == (76.0, 2.5, 6.0)
     assert Counters() == Counters(requests={}, tokens={}), "no state is shared"
 
 
