@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sglang_mminfer.kernels.indexing import to_device
+
 PAD_POSITION = torch.iinfo(torch.int32).max  # the position of padding keys: no row's bound lies above it
 
 
@@ -147,18 +149,27 @@ class BlockPlan:
         )
         return TileSizes(rows, visits, group, np.zeros_like(rows), np.full(len(rows), len(self.pass_indptr) == 2))
 
-    def visited_area(self, num_requests: int, counted: bool = False) -> NDArray[np.int64]:
+    def visited_area(self, num_requests: int) -> NDArray[np.int64]:
         """int64 [num_requests]: (row, key, query head) triples in visited tiles. More than what the rows see by the
         keys of partial tiles that they do not see.
 
-        Args:
-            counted: count the visits on the device, which waits for it. Otherwise they are what the host knows: a
-                bound, as `TileSizes.visits` is.
+        Visits are what the host knows: a bound, as `TileSizes.visits` is.
         """
-        heads = np.array([len(group) for group in self.head_groups], dtype=np.int64)
-        visits = self.block_indptr.diff().cpu().numpy().astype(np.int64) if counted else self.sizes.visits
-        area = self.sizes.rows * visits * heads[self.sizes.group] * self.block_k
+        area = self._area_of_a_visit * self.sizes.visits
         return np.bincount(self.sizes.request, area, minlength=num_requests).astype(np.int64)
+
+    def counted_area(self, num_requests: int) -> torch.Tensor:
+        """float64 [num_requests], on the plan's device: `visited_area` by the visits that the device has counted. The
+        host does not wait."""
+        weight, request = to_device(self.block_indptr.device, self._area_of_a_visit, self.sizes.request)
+        area = weight.double() * self.block_indptr.diff()
+        return area.new_zeros(num_requests).index_add_(0, request.long(), area)
+
+    @property
+    def _area_of_a_visit(self) -> NDArray[np.int64]:
+        """int64 [T]: (row, key, query head) triples in one key tile of each query tile."""
+        heads = np.array([len(group) for group in self.head_groups], dtype=np.int64)
+        return self.sizes.rows * heads[self.sizes.group] * self.block_k
 
     def for_keeping(self) -> BlockPlan:
         """The same plan for what is kept in `derived`. A plan that kept itself would be freed whenever Python looks for

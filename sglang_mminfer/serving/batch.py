@@ -133,7 +133,9 @@ class PrefillBatch:
         records = []
         for request in self.requests:
             sparse = request.dense_reason is None and self.sparse_layers > 0
-            known = len(request.densities) == self.sparse_layers  # not where an estimate is on the device only
+            known = len(request.densities) == self.sparse_layers and (
+                waited or not any(isinstance(density, torch.Tensor) for density in request.densities)
+            )
             reason = None if sparse else request.dense_reason or ",".join(sorted(self.layer_reasons)) or "no_layer"
             records.append(
                 PrefillRecord(

@@ -28,7 +28,7 @@ class PrefillMetrics:
         self._density_tokens = Counter(
             "sglang:mminfer_density_tokens",
             "Density times new tokens of sparse prefills: over the sparse tokens it is the mean density. On a GPU "
-            "without a trace: by the area of tiles, and only for configs that estimate nothing.",
+            "without a trace it is by the area of tiles.",
         )
         self._plan_ms = Counter("sglang:mminfer_plan_ms", "Milliseconds spent on plans of sparse prefills.")
         self._attn_ms = Counter(

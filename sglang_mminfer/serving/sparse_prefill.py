@@ -37,6 +37,7 @@ from sglang_mminfer.serving.encoder_watch import EncoderWatch
 from sglang_mminfer.serving.guard import Guard
 from sglang_mminfer.serving.known_shares import KnownShares
 from sglang_mminfer.serving.kv_scales import KVScales
+from sglang_mminfer.serving.late_records import LateRecords
 from sglang_mminfer.serving.served_heads import (
     LayerHeads,
     LayerShape,
@@ -46,7 +47,7 @@ from sglang_mminfer.serving.served_heads import (
     together,
 )
 from sglang_mminfer.serving.stock_rows import RowRange, StockRows
-from sglang_mminfer.serving.trace import TraceFile
+from sglang_mminfer.serving.trace import PrefillRecord, TraceFile
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,9 @@ class SparsePrefill:
             self.trace = TraceFile.from_environment(self.rank, getattr(parallel, "attn_dp_rank", 0))
         self.metrics = metrics.prefill_metrics() if server_args.enable_metrics and self.leads else None
         self.telemetry = telemetry.of_process() if self.leads else None
+        self._late = LateRecords(self._tell)
         if self.telemetry is not None:
-            self.telemetry.serving = self.serving
+            self.telemetry.serving, self.telemetry.before_answer = self.serving, self._late.tell_known
         prompts.watch(self._count_verified)
         # Timing a GPU and counting what it visits means waiting for it, so this is done only if a trace is asked for.
         self.waits = self.device.type == "cpu" or self.trace.enabled
@@ -150,6 +152,7 @@ class SparsePrefill:
 
         Never raises: a request that cannot run sparse runs dense, and its reason is counted.
         """
+        self._late.tell_known()
         if forward_batch.forward_mode.is_decode_or_idle() or forward_batch.extend_seq_lens_cpu is None:
             return
         if getattr(forward_batch, "tbo_children", None):
@@ -268,10 +271,14 @@ class SparsePrefill:
             records = batch.records(encoded_again, encode_ms, self.waits)
             self.observers.batch_done(records)
             self.trace.append(records if self.leads else [r for r in records if r.audit or r.guard])
-            if self.metrics is not None:
-                self.metrics.add(records)
-            if self.telemetry is not None:
-                self.telemetry.add(records)
+            self._late.put(records, [request.densities for request in batch.requests])
+
+    def _tell(self, records: list[PrefillRecord]) -> None:
+        """Adds the records of one batch to the metrics and the telemetry."""
+        if self.metrics is not None:
+            self.metrics.add(records)
+        if self.telemetry is not None:
+            self.telemetry.add(records)
 
     # ---- a layer -------------------------------------------------------------------------------------------
 
@@ -456,14 +463,17 @@ class SparsePrefill:
         """Notes the density of a layer in each sparse request.
 
         It is counted by what each row sees. If the host does not wait for the device, it is the visited tiles' area,
-        and nothing where an estimate picks the tiles. The telemetry alone gets the area, too, because counting takes
-        longer.
+        a scalar on the device where an estimate picks the tiles. The telemetry alone gets the area, too, because
+        counting takes longer.
         """
-        if batch.planner is None or not (self.waits or heads.static):
+        if batch.planner is None:
             return
         stock_heads = heads.planned.count(None)
         by_row = self.waits and (self.trace.enabled or self.metrics is not None)
-        area = None if by_row else plan.visited_area(len(batch.planned), counted=self.waits)
+        area: Any = None
+        if not by_row:
+            requests = len(batch.planned)
+            area = plan.visited_area(requests) if heads.static else plan.counted_area(requests)
         for number, (request, chunk) in enumerate(zip(batch.planned, batch.planner.requests)):
             if chunk.map is None:
                 continue
@@ -471,7 +481,7 @@ class SparsePrefill:
                 rows = slice(chunk.row_start, chunk.row_start + chunk.num_rows)
                 visited = plan.visited_by_row[rows].sum() / chunk.causal_pairs
             else:
-                visited = min(area[number] / chunk.causal_pairs, plan.num_heads - stock_heads)
+                visited = (area[number] / chunk.causal_pairs).clip(max=plan.num_heads - stock_heads)
             request.densities.append((visited + stock_heads) / plan.num_heads)
 
     def serving(self) -> telemetry.Serving:

@@ -131,12 +131,14 @@ class Telemetry:
 
     Attributes:
         serving: says how this process serves; the backend sets it.
+        before_answer: adds what is known by now; the backend sets it.
     """
 
     def __init__(
         self, most: int = MOST_RECORDS, seconds: float = MOST_SECONDS, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.serving: Callable[[], Serving] | None = None
+        self.before_answer: Callable[[], None] = lambda: None
         self._counters = Counters()
         self._records: deque[tuple[float, PrefillRecord]] = deque(maxlen=most)
         self._seconds, self._clock = seconds, clock
@@ -154,6 +156,7 @@ class Telemetry:
 
     def answer(self, rid: str) -> Answer:
         """The records of the request with this id; how this process serves and what it did if the id is empty."""
+        self.before_answer()
         self._forget()
         if rid:
             return Answer(records=[record for _, record in self._records if record.rid == rid])

@@ -123,8 +123,7 @@ class PrefillRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One request in one prefill batch. Lengths are in tokens; times are in milliseconds, for the whole batch.
 
     On a GPU without a trace nobody waits for the device. Then `attn_ms`, `forward_ms` and `overflowing_tiles` are 0,
-    and `density` is that of the visited tiles by their area, which is a little more; it is None if an estimate picks
-    tiles.
+    and `density` is that of the visited tiles by their area, which is a little more.
 
     Attributes:
         segments: segments of the request's modality map; 0 without a map.

@@ -163,3 +163,4 @@ def test_the_area_of_visited_tiles_is_a_little_more_than_what_rows_see():
         exact = int(plan.visited_by_row[chunk.row_start : chunk.row_start + chunk.num_rows].sum())
         assert exact <= area <= 1.06 * exact or chunk.kv_len == 500
     assert plan.visited_area(5).tolist()[3:] == [0, 0]
+    assert plan.counted_area(5).tolist() == plan.visited_area(5).tolist()
