@@ -173,8 +173,8 @@ def test_replace(covering: Served, session: str, film: str, picture: str) -> Non
 
 
 def running(covering: Served, **body: Any) -> threading.Thread:
-    """Sends a request for many tokens. Returns when it has begun."""
-    thread = threading.Thread(target=generate, args=(covering,), kwargs={"tokens": 2000, **body}, daemon=True)
+    """Sends a request for so many tokens that it still runs when the caller acts. Returns when it has begun."""
+    thread = threading.Thread(target=generate, args=(covering,), kwargs={"tokens": 20_000, **body}, daemon=True)
     thread.start()
     wait_for(lambda: covering.records(body["rid"]))
     return thread
