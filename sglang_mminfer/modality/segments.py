@@ -6,7 +6,6 @@ included. Stops are exclusive.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_mminfer.modality.integers import plain_int
 from sglang_mminfer.modality.runs import Runs, expand
 from sglang_mminfer.modality.segment_table import SegmentTable, codes_of
 
@@ -44,14 +44,10 @@ def modality_named(name: str, value: Any) -> Modality:
 
 def _integer(name: str, value: Any) -> int:
     """`value` as a plain int: an integer of NumPy or torch is one, too."""
-    if type(value) is int:
-        return value
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"{name}: expected an integer, got {value!r}")
+    plain = plain_int(value)
+    if plain is None:
+        raise ValueError(f"{name}: expected an integer, got {value!r}")
+    return plain
 
 
 def _items(name: str, values: Any) -> tuple[Any, ...]:

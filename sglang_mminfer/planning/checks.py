@@ -4,7 +4,6 @@ came."""
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from sglang_mminfer.kernels.executors import FP8, WIDE
+from sglang_mminfer.modality.integers import plain_int
 from sglang_mminfer.patterns.basis import Basis
 from sglang_mminfer.patterns.boundary import HeadPattern
 
@@ -30,23 +30,15 @@ def expect(condition: bool, name: str, expected: str, got: str) -> None:
 
 def integer(name: str, value: Any, least: int) -> int:
     """`value` as a plain int: an integer of NumPy or torch is one, too."""
-    plain = _plain(value)
+    plain: Any = plain_int(value)
     expect(plain is not None and plain >= least, name, f"an integer >= {least}", repr(value))
     return plain
 
 
 def index(name: str, value: Any, count: int) -> int:
-    plain = _plain(value)
+    plain: Any = plain_int(value)
     expect(plain is not None and 0 <= plain < count, name, f"0 to {count - 1}", repr(value))
     return plain
-
-
-def _plain(value: Any) -> Any:
-    """The value as an int, None if it is none."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
 
 
 def number(name: str, value: Any) -> float:
@@ -93,7 +85,7 @@ def head_shape(num_qo_heads: Any, num_kv_heads: Any, head_dim_qk: Any, page_size
     page_size = integer("page_size", page_size, least=1)
     num_kv_heads = integer("num_kv_heads", num_kv_heads, least=1)
     head_dim_qk = integer("head_dim_qk", head_dim_qk, least=1)
-    plain = _plain(num_qo_heads)
+    plain: Any = plain_int(num_qo_heads)
     fits = plain is not None and plain >= 1 and plain % num_kv_heads == 0
     expect(fits, "num_qo_heads", f"a multiple of num_kv_heads={num_kv_heads}", repr(num_qo_heads))
     return plain, num_kv_heads, head_dim_qk, page_size

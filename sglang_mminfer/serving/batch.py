@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from sglang_mminfer.modality.segments import ModalityMap
 from sglang_mminfer.planning.planner import BatchPlanner
 from sglang_mminfer.serving import observe
 from sglang_mminfer.serving.encoder_watch import EncodedAgain
+from sglang_mminfer.serving.late_records import mean_density
 from sglang_mminfer.serving.served_heads import BatchHeads, ServedHeads
 from sglang_mminfer.serving.stock_rows import StockRows
 from sglang_mminfer.serving.trace import PrefillRecord, map_entries
@@ -133,9 +133,8 @@ class PrefillBatch:
         records = []
         for request in self.requests:
             sparse = request.dense_reason is None and self.sparse_layers > 0
-            known = len(request.densities) == self.sparse_layers and (
-                waited or not any(isinstance(density, torch.Tensor) for density in request.densities)
-            )
+            if waited:
+                request.densities = [float(density) for density in request.densities]
             reason = None if sparse else request.dense_reason or ",".join(sorted(self.layer_reasons)) or "no_layer"
             records.append(
                 PrefillRecord(
@@ -146,7 +145,7 @@ class PrefillBatch:
                     segments=len(request.map.segments) if request.map else 0,
                     map=map_entries(request.map) if request.ends_prompt and request.map else None,
                     sparse_layers=self.sparse_layers if sparse else 0,
-                    density=fmean(map(float, request.densities)) if sparse and known else None,
+                    density=mean_density(request.densities, self.sparse_layers) if sparse else None,
                     dense_reason=reason,
                     plan_ms=self.plan_s * 1e3,
                     attn_ms=self.attn_s * 1e3 if waited else 0.0,

@@ -16,6 +16,12 @@ Densities = Sequence[torch.Tensor | float]
 """One for each layer that ran sparse: a scalar on the device, or a number."""
 
 
+def mean_density(densities: Densities, sparse_layers: int) -> float | None:
+    """The mean over the layers that ran sparse; None if the host does not know it of all."""
+    on_host = [density for density in densities if not isinstance(density, torch.Tensor)]
+    return fmean(on_host) if on_host and len(on_host) == sparse_layers else None
+
+
 class LateRecords:
     """
     Args:
@@ -27,7 +33,7 @@ class LateRecords:
         self._batches: deque[_Batch] = deque()
 
     def put(self, records: list[PrefillRecord], densities: Sequence[Densities]) -> None:
-        """Takes the records of one batch, and the densities of each that has none yet."""
+        """Takes the records of one batch, and the densities of each."""
         self._batches.append(_Batch(records, densities))
         self.tell_known()
 
@@ -56,9 +62,9 @@ class _Batch:
         return self._done is None or self._done.query()
 
     def records(self) -> list[PrefillRecord]:
-        copied = iter(() if self._copied is None else self._copied.tolist())
-        for record, own in zip(self._records, self._densities, strict=True):
-            numbers = [next(copied) if isinstance(x, torch.Tensor) else x for x in own]
-            if record.density is None and numbers and len(numbers) == record.sparse_layers:
-                record.density = fmean(numbers)
+        if self._copied is not None:
+            copied = iter(self._copied.tolist())
+            for record, own in zip(self._records, self._densities, strict=True):
+                numbers = [next(copied) if isinstance(x, torch.Tensor) else x for x in own]
+                record.density = mean_density(numbers, record.sparse_layers)
         return self._records
